@@ -1,0 +1,124 @@
+"""The shape of a GPT-2: presets by size, and Hugging Face's config.json in both directions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Settings of transformers' GPT2Config that change the computation, with the only values GPTModel implements.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False, True),  # a matter of rounding only
+    "add_cross_attention": (False,),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Hyper-parameters of the architecture, under the names of Hugging Face's config.json.
+
+    Attributes:
+        vocab_size: V, entries of the token embedding.
+        n_positions: C, the longest context in tokens.
+        n_embd: D, width of the residual stream.
+        n_layer: number of Transformer blocks.
+        n_head: H, attention heads; divides n_embd.
+        layer_norm_epsilon: added to the variance in every layer norm.
+        dropout: probability after attention, attention projection and MLP, in training blocks only.
+        tie_word_embeddings: the head shares the token embedding's Parameter.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    layer_norm_epsilon: float = 1e-5
+    dropout: float = 0.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not in [0, 1)")
+
+    @classmethod
+    def preset(cls, model_size: str) -> GPTConfig:
+        """The configuration of a named size: tiny, 124m, 355m, 774m or 1558m, in any case."""
+        return PRESETS[normalize_size(model_size)]
+
+    @classmethod
+    def from_json(cls, path: Path) -> GPTConfig:
+        """Read Hugging Face's config.json. Its dropout rates are ignored: fine-tuning sets its own.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a GPT-2 that GPTModel can represent; the message names the setting.
+        """
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if raw.get("model_type", "gpt2") != "gpt2":
+            raise ValueError(f"{path} describes a {raw['model_type']!r}, not a gpt2")
+        for name, values in _SUPPORTED.items():
+            if name in raw and raw[name] not in values:
+                raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported, only {values}")
+        missing = [name for name in ("vocab_size", "n_embd", "n_layer", "n_head") if name not in raw]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
+            raise ValueError(f"{path}: n_inner = {raw['n_inner']} is not supported, only 4 * n_embd")
+        return cls(
+            vocab_size=raw["vocab_size"],
+            n_positions=raw.get("n_positions", raw.get("n_ctx", 1024)),
+            n_embd=raw["n_embd"],
+            n_layer=raw["n_layer"],
+            n_head=raw["n_head"],
+            layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
+            tie_word_embeddings=raw.get("tie_word_embeddings", True),
+        )
+
+    def to_json(self, eos_token_id: int | None = None) -> dict[str, Any]:
+        """Hugging Face's config.json for this shape, readable by transformers' GPT2LMHeadModel."""
+        raw = asdict(self)
+        dropout = raw.pop("dropout")
+        raw.update(
+            model_type="gpt2",
+            architectures=["GPT2LMHeadModel"],
+            activation_function="gelu_new",
+            n_ctx=self.n_positions,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+            embd_pdrop=0.0,
+        )
+        if eos_token_id is not None:
+            raw.update(bos_token_id=eos_token_id, eos_token_id=eos_token_id)
+        return raw
+
+
+# Radford et al. 2019, table 2. "tiny" is this project's own, small enough to train on two CPU cores.
+PRESETS: dict[str, GPTConfig] = {
+    "tiny": GPTConfig(n_layer=6, n_head=6, n_embd=192, n_positions=512, vocab_size=4096),
+    "124m": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "355m": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "774m": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "1558m": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+def normalize_size(model_size: str) -> str:
+    """Return the preset's name for a size in any spelling ("124M" is "124m").
+
+    Raises:
+        ValueError: the size is no preset; the message lists them.
+    """
+    name = str(model_size).strip().lower()
+    if name not in PRESETS:
+        raise ValueError(f"model_size {model_size!r} is unknown: choose one of {', '.join(PRESETS)}")
+    return name

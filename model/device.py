@@ -1,0 +1,54 @@
+"""Where and in which precision the model computes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from model.gpt import GPTModel
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        ValueError: a GPU is asked for and torch sees none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} is asked for, but torch sees no GPU: use device=cpu or auto")
+    return resolved
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bf16 where the hardware multiplies it, else fp32.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def cast_frozen(model: GPTModel, dtype: torch.dtype) -> None:
+    """Store frozen parameters in ``dtype``; trained ones stay fp32, and a tied head stays tied."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Mixed precision for a forward pass; does nothing in fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

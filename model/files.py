@@ -1,0 +1,81 @@
+"""Files that are either whole or absent: hashes, atomic directories, atomic JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def sha256_file(path: Path) -> str:
+    """The file's sha256 in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """The sha256 in hex of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with scratch.open("w") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a scratch directory beside ``target`` that takes its name once the block has succeeded.
+
+    Every file is flushed to disk before the rename, so a directory that bears its final name is complete.
+    An older directory of that name is replaced. After an error nothing remains.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    scratch.mkdir()
+    try:
+        yield scratch
+        for path in [*scratch.rglob("*"), scratch]:
+            _fsync(path)
+        if target.exists():
+            old = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+            os.rename(target, old)
+            os.rename(scratch, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(scratch, target)
+        _fsync(target.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_strays(directory: Path) -> None:
+    """Delete the scratch directories and files that a killed writer left in ``directory``.
+
+    Only for a directory that a single process writes to at a time.
+    """
+    for path in directory.glob(".*"):
+        if path.is_dir() and path.name.endswith(".tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+"""One renderer for training and inference: an entry becomes text, the text becomes token ids.
+
+The prompt half is tokenised by itself in both cases, so that what generation starts from is, id for id,
+what training saw before the response (axolotl#834: two renderers drift apart).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION = "### Instruction:\n"
+RESPONSE = "\n\n### Response:\n"
+
+
+def format_prompt(entry: Mapping[str, Any]) -> str:
+    """Render an entry: with its completion for training, up to the response when it has none.
+
+    Args:
+        entry: ``prompt`` and, optionally, ``completion``.
+    """
+    return f"{INSTRUCTION}{entry['prompt']}{RESPONSE}{entry.get('completion') or ''}"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Encode texts as ordinary text: a literal ``<|endoftext|>`` inside data never becomes the EOS id."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids from which the responses to ``prompts`` are generated."""
+    return encode(tokenizer, [format_prompt({"prompt": prompt}) for prompt in prompts])
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> list[tuple[list[int], int]]:
+    """Encode training examples.
+
+    Returns:
+        For each, its ids (prompt, response, EOS) and the number of ids that belong to the prompt.
+    """
+    heads = encode_prompts(tokenizer, prompts)
+    tails = encode(tokenizer, completions)
+    return [([*head, *tail, tokenizer.eos_token_id], len(head)) for head, tail in zip(heads, tails, strict=True)]

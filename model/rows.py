@@ -1,0 +1,169 @@
+"""Rows of an instruction set: read from files, normalised from either schema, assigned to splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+# Reasons for which a row cannot be used at all; the share of these is bounded by max_dropped_share.
+UNUSABLE = (
+    "invalid_json",
+    "invalid_unicode",
+    "not_an_object",
+    "missing_field",
+    "null_field",
+    "not_a_string",
+    "empty_field",
+)
+# Reasons that say nothing against the data: longer than the context, or kept out of training.
+PROMPT_TOO_LONG = "prompt_too_long"
+IN_HELD_OUT = "prompt_in_held_out"
+
+
+class UnusableRow(ValueError):
+    """A row that cannot be trained on; ``reason`` is one of UNUSABLE."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def find_splits(source: Path) -> dict[str, list[Path]]:
+    """The data files of a file or folder, by split.
+
+    A single file is train. In a folder, files whose names begin with ``test`` are test, with ``val`` or
+    ``dev`` validation, and all others train, as on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: nothing there, or no file of a known type.
+        ValueError: a single file of an unknown type, or a folder with no training file.
+    """
+    if source.is_file():
+        if source.suffix not in SUFFIXES:
+            raise ValueError(f"{source} is none of {', '.join(SUFFIXES)}")
+        return {"train": [source]}
+    if not source.is_dir():
+        raise FileNotFoundError(
+            f"dataset {source} does not exist: give a file or folder, or a hub id like owner/name"
+        )
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(source.iterdir()):
+        if path.suffix in SUFFIXES and path.is_file():
+            name = path.name.lower()
+            split = (
+                "test" if name.startswith("test") else "validation" if name.startswith(("val", "dev")) else "train"
+            )
+            splits.setdefault(split, []).append(path)
+    if not splits:
+        raise FileNotFoundError(f"dataset folder {source} holds no file of {', '.join(SUFFIXES)}")
+    if "train" not in splits:
+        raise ValueError(f"dataset folder {source} holds no training file, only {', '.join(splits)}")
+    return splits
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """Yield a file's records in order, an UnusableRow in place of a line that is not one.
+
+    Raises:
+        ValueError: the file as a whole cannot be read; the message names it.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path)
+        elif path.suffix == ".json":
+            yield from _read_json(path)
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            for batch in pq.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        else:
+            import pandas as pd
+
+            # As text, empty cells as empty strings: pandas would turn "NA" or "1" into something else.
+            for frame in pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=10_000):
+                yield from frame.to_dict("records")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    with path.open("rb") as stream:
+        for line in stream:
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except UnicodeDecodeError:
+                yield UnusableRow("invalid_unicode")
+            except ValueError:
+                yield UnusableRow("invalid_json")
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    records = json.loads(path.read_bytes())
+    if not isinstance(records, list):
+        raise ValueError("it is not a list of rows")
+    yield from records
+
+
+def normalize_row(record: Any) -> dict[str, str]:
+    """Bring a record of either schema to ``prompt`` and ``completion``.
+
+    ``prompt`` + ``completion`` is the hub copy's schema; ``instruction`` + ``input`` + ``output`` the original
+    CodeAlpaca's, joined as the hub copy joins them: instruction, newline, input.
+
+    Raises:
+        UnusableRow: with the reason.
+    """
+    if isinstance(record, UnusableRow):
+        raise record
+    if not isinstance(record, dict):
+        raise UnusableRow("not_an_object")
+    if "prompt" in record and "completion" in record:
+        prompt, completion = _text(record, "prompt"), _text(record, "completion")
+    elif "instruction" in record and "output" in record:
+        prompt, completion = _text(record, "instruction"), _text(record, "output")
+        if record.get("input"):
+            prompt = f"{prompt}\n{_text(record, 'input')}"
+    else:
+        raise UnusableRow("missing_field")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _text(record: dict[str, Any], field: str) -> str:
+    value = record[field]
+    if value is None:
+        raise UnusableRow("null_field")
+    if not isinstance(value, str):
+        raise UnusableRow("not_a_string")
+    if not value.strip():
+        raise UnusableRow("empty_field")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        raise UnusableRow("invalid_unicode") from None
+    return value
+
+
+def prompt_key(prompt: str) -> bytes:
+    """Equal for prompts that differ only in case, white space or Unicode form."""
+    text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def fraction(key: bytes, seed: int, purpose: str) -> float:
+    """A uniform number in [0, 1) that depends on the prompt, the seed and the purpose alone.
+
+    Splits drawn this way do not move when the data set grows or is read in another order, and rows with
+    one prompt always share a split.
+    """
+    digest = hashlib.blake2b(key + f"{seed}:{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

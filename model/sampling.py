@@ -1,0 +1,152 @@
+"""Sampling: temperature, top-k and top-p (nucleus), and batched generation with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.gpt import GPTModel, KVCache
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError, naming the setting, unless the three can be sampled with."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 leaves the model as it is")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k {top_k} keeps no token: leave it out to keep all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is not in (0, 1]")
+
+
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Scale by temperature, then keep the top k tokens, then the nucleus of mass p.
+
+    The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p``: the token that
+    crosses it belongs to it, and the most probable one is always kept (Holtzman et al. 2020, section 3.1).
+
+    Args:
+        logits: (B, V), any floating dtype.
+        temperature: 0 keeps the most probable token alone.
+        top_k: tokens to keep, at most V; exactly that many where logits tie.
+        top_p: probability mass to keep, in (0, 1].
+
+    Returns:
+        (B, V) in float32, logits / temperature with removed tokens at -inf; the argument is not changed.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    check_sampling(temperature, top_k, top_p)
+    logits = logits.float()
+    if temperature == 0:
+        top_k, top_p = 1, None
+    else:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        values, indices = torch.topk(logits, top_k, dim=-1)
+        logits = torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
+    if top_p is not None and top_p < 1:
+        ordered, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+        probabilities = F.softmax(ordered, dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens ahead of each
+        removed = before >= top_p
+        removed[..., 0] = False
+        logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, indices, removed), float("-inf"))
+    return logits
+
+
+@torch.inference_mode()
+def generate(
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_token_id: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue a batch of prompts of any lengths.
+
+    Text longer than the context is cropped to its last ``n_positions`` tokens, as in nanoGPT's generate:
+    as long as every row fits, keys and values are cached; beyond, each step computes the whole window.
+
+    Args:
+        model: its mode is restored afterwards.
+        prompts: B lists of token ids, none empty.
+        max_new_tokens: per row.
+        eos_token_id: a row stops once it has produced this id.
+        temperature, top_k, top_p: as filter_logits; temperature 0 is greedy.
+        seed: of this call's own generator; the global one is left alone.
+
+    Returns:
+        B lists of new ids, ending with ``eos_token_id`` where the row stopped by itself.
+
+    Raises:
+        ValueError: an empty prompt, or a setting out of range.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt is empty: generation needs at least one token to start from")
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    device = model.wte.weight.device
+    context = model.config.n_positions
+    rng = torch.Generator(device).manual_seed(seed)
+    texts = [list(prompt) for prompt in prompts]
+    done = [False] * len(texts)
+    training = model.training
+    model.eval()
+    cache: KVCache | None = None
+    try:
+        for step in range(max_new_tokens):
+            if max(map(len, texts)) > context:
+                cache = None
+                hidden = _last_hidden(model, [text[-context:] for text in texts], None)
+            elif step == 0:
+                capacity = min(context, max(map(len, texts)) + max_new_tokens)
+                # The cache holds what the trunk or the top computes in, whichever is wider.
+                dtype = torch.promote_types(model.wte.weight.dtype, model.ln_f.weight.dtype)
+                cache = KVCache(model.config, len(texts), capacity, device, dtype)
+                hidden = _last_hidden(model, texts, cache)
+            else:
+                hidden = _last_hidden(model, [text[-1:] for text in texts], cache)
+            logits = filter_logits(model.lm_head(hidden), temperature, top_k, top_p)  # (B, V)
+            if temperature == 0:
+                new = logits.argmax(dim=-1)
+            else:
+                new = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=rng)[:, 0]
+            for row, token in enumerate(new.tolist()):
+                texts[row].append(token)  # also where the row is done, so that the batch keeps its shape
+                if not done[row]:
+                    done[row] = token == eos_token_id
+            if all(done):
+                break
+    finally:
+        model.train(training)
+    return [_until_eos(text[len(prompt) :], eos_token_id) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _last_hidden(model: GPTModel, texts: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
+    """Hidden state of each row's last token, (B, D); with a cache, ``texts`` are the tokens it lacks."""
+    device = model.wte.weight.device
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+    hidden = model.hidden(ids.to(device), cache)
+    if cache is not None:
+        cache.lengths += lengths
+    return hidden[torch.arange(len(texts), device=device), lengths - 1]
+
+
+def _until_eos(ids: list[int], eos_token_id: int | None) -> list[int]:
+    """Cut behind the first end-of-text id."""
+    if eos_token_id is None or eos_token_id not in ids:
+        return ids
+    return ids[: ids.index(eos_token_id) + 1]
