@@ -16,11 +16,15 @@ class FreezePlan:
     """What a freeze leaves trainable.
 
     Attributes:
+        num_unfrozen_layers: blocks that train, from the top; None where nothing is frozen.
+        train_head: an untied copy of the head trains.
         names: the trainable parameters, in the model's order.
         trainable: number of trainable scalars.
         total: number of scalars in the model, a tied head counted once.
     """
 
+    num_unfrozen_layers: int | None
+    train_head: bool
     names: tuple[str, ...]
     trainable: int
     total: int
@@ -59,14 +63,15 @@ def freeze_bottom_layers(model: GPTModel, num_unfrozen_layers: int, train_head: 
     for module in trained:
         module.requires_grad_(True)
     model.train(model.training)
-    return freeze_plan(model)
+    return _describe(model, num_unfrozen_layers, train_head)
 
 
-def freeze_plan(model: GPTModel) -> FreezePlan:
-    """Describe what trains in a model as it is."""
+def _describe(model: GPTModel, num_unfrozen_layers: int | None, train_head: bool) -> FreezePlan:
     parameters = dict(model.named_parameters())  # a tied head appears once
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     return FreezePlan(
+        num_unfrozen_layers=num_unfrozen_layers,
+        train_head=train_head,
         names=tuple(trained),
         trainable=sum(p.numel() for p in trained.values()),
         total=sum(p.numel() for p in parameters.values()),
@@ -81,4 +86,4 @@ def plan_freeze(
         model = GPTModel(config)
     if freeze_layers:
         return freeze_bottom_layers(model, num_unfrozen_layers, train_head)
-    return freeze_plan(model)
+    return _describe(model, None, train_head=False)

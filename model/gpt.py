@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,6 +133,12 @@ class GPTModel(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    def set_dropout(self, dropout: float) -> None:
+        """Set the dropout rate of every block; it acts in those above the trunk, in training mode."""
+        self.config = replace(self.config, dropout=dropout)
+        for block in self.h:
+            block.attn.dropout = block.mlp.dropout = dropout
 
     def train(self, mode: bool = True) -> GPTModel:
         """Training mode for the blocks above the trunk only: dropout never noises frozen features."""

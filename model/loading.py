@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +225,6 @@ def load_gpt_model(
     num_unfrozen_layers: int = 4,
     train_head: bool = False,
     tokenizer_dir: str | Path | None = None,
-    dropout: float = 0.0,
     device: str | torch.device = "cpu",
 ) -> tuple[GPTModel, PreTrainedTokenizerBase]:
     """Load a GPT-2 of a named size with its tokenizer, frozen for fine-tuning.
@@ -238,7 +236,6 @@ def load_gpt_model(
         num_unfrozen_layers: blocks left trainable.
         train_head: also train an untied copy of the head.
         tokenizer_dir: where the tokenizer lies, if not in weights_dir.
-        dropout: for the trainable blocks.
         device: where the parameters are put, in fp32.
 
     Raises:
@@ -247,15 +244,7 @@ def load_gpt_model(
     directory = Path(weights_dir)
     check_size(GPTConfig.from_json(directory / CONFIG_FILE), model_size, directory)
     model = GPTModel.from_pretrained(directory, device)
-    set_dropout(model, dropout)
     tokenizer = load_tokenizer(tokenizer_dir or directory, model.config.vocab_size)
     if freeze_layers:
         freeze_bottom_layers(model, num_unfrozen_layers, train_head)
     return model, tokenizer
-
-
-def set_dropout(model: GPTModel, dropout: float) -> None:
-    """Set the dropout rate of every block."""
-    model.config = replace(model.config, dropout=dropout)
-    for block in model.h:
-        block.attn.dropout = block.mlp.dropout = dropout

@@ -43,6 +43,7 @@ class TrainConfig:
         warmup_ratio: share of the steps over which the learning rate rises from 0.
         max_grad_norm: gradients are scaled down to this global norm.
         prompt_loss_weight: weight of the loss on prompt tokens, in training only.
+        dropout: rate in the trained blocks.
         eval_freq: steps between validations, each of which also saves a checkpoint.
         eval_rows: validation rows scored at most; None for all.
         precision: auto, bf16 or fp32.
@@ -58,6 +59,7 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     max_grad_norm: float = 1.0
     prompt_loss_weight: float = 0.0
+    dropout: float = 0.0
     eval_freq: int = 100
     eval_rows: int | None = 1000
     precision: str = "auto"
@@ -167,6 +169,7 @@ def train(
     """
     device = model.wte.weight.device
     dtype = resolve_precision(config.precision, device)
+    model.set_dropout(config.dropout)
     micro_batch_tokens = config.micro_batch_tokens or default_micro_batch_tokens(device)
     train_rows = CodeAlpacaDataset(tokens, "train", prompt_loss_weight=config.prompt_loss_weight)
     validation = CodeAlpacaDataset(tokens, "validation", limit=config.eval_rows)

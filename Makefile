@@ -1,0 +1,59 @@
+# The two commands of a fresh machine: make run, make test. The others are listed by make help.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+# What was forgotten here would run in the directory of whoever calls make -C.
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Trainings at a time, for the limit that make deploy creates.
+GPUS ?= 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := true
+
+.PHONY: help install run test test-slow check format deploy sample clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# The first interpreter in range; PYTHON=... chooses another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(INSTALLED) ## Create .venv from the pinned constraints, if something changed
+
+run: $(INSTALLED) ## Fine-tune the embedded tiny GPT-2; ARGS="epochs=1" changes parameters
+	@$(BIN)/python -m flows $(ARGS)
+
+test: $(INSTALLED) ## Run the tests
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(INSTALLED) ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+deploy: $(INSTALLED) ## Create work pool, gpu limit and all deployments on the server of PREFECT_API_URL
+	$(BIN)/prefect work-pool inspect gpu >/dev/null 2>&1 || $(BIN)/prefect work-pool create gpu --type process
+	$(BIN)/prefect gcl inspect tag:gpu >/dev/null 2>&1 || $(BIN)/prefect gcl create tag:gpu --limit $(GPUS)
+	$(BIN)/prefect --no-prompt deploy --all
+
+sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."
+	@$(BIN)/python -m ops.sample "$$PROMPT" $(ARGS)
+
+clean: ## Delete .venv, but no results
+	rm -rf $(VENV)

@@ -1,0 +1,78 @@
+"""``python -m flows [deployment] [name=value ...]``: the flow in this process, with no server and no account.
+
+The parameters are those of a deployment in prefect.yaml, ``tiny`` unless named, which needs no hub either.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import yaml
+
+from ops.settings import PROJECT_ROOT, Settings
+
+
+def embed(settings: Settings) -> None:
+    """Point this process at Prefect's ephemeral server and at MLflow on sqlite, both in the data root.
+
+    Whatever servers the user's environment names are left out on purpose: this run needs none.
+    """
+    os.environ.pop("PREFECT_API_URL", None)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    home = settings.data_root / "prefect"
+    home.mkdir(parents=True, exist_ok=True)  # the server does not make it, and then cannot open its database
+    os.environ.update(
+        PREFECT_HOME=str(home),
+        PREFECT_PROFILES_PATH=str(home / "profiles.toml"),
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="true",
+        # A fresh database takes 23 s on two cores; the default limit is 20.
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    )
+
+
+def read_parameters(deployment: str) -> dict[str, Any]:
+    """The parameters of a deployment in prefect.yaml.
+
+    Raises:
+        LookupError: there is no deployment of that name.
+    """
+    deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
+    parameters = {d["name"]: d["parameters"] for d in deployments}
+    if deployment not in parameters:
+        raise LookupError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
+    return dict(parameters[deployment])
+
+
+def main(arguments: list[str]) -> int:
+    """Run the flow with a deployment's parameters, some of them changed. Returns the exit status."""
+    named = [argument for argument in arguments if "=" not in argument]
+    if len(named) > 1:
+        print(f"one deployment at a time, not {', '.join(named)}; parameters are name=value", file=sys.stderr)
+        return 2
+    try:
+        parameters = read_parameters(named[0] if named else "tiny")
+    except LookupError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for argument in arguments:
+        name, separator, value = argument.partition("=")
+        if separator:
+            parameters[name] = yaml.safe_load(value)
+    embed(Settings.load())
+
+    from flows.finetune import finetune
+
+    result = finetune(**parameters)
+    # Prefect's farewell to its temporary server would come behind the two lines that scripts read.
+    logging.getLogger("prefect").setLevel(logging.WARNING)
+    print(f"tracking: {result.run.tracking_uri}")
+    print(f"run: {result.run.run_id}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+"""Flow ``finetune``: download, prepare, load weights, freeze, train, evaluate, publish, as one MLflow run."""
+
+import shutil
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from prefect import flow, get_run_logger
+from prefect.runtime import deployment, flow_run
+from pydantic import AfterValidator, Field
+
+from model.config import normalize_size
+from model.evaluating import SamplingConfig
+from model.tokens import PrepareConfig
+from model.training import TrainConfig
+from ops.hub import DEFAULT_DATASET
+from ops.plan import check_disk, describe_plan
+from ops.settings import Settings
+from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
+from tasks.download import download
+from tasks.evaluate import evaluate
+from tasks.freeze import freeze
+from tasks.load_weights import load_weights
+from tasks.prepare import prepare
+from tasks.publish import publish
+from tasks.references import TokensRef
+from tasks.train import train
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Size = Annotated[str, AfterValidator(normalize_size)]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finished flow run leaves behind.
+
+    Attributes:
+        run: the MLflow run.
+        model: URI of the registered version.
+        metrics: scores of base and tuned model.
+    """
+
+    run: RunRef
+    model: str
+    metrics: dict[str, float]
+
+
+@flow(name="finetune", log_prints=True)
+def finetune(
+    model_size: Size = "124m",
+    dataset: str = DEFAULT_DATASET,
+    dataset_revision: str | None = None,
+    weights_dir: str | None = None,
+    tokenizer_dir: str | None = None,
+    subset_start: Annotated[int, Field(ge=0)] = 0,
+    subset_count: Count | None = None,
+    test_share: Share = 0.1,
+    validation_share: Share = 0.02,
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05,
+    max_length: Annotated[int, Field(ge=8)] = 512,
+    freeze_layers: bool = True,
+    num_unfrozen_layers: Annotated[int, Field(ge=0)] = 4,
+    train_head: bool = False,
+    epochs: Count = 3,
+    max_steps: Count | None = None,
+    batch_size: Count = 32,
+    micro_batch_tokens: Count | None = None,
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4,
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01,
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03,
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0,
+    prompt_loss_weight: Annotated[float, Field(ge=0)] = 0.0,
+    dropout: Share = 0.0,
+    eval_freq: Count = 100,
+    eval_rows: Count | None = 1000,
+    sample_rows: Annotated[int, Field(ge=0)] = 16,
+    max_new_tokens: Count = 128,
+    temperature: Annotated[float, Field(ge=0)] = 0.7,
+    top_k: Count | None = 50,
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95,
+    seed: Annotated[int, Field(ge=0)] = 42,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    device: str = "auto",
+) -> FinetuneResult:
+    """Fine-tune the top blocks of a GPT-2 on code instructions.
+
+    Args:
+        model_size: tiny, 124m, 355m, 774m or 1558m.
+        dataset: a hub id, a local .jsonl/.json/.parquet/.csv file or a folder of them, or "demo".
+        dataset_revision: of a hub data set: branch, tag or commit; the commit is recorded.
+        weights_dir: a local directory in Hugging Face's GPT-2 layout; else the pinned weights of the hub.
+        tokenizer_dir: a local directory with the tokenizer, if it is not beside the weights.
+        subset_start: first row of train to use, counted from 0.
+        subset_count: how many rows of train to use from there; all, if left out.
+        test_share: share of train that becomes test where the data set has no test split.
+        validation_share: share of train that selects the best checkpoint.
+        max_dropped_share: more unusable rows than this share is an error.
+        max_length: tokens a row is cut at, prompt included.
+        freeze_layers: freeze all but the top blocks and the final norm.
+        num_unfrozen_layers: blocks that train, counted from the top.
+        train_head: also train an untied copy of the output head.
+        epochs: passes over the training rows.
+        max_steps: stop after this many optimizer steps.
+        batch_size: rows per optimizer step.
+        micro_batch_tokens: padded tokens per forward pass; a matter of memory and speed only.
+        learning_rate: peak of warm-up and cosine.
+        weight_decay: on matrices only.
+        warmup_ratio: share of the steps spent warming up.
+        max_grad_norm: gradients are clipped to this norm.
+        prompt_loss_weight: weight of the loss on prompt tokens; 0 trains on responses only.
+        dropout: rate in the trained blocks.
+        eval_freq: steps between validations; each saves a checkpoint.
+        eval_rows: rows of validation and of test that are scored at most.
+        sample_rows: prompts of the test split that both models complete.
+        max_new_tokens: length limit of a completion.
+        temperature: 0 is greedy.
+        top_k: sample among this many most probable tokens.
+        top_p: sample within this probability mass.
+        seed: of splits, order, dropout and sampling.
+        precision: bf16, fp32, or auto: bf16 where the hardware has it.
+        device: auto, cpu, cuda or cuda:N.
+    """
+    parameters = dict(locals())
+    log = get_run_logger()
+    settings = Settings.load()
+    train_config = TrainConfig(
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup_ratio=warmup_ratio,
+        max_grad_norm=max_grad_norm,
+        prompt_loss_weight=prompt_loss_weight,
+        dropout=dropout,
+        eval_freq=eval_freq,
+        eval_rows=eval_rows,
+        precision=precision,
+        seed=seed,
+    )
+    prepare_config = PrepareConfig(
+        max_length=max_length,
+        subset_start=subset_start,
+        subset_count=subset_count,
+        test_share=test_share,
+        validation_share=validation_share,
+        seed=seed,
+        max_dropped_share=max_dropped_share,
+    )
+    sampling = SamplingConfig(
+        rows=sample_rows,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    subset = f"{subset_start}:{subset_start + subset_count}" if subset_count else f"{subset_start}:"
+    tags = {
+        "prefect.flow_run_id": str(flow_run.id),
+        "prefect.deployment": deployment.name or "none",
+        "subset": subset,
+    }
+    if flow_run.ui_url:
+        tags["prefect.flow_run_url"] = flow_run.ui_url
+    with tracked_run(settings, str(flow_run.name), parameters, tags) as run:
+        log.info("MLflow run %s", run.url or f"{run.run_id} in {run.tracking_uri}")
+        sources = download(dataset, dataset_revision, model_size, weights_dir, tokenizer_dir)
+        tokens = prepare(sources, prepare_config)
+        set_tags(run, {"data_sha256": tokens.data_sha256})
+        log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
+        log_metrics(run, data_metrics(tokens), step=0)
+        model = load_weights(sources.weights, model_size)
+        plan = freeze(model, freeze_layers, num_unfrozen_layers, train_head)
+        facts = describe_plan(tokens.counts, f"{model_size} from {model.source}", plan, train_config, device)
+        log_params(run, facts.params)
+        print(facts.text)
+        check_disk(settings.data_root, facts.disk_bytes)
+        checkpoint = train(tokens, model, plan, train_config, device, run)
+        evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device)
+        uri = publish(run, sources, model, plan, checkpoint, evaluation)
+    # MLflow has the model, the journal and the tables now; a later run of the same settings trains afresh.
+    shutil.rmtree(checkpoint.directory, ignore_errors=True)
+    return FinetuneResult(run, uri, evaluation.metrics)
+
+
+def data_metrics(tokens: TokensRef) -> dict[str, float]:
+    """Rows kept, cut and dropped by reason, under the names MLflow shows."""
+    counts = tokens.counts
+    metrics = {f"data/{split}_rows": rows for split, rows in counts["rows"].items()}
+    metrics["data/train_tokens"] = counts["tokens"]["train"]
+    metrics["data/truncated_share"] = counts["truncated"] / sum(counts["rows"].values())
+    metrics["data/dropped_rows"] = sum(counts["dropped"].values())
+    return metrics | {f"data/dropped/{reason}": count for reason, count in counts["dropped"].items()}

@@ -1,0 +1,248 @@
+"""MLflow: one run per flow run, its metrics from the journal, its tables, pictures and the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.files import write_json
+from model.journal import read_journal
+from ops.settings import PROJECT_ROOT, Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+EXPERIMENT = "finetune"
+MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
+_BATCH = 1000  # metrics per request, MLflow's limit
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """An MLflow run, as tasks hand it on."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def url(self) -> str | None:
+        """Its page, if the tracking URI is a server's."""
+        if not self.tracking_uri.startswith("http"):
+            return None
+        return f"{self.tracking_uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    @property
+    def link(self) -> str:
+        """Markdown that leads to the run."""
+        if self.url:
+            return f"[{self.run_id}]({self.url})"
+        return f"`{self.run_id}` (show it with `mlflow ui --backend-store-uri {self.tracking_uri}`)"
+
+
+def client(tracking_uri: str) -> MlflowClient:
+    """A client for this URI, for the registry too."""
+    import mlflow
+    from mlflow import MlflowClient
+
+    # MLflow's migrations announce themselves at INFO, a hundred lines on a fresh sqlite file.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    if tracking_uri.startswith("sqlite:///"):
+        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
+    mlflow.set_tracking_uri(tracking_uri)
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = mlflow.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        # A server keeps artifacts where it is told to; on sqlite the default would be ./mlruns of the cwd.
+        local = not settings.tracking_uri.startswith("http")
+        try:
+            return mlflow.create_experiment(EXPERIMENT, settings.artifacts.as_uri() if local else None)
+        except MlflowException:  # another run was faster
+            found = mlflow.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+@contextmanager
+def tracked_run(
+    settings: Settings, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[RunRef]:
+    """Open the MLflow run of a flow run, and close it with the flow's fate.
+
+    An exception makes it FAILED; a signal, a cancellation or an interrupt KILLED.
+
+    Args:
+        params: logged as they are; None is logged as "None".
+    """
+    mlflow = client(settings.tracking_uri)
+    experiment_id = _experiment_id(mlflow, settings)
+    sha = git_sha()
+    run = mlflow.create_run(
+        experiment_id,
+        run_name=name,
+        tags={**tags, **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {})},
+    )
+    ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
+    status = "KILLED"
+    try:
+        log_params(ref, params)
+        mlflow.log_dict(ref.run_id, dict(params), "config.json")
+        mlflow.log_text(ref.run_id, installed_packages(), "constraints.txt")
+        yield ref
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        mlflow.set_terminated(ref.run_id, status)
+
+
+def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
+    """Log parameters; they cannot be changed afterwards."""
+    from mlflow.entities import Param
+
+    client(run.tracking_uri).log_batch(run.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+
+
+def set_tags(run: RunRef, tags: Mapping[str, str]) -> None:
+    """Set or replace tags."""
+    from mlflow.entities import RunTag
+
+    client(run.tracking_uri).log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def log_metrics(run: RunRef, metrics: Mapping[str, float], step: int, model_id: str | None = None) -> None:
+    """Log metrics at a step, of the run and, with ``model_id``, of its model."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    batch = [
+        Metric(key, float(value), now, step, model_id=model_id, run_id=run.run_id if model_id else None)
+        for key, value in metrics.items()
+    ]
+    client(run.tracking_uri).log_batch(run.run_id, metrics=batch)
+
+
+def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> None:
+    """Log the data set as an input, its digest taken over all rows (MLflow's own samples the first 10,000)."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    origin = CodeDatasetSource(tags={"source": source, "revision": revision or "local", "sha256": sha256})
+    # MLflow's digests have at most 36 characters; the whole hash is the tag data_sha256.
+    dataset = MetaDataset(origin, name=Path(source).name, digest=sha256[:36])  # type: ignore[abstract]
+    inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
+    client(run.tracking_uri).log_inputs(run.run_id, [inputs])
+
+
+class JournalShipper:
+    """Sends a training's journal to an MLflow run, each line once.
+
+    How far it got is kept beside the journal, per run: a retried task goes on behind what it sent, and a
+    new run that resumes the training gets the whole journal.
+    """
+
+    def __init__(self, run: RunRef, journal: Path, every_seconds: float = 5.0):
+        self.run = run
+        self.journal = journal
+        self.mark = journal.with_name(f"shipped-{run.run_id}.json")
+        self.every_seconds = every_seconds
+        self.last = 0.0
+
+    def maybe_ship(self) -> None:
+        """Ship if the last time is long enough ago. MLflow being away is no reason to stop training."""
+        if time.monotonic() - self.last >= self.every_seconds:
+            try:
+                self.ship()
+            except Exception as error:
+                logging.getLogger(__name__).warning("metrics stay in %s for now: %s", self.journal, error)
+            self.last = time.monotonic()
+
+    def ship(self) -> None:
+        """Ship every line not yet sent.
+
+        Raises:
+            MlflowException: the tracking server cannot be reached; nothing is lost.
+        """
+        from mlflow.entities import Metric
+
+        sent = json.loads(self.mark.read_text())["lines"] if self.mark.exists() else 0
+        records = read_journal(self.journal, sent)
+        mlflow = client(self.run.tracking_uri)
+        batch: list[Metric] = []
+        for index, record in enumerate(records, 1):
+            batch += [Metric(k, v, record["time"], record["step"]) for k, v in record["metrics"].items()]
+            full = index == len(records) or len(batch) + len(records[index]["metrics"]) > _BATCH
+            if full:
+                mlflow.log_batch(self.run.run_id, metrics=batch)
+                write_json(self.mark, {"lines": sent + index})
+                batch = []
+
+
+def log_model(
+    run: RunRef, directory: Path, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
+) -> ModelVersion:
+    """Log a directory as the run's model, with its metrics, and register it.
+
+    Files as they are, no pickled module: it loads anywhere, without this code (mlflow#9514).
+
+    Args:
+        directory: in Hugging Face's layout.
+        name: of the registered model.
+    """
+    from mlflow.exceptions import MlflowException
+
+    mlflow = client(run.tracking_uri)
+    model = mlflow.create_logged_model(
+        run.experiment_id,
+        name=name,
+        source_run_id=run.run_id,
+        model_type="gpt2",
+        params={key: str(value) for key, value in params.items()},
+    )
+    mlflow.log_model_artifacts(model.model_id, str(directory))
+    log_metrics(run, metrics, step, model.model_id)
+    mlflow.finalize_logged_model(model.model_id, "READY")
+    try:
+        mlflow.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return mlflow.create_model_version(
+        name, source=f"models:/{model.model_id}", run_id=run.run_id, model_id=model.model_id
+    )
+
+
+def git_sha() -> str | None:
+    """The commit of the checkout this code runs from; None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def installed_packages() -> str:
+    """Every installed package with its version, one ``name==version`` a line."""
+    pins = {f"{dist.metadata['Name']}=={dist.version}" for dist in distributions() if dist.metadata["Name"]}
+    return "\n".join(sorted(pins, key=str.lower)) + "\n"

@@ -1,0 +1,1 @@
+"""The steps of the pipeline, one Prefect task a file; each hands on a small reference, never data."""

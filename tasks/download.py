@@ -1,0 +1,156 @@
+"""Task ``download``: get the data set and the base's weights, and prove that they are what was asked for."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from model.config import normalize_size
+from model.demo import BASE_DIRECTORY, ROWS_DIRECTORY, write_demo
+from model.files import atomic_directory, sha256_file, write_json
+from model.loading import CONFIG_FILE, weight_files
+from model.rows import find_splits
+from ops.hub import PINNED_WEIGHTS, HubError, fetch_dataset, fetch_weights
+from ops.settings import Settings
+from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State, TaskRun
+
+DEMO = "demo"
+_DEMO_VERSION = "v1"  # to be raised with every change of model/demo.py
+
+
+def _hub_failed(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry what a network may mend, not a wrong path."""
+    try:
+        state.result(raise_on_failure=True)
+    except HubError:
+        return True
+    except Exception:
+        return False
+    return False
+
+
+@task(name="download", retries=1, retry_delay_seconds=5, retry_condition_fn=_hub_failed, cache_policy=NO_CACHE)
+def download(
+    dataset: str,
+    dataset_revision: str | None,
+    model_size: str,
+    weights_dir: str | None,
+    tokenizer_dir: str | None,
+) -> Sources:
+    """Find or fetch the data set and the weights.
+
+    Args:
+        dataset: a local file or folder, a hub id, or "demo".
+        dataset_revision: of the hub's data set; the commit it resolves to is recorded.
+        model_size: chooses the pinned weights on the hub.
+        weights_dir: a local directory in Hugging Face's layout instead.
+        tokenizer_dir: a local directory with the tokenizer, if it is not beside the weights.
+
+    Raises:
+        HubError: the hub cannot be reached and nothing is cached.
+        FileNotFoundError, ValueError: a local path is wrong, or a local weight file has changed.
+    """
+    settings = Settings.load()
+    sources = Sources(
+        dataset=_dataset(settings, dataset, dataset_revision),
+        weights=_weights(settings, normalize_size(model_size), weights_dir, tokenizer_dir),
+    )
+    log = get_run_logger()
+    log.info("data set %s at %s", sources.dataset.source, sources.dataset.revision or "its local files")
+    log.info("weights %s at %s", sources.weights.source, sources.weights.revision or "its local files")
+    return sources
+
+
+def _demo(settings: Settings) -> Path:
+    directory = settings.data_root / "demo" / _DEMO_VERSION
+    write_demo(directory)
+    return directory
+
+
+def _dataset(settings: Settings, dataset: str, revision: str | None) -> DatasetRef:
+    commit = None
+    if dataset == DEMO:
+        splits = find_splits(_demo(settings) / ROWS_DIRECTORY)
+    elif Path(dataset).expanduser().exists() or not _is_hub_id(dataset):
+        splits = find_splits(Path(dataset).expanduser().resolve())
+    else:
+        directory, commit = _hub_dataset(settings, dataset, revision)
+        splits = find_splits(directory)
+    files = {
+        split: [FileRef(str(path), sha256_file(path), path.stat().st_size) for path in paths]
+        for split, paths in splits.items()
+    }
+    return DatasetRef(dataset, commit, files)
+
+
+def _is_hub_id(dataset: str) -> bool:
+    """Whether it reads like owner/name rather than like a path."""
+    return dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and not Path(dataset).suffix
+
+
+def _hub_dataset(settings: Settings, dataset: str, revision: str | None) -> tuple[Path, str]:
+    """The hub's splits as JSON lines, written once a commit."""
+    tables, commit = fetch_dataset(dataset, revision, settings.hub_cache)
+    target = settings.datasets / dataset.replace("/", "--") / commit
+    if not target.exists():
+        with atomic_directory(target) as scratch:
+            for split, table in tables.items():
+                table.to_json(scratch / f"{split}.jsonl", lines=True, force_ascii=False)
+    return target, commit
+
+
+def _weights(settings: Settings, size: str, weights_dir: str | None, tokenizer_dir: str | None) -> WeightsRef:
+    revision = None
+    if weights_dir:
+        source, directory = weights_dir, Path(weights_dir).expanduser().resolve()
+        if not directory.is_dir():
+            raise FileNotFoundError(f"weights_dir {weights_dir} is not a directory")
+        files = _trusted(settings, directory)
+    elif size == "tiny":
+        source, directory = DEMO, _demo(settings) / BASE_DIRECTORY
+        files = {path.name: sha256_file(path) for path in [directory / CONFIG_FILE, *weight_files(directory)]}
+    else:
+        source, revision = PINNED_WEIGHTS[size]
+        snapshot = fetch_weights(source, revision, settings.hub_cache)
+        directory, revision = snapshot.path, snapshot.commit
+        files = snapshot.files
+    if tokenizer_dir and not Path(tokenizer_dir).expanduser().is_dir():
+        raise FileNotFoundError(f"tokenizer_dir {tokenizer_dir} is not a directory")
+    tokenizer = Path(tokenizer_dir).expanduser().resolve() if tokenizer_dir else directory
+    return WeightsRef(source, revision, str(directory), files, str(tokenizer))
+
+
+def _trusted(settings: Settings, directory: Path) -> dict[str, str]:
+    """Hash a local directory's files, and compare with what they were at first use.
+
+    A flipped bit in a safetensors file loads without complaint and trains a quietly damaged model.
+
+    Raises:
+        ValueError: a file changed; the message says how to accept it.
+    """
+    settings.data_root.mkdir(parents=True, exist_ok=True)
+    files = {}
+    with (settings.data_root / ".trusted-weights.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = settings.trusted_hashes
+        known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+        for path in [directory / CONFIG_FILE, *weight_files(directory)]:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing: weights_dir needs Hugging Face's GPT-2 layout")
+            files[path.name] = sha256_file(path)
+            first = known.setdefault(str(path), files[path.name])
+            if first != files[path.name]:
+                raise ValueError(
+                    f"{path} is not the file it was at first use: sha256 {files[path.name]}, then {first}. If it was "
+                    f"meant to change, remove its line from {record}; else restore the file"
+                )
+        write_json(record, known)
+    return files

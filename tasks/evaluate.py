@@ -1,0 +1,76 @@
+"""Task ``evaluate`` (tag gpu): score and sample the base and the tuned model on the test split."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from model.checkpoint import load_state, load_trained
+from model.device import resolve_device, resolve_precision
+from model.evaluating import SamplingConfig, complete, row_table, sample_table
+from model.files import write_json
+from model.freezing import FreezePlan
+from model.scoring import mean_loss, row_losses
+from model.tokens import CodeAlpacaDataset
+from model.training import TrainConfig, default_micro_batch_tokens
+from ops.lock import device_lock
+from ops.settings import Settings
+from tasks.freeze import load_frozen
+from tasks.references import CheckpointRef, EvaluationRef, ModelRef, TokensRef
+
+
+@task(name="evaluate", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
+def evaluate(
+    tokens: TokensRef,
+    model: ModelRef,
+    plan: FreezePlan,
+    checkpoint: CheckpointRef,
+    config: TrainConfig,
+    sampling: SamplingConfig,
+    device: str,
+) -> EvaluationRef:
+    """Compare the best checkpoint with the untouched base: loss on every row, completions for some.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    log = get_run_logger()
+    settings = Settings.load()
+    place = resolve_device(device)
+    dtype = resolve_precision(config.precision, place)
+    test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
+    prompts = [row["prompt"] for row in test.rows[: sampling.rows]]
+    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(place)
+    load_state(Path(checkpoint.best))
+    with device_lock(settings.locks, str(place), str(flow_run.name), log.info):
+        network, tokenizer = load_frozen(model, plan, place, dtype)
+        base = row_losses(network, test, dtype, max_tokens)
+        base_samples = complete(network, tokenizer, prompts, sampling, dtype)
+        load_trained(Path(checkpoint.best), network)
+        tuned = row_losses(network, test, dtype, max_tokens)
+        tuned_samples = complete(network, tokenizer, prompts, sampling, dtype)
+    metrics = {
+        "base/eval_loss": checkpoint.base_eval_loss,
+        "base/perplexity": math.exp(checkpoint.base_eval_loss),
+        "best/eval_loss": checkpoint.best_eval_loss,
+        "best/step": checkpoint.best_step,
+        "base/test_loss": mean_loss(*base),
+        "base/test_perplexity": math.exp(mean_loss(*base)),
+        "test/loss": mean_loss(*tuned),
+        "test/perplexity": math.exp(mean_loss(*tuned)),
+    }
+    if prompts:
+        metrics["base/stop_rate"] = sum(stopped for _, stopped in base_samples) / len(prompts)
+        metrics["sample/stop_rate"] = sum(stopped for _, stopped in tuned_samples) / len(prompts)
+    rows_file = Path(checkpoint.directory) / "test_rows.json"
+    samples_file = Path(checkpoint.directory) / "samples.json"
+    write_json(rows_file, row_table(test, base, tuned))
+    write_json(samples_file, sample_table(test.rows[: sampling.rows], base_samples, tuned_samples))
+    log.info(
+        "test loss %.4f, the base's %.4f, over %d rows", metrics["test/loss"], metrics["base/test_loss"], len(test)
+    )
+    return EvaluationRef(metrics, str(rows_file), str(samples_file))

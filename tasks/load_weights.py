@@ -1,0 +1,36 @@
+"""Task ``load_weights``: account for every key and shape of the base before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from model.config import normalize_size
+from model.files import sha256_json
+from model.loading import check_pretrained, check_size
+from tasks.references import ModelRef, WeightsRef
+
+
+@task(name="load_weights", cache_policy=NO_CACHE)
+def load_weights(weights: WeightsRef, model_size: str) -> ModelRef:
+    """Check the base against its config and the size asked for, from the files' headers.
+
+    Raises:
+        FileNotFoundError: config.json or model.safetensors is missing.
+        ValueError: a key, a shape or the size does not fit; the message names it.
+    """
+    directory = Path(weights.directory)
+    config = check_pretrained(directory)
+    check_size(config, model_size, directory)
+    get_run_logger().info("%s: every key and shape fits a %s GPT-2", directory, model_size)
+    return ModelRef(
+        model_size=normalize_size(model_size),
+        directory=weights.directory,
+        tokenizer_directory=weights.tokenizer_directory,
+        source=weights.source,
+        sha256=sha256_json(weights.files),
+        config=asdict(config),
+    )

@@ -1,0 +1,162 @@
+"""Task ``publish``: everything a finished run leaves in MLflow: metrics, tables, the loss curve, the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from model.checkpoint import load_trained
+from model.freezing import FreezePlan
+from model.gpt import GPTModel
+from model.journal import read_journal
+from model.loading import load_gpt_model
+from ops.settings import Settings
+from ops.tracking import MODEL_PREFIX, RunRef, client, log_metrics, log_model
+from tasks.references import CheckpointRef, EvaluationRef, ModelRef, Sources
+
+_SHOWN = 5  # samples in Prefect's artifact
+_SHOWN_CHARACTERS = 600
+
+
+# No retries: MLflow's tables grow with each try. A rerun of the flow takes the finished training over.
+@task(name="publish", cache_policy=NO_CACHE)
+def publish(
+    run: RunRef,
+    sources: Sources,
+    model: ModelRef,
+    plan: FreezePlan,
+    checkpoint: CheckpointRef,
+    evaluation: EvaluationRef,
+) -> str:
+    """Log the results and register the tuned model as ``gpt2-code-<size>``.
+
+    Returns:
+        The model's URI, ``models:/gpt2-code-<size>/<version>``.
+    """
+    log = get_run_logger()
+    mlflow = client(run.tracking_uri)
+    rows = json.loads(Path(evaluation.rows).read_text())
+    samples = json.loads(Path(evaluation.samples).read_text())
+    log_metrics(run, evaluation.metrics, checkpoint.steps)
+    mlflow.log_table(run.run_id, _columns(rows), "tables/test_rows.json")
+    mlflow.log_table(run.run_id, _columns(samples), "tables/samples.json")
+    mlflow.log_artifact(run.run_id, checkpoint.journal)
+    mlflow.log_figure(run.run_id, _loss_curve(Path(checkpoint.journal)), "plots/loss.png")
+    name = MODEL_PREFIX + model.model_size
+    scratch_root = Settings.load().data_root
+    with TemporaryDirectory(dir=scratch_root, prefix=".export-") as scratch:
+        directory = Path(scratch) / "model"
+        export(model, plan, Path(checkpoint.best), directory, sources, evaluation.metrics)
+        version = log_model(
+            run,
+            directory,
+            name,
+            {"model_size": model.model_size, "base": model.source, "best_step": checkpoint.best_step},
+            {key: evaluation.metrics[key] for key in ("best/eval_loss", "test/loss", "test/perplexity")},
+            checkpoint.steps,
+        )
+    uri = f"models:/{name}/{version.version}"
+    log.info("registered %s", uri)
+    create_markdown_artifact(
+        sample_report(samples, evaluation.metrics, run, uri), key="samples", description=f"Samples of {uri}"
+    )
+    return uri
+
+
+def export(
+    model: ModelRef,
+    plan: FreezePlan,
+    checkpoint: Path,
+    directory: Path,
+    sources: Sources,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write base plus trained tensors in Hugging Face's layout, in fp32, with tokenizer and model card."""
+    network, tokenizer = load_gpt_model(
+        model.model_size,
+        model.directory,
+        freeze_layers=plan.num_unfrozen_layers is not None,
+        num_unfrozen_layers=plan.num_unfrozen_layers or 0,
+        train_head=plan.train_head,
+        tokenizer_dir=model.tokenizer_directory,
+    )
+    load_trained(checkpoint, network)
+    network.save_pretrained(directory, tokenizer.eos_token_id)
+    tokenizer.model_max_length = network.config.n_positions
+    tokenizer.save_pretrained(str(directory))
+    (directory / "README.md").write_text(_model_card(network, plan, model, sources, metrics))
+
+
+def _model_card(
+    network: GPTModel, plan: FreezePlan, model: ModelRef, sources: Sources, metrics: Mapping[str, float]
+) -> str:
+    weights = f"{model.source} at {sources.weights.revision}" if sources.weights.revision else model.source
+    data = sources.dataset
+    rows = f"{data.source} at {data.revision}" if data.revision else data.source
+    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    return f"""---
+base_model: {model.source}
+pipeline_tag: text-generation
+---
+# GPT-2 {model.model_size}, fine-tuned for code instructions
+
+- Base: {weights} (OpenAI's GPT-2 weights are under a modified MIT licence).
+- Data: {rows}. CodeAlpaca's rows are under CC BY-NC 4.0: a model trained on them is for non-commercial use.
+- Trained: {plan.trainable:,} of {plan.total:,} parameters; the other tensors equal the base's.
+- Context: {network.config.n_positions} tokens. Prompt: `### Instruction:`, newline, the request, blank line,
+  `### Response:`, newline.
+
+| metric | value |
+|---|---|
+{scores}
+"""
+
+
+def _columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Records as MLflow's tables want them, by column."""
+    return {key: [record[key] for record in records] for key in records[0]} if records else {"row": []}
+
+
+def _loss_curve(journal: Path) -> Any:
+    """Training and validation loss over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    records = read_journal(journal)
+    for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
+        points = [(r["step"], r["metrics"][name]) for r in records if name in r["metrics"]]
+        axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+    axes.set(xlabel="optimizer step", ylabel="nats per response token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def sample_report(samples: list[dict[str, Any]], metrics: Mapping[str, float], run: RunRef, uri: str) -> str:
+    """Prefect's artifact: scores of both models, a few completions, and the way to the MLflow run."""
+    lines = [
+        f"MLflow run {run.link}, model `{uri}`",
+        "",
+        "| | base | tuned |",
+        "|---|---|---|",
+        f"| validation loss | {metrics['base/eval_loss']:.4f} | {metrics['best/eval_loss']:.4f} |",
+        f"| test loss | {metrics['base/test_loss']:.4f} | {metrics['test/loss']:.4f} |",
+        f"| test perplexity | {metrics['base/test_perplexity']:.2f} | {metrics['test/perplexity']:.2f} |",
+    ]
+    if samples:
+        lines.append(f"| stop rate | {metrics['base/stop_rate']:.2f} | {metrics['sample/stop_rate']:.2f} |")
+    for sample in samples[:_SHOWN]:
+        lines += ["", f"### Row {sample['row']}"]
+        for title, key in (("Prompt", "prompt"), ("Reference", "reference"), ("Base", "base"), ("Tuned", "tuned")):
+            # Indented, not fenced: a completion may hold a fence of its own.
+            text = sample[key][:_SHOWN_CHARACTERS].splitlines() or [""]
+            lines += ["", f"{title}:", "", *(f"    {line}" for line in text)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,130 @@
+"""What tasks hand to one another: where files lie and what they hold, never tensors, models or rows.
+
+Prefect hashes and may store every argument and result, so these stay small and plain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file that was verified when the reference was made."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class DatasetRef:
+    """A data set as files by split.
+
+    Attributes:
+        source: hub id, path or "demo", as the user gave it.
+        revision: the hub commit; None for local files.
+        splits: split -> files.
+    """
+
+    source: str
+    revision: str | None
+    splits: dict[str, list[FileRef]]
+
+
+@dataclass(frozen=True)
+class WeightsRef:
+    """A base model's directory in Hugging Face's layout.
+
+    Attributes:
+        source: hub id, path or "demo".
+        revision: the hub commit; None for a local directory.
+        files: file name -> sha256 of config and weights.
+        tokenizer_directory: holds the tokenizer; often the same.
+    """
+
+    source: str
+    revision: str | None
+    directory: str
+    files: dict[str, str]
+    tokenizer_directory: str
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What ``download`` gives."""
+
+    dataset: DatasetRef
+    weights: WeightsRef
+
+
+@dataclass(frozen=True)
+class TokensRef:
+    """Token files of the three splits.
+
+    Attributes:
+        directory: as written by ``model.tokens.prepare``.
+        key: hash of all that determines the files.
+        data_sha256: over all rows used.
+        counts: rows, tokens and dropped rows, as in meta.json.
+    """
+
+    directory: str
+    key: str
+    data_sha256: str
+    counts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A base model whose every key and shape was checked.
+
+    Attributes:
+        model_size: the preset it has the shape of.
+        sha256: over its config and weight files.
+        config: the shape, as GPTConfig's fields.
+    """
+
+    model_size: str
+    directory: str
+    tokenizer_directory: str
+    source: str
+    sha256: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """A finished training.
+
+    Attributes:
+        directory: of the training.
+        best: checkpoint directory with the lowest validation loss.
+        journal: the metrics, one JSON line a step.
+    """
+
+    directory: str
+    identity: str
+    best: str
+    best_step: int
+    best_eval_loss: float
+    base_eval_loss: float
+    steps: int
+    resumed_from: int
+    journal: str
+
+
+@dataclass(frozen=True)
+class EvaluationRef:
+    """Scores of base and tuned model on the test split.
+
+    Attributes:
+        metrics: name -> value, under the names MLflow shows.
+        rows: JSON file, one record per scored row.
+        samples: JSON file, one record per prompt with both completions.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: str = ""
+    samples: str = ""

@@ -1,0 +1,145 @@
+"""Task ``train`` (tag gpu): train the top blocks, or go on where an earlier try of the same training got to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from model.device import resolve_device, resolve_precision
+from model.files import sha256_json
+from model.freezing import FreezePlan
+from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig
+from model.training import train as run_training
+from ops.lock import device_lock
+from ops.settings import Settings
+from ops.tracking import JournalShipper, RunRef
+from tasks.freeze import load_frozen
+from tasks.references import CheckpointRef, ModelRef, TokensRef
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State, TaskRun
+
+_CODE_VERSION = 1  # to be raised when the same inputs would train another model
+_LOG_SECONDS = 10.0
+
+
+def _may_help_to_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+    """A wrong setting or a diverged training fails the same way again."""
+    try:
+        state.result(raise_on_failure=True)
+    except (NonFiniteError, ValueError, FileNotFoundError):
+        return False
+    except Exception:
+        return True
+    return False
+
+
+@task(
+    name="train",
+    tags=["gpu"],
+    retries=1,
+    retry_delay_seconds=10,
+    retry_condition_fn=_may_help_to_retry,
+    cache_policy=NO_CACHE,
+)
+def train(
+    tokens: TokensRef,
+    model: ModelRef,
+    plan: FreezePlan,
+    config: TrainConfig,
+    device: str,
+    run: RunRef,
+) -> CheckpointRef:
+    """Train, resuming a training of the same data, base, freeze and settings that was cut short.
+
+    Raises:
+        NonFiniteError: loss or gradient became NaN or infinite.
+        RuntimeError: the loaded model trains other parameters than planned.
+    """
+    log = get_run_logger()
+    settings = Settings.load()
+    place = resolve_device(device)
+    dtype = resolve_precision(config.precision, place)
+    identity = sha256_json(
+        {
+            "code": _CODE_VERSION,
+            "tokens": tokens.key,
+            "base": model.sha256,
+            "trained": plan.names,
+            "config": asdict(config),
+            "device": place.type,
+            "dtype": str(dtype),
+        }
+    )
+    directory = settings.trainings / identity
+    with device_lock(settings.locks, str(place), str(flow_run.name), log.info):
+        network, _ = load_frozen(model, plan, place, dtype)
+        shipper = JournalShipper(run, directory / JOURNAL_FILE)
+        progress = _Progress(log)
+
+        def on_step(report: StepReport) -> None:
+            progress.show(report)
+            shipper.maybe_ship()
+
+        result = run_training(network, Path(tokens.directory), config, directory, identity, on_step, log.warning)
+        shipper.ship()
+    if result.resumed_from:
+        log.info("this training was taken over at step %d", result.resumed_from)
+    log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
+    return CheckpointRef(
+        directory=str(directory),
+        identity=identity,
+        best=str(result.best),
+        best_step=result.best_step,
+        best_eval_loss=result.best_eval_loss,
+        base_eval_loss=result.base_eval_loss,
+        steps=result.steps,
+        resumed_from=result.resumed_from,
+        journal=str(directory / JOURNAL_FILE),
+    )
+
+
+class _Progress:
+    """Throttled log lines and Prefect's progress bar; trouble with either never stops the training."""
+
+    def __init__(self, log: Any):
+        self.log = log
+        self.last_line = -math.inf
+        self.artifact: UUID | None = None
+
+    def show(self, report: StepReport) -> None:
+        now = time.monotonic()
+        if report.eval_loss is None and now - self.last_line < _LOG_SECONDS:
+            return
+        self.last_line = now
+        parts = [f"step {report.step}/{report.total_steps}"]
+        if report.step:
+            parts += [f"loss {report.loss:.4f}", f"{report.tokens_per_second:,.0f} tokens/s"]
+            parts += [f"{report.eta_seconds:.0f} s to go"]
+        if report.eval_loss is not None:
+            parts.append(f"validation loss {report.eval_loss:.4f}")
+        line = ", ".join(parts)
+        self.log.info(line)
+        self._best_effort(lambda: self._artifact(100 * report.step / max(1, report.total_steps), line))
+
+    def _artifact(self, percent: float, line: str) -> None:
+        if self.artifact is None:
+            self.artifact = cast(UUID, create_progress_artifact(percent, key="train-progress", description=line))
+        else:
+            update_progress_artifact(self.artifact, percent, description=line)
+
+    def _best_effort(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.log.warning("the progress artifact was not updated: %s", error)
