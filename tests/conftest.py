@@ -1,0 +1,144 @@
+"""Shared fixtures: a tiny GPT-2 made by transformers, its byte-level tokenizer, generated rows and their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+NOUNS = ("price", "index", "counter", "offset", "score")
+CONTEXT = 96  # n_positions of the tiny model
+MAX_LENGTH = 80
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small matrices are fastest, and sums reproducible, on one thread."""
+    torch.set_num_threads(1)
+
+
+def _rows(count: int) -> list[dict[str, str]]:
+    """Distinct rows of different lengths, every other one in the original CodeAlpaca's schema."""
+    rows = []
+    for i in range(count):
+        noun = NOUNS[i % len(NOUNS)]
+        task = f"Write a function that adds {i} to a {noun}."
+        code = f"def add_{i}({noun}):\n    return {noun} + {i}" + f"\n# {noun} {i}" * (i % 4)
+        if i % 2:
+            rows.append({"prompt": task, "completion": code})
+        else:
+            rows.append({"instruction": task, "input": f"{noun} = {i}" if i % 4 else "", "output": code})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def make_rows() -> Callable[[int], list[dict[str, str]]]:
+    """make_rows(n): n rows; the first k of a longer list are those of a shorter one."""
+    return _rows
+
+
+@pytest.fixture(scope="session")
+def write_jsonl() -> Callable[[Path, list[Any]], Path]:
+    """Write records as JSON lines; a str stands for itself, as a raw line."""
+
+    def write(path: Path, records: list[Any]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory, write_jsonl: Callable[[Path, list[Any]], Path]) -> Path:
+    """A data folder of 60 rows. Read only."""
+    directory = tmp_path_factory.mktemp("data")
+    write_jsonl(directory / "train.jsonl", _rows(60))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer trained on the rows; ``<|endoftext|>`` is id 0. Read only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [text for row in _rows(60) for text in row.values()] + ["### Instruction:\n\n\n### Response:\n"] * 60
+    tokenizer.train_from_iterator(texts, trainer)
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> Any:
+    """That tokenizer, loaded as the project loads it."""
+    from model.loading import load_tokenizer
+
+    return load_tokenizer(tokenizer_dir, 320)
+
+
+@pytest.fixture(scope="session")
+def random_hf() -> Callable[..., Any]:
+    """random_hf(n_embd=..., ...): a GPT2LMHeadModel in which no bias is 0 and no norm weight is 1."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def build(seed: int = 0, noise: float = 0.05, **settings: Any) -> Any:
+        torch.manual_seed(seed)
+        config = GPT2Config(bos_token_id=0, eos_token_id=0, **settings)
+        reference = GPT2LMHeadModel(config).eval()
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter += noise * torch.randn_like(parameter)
+        return reference
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def gpt2_dir(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path, tokenizer: Any, random_hf: Callable[..., Any]
+) -> Path:
+    """A tiny GPT-2 with its tokenizer in Hugging Face's layout, written by transformers. Read only."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    shape = {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": CONTEXT, "vocab_size": len(tokenizer)}
+    random_hf(noise=0.15, **shape).save_pretrained(directory)
+    for path in tokenizer_dir.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+@pytest.fixture
+def tiny_model(gpt2_dir: Path) -> Any:
+    """That model, fresh for every test, its top block and final norm left trainable."""
+    from model import GPTModel, freeze_bottom_layers
+
+    model = GPTModel.from_pretrained(gpt2_dir)
+    freeze_bottom_layers(model, 1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def token_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, tokenizer: Any) -> Path:
+    """The rows as token files, about a tenth of them test and a fifth validation. Read only."""
+    from model.rows import find_splits
+    from model.tokens import PrepareConfig, prepare
+
+    directory = tmp_path_factory.mktemp("tokens") / "tokens"
+    config = PrepareConfig(max_length=MAX_LENGTH, test_share=0.1, validation_share=0.2)
+    prepare(find_splits(data_dir), tokenizer, config, directory)
+    return directory

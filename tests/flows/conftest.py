@@ -1,0 +1,90 @@
+"""A real Prefect server and a real MLflow on sqlite for the tests of the whole flow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """Prefect's own test harness: a temporary database and a server process."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def session_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root that the session's tests share; tokens and the demo's base are made once."""
+    return tmp_path_factory.mktemp("root")
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return {
+        "FINETUNE_DATA_ROOT": str(root),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow/mlflow.db",
+        "PREFECT_LOGGING_TO_API_ENABLED": "false",
+    }
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root of one test's own."""
+    for name, value in _environment(tmp_path / "root").items():
+        monkeypatch.setenv(name, value)
+    return tmp_path / "root"
+
+
+# Enough to see every part work: 12 steps of a 3-million-parameter model.
+TINY: dict[str, Any] = {
+    "model_size": "tiny",
+    "dataset": "demo",
+    "num_unfrozen_layers": 2,
+    "validation_share": 0.1,
+    "max_length": 128,
+    "max_steps": 12,
+    "batch_size": 8,
+    "learning_rate": 0.002,
+    "eval_freq": 5,
+    "sample_rows": 3,
+    "max_new_tokens": 8,
+    "precision": "fp32",
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, Any]:
+    """Parameters of a run that takes seconds."""
+    return dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def finished(prefect_server: None, session_root: Path) -> Any:
+    """The result of one whole run, for the tests that look at what it left. Read only."""
+    from flows.finetune import finetune
+
+    before = {name: os.environ.get(name) for name in _environment(session_root)}
+    os.environ.update(_environment(session_root))
+    try:
+        return finetune(**TINY)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+@pytest.fixture
+def mlflow_of() -> Callable[[Any], Any]:
+    """mlflow_of(run_ref): a client for the run's tracking URI."""
+    from ops.tracking import client
+
+    return lambda run: client(run.tracking_uri)

@@ -1,0 +1,244 @@
+"""The whole flow, against a real Prefect server and a real MLflow on sqlite."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PARAMETERS = {
+    "model_size", "dataset", "dataset_revision", "weights_dir", "tokenizer_dir", "subset_start", "subset_count",
+    "test_share", "validation_share", "max_dropped_share", "max_length", "freeze_layers", "num_unfrozen_layers",
+    "train_head", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "learning_rate", "weight_decay",
+    "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows", "sample_rows",
+    "max_new_tokens", "temperature", "top_k", "top_p", "seed", "precision", "device",
+}  # fmt: skip
+PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
+METRICS = {
+    "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss", "eval/perplexity",
+    "best/eval_loss", "best/step", "base/eval_loss", "base/perplexity", "base/test_loss", "base/test_perplexity",
+    "test/loss", "test/perplexity", "base/stop_rate", "sample/stop_rate", "data/train_rows", "data/validation_rows",
+    "data/test_rows", "data/train_tokens", "data/truncated_share", "data/dropped_rows",
+}  # fmt: skip
+ARTIFACTS = {
+    "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
+    "tables/samples.json",
+}  # fmt: skip
+MODEL_FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+
+
+def _artifacts(mlflow: Any, run_id: str, path: str = "") -> set[str]:
+    found = set()
+    for item in mlflow.list_artifacts(run_id, path):
+        found |= _artifacts(mlflow, run_id, item.path) if item.is_dir else {item.path}
+    return found
+
+
+def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """Names of params, metrics, artifacts and tags are what users build upon."""
+    mlflow = mlflow_of(finished.run)
+    run = mlflow.get_run(finished.run.run_id)
+    assert run.info.status == "FINISHED"
+    assert set(run.data.params) == PARAMETERS | PLAN_PARAMETERS
+    assert set(run.data.metrics) == METRICS
+    assert _artifacts(mlflow, finished.run.run_id) == ARTIFACTS
+    own_tags = {tag for tag in run.data.tags if not tag.startswith("mlflow.")}
+    assert own_tags - {"git_sha", "prefect.flow_run_url"} == {
+        "prefect.flow_run_id",
+        "prefect.deployment",
+        "data_sha256",
+        "subset",
+    }
+    assert mlflow.get_experiment(run.info.experiment_id).name == "finetune"
+    ((dataset,),) = [run.inputs.dataset_inputs]
+    assert run.data.tags["data_sha256"].startswith(dataset.dataset.digest)
+
+
+def test_params_and_tags_tell_this_run(finished: Any, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]) -> None:
+    """What was asked for is what is recorded, and the Prefect run can be found from the MLflow run."""
+    from prefect.client.orchestration import get_client
+
+    run = mlflow_of(finished.run).get_run(finished.run.run_id)
+    assert {name: run.data.params[name] for name in tiny} == {name: str(value) for name, value in tiny.items()}
+    assert run.data.params["trainable_parameters"] == "890112"
+    with get_client(sync_client=True) as prefect:
+        flow_run = prefect.read_flow_run(run.data.tags["prefect.flow_run_id"])
+    assert flow_run.name == run.info.run_name
+    assert flow_run.state is not None
+    assert flow_run.state.is_completed()
+
+
+def test_metrics_follow_the_steps(finished: Any, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]) -> None:
+    """Every step has a point, validation stands at 0, every eval_freq and the end; the tuned model is better."""
+    mlflow = mlflow_of(finished.run)
+
+    def steps(name: str) -> list[int]:
+        return [point.step for point in mlflow.get_metric_history(finished.run.run_id, name)]
+
+    assert steps("train/loss") == list(range(1, tiny["max_steps"] + 1))
+    assert steps("eval/loss") == [0, 5, 10, 12]
+    metrics = finished.metrics
+    history = mlflow.get_metric_history(finished.run.run_id, "eval/loss")
+    assert metrics["base/eval_loss"] == history[0].value
+    assert metrics["best/eval_loss"] == min(point.value for point in history)
+    assert metrics["test/loss"] < metrics["base/test_loss"] - 1
+    assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]))
+
+
+def test_tables_compare_row_by_row(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """One record per test row, whose token-weighted mean is the reported loss; one per sampled prompt."""
+    mlflow = mlflow_of(finished.run)
+    rows = mlflow.load_table(finished.run.experiment_id, "tables/test_rows.json", [finished.run.run_id])
+    assert list(rows.columns) == ["row", "prompt", "tokens", "base_loss", "loss"]
+    assert len(rows) == mlflow.get_run(finished.run.run_id).data.metrics["data/test_rows"]
+    for column, metric in (("loss", "test/loss"), ("base_loss", "base/test_loss")):
+        assert (rows[column] * rows.tokens).sum() / rows.tokens.sum() == pytest.approx(finished.metrics[metric])
+    samples = mlflow.load_table(finished.run.experiment_id, "tables/samples.json", [finished.run.run_id])
+    assert len(samples) == 3
+    assert set(samples.columns) == {
+        "row", "prompt", "reference", "base", "base_stopped", "tuned", "tuned_stopped",
+    }  # fmt: skip
+
+
+def test_registered_model_loads_in_transformers(finished: Any, session_root: Path) -> None:
+    """The version is a plain Hugging Face directory: transformers computes the same logits, without this code."""
+    import mlflow
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from model import GPTModel
+
+    assert finished.model == "models:/gpt2-code-tiny/1"
+    mlflow.set_tracking_uri(finished.run.tracking_uri)
+    directory = Path(mlflow.artifacts.download_artifacts(finished.model))
+    assert {path.name for path in directory.iterdir()} == MODEL_FILES
+    reference = AutoModelForCausalLM.from_pretrained(directory).eval()
+    own = GPTModel.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    ids = torch.tensor([tokenizer.encode("### Instruction:\nWrite a Python function that adds 2 to a number.")])
+    with torch.no_grad():
+        assert (reference(ids).logits - own(ids)).abs().max() <= 1e-4
+    # Trained where it should be, the base elsewhere.
+    base = GPTModel.from_pretrained(session_root / "demo" / "v1" / "base")
+    for (name, before), after in zip(base.named_parameters(), own.parameters(), strict=True):
+        trained = name.startswith(("h.4.", "h.5.", "ln_f."))
+        assert torch.equal(before, after) is not trained, name
+
+
+def test_logged_model_carries_metrics(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """The version leads to the run and its LoggedModel to the scores."""
+    mlflow = mlflow_of(finished.run)
+    version = mlflow.get_model_version("gpt2-code-tiny", "1")
+    assert version.run_id == finished.run.run_id
+    logged = mlflow.get_logged_model(version.source.removeprefix("models:/"))
+    assert str(logged.status) == "READY"
+    assert {metric.key for metric in logged.metrics} == {"best/eval_loss", "test/loss", "test/perplexity"}
+
+
+def test_model_card_names_licences(finished: Any) -> None:
+    """Whoever gets the model learns what it may be used for."""
+    import mlflow
+
+    mlflow.set_tracking_uri(finished.run.tracking_uri)
+    card = Path(mlflow.artifacts.download_artifacts(f"{finished.model}/README.md")).read_text()
+    assert "CC BY-NC 4.0" in card
+    assert "modified MIT" in card
+
+
+def test_nothing_is_left_lying_about(finished: Any, session_root: Path) -> None:
+    """A finished training's checkpoints are gone once MLflow has the model; no scratch remains."""
+    assert list((session_root / "trainings").iterdir()) == []
+    assert list(session_root.glob(".export-*")) == []
+
+
+def test_prefect_shows_progress_and_samples(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """Both artifacts stand in Prefect; the samples lead to the MLflow run."""
+    from prefect.artifacts import Artifact
+
+    samples = Artifact.get("samples")
+    assert samples is not None
+    assert finished.run.run_id in str(samples.data)
+    progress = Artifact.get("train-progress")
+    assert progress is not None
+    assert progress.data == 100.0
+
+
+def test_all_wrong_parameters_are_named_at_once(prefect_server: None, data_root: Path) -> None:
+    """A user with three mistakes should not need three runs, and no MLflow run is opened for them."""
+    from prefect.exceptions import ParameterTypeError
+
+    from flows.finetune import finetune
+
+    with pytest.raises(ParameterTypeError) as caught:
+        finetune(model_size="124", epochs=0, top_p=2)
+    for name in ("model_size", "epochs", "top_p", "tiny, 124m, 355m, 774m, 1558m"):
+        assert name in str(caught.value)
+    assert not (data_root / "mlflow").exists()
+
+
+def test_a_failed_flow_is_a_failed_run(
+    prefect_server: None, data_root: Path, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]
+) -> None:
+    """MLflow says FAILED, and the error names the file."""
+    from flows.finetune import finetune
+    from ops.settings import Settings
+    from ops.tracking import client
+
+    missing = data_root / "no-such-rows.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"no-such-rows\.jsonl"):
+        finetune(**{**tiny, "dataset": str(missing)})
+    mlflow = client(Settings.load().tracking_uri)
+    (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("finetune").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+def test_a_run_that_failed_behind_training_does_not_train_again(
+    prefect_server: None,
+    data_root: Path,
+    tiny: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    mlflow_of: Callable[[Any], Any],
+) -> None:
+    """The rerun takes the finished training over; its MLflow run has every metric, equal to a run in one piece.
+
+    The failure is injected at ``publish``; everything else is real.
+    """
+    import flows.finetune as module
+
+    def broken(*arguments: Any) -> str:
+        raise OSError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "publish", broken)
+        with pytest.raises(OSError, match="injected"):
+            module.finetune(**tiny)
+    (directory,) = (data_root / "trainings").iterdir()
+    journal = (directory / "metrics.jsonl").read_text()
+    result = module.finetune(**tiny)
+    mlflow = mlflow_of(result.run)
+    points = mlflow.get_metric_history(result.run.run_id, "train/loss")
+    trained = [json.loads(line)["metrics"] for line in journal.splitlines()]
+    assert [point.value for point in points] == [m["train/loss"] for m in trained if "train/loss" in m]
+    # The very speeds of the first try: nothing was computed twice.
+    speeds = mlflow.get_metric_history(result.run.run_id, "train/tokens_per_second")
+    name = "train/tokens_per_second"
+    assert [point.value for point in speeds] == [m[name] for m in trained if name in m]
+    assert not directory.exists()
+
+
+def test_every_gpu_task_holds_the_tag() -> None:
+    """The tag limit serialises what uses the device, and nothing else."""
+    from tasks.download import download
+    from tasks.evaluate import evaluate
+    from tasks.freeze import freeze
+    from tasks.load_weights import load_weights
+    from tasks.prepare import prepare
+    from tasks.publish import publish
+    from tasks.train import train
+
+    assert train.tags == evaluate.tags == {"gpu"}
+    assert not download.tags | prepare.tags | load_weights.tags | freeze.tags | publish.tags
