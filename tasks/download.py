@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -15,29 +14,16 @@ from model.demo import BASE_DIRECTORY, ROWS_DIRECTORY, write_demo
 from model.files import atomic_directory, sha256_file, write_json
 from model.loading import CONFIG_FILE, weight_files
 from model.rows import find_splits
-from ops.hub import PINNED_WEIGHTS, HubError, fetch_dataset, fetch_weights
+from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
 from ops.settings import Settings
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
-
-if TYPE_CHECKING:
-    from prefect.client.schemas.objects import State, TaskRun
 
 DEMO = "demo"
 _DEMO_VERSION = "v1"  # to be raised with every change of model/demo.py
 
 
-def _hub_failed(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
-    """Retry what a network may mend, not a wrong path."""
-    try:
-        state.result(raise_on_failure=True)
-    except HubError:
-        return True
-    except Exception:
-        return False
-    return False
-
-
-@task(name="download", retries=1, retry_delay_seconds=5, retry_condition_fn=_hub_failed, cache_policy=NO_CACHE)
+# No retries: ops.hub has its own, bounded, so that a dead network is told within a minute.
+@task(name="download", cache_policy=NO_CACHE)
 def download(
     dataset: str,
     dataset_revision: str | None,

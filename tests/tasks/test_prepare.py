@@ -1,0 +1,57 @@
+"""Token files are made once for each combination of inputs, and never used damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from model.tokens import PrepareConfig
+from tasks.download import download
+from tasks.prepare import prepare
+from tasks.references import Sources, TokensRef
+
+CONFIG = PrepareConfig(max_length=80, validation_share=0.2)
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path, gpt2_dir: Path) -> Sources:
+    """A tiny model and 60 rows."""
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
+    with disable_run_logger():
+        return download.fn(str(data_dir), None, "tiny", str(gpt2_dir), None)
+
+
+def _prepare(sources: Sources, config: PrepareConfig = CONFIG) -> TokensRef:
+    with disable_run_logger():
+        return prepare.fn(sources, config)
+
+
+def test_equal_inputs_are_tokenised_once(sources: Sources) -> None:
+    """The second call finds the first one's files."""
+    first = _prepare(sources)
+    written = (Path(first.directory) / "meta.json").stat().st_mtime_ns
+    assert _prepare(sources) == first
+    assert (Path(first.directory) / "meta.json").stat().st_mtime_ns == written
+
+
+def test_damaged_files_are_written_anew(sources: Sources) -> None:
+    """A flipped byte in the cache is found and mended, not trained on."""
+    first = _prepare(sources)
+    file = Path(first.directory) / "train.ids.bin"
+    whole = file.read_bytes()
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert _prepare(sources) == first
+    assert file.read_bytes() == whole
+
+
+def test_other_settings_are_other_files(sources: Sources) -> None:
+    """The key covers the settings."""
+    assert _prepare(sources).key != _prepare(sources, PrepareConfig(max_length=70, validation_share=0.2)).key
+
+
+def test_max_length_beyond_the_context(sources: Sources) -> None:
+    """The model has 96 positions; asking for more is refused before anything is tokenised."""
+    with pytest.raises(ValueError, match="max_length 97 is beyond the model's context of 96"):
+        _prepare(sources, PrepareConfig(max_length=97))
