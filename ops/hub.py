@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,11 +23,14 @@ from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from model.files import sha256_file
+
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from huggingface_hub import DatasetInfo, ModelInfo
 
 T = TypeVar("T")
+Count = Callable[[], int]
 
 ANSWER_SECONDS = 10.0  # for the answer to one question, such as "which files has this revision?"
 PAUSES = (1.0, 3.0)  # between the tries of a question: three tries, 34 s when the hub hangs
@@ -45,6 +49,7 @@ _WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
             "merges.txt", "model.safetensors")  # fmt: skip
 _CARDS = ("README.md", ".huggingface.yaml")  # they say which table belongs to which split
 _TABLES = tuple(f"*.{kind}{gz}" for kind in ("parquet", "json", "jsonl", "csv", "txt") for gz in ("", ".gz"))
+_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # the hub's, of a file in git or in LFS
 
 
 class HubError(RuntimeError):
@@ -82,7 +87,7 @@ def fetch_weights(
             came with the wrong content twice.
     """
     folder, hashes = _Repo(repo_id, "model", revision, cache_dir, local_option, _WEIGHTS).fetch()
-    files = {name: known if len(known) == 64 else _sha256(folder / name) for name, known in hashes.items()}
+    files = {name: known if len(known) == 64 else sha256_file(folder / name) for name, known in hashes.items()}
     return HubSnapshot(folder, repo_id, folder.name, files)
 
 
@@ -139,7 +144,9 @@ class _Repo:
         hashes = {}
         for name in wanted:
             lfs = files[name].lfs
-            hashes[name] = str(lfs.sha256 if lfs else files[name].blob_id)
+            hashes[name] = (lfs.sha256 if lfs else files[name].blob_id) or ""
+            if not _HASH.fullmatch(hashes[name]):
+                raise self.error(f"the hub gives no hash of {name}")
             folder = self.download(name, hashes[name], str(info.sha))
         # All files are there: this only notes the list of files, and the commit of a branch, in the cache.
         # With them a later call knows a complete copy when it cannot ask.
@@ -179,18 +186,17 @@ class _Repo:
             return None
         damaged = [name for name, expected in hashes.items() if _hash(folder / name, expected) != expected]
         for name in damaged:
-            _remove(folder / name)
+            self.remove(folder / name)
         return None if damaged else (folder, hashes)
 
     def download(self, name: str, expected: str, commit: str) -> Path:
         """Bring a file into the cache unless it is there, verify it, and fetch a wrong one once more."""
-        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub import hf_hub_download
         from huggingface_hub.file_download import repo_folder_name
         from huggingface_hub.utils.tqdm import tqdm
 
         received = 0
-        storage = repo_folder_name(repo_id=self.repo_id, repo_type=self.repo_type)
-        blobs = Path(self.cache_dir or constants.HF_HUB_CACHE) / storage / "blobs"
+        blobs = self.root() / repo_folder_name(repo_id=self.repo_id, repo_type=self.repo_type) / "blobs"
 
         class Counter(tqdm):
             def update(self, n: float | None = 1) -> None:
@@ -200,17 +206,23 @@ class _Repo:
 
         def arrived() -> int:
             # Part files count too: another process may be fetching this very file while we wait for its lock.
-            return received + sum(map(_size, blobs.glob(f"{expected}.*.incomplete")))
+            return received + sum(part.st_size for part in _parts(blobs, expected).values())
 
         fetch = partial(
             hf_hub_download, self.repo_id, name, repo_type=self.repo_type, revision=commit,
             cache_dir=self.cache_dir, etag_timeout=ANSWER_SECONDS, tqdm_class=Counter,
         )  # fmt: skip
-        for _ in range(2):
-            path = Path(self.attempt(fetch, STALL_SECONDS, name, arrived))
-            if (actual := _hash(path, expected)) == expected:
-                return path.parents[name.count("/")]
-            _remove(path)
+        try:
+            for _ in range(2):
+                path = Path(self.attempt(fetch, STALL_SECONDS, name, arrived))
+                if (actual := _hash(path, expected)) == expected:
+                    return path.parents[name.count("/")]
+                self.remove(path)
+        finally:
+            # Given up just now, or by a process that was killed: the library never comes back to them.
+            for part, stat in _parts(blobs, expected).items():
+                if time.time() - stat.st_mtime > STALL_SECONDS / 2:
+                    part.unlink(missing_ok=True)
         raise self.error(f"{name} came twice with hash {actual} instead of {expected}, and was not kept")
 
     def ask(self, question: Callable[[], T]) -> T:
@@ -223,7 +235,7 @@ class _Repo:
                 time.sleep(pause)
         return self.attempt(question, ANSWER_SECONDS)
 
-    def attempt(self, call: Callable[[], T], limit: float, file: str = "", arrived: Callable[[], int] = int) -> T:
+    def attempt(self, call: Callable[[], T], limit: float, file: str = "", arrived: Count = int) -> T:
         """Call the library, watched; whatever it raises becomes a `HubError`."""
         try:
             return _watched(call, limit, arrived)
@@ -256,6 +268,18 @@ class _Repo:
             f"A local copy can be given as {self.local_option}."
         )
 
+    def root(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
+
+    def remove(self, path: Path) -> None:
+        """Remove a file of a snapshot, its blob, and the content in the store for Xet that it may link to."""
+        blob = path.parent / os.readlink(path) if path.is_symlink() else path
+        for part in map(os.path.abspath, (path.resolve(), blob, path)):
+            if Path(part).is_relative_to(self.root()):  # what somebody linked to from here is theirs
+                Path(part).unlink(missing_ok=True)
+
     def wanted(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
 
@@ -267,7 +291,7 @@ class _Repo:
         return ", ".join(sorted({"config.json", "model.safetensors", *tokenizer}.difference(names)))
 
 
-def _watched(call: Callable[[], T], limit: float, arrived: Callable[[], int]) -> T:
+def _watched(call: Callable[[], T], limit: float, arrived: Count) -> T:
     """Run ``call`` in a thread, and raise `_Stalled` when ``arrived`` has not grown for ``limit`` seconds.
 
     The thread is then left behind. It keeps no process alive (a daemon), and what it may still put into the
@@ -291,11 +315,13 @@ def _watched(call: Callable[[], T], limit: float, arrived: Callable[[], int]) ->
     return future.result()
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # finished and renamed since it was listed
-        return 0
+def _parts(blobs: Path, expected: str) -> dict[Path, os.stat_result]:
+    """Return the part files of one blob, whichever process writes them."""
+    parts = {}
+    for path in blobs.glob(f"{expected}.*.incomplete"):
+        with suppress(FileNotFoundError):  # finished and renamed since it was listed
+            parts[path] = path.stat()
+    return parts
 
 
 def _name_of_blob(path: Path) -> str | None:
@@ -305,7 +331,7 @@ def _name_of_blob(path: Path) -> str | None:
     looks like a sha256 and is none. A cache without links (Windows) has no such names.
     """
     name = Path(os.readlink(path)).name if path.is_symlink() else ""
-    return name if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name) else None
+    return name if _HASH.fullmatch(name) else None
 
 
 def _hash(path: Path, like: str) -> str:
@@ -313,16 +339,4 @@ def _hash(path: Path, like: str) -> str:
     if len(like) == 40:  # small files only
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _remove(path: Path) -> None:
-    """Remove a file of a snapshot, its blob, and the content in the store for Xet that this may link to."""
-    blob = path.parent / os.readlink(path) if path.is_symlink() else path
-    for part in (path.resolve(), blob, path):
-        part.unlink(missing_ok=True)
+    return sha256_file(path)

@@ -1,0 +1,404 @@
+"""`ops.hub` against a fake hub, in processes of their own: the library reads HF_ENDPOINT when it is imported.
+
+Time limits are the module's settings, made short; everything else is the real library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL, DATASET = "org/tiny", "org/Code_Pairs"
+SPLITS = {"train": "train", "held_out": "test"}  # of the card: split -> file
+TOKEN = "hf_canaryCanaryCanary"
+FETCHED = {"config.json", "generation_config.json", "merges.txt", "model.safetensors", "vocab.json"}
+KINDS = ("model.safetensors", "config.json")  # hashed by LFS, and by git
+DEAD = "http://127.0.0.1:9"
+SHORT = {"ANSWER_SECONDS": 1.0, "STALL_SECONDS": 1.0}  # where the wait is the point; else as shipped
+SCRIPT = """
+import json, sys, time, traceback
+from pathlib import Path
+from ops import hub
+call, arguments, settings = json.loads(sys.argv[1])
+vars(hub).update(settings)
+start = time.monotonic()
+try:
+    result = getattr(hub, call)(*arguments[:2], Path(arguments[2]))
+    if call == "fetch_weights":
+        answer = {"path": str(result.path), "commit": result.commit, "files": result.files}
+    else:
+        answer = {"rows": {name: split.to_list() for name, split in result[0].items()}, "commit": result[1]}
+except hub.HubError as error:
+    traceback.print_exc()
+    answer = {"error": str(error)}
+print(json.dumps({**answer, "seconds": time.monotonic() - start}))
+"""
+Fetch = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real, tiny GPT-2 as its repository would be, pickle and all."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("weights")
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=8, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate("abcdefgh")}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split, count in (("train", 3), ("test", 2)):
+        lines = [json.dumps({"prompt": f"{split} {i}", "completion": f"print({i})"}) for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "README.md").write_text("Rows for tests.\n")
+    (folder / "pairs.pkl").write_bytes(b"a pickle")
+    return folder
+
+
+@pytest.fixture
+def fetch(tmp_path: Path) -> Fetch:
+    """Run one call of `ops.hub` in a new process; its cache lasts through the test."""
+
+    def run(
+        hub: Any, call: str, *arguments: str | None, env: dict[str, str] | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        endpoint = hub if isinstance(hub, str) else hub.endpoint
+        own = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "NO_PROXY": "*"}
+        job = json.dumps([call, [*arguments, str(tmp_path / "cache")], {"PAUSES": [0.05, 0.1], **settings}])
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, job], capture_output=True, text=True, timeout=30,
+            env={**inherited, **own, "PYTHONPATH": str(ROOT), **(env or {})},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        assert TOKEN not in done.stdout + done.stderr
+        if "error" in answer:
+            assert "A local copy can be given as" in answer["error"]
+        return {**answer, "stderr": done.stderr}
+
+    return run
+
+
+@pytest.fixture
+def commit(hub: Any, weights: Path) -> str:
+    pushed: str = hub.push("models", MODEL, weights)
+    return pushed
+
+
+def blobs(tmp_path: Path, repo: str = "models--org--tiny") -> list[Path]:
+    return sorted((tmp_path / "cache" / repo / "blobs").glob("*"))
+
+
+def flipped(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def parquet(folder: Path) -> Path:
+    """Tables in a folder below, and a card that names the splits."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    (folder / "data").mkdir(parents=True)
+    for name in ("train", "test"):
+        table = pyarrow.table({"prompt": [f"{name} a", f"{name} b"], "completion": ["1", "2"]})
+        write_table(table, folder / f"data/{name}-00000-of-00001.parquet")
+    splits = "".join(f"  - split: {split}\n    path: data/{name}-*\n" for split, name in SPLITS.items())
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n"
+    (folder / "README.md").write_text(card)
+    return folder
+
+
+# Weights, and the cache
+
+
+def test_weights_are_fetched_and_load(hub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
+    from transformers import GPT2LMHeadModel
+
+    got = fetch(hub, "fetch_weights", MODEL, commit)
+    assert got["commit"] == commit
+    assert got["files"] == {name: sha256(weights / name) for name in FETCHED}
+    assert {path.name for path in Path(got["path"]).iterdir()} == FETCHED
+    assert GPT2LMHeadModel.from_pretrained(got["path"]).config.n_embd == 32
+    assert not hub.asked(".bin")
+    # The token goes to the hub and nowhere else.
+    assert {token for _, path, token in hub.requests if "/resolve/" in path} == {f"Bearer {TOKEN}"}
+    assert {token for _, path, token in hub.requests if path.startswith("/cdn/")} == {None}
+
+    # A pinned commit in the cache needs no hub.
+    again = fetch(DEAD, "fetch_weights", MODEL, commit, env={"HF_HUB_OFFLINE": "1"}, PAUSES=[20])
+    assert (again["commit"], again["files"]) == (commit, got["files"])
+    assert again["seconds"] < 10
+
+
+def test_a_branch_is_resolved_and_remembered(hub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
+    assert fetch(hub, "fetch_weights", MODEL, "main")["commit"] == commit
+    assert fetch(DEAD, "fetch_weights", MODEL, "main")["commit"] == commit
+
+
+def test_a_cache_filled_by_another_program(hub: Any, commit: str, fetch: Fetch, tmp_path: Path) -> None:
+    fetch(hub, "fetch_weights", MODEL, commit)
+    for listing in (tmp_path / "cache" / "models--org--tiny" / "trees").iterdir():
+        listing.unlink()
+    assert fetch(DEAD, "fetch_weights", MODEL, commit)["commit"] == commit
+    (tmp_path / f"cache/models--org--tiny/snapshots/{commit}/merges.txt").unlink()
+    assert "no complete copy" in fetch(DEAD, "fetch_weights", MODEL, commit)["error"]
+
+
+def test_a_damaged_cache_is_refetched(hub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
+    folder = Path(fetch(hub, "fetch_weights", MODEL, commit)["path"])
+    hub.requests.clear()
+    for name in KINDS:
+        (folder / name).write_bytes(flipped(folder / name))
+    got = fetch(hub, "fetch_weights", MODEL, commit)
+    for name in KINDS:
+        assert got["files"][name] == sha256(weights / name) == sha256(folder / name)
+    assert hub.asked("/cdn/") == 1
+    assert hub.asked("vocab.json") == 0, "what was whole is not fetched again"
+
+    (folder / "config.json").write_bytes(b"damaged")
+    assert "no complete copy" in fetch(DEAD, "fetch_weights", MODEL, commit)["error"]
+    assert not (folder / "config.json").exists()
+
+
+def test_a_blob_in_xets_store(hub: Any, weights: Path, commit: str, fetch: Fetch, tmp_path: Path) -> None:
+    """There a blob is a link to a file whose name has 64 digits, too, but is not its sha256."""
+    link = Path(fetch(hub, "fetch_weights", MODEL, commit)["path"]) / "model.safetensors"
+    blob, stored = link.resolve(), tmp_path / "cache" / "blobs" / "ab" / ("ab" * 32)
+    stored.parent.mkdir(parents=True)
+    blob.rename(stored)
+    blob.symlink_to(os.path.relpath(stored, blob.parent))
+    got = fetch(DEAD, "fetch_weights", MODEL, commit)
+    assert got["files"]["model.safetensors"] == sha256(weights / "model.safetensors")
+
+    stored.write_bytes(b"damaged")
+    theirs = tmp_path / "elsewhere"
+    theirs.write_bytes(b"not the cache's")
+    config = link.with_name("config.json").resolve()
+    config.unlink()
+    config.symlink_to(theirs)
+    got = fetch(hub, "fetch_weights", MODEL, commit)
+    assert theirs.exists()
+    assert not config.is_symlink()
+    assert got["files"]["model.safetensors"] == sha256(weights / "model.safetensors") == sha256(link)
+    assert not stored.exists(), "or the library would link to it again"
+
+
+def test_a_cache_without_links(hub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
+    """As on Windows: no file says what its hash should be, so the hub is asked for it."""
+    no_links = {"HF_HUB_DISABLE_SYMLINKS": "1"}
+    file = Path(fetch(hub, "fetch_weights", MODEL, commit, env=no_links)["path"]) / "model.safetensors"
+    assert not file.is_symlink()
+    file.write_bytes(flipped(file))
+    assert "no complete copy" in fetch(DEAD, "fetch_weights", MODEL, commit, env=no_links)["error"]
+    got = fetch(hub, "fetch_weights", MODEL, commit, env=no_links)
+    assert got["files"]["model.safetensors"] == sha256(weights / "model.safetensors") == sha256(file)
+
+
+def test_what_a_repository_lacks(hub: Any, weights: Path, fetch: Fetch, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin"):
+        (folder / name).write_bytes((weights / name).read_bytes())
+    pickled = hub.push("models", "org/pickled", folder)
+    assert "has no model.safetensors" in fetch(hub, "fetch_weights", "org/pickled", pickled)["error"]
+    assert not hub.asked("/resolve/")
+    missing = fetch(hub, "fetch_weights", "org/none", pickled)["error"]
+    assert "RepositoryNotFoundError (HTTP 404)" in missing
+    assert hub.asked("org/none") == 1, "a clear answer is not asked for again"
+    assert "HFValidationError" in fetch(hub, "fetch_weights", "a/b/c", "main")["error"]
+
+
+# The hub is away
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [
+        ("http://no-such-host.invalid", "ConnectError"),
+        ("http://user:secret@127.0.0.1:9", "Connection refused"),
+    ],
+)
+def test_no_hub_and_nothing_cached(fetch: Fetch, endpoint: str, reason: str) -> None:
+    got = fetch(endpoint, "fetch_weights", MODEL, "607a30d783dfa663caf39e06633721c8d4cfcd7e")
+    assert reason in got["error"]
+    for part in (
+        MODEL,
+        "607a30d7",
+        endpoint.replace("user:secret@", ""),
+        "as weights_dir",
+        "no complete copy",
+    ):
+        assert part in got["error"]
+    assert "secret" not in got["error"] + got["stderr"]
+    assert got["seconds"] < 10
+
+
+def test_the_limits_as_shipped_end_in_a_minute() -> None:
+    from ops import hub
+
+    tries = len(hub.PAUSES) + 1
+    assert tries * hub.ANSWER_SECONDS + sum(hub.PAUSES) < 60
+    assert hub.STALL_SECONDS < 60
+
+
+def test_offline_is_said(fetch: Fetch) -> None:
+    got = fetch(DEAD, "fetch_dataset", DATASET, None, env={"HF_HUB_OFFLINE": "1"}, PAUSES=[20])
+    assert got["seconds"] < 10, "and not asked again"
+    assert "OfflineModeIsEnabled" in got["error"]
+    assert "as dataset" in got["error"]
+
+
+def test_a_hub_that_never_answers(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
+    hub.faults = [fakehub.Fault("hang")]
+    start = time.monotonic()
+    got = fetch(hub, "fetch_weights", MODEL, commit, ANSWER_SECONDS=0.4)
+    assert "Stalled (nothing arrived" in got["error"] or "Timeout" in got["error"]
+    assert 1.2 < got["seconds"] < 5
+    assert time.monotonic() - start < got["seconds"] + 5, "the process ends, whatever still hangs in it"
+
+
+@pytest.mark.parametrize(("kind", "match"), [("hang", "/resolve/"), ("stall", "config.json")])
+def test_a_hub_that_dies_midway(
+    hub: Any, fakehub: Any, commit: str, fetch: Fetch, tmp_path: Path, kind: str, match: str
+) -> None:
+    hub.faults = [fakehub.Fault(kind, match=match)]
+    start = time.monotonic()
+    got = fetch(hub, "fetch_weights", MODEL, commit, **SHORT)
+    assert "Stalled (nothing arrived for 1 s)" in got["error"]
+    assert got["seconds"] < 6
+    assert time.monotonic() - start < got["seconds"] + 5
+    for blob in blobs(tmp_path):
+        assert blob.name in {fakehub.blob_id(blob.read_bytes()), sha256(blob)}, "whole files only"
+
+
+def test_a_busy_hub_is_asked_again(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
+    hub.faults = [fakehub.Fault("status", 1, "/api/models/", status) for status in (503, 429)]
+    assert fetch(hub, "fetch_weights", MODEL, commit)["commit"] == commit
+    assert hub.asked(f"/revision/{commit}") == 3
+
+
+def test_a_busy_hub_is_not_asked_for_ever(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
+    hub.faults = [fakehub.Fault("status")]
+    got = fetch(hub.endpoint.replace("//", "//user:secret@"), "fetch_weights", MODEL, commit)
+    assert "HTTP 503" in got["error"]
+    assert "secret" not in got["error"] + got["stderr"], "the library quotes the URL"
+    assert hub.asked("/api/models/") == 3
+    assert got["seconds"] < 5
+    # The library would sleep for as long as this header says.
+    hub.faults = [fakehub.Fault("status", match="/resolve/", status=429, headers={"Retry-After": "3600"})]
+    got = fetch(hub, "fetch_weights", MODEL, commit, **SHORT)
+    assert "Stalled" in got["error"]
+    assert got["seconds"] < 6
+
+
+# Wrong content
+
+
+def test_half_a_large_file(hub: Any, fakehub: Any, fetch: Fetch, tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(21 << 20))
+    commit = hub.push("models", "org/large", folder)
+    hub.faults = [fakehub.Fault("rewind", match="model.safetensors")]
+    error = fetch(hub, "fetch_weights", "org/large", commit, STALL_SECONDS=1.6)["error"]
+    assert "model.safetensors: Stalled" in error, "the same half again and again is no progress"
+    hub.ranges.clear()
+    hub.faults = [fakehub.Fault("half", times=1, match="model.safetensors")]
+    got = fetch(hub, "fetch_weights", "org/large", commit)
+    assert got["files"]["model.safetensors"] == sha256(folder / "model.safetensors")
+    assert hub.ranges == [f"bytes={10 << 20}-"], "the library goes on from the last full 10 MB"
+
+
+def test_half_a_file_never_passes_for_the_whole(
+    hub: Any, fakehub: Any, commit: str, fetch: Fetch, tmp_path: Path
+) -> None:
+    hub.faults = [fakehub.Fault("short", match="model.safetensors")]
+    assert "model.safetensors: OSError" in fetch(hub, "fetch_weights", MODEL, commit)["error"]
+    assert all(len(blob.name) == 40 for blob in blobs(tmp_path)), "nothing of it in the cache"
+    assert "no complete copy" in fetch(DEAD, "fetch_weights", MODEL, commit)["error"]
+
+
+def test_a_flipped_bit_is_refetched(hub: Any, fakehub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
+    hub.faults = [fakehub.Fault("flip", times=1, match=name) for name in KINDS]
+    got = fetch(hub, "fetch_weights", MODEL, commit)
+    for name in KINDS:
+        assert got["files"][name] == sha256(weights / name) == sha256(Path(got["path"]) / name)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_bit_flipped_twice_is_refused(
+    hub: Any, fakehub: Any, weights: Path, commit: str, fetch: Fetch, tmp_path: Path, name: str
+) -> None:
+    hub.faults = [fakehub.Fault("flip", match=name)]
+    right, wrong = (weights / name).read_bytes(), flipped(weights / name)
+    if name == "config.json":
+        expected, actual = fakehub.blob_id(right), fakehub.blob_id(wrong)
+    else:
+        expected, actual = (hashlib.sha256(content).hexdigest() for content in (right, wrong))
+    error = fetch(hub, "fetch_weights", MODEL, commit)["error"]
+    assert f"{name} came twice with hash {actual} instead of {expected}" in error
+    assert not [blob for blob in blobs(tmp_path) if blob.name.startswith(expected)]
+    assert not list((tmp_path / "cache").rglob(f"snapshots/*/{name}"))
+    assert sum(path.endswith((name, expected)) for method, path, _ in hub.requests if method == "GET") >= 2
+
+
+# Data sets
+
+
+def test_a_dataset_is_fetched_at_its_commit(hub: Any, rows: Path, fetch: Fetch, tmp_path: Path) -> None:
+    first = hub.push("datasets", DATASET, rows)
+    got = fetch(hub, "fetch_dataset", DATASET, None)
+    assert got["commit"] == first
+    assert {name: len(split) for name, split in got["rows"].items()} == {"train": 3, "test": 2}
+    assert got["rows"]["test"][1] == {"prompt": "test 1", "completion": "print(1)"}
+    assert not hub.asked("pairs.pkl")
+
+    second = hub.push("datasets", DATASET, parquet(tmp_path / "parquet"))
+    got = fetch(hub, "fetch_dataset", DATASET, "main")
+    assert got["commit"] == second
+    assert {name: [row["prompt"] for row in split] for name, split in got["rows"].items()} == {
+        "train": ["train a", "train b"],
+        "held_out": ["test a", "test b"],
+    }
+    # Away, the library by itself would take the newest commit for this one, too.
+    got = fetch(DEAD, "fetch_dataset", DATASET, first)
+    assert (got["commit"], len(got["rows"]["train"])) == (first, 3)
+
+
+def test_part_of_a_dataset_is_no_dataset(hub: Any, fakehub: Any, rows: Path, fetch: Fetch) -> None:
+    """Away, a copy without one of its splits must not pass for a data set that has no such split."""
+    commit = hub.push("datasets", DATASET, rows)
+    hub.faults = [fakehub.Fault("flip", match="train.jsonl")]
+    assert "train.jsonl came twice" in fetch(hub, "fetch_dataset", DATASET, commit)["error"]
+    assert "no complete copy" in fetch(DEAD, "fetch_dataset", DATASET, commit)["error"]
+
+
+def test_tables_that_do_not_fit(hub: Any, rows: Path, fetch: Fetch) -> None:
+    (rows / "test.jsonl").write_text("no json\n")
+    commit = hub.push("datasets", DATASET, rows)
+    assert "while reading its files" in fetch(hub, "fetch_dataset", DATASET, commit)["error"]
