@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,21 +67,19 @@ def load_state(path: Path) -> dict[str, Any]:
         for name, sha256 in state["files"].items():
             if sha256_file(path / name) != sha256:
                 raise ValueError(f"{path / name} is not what was written: its sha256 differs from {STATE_FILE}'s")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"checkpoint {path} is not complete: {error}") from error
     return state
 
 
 def load_trained(path: Path, model: GPTModel) -> None:
-    """Put a checkpoint's trained tensors into a model frozen in the same way.
+    """Put a checkpoint's trained tensors into a model frozen in the same way, once its files are verified.
 
     Raises:
-        ValueError: the names or shapes are not those that the model trains.
+        ValueError: the checkpoint is damaged, or has other names or shapes than the model trains.
     """
-    try:
-        tensors = load_file(path / MODEL_FILE)
-    except SafetensorError as error:
-        raise ValueError(f"{path / MODEL_FILE} is damaged: {error}") from error
+    load_state(path)
+    tensors = load_file(path / MODEL_FILE)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if tensors.keys() != trained.keys():
         raise ValueError(f"{path} trains other parameters: {sorted(tensors.keys() ^ trained.keys())[:5]}")

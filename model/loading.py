@@ -48,7 +48,10 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS_FILE).is_file():
         return [directory / WEIGHTS_FILE]
     if (directory / INDEX_FILE).is_file():
-        names = sorted(set(json.loads((directory / INDEX_FILE).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((directory / INDEX_FILE).read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{directory / INDEX_FILE} is damaged: {error!r}") from error
         for name in names:
             if Path(name).name != name:
                 raise ValueError(f"{directory / INDEX_FILE} names a file outside its directory: {name!r}")
@@ -177,7 +180,7 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenize
     transformers 5 that call silently gives a tokenizer of a single token.
 
     Args:
-        directory: holds tokenizer.json, or vocab.json and merges.txt.
+        directory: holds tokenizer.json, or vocab.json and merges.txt beside a config.json.
         vocab_size: rows of the model's embedding.
 
     Raises:
@@ -199,7 +202,10 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenize
     ids = tokenizer.encode(_GOLDEN_TEXT, add_special_tokens=False)
     golden = len(tokenizer) != GPTConfig().vocab_size or ids == _GOLDEN_IDS
     if not golden or tokenizer.decode(ids) != _GOLDEN_TEXT:
-        raise ValueError(f"the tokenizer in {directory} encodes {_GOLDEN_TEXT!r} as {ids}: its files do not fit")
+        raise ValueError(
+            f"the tokenizer in {directory} encodes {_GOLDEN_TEXT!r} as {ids}: its files do not fit, "
+            "or some are missing; name another directory in tokenizer_dir"
+        )
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = int(1e9)  # rows are cut by max_length, which says so in numbers, not by a warning
     return tokenizer

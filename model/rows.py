@@ -90,7 +90,7 @@ def read_records(path: Path) -> Iterator[Any]:
             # As text, empty cells as empty strings: pandas would turn "NA" or "1" into something else.
             for frame in pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=10_000):
                 yield from frame.to_dict("records")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
 
@@ -103,7 +103,7 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except UnicodeDecodeError:
                 yield UnusableRow("invalid_unicode")
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter: nested too deeply
                 yield UnusableRow("invalid_json")
 
 
@@ -131,7 +131,7 @@ def normalize_row(record: Any) -> dict[str, str]:
         prompt, completion = _text(record, "prompt"), _text(record, "completion")
     elif "instruction" in record and "output" in record:
         prompt, completion = _text(record, "instruction"), _text(record, "output")
-        if record.get("input"):
+        if record.get("input") and str(record["input"]).strip():
             prompt = f"{prompt}\n{_text(record, 'input')}"
     else:
         raise UnusableRow("missing_field")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,7 +18,8 @@ from model.tokens import IGNORE, CodeAlpacaDataset, collate_fn, micro_batches
 def next_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each labelled token given the tokens before it.
 
-    Position t predicts token t + 1. Logits are computed for positions that bear loss only, in fp32.
+    Position t predicts token t + 1. Logits are computed for positions that bear loss only, the loss in fp32
+    at least.
 
     Args:
         hidden: (B, T, D).
@@ -29,7 +31,8 @@ def next_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[
     """
     targets = labels[:, 1:]
     mask = targets != IGNORE
-    logits = head(hidden[:, :-1][mask]).float()  # (N, V)
+    logits = head(hidden[:, :-1][mask])  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets[mask], reduction="none"), mask
 
 
@@ -74,3 +77,8 @@ def row_losses(
 def mean_loss(sums: np.ndarray, counts: np.ndarray) -> float:
     """Nats per response token over all rows: the tokens are averaged, not the rows or the batches."""
     return float(sums.sum() / counts.sum())
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; of one beyond what a float can hold, the largest such number."""
+    return math.exp(min(loss, 700.0))

@@ -23,7 +23,7 @@ from model.checkpoint import (
 from model.device import autocast, resolve_precision
 from model.gpt import GPTModel
 from model.journal import MetricsJournal
-from model.scoring import mean_loss, row_losses, weighted_loss_sum
+from model.scoring import mean_loss, perplexity, row_losses, weighted_loss_sum
 from model.tokens import CodeAlpacaDataset, collate_fn, epoch_order, micro_batches
 
 JOURNAL_FILE = "metrics.jsonl"
@@ -165,7 +165,7 @@ def train(
 
     Raises:
         NonFiniteError: before the optimizer step that would have spread it; no checkpoint holds it.
-        ValueError: a bad setting.
+        ValueError: an unknown precision.
     """
     device = model.wte.weight.device
     dtype = resolve_precision(config.precision, device)
@@ -204,7 +204,7 @@ def train(
             base_loss = loss
         if loss < best_loss:
             best_loss, best_step = loss, step
-        journal.append(step, {"eval/loss": loss, "eval/perplexity": math.exp(loss)})
+        journal.append(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
         state = {
             "identity": identity,
             "base_eval_loss": base_loss,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from model.checkpoint import load_state, load_trained
+from model.checkpoint import load_trained
 from model.device import resolve_device, resolve_precision
 from model.evaluating import SamplingConfig, complete, row_table, sample_table
 from model.files import write_json
 from model.freezing import FreezePlan
-from model.scoring import mean_loss, row_losses
+from model.scoring import mean_loss, perplexity, row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, default_micro_batch_tokens
 from ops.lock import device_lock
@@ -45,7 +44,6 @@ def evaluate(
     test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
     prompts = [row["prompt"] for row in test.rows[: sampling.rows]]
     max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(place)
-    load_state(Path(checkpoint.best))
     with device_lock(settings.locks, str(place), str(flow_run.name), log.info):
         network, tokenizer = load_frozen(model, plan, place, dtype)
         base = row_losses(network, test, dtype, max_tokens)
@@ -55,13 +53,13 @@ def evaluate(
         tuned_samples = complete(network, tokenizer, prompts, sampling, dtype)
     metrics = {
         "base/eval_loss": checkpoint.base_eval_loss,
-        "base/perplexity": math.exp(checkpoint.base_eval_loss),
+        "base/perplexity": perplexity(checkpoint.base_eval_loss),
         "best/eval_loss": checkpoint.best_eval_loss,
         "best/step": checkpoint.best_step,
         "base/test_loss": mean_loss(*base),
-        "base/test_perplexity": math.exp(mean_loss(*base)),
+        "base/test_perplexity": perplexity(mean_loss(*base)),
         "test/loss": mean_loss(*tuned),
-        "test/perplexity": math.exp(mean_loss(*tuned)),
+        "test/perplexity": perplexity(mean_loss(*tuned)),
     }
     if prompts:
         metrics["base/stop_rate"] = sum(stopped for _, stopped in base_samples) / len(prompts)
