@@ -12,7 +12,7 @@ GPUS ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format deploy sample clean
+.PHONY: help install run test test-slow check format prefect-server mlflow-server worker deploy sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,9 +47,32 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Leases on disk, so that a restart of the server loses no slot; the second UI asks a third party for its settings.
+prefect-server: export PREFECT_HOME := $(CURDIR)/.data/server/prefect
+prefect-server: export PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE := prefect.server.concurrency.lease_storage.filesystem
+prefect-server: export PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS := 2
+prefect-server: export PREFECT_SERVER_UI_V2_ENABLED := false
+prefect-server: export PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT := false
+prefect-server: $(INSTALLED) ## Start Prefect's server on 127.0.0.1:4200
+	@mkdir -p $(PREFECT_HOME)
+	env -u PREFECT_API_URL $(BIN)/prefect server start --host 127.0.0.1 --port 4200
+
+mlflow-server: $(INSTALLED) ## Start MLflow's server on 127.0.0.1:5000, as mlflow/server.env says
+	$(BIN)/mlflow --env-file mlflow/server.env server
+
+worker: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
+worker: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:5000
+worker: $(INSTALLED) ## Start a worker, which runs what is deployed
+	$(BIN)/prefect worker start --pool gpu
+
+# Without a server, prefect would start one for each command and deploy to nobody.
+deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 deploy: $(INSTALLED) ## Create work pool, gpu limit and all deployments on the server of PREFECT_API_URL
+	@$(BIN)/prefect work-pool ls >/dev/null 2>&1 || { \
+		echo "No Prefect server answers at PREFECT_API_URL ($${PREFECT_API_URL:-not set}): start one, then"; \
+		echo "  export PREFECT_API_URL=http://127.0.0.1:4200/api"; exit 1; }
 	$(BIN)/prefect work-pool inspect gpu >/dev/null 2>&1 || $(BIN)/prefect work-pool create gpu --type process
-	$(BIN)/prefect gcl inspect tag:gpu >/dev/null 2>&1 || $(BIN)/prefect gcl create tag:gpu --limit $(GPUS)
+	$(BIN)/prefect gcl update tag:gpu --limit $(GPUS) >/dev/null 2>&1 || $(BIN)/prefect gcl create tag:gpu --limit $(GPUS)
 	$(BIN)/prefect --no-prompt deploy --all
 
 sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from prefect import flow, get_run_logger
+from prefect.artifacts import create_link_artifact
 from prefect.runtime import deployment, flow_run
 from pydantic import AfterValidator, Field
 
-from model.config import normalize_size
+from model.config import PRESETS, normalize_size
+from model.device import resolve_device
 from model.evaluating import SamplingConfig
 from model.tokens import PrepareConfig
 from model.training import TrainConfig
 from ops.hub import DEFAULT_DATASET
+from ops.lock import exclusive
 from ops.plan import check_disk, describe_plan
 from ops.settings import Settings
 from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
@@ -23,11 +26,14 @@ from tasks.load_weights import load_weights
 from tasks.prepare import prepare
 from tasks.publish import publish
 from tasks.references import TokensRef
-from tasks.train import train
+from tasks.train import train, training_identity
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
-Size = Annotated[str, AfterValidator(normalize_size)]
+# The pattern lets Prefect's server refuse a wrong size when a run is submitted.
+Size = Annotated[
+    str, AfterValidator(normalize_size), Field(json_schema_extra={"pattern": f"(?i)^({'|'.join(PRESETS)})$"})
+]
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,11 @@ def finetune(
         batch_size: rows per optimizer step.
         micro_batch_tokens: padded tokens per forward pass; a matter of memory and speed only.
         learning_rate: peak of warm-up and cosine.
-        weight_decay: on matrices only.
+        weight_decay: AdamW's decay of matrices; biases and norms have none.
         warmup_ratio: share of the steps spent warming up.
         max_grad_norm: gradients are clipped to this norm.
         prompt_loss_weight: weight of the loss on prompt tokens; 0 trains on responses only.
-        dropout: rate in the trained blocks.
+        dropout: dropout rate in the trained blocks.
         eval_freq: steps between validations; each saves a checkpoint.
         eval_rows: rows of validation and of test that are scored at most.
         sample_rows: prompts of the test split that both models complete.
@@ -116,7 +122,7 @@ def finetune(
         temperature: 0 is greedy.
         top_k: sample among this many most probable tokens.
         top_p: sample within this probability mass.
-        seed: of splits, order, dropout and sampling.
+        seed: decides splits, order of rows, dropout and sampling.
         precision: bf16, fp32, or auto: bf16 where the hardware has it.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -162,10 +168,16 @@ def finetune(
         "prefect.deployment": deployment.name or "none",
         "subset": subset,
     }
+    name = str(flow_run.name)
     if flow_run.ui_url:
         tags["prefect.flow_run_url"] = flow_run.ui_url
-    with tracked_run(settings, str(flow_run.name), parameters, tags) as run:
+        tags["mlflow.note.content"] = f"Prefect: [{name}]({flow_run.ui_url})"
+    if deployment.name:
+        tags |= {"mlflow.source.name": f"finetune/{deployment.name}", "mlflow.source.type": "JOB"}
+    with tracked_run(settings, f"{model_size} {name}", parameters, tags) as run:
         log.info("MLflow run %s", run.url or f"{run.run_id} in {run.tracking_uri}")
+        if run.url:
+            create_link_artifact(run.url, key="mlflow-run", description=f"MLflow run of {name}")
         sources = download(dataset, dataset_revision, model_size, weights_dir, tokenizer_dir)
         tokens = prepare(sources, prepare_config)
         set_tags(run, {"data_sha256": tokens.data_sha256})
@@ -177,11 +189,15 @@ def finetune(
         log_params(run, facts.params)
         print(facts.text)
         check_disk(settings.data_root, facts.disk_bytes)
-        checkpoint = train(tokens, model, plan, train_config, device, run)
-        evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device)
-        uri = publish(run, sources, model, plan, checkpoint, evaluation)
-    # MLflow has the model, the journal and the tables now; a later run of the same settings trains afresh.
-    shutil.rmtree(checkpoint.directory, ignore_errors=True)
+        training = "training " + training_identity(tokens, model, plan, train_config, device)[:16]
+        with exclusive(settings.locks, training, name, log.info):
+            # Held over both, or another run's training would come between a training and its evaluation.
+            with exclusive(settings.locks, str(resolve_device(device)), name, log.info):
+                checkpoint = train(tokens, model, plan, train_config, device, run)
+                evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device)
+            uri = publish(run, sources, model, plan, checkpoint, evaluation)
+            # MLflow has the model, the journal and the tables now; a later run of these settings trains afresh.
+            shutil.rmtree(checkpoint.directory, ignore_errors=True)
     return FinetuneResult(run, uri, evaluation.metrics)
 
 

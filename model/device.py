@@ -17,11 +17,11 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ValueError: a GPU is asked for and torch sees none.
     """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
+    resolved = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is asked for, but torch sees no GPU: use device=cpu or auto")
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # one name for one device
     return resolved
 
 

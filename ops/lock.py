@@ -1,4 +1,4 @@
-"""One training per device: a lock file that the kernel frees the instant its holder dies."""
+"""One at a time on a device or a training: lock files that the kernel frees the instant their holder dies."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 
 
 @contextmanager
-def device_lock(
-    directory: Path, device: str, holder: str, log: Callable[[str], None], remind_seconds: float = 60
+def exclusive(
+    directory: Path, what: str, holder: str, log: Callable[[str], None], remind_seconds: float = 60
 ) -> Iterator[None]:
-    """Hold a device exclusively; wait for whoever holds it, and say for whom.
+    """Hold something exclusively; wait for whoever holds it, and say for whom.
 
     Args:
         directory: where the lock files lie.
-        device: torch's name, such as "cuda:0" or "cpu".
+        what: a device by torch's name, such as "cuda:0", or a training.
         holder: shown to those who wait.
         log: told when waiting begins, and again every ``remind_seconds``.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{device.replace(':', '-')}.lock"
+    path = directory / f"{what.replace(':', '-').replace(' ', '-')}.lock"
     with path.open("a+") as stream:
         reminded = 0.0
         while True:
@@ -33,11 +33,11 @@ def device_lock(
                 break
             except BlockingIOError:
                 if not reminded or time.monotonic() - reminded > remind_seconds:
-                    log(f"waiting for {device}, held by {_describe(path)} ({path})")
+                    log(f"waiting for {what}, held by {_describe(path)} ({path})")
                     reminded = time.monotonic()
                 time.sleep(0.5)
         if reminded:
-            log(f"{device} is free: going on")
+            log(f"{what} is free: going on")
         stream.seek(0)
         stream.truncate()
         json.dump({"pid": os.getpid(), "holder": holder, "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, stream)

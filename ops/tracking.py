@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import subprocess
@@ -39,7 +40,9 @@ class RunRef:
         """Its page, if the tracking URI is a server's."""
         if not self.tracking_uri.startswith("http"):
             return None
-        return f"{self.tracking_uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        # Without the type MLflow 3 opens its pages for language-model traces.
+        page = f"{self.tracking_uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{page}?workflowType=machine_learning"
 
     @property
     def link(self) -> str:
@@ -72,7 +75,11 @@ def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
         # A server keeps artifacts where it is told to; on sqlite the default would be ./mlruns of the cwd.
         local = not settings.tracking_uri.startswith("http")
         try:
-            return mlflow.create_experiment(EXPERIMENT, settings.artifacts.as_uri() if local else None)
+            return mlflow.create_experiment(
+                EXPERIMENT,
+                settings.artifacts.as_uri() if local else None,
+                {"mlflow.experimentKind": "custom_model_development"},
+            )
         except MlflowException:  # another run was faster
             found = mlflow.get_experiment_by_name(EXPERIMENT)
             if found is None:
@@ -97,7 +104,11 @@ def tracked_run(
     run = mlflow.create_run(
         experiment_id,
         run_name=name,
-        tags={**tags, **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {})},
+        tags={
+            "mlflow.user": getpass.getuser(),
+            **tags,
+            **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {}),
+        },
     )
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     status = "KILLED"
@@ -147,8 +158,8 @@ def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> Non
     from mlflow.entities import DatasetInput, InputTag
 
     origin = CodeDatasetSource(tags={"source": source, "revision": revision or "local", "sha256": sha256})
-    # MLflow's digests have at most 36 characters; the whole hash is the tag data_sha256.
-    dataset = MetaDataset(origin, name=Path(source).name, digest=sha256[:36])  # type: ignore[abstract]
+    # Short, as the run table shows it; the whole hash is the tag data_sha256.
+    dataset = MetaDataset(origin, name=Path(source).name, digest=sha256[:12])  # type: ignore[abstract]
     inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
     client(run.tracking_uri).log_inputs(run.run_id, [inputs])
 
@@ -207,7 +218,10 @@ def log_model(
     Args:
         directory: in Hugging Face's layout.
         name: of the registered model.
+        metrics: of the run too, at step 0: MLflow shows single values as bars there.
+        step: of the training that the model comes from.
     """
+    from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
     mlflow = client(run.tracking_uri)
@@ -219,7 +233,8 @@ def log_model(
         params={key: str(value) for key, value in params.items()},
     )
     mlflow.log_model_artifacts(model.model_id, str(directory))
-    log_metrics(run, metrics, step, model.model_id)
+    log_metrics(run, metrics, 0, model.model_id)
+    mlflow.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
     mlflow.finalize_logged_model(model.model_id, "READY")
     try:
         mlflow.create_registered_model(name)
@@ -227,7 +242,11 @@ def log_model(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     return mlflow.create_model_version(
-        name, source=f"models:/{model.model_id}", run_id=run.run_id, model_id=model.model_id
+        name,
+        source=f"models:/{model.model_id}",
+        run_id=run.run_id,
+        model_id=model.model_id,
+        description=", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
     )
 
 

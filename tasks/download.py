@@ -50,8 +50,8 @@ def download(
         weights=_weights(settings, normalize_size(model_size), weights_dir, tokenizer_dir),
     )
     log = get_run_logger()
-    log.info("data set %s at %s", sources.dataset.source, sources.dataset.revision or "its local files")
-    log.info("weights %s at %s", sources.weights.source, sources.weights.revision or "its local files")
+    log.info("data set %s, %s", sources.dataset.source, sources.dataset.revision or "local")
+    log.info("weights %s, %s", sources.weights.source, sources.weights.revision or "local")
     return sources
 
 

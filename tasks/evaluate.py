@@ -6,7 +6,6 @@ from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
 
 from model.checkpoint import load_trained
 from model.device import resolve_device, resolve_precision
@@ -16,8 +15,6 @@ from model.freezing import FreezePlan
 from model.scoring import mean_loss, perplexity, row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, default_micro_batch_tokens
-from ops.lock import device_lock
-from ops.settings import Settings
 from tasks.freeze import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, TokensRef
 
@@ -38,19 +35,17 @@ def evaluate(
         ValueError: the checkpoint is damaged.
     """
     log = get_run_logger()
-    settings = Settings.load()
     place = resolve_device(device)
     dtype = resolve_precision(config.precision, place)
     test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
     prompts = [row["prompt"] for row in test.rows[: sampling.rows]]
     max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(place)
-    with device_lock(settings.locks, str(place), str(flow_run.name), log.info):
-        network, tokenizer = load_frozen(model, plan, place, dtype)
-        base = row_losses(network, test, dtype, max_tokens)
-        base_samples = complete(network, tokenizer, prompts, sampling, dtype)
-        load_trained(Path(checkpoint.best), network)
-        tuned = row_losses(network, test, dtype, max_tokens)
-        tuned_samples = complete(network, tokenizer, prompts, sampling, dtype)
+    network, tokenizer = load_frozen(model, plan, place, dtype)
+    base = row_losses(network, test, dtype, max_tokens)
+    base_samples = complete(network, tokenizer, prompts, sampling, dtype)
+    load_trained(Path(checkpoint.best), network)
+    tuned = row_losses(network, test, dtype, max_tokens)
+    tuned_samples = complete(network, tokenizer, prompts, sampling, dtype)
     metrics = {
         "base/eval_loss": checkpoint.base_eval_loss,
         "base/perplexity": perplexity(checkpoint.base_eval_loss),

@@ -44,7 +44,8 @@ def publish(
     mlflow = client(run.tracking_uri)
     rows = json.loads(Path(evaluation.rows).read_text())
     samples = json.loads(Path(evaluation.samples).read_text())
-    log_metrics(run, evaluation.metrics, checkpoint.steps)
+    headline = {key: evaluation.metrics[key] for key in ("best/eval_loss", "test/loss", "test/perplexity")}
+    log_metrics(run, {key: v for key, v in evaluation.metrics.items() if key not in headline}, 0)
     mlflow.log_table(run.run_id, _columns(rows), "tables/test_rows.json")
     mlflow.log_table(run.run_id, _columns(samples), "tables/samples.json")
     mlflow.log_artifact(run.run_id, checkpoint.journal)
@@ -59,8 +60,8 @@ def publish(
             directory,
             name,
             {"model_size": model.model_size, "base": model.source, "best_step": checkpoint.best_step},
-            {key: evaluation.metrics[key] for key in ("best/eval_loss", "test/loss", "test/perplexity")},
-            checkpoint.steps,
+            headline,
+            checkpoint.best_step,
         )
     uri = f"models:/{name}/{version.version}"
     log.info("registered %s", uri)
@@ -157,6 +158,8 @@ def sample_report(samples: list[dict[str, Any]], metrics: Mapping[str, float], r
         lines += ["", f"### Row {sample['row']}"]
         for title, key in (("Prompt", "prompt"), ("Reference", "reference"), ("Base", "base"), ("Tuned", "tuned")):
             # Indented, not fenced: a completion may hold a fence of its own.
-            text = sample[key][:_SHOWN_CHARACTERS].splitlines() or [""]
+            text = sample[key][:_SHOWN_CHARACTERS].splitlines()
+            if not sample[key].strip():
+                text = [f"(only white space, {len(sample[key])} characters)"]
             lines += ["", f"{title}:", "", *(f"    {line}" for line in text)]
     return "\n".join(lines) + "\n"

@@ -13,14 +13,12 @@ from uuid import UUID
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
 
 from model.device import resolve_device, resolve_precision
 from model.files import sha256_json
 from model.freezing import FreezePlan
 from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig
 from model.training import train as run_training
-from ops.lock import device_lock
 from ops.settings import Settings
 from ops.tracking import JournalShipper, RunRef
 from tasks.freeze import load_frozen
@@ -44,6 +42,22 @@ def _may_help_to_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     return False
 
 
+def training_identity(tokens: TokensRef, model: ModelRef, plan: FreezePlan, config: TrainConfig, device: str) -> str:
+    """A sha256 over all that determines a training; a checkpoint is resumed by an equal one only."""
+    place = resolve_device(device)
+    return sha256_json(
+        {
+            "code": _CODE_VERSION,
+            "tokens": tokens.key,
+            "base": model.sha256,
+            "trained": plan.names,
+            "config": asdict(config),
+            "device": place.type,
+            "dtype": str(resolve_precision(config.precision, place)),
+        }
+    )
+
+
 @task(
     name="train",
     tags=["gpu"],
@@ -62,37 +76,27 @@ def train(
 ) -> CheckpointRef:
     """Train, resuming a training of the same data, base, freeze and settings that was cut short.
 
+    The caller holds the device and the training: two at once would overwrite each other's checkpoints.
+
     Raises:
         NonFiniteError: loss or gradient became NaN or infinite.
         RuntimeError: the loaded model trains other parameters than planned.
     """
     log = get_run_logger()
-    settings = Settings.load()
     place = resolve_device(device)
     dtype = resolve_precision(config.precision, place)
-    identity = sha256_json(
-        {
-            "code": _CODE_VERSION,
-            "tokens": tokens.key,
-            "base": model.sha256,
-            "trained": plan.names,
-            "config": asdict(config),
-            "device": place.type,
-            "dtype": str(dtype),
-        }
-    )
-    directory = settings.trainings / identity
-    with device_lock(settings.locks, str(place), str(flow_run.name), log.info):
-        network, _ = load_frozen(model, plan, place, dtype)
-        shipper = JournalShipper(run, directory / JOURNAL_FILE)
-        progress = _Progress(log)
+    identity = training_identity(tokens, model, plan, config, device)
+    directory = Settings.load().trainings / identity
+    network, _ = load_frozen(model, plan, place, dtype)
+    shipper = JournalShipper(run, directory / JOURNAL_FILE)
+    progress = _Progress(log)
 
-        def on_step(report: StepReport) -> None:
-            progress.show(report)
-            shipper.maybe_ship()
+    def on_step(report: StepReport) -> None:
+        progress.show(report)
+        shipper.maybe_ship()
 
-        result = run_training(network, Path(tokens.directory), config, directory, identity, on_step, log.warning)
-        shipper.ship()
+    result = run_training(network, Path(tokens.directory), config, directory, identity, on_step, log.warning)
+    shipper.ship()
     if result.resumed_from:
         log.info("this training was taken over at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = {
     "model_size", "dataset", "dataset_revision", "weights_dir", "tokenizer_dir", "subset_start", "subset_count",
     "test_share", "validation_share", "max_dropped_share", "max_length", "freeze_layers", "num_unfrozen_layers",
@@ -68,7 +72,7 @@ def test_params_and_tags_tell_this_run(finished: Any, tiny: dict[str, Any], mlfl
     assert run.data.params["trainable_parameters"] == "890112"
     with get_client(sync_client=True) as prefect:
         flow_run = prefect.read_flow_run(run.data.tags["prefect.flow_run_id"])
-    assert flow_run.name == run.info.run_name
+    assert run.info.run_name == f"tiny {flow_run.name}"
     assert flow_run.state is not None
     assert flow_run.state.is_completed()
 
@@ -242,3 +246,26 @@ def test_every_gpu_task_holds_the_tag() -> None:
 
     assert train.tags == evaluate.tags == {"gpu"}
     assert not download.tags | prepare.tags | load_weights.tags | freeze.tags | publish.tags
+
+
+def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny: dict[str, Any]) -> None:
+    """Nothing trains while another process holds the device, and the run goes on when that one is gone."""
+    from flows.finetune import finetune
+    from ops.tracking import client
+
+    hold = "import sys, time; from pathlib import Path; from ops.lock import exclusive\n"
+    hold += "with exclusive(Path(sys.argv[1]), 'cpu', 'somebody', print): print('held', flush=True); time.sleep(12)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(data_root / "locks")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        held = time.time()
+        result = finetune(**{**tiny, "max_steps": 1})
+        assert holder.poll() == 0
+        (point,) = client(result.run.tracking_uri).get_metric_history(result.run.run_id, "train/loss")
+        assert point.timestamp / 1000 > held + 12
+    finally:
+        holder.kill()
+        holder.wait()

@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-from ops.lock import device_lock
+from ops.lock import exclusive
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from ops.lock import device_lock
-with device_lock(Path(sys.argv[1]), "cuda:0", "the holder", print):
+from ops.lock import exclusive
+with exclusive(Path(sys.argv[1]), "cuda:0", "the holder", print):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -40,7 +40,7 @@ def test_a_killed_holder_frees_the_device(tmp_path: Path) -> None:
 
     try:
         started = time.monotonic()
-        with device_lock(tmp_path, "cuda:0", "the next", log):
+        with exclusive(tmp_path, "cuda:0", "the next", log):
             assert time.monotonic() - started < 30
         assert "the holder" in said[0]
         assert str(process.pid) in said[0]
@@ -54,7 +54,7 @@ def test_devices_are_locked_apart(tmp_path: Path) -> None:
     process = _holder(tmp_path)
     said: list[str] = []
     try:
-        with device_lock(tmp_path, "cuda:1", "another", said.append):
+        with exclusive(tmp_path, "cuda:1", "another", said.append):
             assert said == []
             assert process.poll() is None
     finally:
@@ -65,10 +65,10 @@ def test_devices_are_locked_apart(tmp_path: Path) -> None:
 def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
     """An exception in the block releases the device."""
     try:
-        with device_lock(tmp_path, "cpu", "first", print):
+        with exclusive(tmp_path, "cpu", "first", print):
             raise RuntimeError("injected")
     except RuntimeError:
         pass
     said: list[str] = []
-    with device_lock(tmp_path, "cpu", "second", said.append):
+    with exclusive(tmp_path, "cpu", "second", said.append):
         assert said == []
