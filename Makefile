@@ -1,7 +1,6 @@
 # The two commands of a fresh machine: make run, make test. The others are listed by make help.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-# What was forgotten here would run in the directory of whoever calls make -C.
 MAKEFLAGS += --no-print-directory
 
 VENV := .venv
@@ -9,6 +8,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Trainings at a time, for the limit that make deploy creates.
 GPUS ?= 1
+# Where Prefect's server listens; 0.0.0.0 lets other machines in, and everybody on the network.
+HOST ?= 127.0.0.1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
@@ -47,15 +48,15 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Leases on disk, so that a restart of the server loses no slot; the second UI asks a third party for its settings.
+# Leases on disk, so that a restart of the server loses no slot; UI v2 loads settings from an outside service.
 prefect-server: export PREFECT_HOME := $(CURDIR)/.data/server/prefect
 prefect-server: export PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE := prefect.server.concurrency.lease_storage.filesystem
 prefect-server: export PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS := 2
 prefect-server: export PREFECT_SERVER_UI_V2_ENABLED := false
 prefect-server: export PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT := false
-prefect-server: $(INSTALLED) ## Start Prefect's server on 127.0.0.1:4200
+prefect-server: $(INSTALLED) ## Start Prefect's server on port 4200 of HOST
 	@mkdir -p $(PREFECT_HOME)
-	env -u PREFECT_API_URL $(BIN)/prefect server start --host 127.0.0.1 --port 4200
+	env -u PREFECT_API_URL $(BIN)/prefect server start --host $(HOST) --port 4200
 
 mlflow-server: $(INSTALLED) ## Start MLflow's server on 127.0.0.1:5000, as mlflow/server.env says
 	$(BIN)/mlflow --env-file mlflow/server.env server
@@ -75,8 +76,10 @@ deploy: $(INSTALLED) ## Create work pool, gpu limit and all deployments on the s
 	$(BIN)/prefect gcl update tag:gpu --limit $(GPUS) >/dev/null 2>&1 || $(BIN)/prefect gcl create tag:gpu --limit $(GPUS)
 	$(BIN)/prefect --no-prompt deploy --all
 
+# As it was typed: make would expand a dollar sign.
+sample: override export PROMPT := $(value PROMPT)
 sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."
-	@$(BIN)/python -m ops.sample "$$PROMPT" $(ARGS)
+	@$(BIN)/python -m ops.sample $(ARGS) -- "$$PROMPT"
 
 clean: ## Delete .venv, but no results
 	rm -rf $(VENV)

@@ -14,14 +14,24 @@ import yaml
 
 from ops.settings import PROJECT_ROOT, Settings
 
+_SERVERS = (
+    "PREFECT_API_URL",
+    "PREFECT_API_KEY",
+    "PREFECT_API_AUTH_STRING",
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    "PREFECT_PROFILE",
+    "MLFLOW_TRACKING_URI",
+)
+
 
 def embed(settings: Settings) -> None:
     """Point this process at Prefect's ephemeral server and at MLflow on sqlite, both in the data root.
 
     Whatever servers the user's environment names are left out on purpose: this run needs none.
     """
-    os.environ.pop("PREFECT_API_URL", None)
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    for name in _SERVERS:
+        os.environ.pop(name, None)
     home = settings.data_root / "prefect"
     home.mkdir(parents=True, exist_ok=True)  # the server does not make it, and then cannot open its database
     os.environ.update(
@@ -31,6 +41,7 @@ def embed(settings: Settings) -> None:
         # A fresh database takes 23 s on two cores; the default limit is 20.
         PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
         PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        MPLCONFIGDIR=str(settings.data_root / "matplotlib"),
     )
 
 

@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from pydantic import AfterValidator, Field
 
 from model.config import PRESETS, normalize_size
-from model.device import resolve_device
+from model.device import device_key, resolve_device
 from model.evaluating import SamplingConfig
 from model.tokens import PrepareConfig
 from model.training import TrainConfig
@@ -32,7 +34,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 # The pattern lets Prefect's server refuse a wrong size when a run is submitted.
 Size = Annotated[
-    str, AfterValidator(normalize_size), Field(json_schema_extra={"pattern": f"(?i)^({'|'.join(PRESETS)})$"})
+    str,
+    AfterValidator(normalize_size),
+    Field(json_schema_extra={"pattern": f"^({'|'.join([*PRESETS, *(name.upper() for name in PRESETS)])})$"}),
 ]
 
 
@@ -86,7 +90,7 @@ def finetune(
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95,
     seed: Annotated[int, Field(ge=0)] = 42,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
-    device: str = "auto",
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto",
 ) -> FinetuneResult:
     """Fine-tune the top blocks of a GPT-2 on code instructions.
 
@@ -129,6 +133,11 @@ def finetune(
     parameters = dict(locals())
     log = get_run_logger()
     settings = Settings.load()
+    place = resolve_device(device)
+    if place.type == "cpu" and device == "auto" and model_size != "tiny":
+        log.warning("torch sees no GPU: a %s trains on the CPU", model_size)
+    if deployment.id and not gpu_limit():
+        log.warning("this Prefect server has no limit tag:gpu: `make deploy` creates it")
     train_config = TrainConfig(
         epochs=epochs,
         max_steps=max_steps,
@@ -192,13 +201,22 @@ def finetune(
         training = "training " + training_identity(tokens, model, plan, train_config, device)[:16]
         with exclusive(settings.locks, training, name, log.info):
             # Held over both, or another run's training would come between a training and its evaluation.
-            with exclusive(settings.locks, str(resolve_device(device)), name, log.info):
+            with exclusive(settings.locks, device_key(place), name, log.info):
                 checkpoint = train(tokens, model, plan, train_config, device, run)
                 evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device)
             uri = publish(run, sources, model, plan, checkpoint, evaluation)
             # MLflow has the model, the journal and the tables now; a later run of these settings trains afresh.
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
     return FinetuneResult(run, uri, evaluation.metrics)
+
+
+def gpu_limit() -> int | None:
+    """How many tasks with the tag gpu Prefect lets run at a time; None if it would not limit them."""
+    with get_client(sync_client=True) as client:
+        try:
+            return client.read_global_concurrency_limit_by_name("tag:gpu").limit
+        except ObjectNotFound:
+            return None
 
 
 def data_metrics(tokens: TokensRef) -> dict[str, float]:

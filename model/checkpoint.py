@@ -32,7 +32,8 @@ def save_checkpoint(
 ) -> Path:
     """Write what a resumed training needs: trained tensors, optimizer, random states, position.
 
-    The frozen rest is not written; ``state["identity"]`` names the base it comes from. The directory
+    The frozen rest is not written; ``state["identity"]`` is a hash over all that determines the
+    training, the base's sha256 among it. The directory
     appears under its name only when every file in it is on disk.
 
     Args:

@@ -15,14 +15,23 @@ def resolve_device(device: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU.
 
     Raises:
-        ValueError: a GPU is asked for and torch sees none.
+        ValueError: a GPU is asked for that torch does not see.
     """
     resolved = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} is asked for, but torch sees no GPU: use device=cpu or auto")
-    if resolved.type == "cuda" and resolved.index is None:
-        return torch.device("cuda", torch.cuda.current_device())  # one name for one device
+    if resolved.type != "cuda":
+        return resolved
+    # One name for one device.
+    resolved = torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+    if resolved.index >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return resolved
+
+
+def device_key(device: torch.device) -> str:
+    """A name of the physical device, whatever number CUDA_VISIBLE_DEVICES gives it."""
+    return f"gpu {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device)
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -139,7 +139,9 @@ def read_pretrained(directory: Path, device: torch.device, dtype: torch.dtype) -
         for name, _ in model.named_parameters():
             tensor = tensors[keys[name]].get_tensor(keys[name])
             # A clone, not a view: the file may be replaced while the model lives.
-            state[name] = (tensor.t() if is_conv1d(name) else tensor).to(dtype).contiguous().clone()
+            state[name] = (
+                (tensor.t() if is_conv1d(name) else tensor).to(dtype).clone(memory_format=torch.contiguous_format)
+            )
         if config.tie_word_embeddings:
             if "lm_head.weight" in keys:
                 head = tensors[keys["lm_head.weight"]].get_tensor(keys["lm_head.weight"])

@@ -38,8 +38,8 @@ class UnusableRow(ValueError):
 def find_splits(source: Path) -> dict[str, list[Path]]:
     """The data files of a file or folder, by split.
 
-    A single file is train. In a folder, files whose names begin with ``test`` are test, with ``val`` or
-    ``dev`` validation, and all others train, as on the Hugging Face hub.
+    A single file is train. In a folder, files whose names begin with ``test`` are test, with ``val``,
+    ``dev`` or ``eval`` validation, and all others train, as on the Hugging Face hub.
 
     Raises:
         FileNotFoundError: nothing there, or no file of a known type.
@@ -58,7 +58,11 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
         if path.suffix in SUFFIXES and path.is_file():
             name = path.name.lower()
             split = (
-                "test" if name.startswith("test") else "validation" if name.startswith(("val", "dev")) else "train"
+                "test"
+                if name.startswith("test")
+                else "validation"
+                if name.startswith(("val", "dev", "eval"))
+                else "train"
             )
             splits.setdefault(split, []).append(path)
     if not splits:

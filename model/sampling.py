@@ -110,8 +110,8 @@ def generate(
                 hidden = _last_hidden(model, [text[-context:] for text in texts], None)
             elif step == 0:
                 capacity = min(context, max(map(len, texts)) + max_new_tokens)
-                # The cache holds what the trunk or the top computes in, whichever is wider.
-                dtype = torch.promote_types(model.wte.weight.dtype, model.ln_f.weight.dtype)
+                mixed = torch.is_autocast_enabled(device.type)
+                dtype = torch.get_autocast_dtype(device.type) if mixed else model.ln_f.weight.dtype
                 cache = KVCache(model.config, len(texts), capacity, device, dtype)
                 hidden = _last_hidden(model, texts, cache)
             else:

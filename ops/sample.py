@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ops.settings import Settings
@@ -20,7 +21,7 @@ def latest_version(mlflow: MlflowClient, name: str | None) -> ModelVersion:
     Raises:
         LookupError: there is none.
     """
-    names = [name] if name else [m.name for m in mlflow.search_registered_models() if m.name.startswith(MODEL_PREFIX)]
+    names = [name] if name else [m.name for m in mlflow.search_registered_models(f"name LIKE '{MODEL_PREFIX}%'")]
     versions = [v for each in names for v in mlflow.search_model_versions(f"name = '{each}'")]
     if not versions:
         raise LookupError(
@@ -57,9 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     from model.gpt import GPTModel
     from model.loading import load_tokenizer
 
-    directory = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}")
-    network = GPTModel.from_pretrained(directory)
-    tokenizer = load_tokenizer(directory, network.config.vocab_size)
+    with TemporaryDirectory() as scratch:
+        uri = f"models:/{version.name}/{version.version}"
+        directory = mlflow.artifacts.download_artifacts(uri, dst_path=scratch)
+        network = GPTModel.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory, network.config.vocab_size)
     sampling = SamplingConfig(
         max_new_tokens=given.max_new_tokens,
         temperature=given.temperature,

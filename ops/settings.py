@@ -14,7 +14,7 @@ class Settings:
     """Settings of a process, from its environment.
 
     Attributes:
-        data_root: FINETUNE_DATA_ROOT; default ``.data`` in the checkout. Everything written lies below.
+        data_root: FINETUNE_DATA_ROOT; default ``.data`` in the checkout. What runs write lies below.
         tracking_uri: MLFLOW_TRACKING_URI; default a sqlite file in the data root.
     """
 
@@ -23,7 +23,13 @@ class Settings:
 
     @classmethod
     def load(cls) -> Settings:
-        """Read the environment now."""
+        """Read the environment now.
+
+        Raises:
+            RuntimeError: this is no checkout, and FINETUNE_DATA_ROOT is not set.
+        """
+        if not os.environ.get("FINETUNE_DATA_ROOT") and not (PROJECT_ROOT / "prefect.yaml").exists():
+            raise RuntimeError("set FINETUNE_DATA_ROOT: outside a checkout there is no place for data by default")
         root = Path(os.environ.get("FINETUNE_DATA_ROOT") or PROJECT_ROOT / ".data").expanduser().resolve()
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
@@ -52,7 +58,7 @@ class Settings:
 
     @property
     def locks(self) -> Path:
-        """Lock files, one per device."""
+        """Lock files of devices and trainings."""
         return self.data_root / "locks"
 
     @property

@@ -5,6 +5,8 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 _BATCH = 1000  # metrics per request, MLflow's limit
+# A server answers an upload only when it has written the file; the short limit of other requests does not fit.
+_UPLOAD_SECONDS = "1800"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class RunRef:
         if not self.tracking_uri.startswith("http"):
             return None
         # Without the type MLflow 3 opens its pages for language-model traces.
-        page = f"{self.tracking_uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        server = re.sub(r"//[^/@]*@", "//", self.tracking_uri).rstrip("/")  # no password in a link
+        page = f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"{page}?workflowType=machine_learning"
 
     @property
@@ -64,6 +69,7 @@ def client(tracking_uri: str) -> MlflowClient:
         Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
     mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
@@ -105,7 +111,7 @@ def tracked_run(
         experiment_id,
         run_name=name,
         tags={
-            "mlflow.user": getpass.getuser(),
+            **_user(),
             **tags,
             **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {}),
         },
@@ -123,6 +129,13 @@ def tracked_run(
         raise
     finally:
         mlflow.set_terminated(ref.run_id, status)
+
+
+def _user() -> dict[str, str]:
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (KeyError, OSError):  # a container's uid without a name
+        return {}
 
 
 def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
@@ -176,14 +189,18 @@ class JournalShipper:
         self.journal = journal
         self.mark = journal.with_name(f"shipped-{run.run_id}.json")
         self.every_seconds = every_seconds
+        self.pause = every_seconds
         self.last = 0.0
 
     def maybe_ship(self) -> None:
         """Ship if the last time is long enough ago. MLflow being away is no reason to stop training."""
-        if time.monotonic() - self.last >= self.every_seconds:
+        if time.monotonic() - self.last >= self.pause:
             try:
                 self.ship()
+                self.pause = self.every_seconds
             except Exception as error:
+                # Each vain try holds the training up for seconds, so they become rare.
+                self.pause = min(600.0, max(30.0, 2 * self.pause))
                 logging.getLogger(__name__).warning("metrics stay in %s for now: %s", self.journal, error)
             self.last = time.monotonic()
 
@@ -232,7 +249,8 @@ def log_model(
         model_type="gpt2",
         params={key: str(value) for key, value in params.items()},
     )
-    mlflow.log_model_artifacts(model.model_id, str(directory))
+    with _environment("MLFLOW_HTTP_REQUEST_TIMEOUT", _UPLOAD_SECONDS):
+        mlflow.log_model_artifacts(model.model_id, str(directory))
     log_metrics(run, metrics, 0, model.model_id)
     mlflow.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
     mlflow.finalize_logged_model(model.model_id, "READY")
@@ -250,13 +268,27 @@ def log_model(
     )
 
 
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable that MLflow reads at every request."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def git_sha() -> str | None:
     """The commit of the checkout this code runs from; None outside one."""
     try:
         done = subprocess.run(
             ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -13,7 +13,7 @@ from model.config import normalize_size
 from model.demo import BASE_DIRECTORY, ROWS_DIRECTORY, write_demo
 from model.files import atomic_directory, sha256_file, write_json
 from model.loading import CONFIG_FILE, weight_files
-from model.rows import find_splits
+from model.rows import SUFFIXES, find_splits
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
 from ops.settings import Settings
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
@@ -22,7 +22,7 @@ DEMO = "demo"
 _DEMO_VERSION = "v1"  # to be raised with every change of model/demo.py
 
 
-# No retries: ops.hub has its own, bounded, so that a dead network is told within a minute.
+# No retries: ops.hub has its own, bounded, so that a dead network is reported within a minute.
 @task(name="download", cache_policy=NO_CACHE)
 def download(
     dataset: str,
@@ -79,7 +79,9 @@ def _dataset(settings: Settings, dataset: str, revision: str | None) -> DatasetR
 
 def _is_hub_id(dataset: str) -> bool:
     """Whether it reads like owner/name rather than like a path."""
-    return dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and not Path(dataset).suffix
+    return (
+        dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and Path(dataset).suffix not in SUFFIXES
+    )
 
 
 def _hub_dataset(settings: Settings, dataset: str, revision: str | None) -> tuple[Path, str]:

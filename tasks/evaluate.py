@@ -15,7 +15,7 @@ from model.freezing import FreezePlan
 from model.scoring import mean_loss, perplexity, row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, default_micro_batch_tokens
-from tasks.freeze import load_frozen
+from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, TokensRef
 
 
@@ -29,7 +29,7 @@ def evaluate(
     sampling: SamplingConfig,
     device: str,
 ) -> EvaluationRef:
-    """Compare the best checkpoint with the untouched base: loss on every row, completions for some.
+    """Compare the best checkpoint with the untouched base: loss on the first eval_rows rows, completions for some.
 
     Raises:
         ValueError: the checkpoint is damaged.
@@ -55,6 +55,7 @@ def evaluate(
         "base/test_perplexity": perplexity(mean_loss(*base)),
         "test/loss": mean_loss(*tuned),
         "test/perplexity": perplexity(mean_loss(*tuned)),
+        "test/rows": len(test),
     }
     if prompts:
         metrics["base/stop_rate"] = sum(stopped for _, stopped in base_samples) / len(prompts)

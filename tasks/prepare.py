@@ -17,7 +17,14 @@ from ops.settings import Settings
 from tasks.references import Sources, TokensRef
 
 _CODE_VERSION = 1  # to be raised when the same inputs would give other token files
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @task(name="prepare", cache_policy=NO_CACHE)

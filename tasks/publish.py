@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from model.checkpoint import load_trained
+from model.files import sha256_json
 from model.freezing import FreezePlan
 from model.gpt import GPTModel
 from model.journal import read_journal
-from model.loading import load_gpt_model
-from ops.settings import Settings
+from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS
 from ops.tracking import MODEL_PREFIX, RunRef, client, log_metrics, log_model
+from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, Sources
 
 _SHOWN = 5  # samples in Prefect's artifact
@@ -51,18 +52,16 @@ def publish(
     mlflow.log_artifact(run.run_id, checkpoint.journal)
     mlflow.log_figure(run.run_id, _loss_curve(Path(checkpoint.journal)), "plots/loss.png")
     name = MODEL_PREFIX + model.model_size
-    scratch_root = Settings.load().data_root
-    with TemporaryDirectory(dir=scratch_root, prefix=".export-") as scratch:
-        directory = Path(scratch) / "model"
-        export(model, plan, Path(checkpoint.best), directory, sources, evaluation.metrics)
-        version = log_model(
-            run,
-            directory,
-            name,
-            {"model_size": model.model_size, "base": model.source, "best_step": checkpoint.best_step},
-            headline,
-            checkpoint.best_step,
-        )
+    directory = Path(checkpoint.directory) / "model"  # removed with the training
+    export(model, plan, Path(checkpoint.best), directory, sources, evaluation.metrics)
+    version = log_model(
+        run,
+        directory,
+        name,
+        {"model_size": model.model_size, "base": model.source, "best_step": checkpoint.best_step},
+        headline,
+        checkpoint.best_step,
+    )
     uri = f"models:/{name}/{version.version}"
     log.info("registered %s", uri)
     create_markdown_artifact(
@@ -80,14 +79,7 @@ def export(
     metrics: Mapping[str, float],
 ) -> None:
     """Write base plus trained tensors in Hugging Face's layout, in fp32, with tokenizer and model card."""
-    network, tokenizer = load_gpt_model(
-        model.model_size,
-        model.directory,
-        freeze_layers=plan.num_unfrozen_layers is not None,
-        num_unfrozen_layers=plan.num_unfrozen_layers or 0,
-        train_head=plan.train_head,
-        tokenizer_dir=model.tokenizer_directory,
-    )
+    network, tokenizer = load_frozen(model, plan, torch.device("cpu"), torch.float32)
     load_trained(checkpoint, network)
     network.save_pretrained(directory, tokenizer.eos_token_id)
     tokenizer.model_max_length = network.config.n_positions
@@ -98,26 +90,39 @@ def export(
 def _model_card(
     network: GPTModel, plan: FreezePlan, model: ModelRef, sources: Sources, metrics: Mapping[str, float]
 ) -> str:
-    weights = f"{model.source} at {sources.weights.revision}" if sources.weights.revision else model.source
+    lines = [f"- Base: {model.source}, {_origin(sources.weights.revision, model.sha256)}."]
+    if model.source in {repo for repo, _ in PINNED_WEIGHTS.values()}:
+        lines.append("  OpenAI's GPT-2 weights are under a modified MIT licence.")
     data = sources.dataset
-    rows = f"{data.source} at {data.revision}" if data.revision else data.source
-    scores = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    return f"""---
-base_model: {model.source}
-pipeline_tag: text-generation
----
-# GPT-2 {model.model_size}, fine-tuned for code instructions
+    files = sha256_json([file.sha256 for files in data.splits.values() for file in files])
+    lines.append(f"- Data: {data.source}, {_origin(data.revision, files)}.")
+    if data.source == DEFAULT_DATASET:
+        lines.append("  Its rows are under CC BY-NC 4.0: a model trained on them is for non-commercial use.")
+    lines.append(f"- Trained: {plan.trainable:,} of {plan.total:,} parameters; the other tensors equal the base's.")
+    lines.append(f"- Context: {network.config.n_positions} tokens. Prompt: `### Instruction:`, newline, the request,")
+    lines.append("  blank line, `### Response:`, newline.")
+    head = ["pipeline_tag: text-generation"]
+    if sources.weights.revision:
+        head.insert(0, f"base_model: {model.source}")
+    return "\n".join(
+        [
+            "---",
+            *head,
+            "---",
+            f"# GPT-2 {model.model_size}, fine-tuned for code instructions",
+            "",
+            *lines,
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+            "",
+        ]
+    )
 
-- Base: {weights} (OpenAI's GPT-2 weights are under a modified MIT licence).
-- Data: {rows}. CodeAlpaca's rows are under CC BY-NC 4.0: a model trained on them is for non-commercial use.
-- Trained: {plan.trainable:,} of {plan.total:,} parameters; the other tensors equal the base's.
-- Context: {network.config.n_positions} tokens. Prompt: `### Instruction:`, newline, the request, blank line,
-  `### Response:`, newline.
 
-| metric | value |
-|---|---|
-{scores}
-"""
+def _origin(revision: str | None, sha256: str) -> str:
+    return f"hub commit {revision}" if revision else f"a local copy (sha256 {sha256[:12]}), licence not known here"
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -135,7 +140,7 @@ def _loss_curve(journal: Path) -> Any:
     for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
         points = [(r["step"], r["metrics"][name]) for r in records if name in r["metrics"]]
         axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
-    axes.set(xlabel="optimizer step", ylabel="nats per response token")
+    axes.set(xlabel="optimizer step", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

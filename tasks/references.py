@@ -5,7 +5,7 @@ Prefect hashes and may store every argument and result, so these stay small and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -125,6 +125,6 @@ class EvaluationRef:
         samples: JSON file, one record per prompt with both completions.
     """
 
-    metrics: dict[str, float] = field(default_factory=dict)
-    rows: str = ""
-    samples: str = ""
+    metrics: dict[str, float]
+    rows: str
+    samples: str

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
+import torch
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
 from model.device import resolve_device, resolve_precision
-from model.files import sha256_json
+from model.files import sha256_json, write_json
 from model.freezing import FreezePlan
 from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig
 from model.training import train as run_training
 from ops.settings import Settings
 from ops.tracking import JournalShipper, RunRef
-from tasks.freeze import load_frozen
+from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, ModelRef, TokensRef
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ _LOG_SECONDS = 10.0
 
 
 def _may_help_to_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
-    """A wrong setting or a diverged training fails the same way again."""
+    """A wrong setting, a diverged training or too small a GPU fails the same way again."""
     try:
         state.result(raise_on_failure=True)
-    except (NonFiniteError, ValueError, FileNotFoundError):
+    except (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError):
         return False
     except Exception:
         return True
@@ -44,18 +45,22 @@ def _may_help_to_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
 
 def training_identity(tokens: TokensRef, model: ModelRef, plan: FreezePlan, config: TrainConfig, device: str) -> str:
     """A sha256 over all that determines a training; a checkpoint is resumed by an equal one only."""
+    return sha256_json(_determinants(tokens, model, plan, config, device))
+
+
+def _determinants(
+    tokens: TokensRef, model: ModelRef, plan: FreezePlan, config: TrainConfig, device: str
+) -> dict[str, Any]:
     place = resolve_device(device)
-    return sha256_json(
-        {
-            "code": _CODE_VERSION,
-            "tokens": tokens.key,
-            "base": model.sha256,
-            "trained": plan.names,
-            "config": asdict(config),
-            "device": place.type,
-            "dtype": str(resolve_precision(config.precision, place)),
-        }
-    )
+    return {
+        "code": _CODE_VERSION,
+        "tokens": tokens.key,
+        "base": model.sha256,
+        "trained": plan.names,
+        "config": asdict(config),
+        "device": place.type,
+        "dtype": str(resolve_precision(config.precision, place)),
+    }
 
 
 @task(
@@ -87,6 +92,8 @@ def train(
     dtype = resolve_precision(config.precision, place)
     identity = training_identity(tokens, model, plan, config, device)
     directory = Settings.load().trainings / identity
+    # For whoever finds the directory: whose checkpoints these are, the base's sha256 among it.
+    write_json(directory / "training.json", _determinants(tokens, model, plan, config, device))
     network, _ = load_frozen(model, plan, place, dtype)
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     progress = _Progress(log)

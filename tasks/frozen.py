@@ -1,0 +1,40 @@
+"""Loading the base as the plan of ``freeze`` says; ``train``, ``evaluate`` and ``publish`` share it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.device import cast_frozen
+from model.freezing import FreezePlan
+from model.gpt import GPTModel
+from model.loading import load_gpt_model
+from tasks.references import ModelRef
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_frozen(
+    model: ModelRef, plan: FreezePlan, device: torch.device, dtype: torch.dtype
+) -> tuple[GPTModel, PreTrainedTokenizerBase]:
+    """Load the base on its device, frozen as planned and its frozen part in ``dtype``, with the tokenizer.
+
+    Raises:
+        RuntimeError: other parameters would train than planned: the code changed between the tasks.
+    """
+    network, tokenizer = load_gpt_model(
+        model.model_size,
+        model.directory,
+        freeze_layers=plan.num_unfrozen_layers is not None,
+        num_unfrozen_layers=plan.num_unfrozen_layers or 0,
+        train_head=plan.train_head,
+        tokenizer_dir=model.tokenizer_directory,
+        device=device,
+    )
+    names = tuple(name for name, p in network.named_parameters() if p.requires_grad)
+    if names != plan.names:
+        raise RuntimeError(f"other parameters would train than planned: {sorted({*names} ^ {*plan.names})[:5]}")
+    cast_frozen(network, dtype)
+    return network, tokenizer
