@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -58,6 +59,24 @@ def read_parameters(deployment: str) -> dict[str, Any]:
     return dict(parameters[deployment])
 
 
+def before_and_after(metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> str:
+    """The untouched base beside the tuned model, as a table for a terminal, and a few samples."""
+    lines = ["", f"{'held-out rows':<16}{'base':>10}{'tuned':>10}"]
+    for title, base, tuned, form in (
+        ("loss", "base/test_loss", "test/loss", ".4f"),
+        ("perplexity", "base/test_perplexity", "test/perplexity", ".2f"),
+        ("stop rate", "base/stop_rate", "sample/stop_rate", ".1%"),
+        ("pass rate", "base/pass_rate", "sample/pass_rate", ".1%"),
+    ):
+        if tuned in metrics:
+            lines.append(f"{title:<16}{metrics[base]:>10{form}}{metrics[tuned]:>10{form}}")
+    for sample in samples:
+        lines += ["", sample["prompt"]]
+        for title in ("base", "tuned"):
+            lines += [f"  {title}:", *(f"    {line}" for line in sample[title].splitlines()[:8])]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str]) -> int:
     """Run the flow with a deployment's parameters, some of them changed. Returns the exit status."""
     named = [argument for argument in arguments if "=" not in argument]
@@ -80,6 +99,7 @@ def main(arguments: list[str]) -> int:
     result = finetune(**parameters)
     # Prefect's farewell to its temporary server would come behind the two lines that scripts read.
     logging.getLogger("prefect").setLevel(logging.WARNING)
+    print(before_and_after(result.metrics, result.samples))
     print(f"tracking: {result.run.tracking_uri}")
     print(f"run: {result.run.run_id}")
     return 0

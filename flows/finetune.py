@@ -1,8 +1,10 @@
 """Flow ``finetune``: download, prepare, load weights, freeze, train, evaluate, publish, as one MLflow run."""
 
+import json
 import shutil
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact
@@ -48,11 +50,13 @@ class FinetuneResult:
         run: the MLflow run.
         model: URI of the registered version.
         metrics: scores of base and tuned model.
+        samples: the first two prompts with reference and both completions.
     """
 
     run: RunRef
     model: str
     metrics: dict[str, float]
+    samples: list[dict[str, Any]]
 
 
 @flow(name="finetune", log_prints=True)
@@ -84,6 +88,7 @@ def finetune(
     eval_freq: Count = 100,
     eval_rows: Count | None = 1000,
     sample_rows: Annotated[int, Field(ge=0)] = 16,
+    pass_rows: Annotated[int, Field(ge=0)] = 500,
     max_new_tokens: Count = 128,
     temperature: Annotated[float, Field(ge=0)] = 0.7,
     top_k: Count | None = 50,
@@ -122,6 +127,7 @@ def finetune(
         eval_freq: steps between validations; each saves a checkpoint.
         eval_rows: rows of validation and of test that are scored at most.
         sample_rows: prompts of the test split that both models complete.
+        pass_rows: rows of the test split with tests whose greedy completions are run in a sandbox.
         max_new_tokens: length limit of a completion.
         temperature: 0 is greedy.
         top_k: sample among this many most probable tokens.
@@ -170,6 +176,7 @@ def finetune(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        pass_rows=pass_rows,
     )
     subset = f"{subset_start}:{subset_start + subset_count}" if subset_count else f"{subset_start}:"
     tags = {
@@ -205,9 +212,10 @@ def finetune(
                 checkpoint = train(tokens, model, plan, train_config, device, run)
                 evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device)
             uri = publish(run, sources, model, plan, checkpoint, evaluation)
+            samples = json.loads(Path(evaluation.samples).read_text())[:2]
             # MLflow has the model, the journal and the tables now; a later run of these settings trains afresh.
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
-    return FinetuneResult(run, uri, evaluation.metrics)
+    return FinetuneResult(run, uri, evaluation.metrics, samples)
 
 
 def gpu_limit() -> int | None:

@@ -28,6 +28,7 @@ class SamplingConfig:
         temperature, top_k, top_p: as ``filter_logits``.
         seed: of the draw; base and tuned model draw with the same.
         batch_size: prompts generated together.
+        pass_rows: rows with tests, from the beginning of test, whose greedy completions are run.
     """
 
     rows: int = 16
@@ -37,6 +38,7 @@ class SamplingConfig:
     top_p: float | None = 0.95
     seed: int = 42
     batch_size: int = 64
+    pass_rows: int = 500
 
 
 def complete(
@@ -102,4 +104,20 @@ def sample_table(
             "tuned_stopped": after_stopped,
         }
         for row, (before, before_stopped), (after, after_stopped) in zip(rows, base, tuned, strict=True)
+    ]
+
+
+def pass_table(rows: list[dict[str, Any]], base: list[bool], tuned: list[bool]) -> list[dict[str, Any]]:
+    """One record per task family: rows with tests, and the share of them that each model's completion passes."""
+    families: dict[str, list[tuple[bool, bool]]] = {}
+    for row, before, after in zip(rows, base, tuned, strict=True):
+        families.setdefault(row["family"], []).append((before, after))
+    return [
+        {
+            "family": family,
+            "rows": len(passes),
+            "base": sum(before for before, _ in passes) / len(passes),
+            "tuned": sum(after for _, after in passes) / len(passes),
+        }
+        for family, passes in sorted(families.items())
     ]

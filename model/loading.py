@@ -20,6 +20,8 @@ from model.gpt import GPTModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# The "tiny" preset's weights, made by model/pretrain.py.
+EMBEDDED_BASE = Path(__file__).parent / "base"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

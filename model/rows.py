@@ -118,11 +118,12 @@ def _read_json(path: Path) -> Iterator[Any]:
     yield from records
 
 
-def normalize_row(record: Any) -> dict[str, str]:
-    """Bring a record of either schema to ``prompt`` and ``completion``.
+def normalize_row(record: Any) -> dict[str, Any]:
+    """Bring a record of either schema to ``prompt`` and ``completion``; ``tests`` and ``family`` are kept.
 
     ``prompt`` + ``completion`` is the hub copy's schema; ``instruction`` + ``input`` + ``output`` the original
     CodeAlpaca's, joined as the hub copy joins them: instruction, newline, input.
+    ``tests`` are statements that a right completion passes, ``family`` groups rows in the report.
 
     Raises:
         UnusableRow: with the reason.
@@ -139,7 +140,14 @@ def normalize_row(record: Any) -> dict[str, str]:
             prompt = f"{prompt}\n{_text(record, 'input')}"
     else:
         raise UnusableRow("missing_field")
-    return {"prompt": prompt, "completion": completion}
+    row: dict[str, Any] = {"prompt": prompt, "completion": completion}
+    tests = record.get("tests")
+    if tests is not None:
+        if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+            raise UnusableRow("not_a_string")
+        row["tests"] = tests
+        row["family"] = str(record.get("family") or "all")
+    return row
 
 
 def _text(record: dict[str, Any], field: str) -> str:

@@ -138,7 +138,7 @@ def prepare(
                 writer.lengths.append((len(ids), prompt_length))
                 if writer.text:
                     writer.text.write(json.dumps(row) + "\n")
-                digest.update(json.dumps([split, row["prompt"], row["completion"]]).encode() + b"\n")
+                digest.update(json.dumps([split, {**row, "row": None}]).encode() + b"\n")
                 counts.rows[split] += 1
                 counts.tokens[split] += len(ids)
                 counts.target_tokens[split] += len(ids) - prompt_length

@@ -10,16 +10,15 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.config import normalize_size
-from model.demo import BASE_DIRECTORY, ROWS_DIRECTORY, write_demo
 from model.files import atomic_directory, sha256_file, write_json
-from model.loading import CONFIG_FILE, weight_files
+from model.grammar import write_rows
+from model.loading import CONFIG_FILE, EMBEDDED_BASE, weight_files
 from model.rows import SUFFIXES, find_splits
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
 from ops.settings import Settings
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
 
 DEMO = "demo"
-_DEMO_VERSION = "v1"  # to be raised with every change of model/demo.py
 
 
 # No retries: ops.hub has its own, bounded, so that a dead network is reported within a minute.
@@ -36,7 +35,7 @@ def download(
     Args:
         dataset: a local file or folder, a hub id, or "demo".
         dataset_revision: of the hub's data set; the commit it resolves to is recorded.
-        model_size: chooses the pinned weights on the hub.
+        model_size: chooses the pinned weights on the hub; "tiny" is the embedded base.
         weights_dir: a local directory in Hugging Face's layout instead.
         tokenizer_dir: a local directory with the tokenizer, if it is not beside the weights.
 
@@ -56,15 +55,16 @@ def download(
 
 
 def _demo(settings: Settings) -> Path:
-    directory = settings.data_root / "demo" / _DEMO_VERSION
-    write_demo(directory)
+    """The project's own rows, written anew by every run: a second's work, and never of an older version."""
+    directory = settings.data_root / "demo"
+    write_rows(directory)
     return directory
 
 
 def _dataset(settings: Settings, dataset: str, revision: str | None) -> DatasetRef:
     commit = None
     if dataset == DEMO:
-        splits = find_splits(_demo(settings) / ROWS_DIRECTORY)
+        splits = find_splits(_demo(settings))
     elif Path(dataset).expanduser().exists() or not _is_hub_id(dataset):
         splits = find_splits(Path(dataset).expanduser().resolve())
     else:
@@ -103,7 +103,7 @@ def _weights(settings: Settings, size: str, weights_dir: str | None, tokenizer_d
             raise FileNotFoundError(f"weights_dir {weights_dir} is not a directory")
         files = _trusted(settings, directory)
     elif size == "tiny":
-        source, directory = DEMO, _demo(settings) / BASE_DIRECTORY
+        source, directory = "embedded", EMBEDDED_BASE
         files = {path.name: sha256_file(path) for path in [directory / CONFIG_FILE, *weight_files(directory)]}
     else:
         source, revision = PINNED_WEIGHTS[size]

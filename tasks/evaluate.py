@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.checkpoint import load_trained
 from model.device import resolve_device, resolve_precision
-from model.evaluating import SamplingConfig, complete, row_table, sample_table
+from model.evaluating import SamplingConfig, complete, pass_table, row_table, sample_table
 from model.files import write_json
 from model.freezing import FreezePlan
 from model.scoring import mean_loss, perplexity, row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, default_micro_batch_tokens
+from ops.sandbox import run_tests
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, TokensRef
 
@@ -39,13 +42,18 @@ def evaluate(
     dtype = resolve_precision(config.precision, place)
     test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
     prompts = [row["prompt"] for row in test.rows[: sampling.rows]]
+    tested = [row for row in test.rows if row.get("tests")][: sampling.pass_rows]
+    requests = [row["prompt"] for row in tested]
+    greedy = replace(sampling, temperature=0.0)
     max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(place)
     network, tokenizer = load_frozen(model, plan, place, dtype)
     base = row_losses(network, test, dtype, max_tokens)
     base_samples = complete(network, tokenizer, prompts, sampling, dtype)
+    base_code = complete(network, tokenizer, requests, greedy, dtype)
     load_trained(Path(checkpoint.best), network)
     tuned = row_losses(network, test, dtype, max_tokens)
     tuned_samples = complete(network, tokenizer, prompts, sampling, dtype)
+    tuned_code = complete(network, tokenizer, requests, greedy, dtype)
     metrics = {
         "base/eval_loss": checkpoint.base_eval_loss,
         "base/perplexity": perplexity(checkpoint.base_eval_loss),
@@ -60,11 +68,27 @@ def evaluate(
     if prompts:
         metrics["base/stop_rate"] = sum(stopped for _, stopped in base_samples) / len(prompts)
         metrics["sample/stop_rate"] = sum(stopped for _, stopped in tuned_samples) / len(prompts)
+    base_passes, tuned_passes = (_passes(tested, code, log) for code in (base_code, tuned_code))
+    if tested:
+        metrics["base/pass_rate"] = sum(base_passes) / len(tested)
+        metrics["sample/pass_rate"] = sum(tuned_passes) / len(tested)
+        log.info("pass rate %.3f, the base's %.3f", metrics["sample/pass_rate"], metrics["base/pass_rate"])
     rows_file = Path(checkpoint.directory) / "test_rows.json"
     samples_file = Path(checkpoint.directory) / "samples.json"
+    passes_file = Path(checkpoint.directory) / "pass_rate.json"
+    write_json(passes_file, pass_table(tested, base_passes, tuned_passes))
     write_json(rows_file, row_table(test, base, tuned))
     write_json(samples_file, sample_table(test.rows[: sampling.rows], base_samples, tuned_samples))
     log.info(
         "test loss %.4f, the base's %.4f, over %d rows", metrics["test/loss"], metrics["base/test_loss"], len(test)
     )
-    return EvaluationRef(metrics, str(rows_file), str(samples_file))
+    return EvaluationRef(metrics, str(rows_file), str(samples_file), str(passes_file))
+
+
+def _passes(rows: list[dict[str, Any]], completions: list[tuple[str, bool]], log: Any) -> list[bool]:
+    """Run each completion against its row's tests, sandboxed; what could not be executed has not passed."""
+    verdicts = run_tests([(code, row["tests"]) for row, (code, _) in zip(rows, completions, strict=True)])
+    refused = [verdict for verdict in verdicts if verdict.outcome == "not_executed"]
+    if refused:
+        log.warning("%d of %d completions were not executed: %s", len(refused), len(rows), refused[0].reason)
+    return [verdict.outcome == "passed" for verdict in verdicts]

@@ -16,7 +16,7 @@ from model.tokens import prepare as write_tokens
 from ops.settings import Settings
 from tasks.references import Sources, TokensRef
 
-_CODE_VERSION = 1  # to be raised when the same inputs would give other token files
+_CODE_VERSION = 2  # to be raised when the same inputs would give other token files
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

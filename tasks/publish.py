@@ -49,6 +49,9 @@ def publish(
     log_metrics(run, {key: v for key, v in evaluation.metrics.items() if key not in headline}, 0)
     mlflow.log_table(run.run_id, _columns(rows), "tables/test_rows.json")
     mlflow.log_table(run.run_id, _columns(samples), "tables/samples.json")
+    passes = json.loads(Path(evaluation.passes).read_text())
+    if passes:
+        mlflow.log_table(run.run_id, _columns(passes), "tables/pass_rate.json")
     mlflow.log_artifact(run.run_id, checkpoint.journal)
     mlflow.log_figure(run.run_id, _loss_curve(Path(checkpoint.journal)), "plots/loss.png")
     name = MODEL_PREFIX + model.model_size
@@ -159,6 +162,8 @@ def sample_report(samples: list[dict[str, Any]], metrics: Mapping[str, float], r
     ]
     if samples:
         lines.append(f"| stop rate | {metrics['base/stop_rate']:.2f} | {metrics['sample/stop_rate']:.2f} |")
+    if "sample/pass_rate" in metrics:
+        lines.append(f"| pass rate | {metrics['base/pass_rate']:.2f} | {metrics['sample/pass_rate']:.2f} |")
     for sample in samples[:_SHOWN]:
         lines += ["", f"### Row {sample['row']}"]
         for title, key in (("Prompt", "prompt"), ("Reference", "reference"), ("Base", "base"), ("Tuned", "tuned")):

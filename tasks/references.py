@@ -38,7 +38,7 @@ class WeightsRef:
     """A base model's directory in Hugging Face's layout.
 
     Attributes:
-        source: hub id, path or "demo".
+        source: hub id, path or "embedded".
         revision: the hub commit; None for a local directory.
         files: file name -> sha256 of config and weights.
         tokenizer_directory: holds the tokenizer; often the same.
@@ -123,8 +123,10 @@ class EvaluationRef:
         metrics: name -> value, under the names MLflow shows.
         rows: JSON file, one record per scored row.
         samples: JSON file, one record per prompt with both completions.
+        passes: JSON file, one record per task family with the passes of both models; empty without tests.
     """
 
     metrics: dict[str, float]
     rows: str
     samples: str
+    passes: str

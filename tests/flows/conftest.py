@@ -21,7 +21,7 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def session_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root that the session's tests share; tokens and the demo's base are made once."""
+    """A data root that the session's tests share; tokens are made once."""
     return tmp_path_factory.mktemp("root")
 
 
@@ -52,8 +52,10 @@ TINY: dict[str, Any] = {
     "batch_size": 8,
     "learning_rate": 0.002,
     "eval_freq": 5,
+    "eval_rows": 40,
     "sample_rows": 3,
-    "max_new_tokens": 8,
+    "pass_rows": 20,
+    "max_new_tokens": 48,
     "precision": "fp32",
     "device": "cpu",
 }

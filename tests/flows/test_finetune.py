@@ -20,19 +20,20 @@ PARAMETERS = {
     "test_share", "validation_share", "max_dropped_share", "max_length", "freeze_layers", "num_unfrozen_layers",
     "train_head", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "learning_rate", "weight_decay",
     "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows", "sample_rows",
-    "max_new_tokens", "temperature", "top_k", "top_p", "seed", "precision", "device",
+    "pass_rows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "precision", "device",
 }  # fmt: skip
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
 METRICS = {
     "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss", "eval/perplexity",
     "best/eval_loss", "best/step", "base/eval_loss", "base/perplexity", "base/test_loss", "base/test_perplexity",
-    "test/loss", "test/perplexity", "test/rows", "base/stop_rate", "sample/stop_rate", "data/train_rows",
+    "test/loss", "test/perplexity", "test/rows", "base/stop_rate", "sample/stop_rate",
+    "base/pass_rate", "sample/pass_rate", "data/train_rows",
     "data/validation_rows",
     "data/test_rows", "data/train_tokens", "data/truncated_share", "data/dropped_rows",
 }  # fmt: skip
 ARTIFACTS = {
     "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
-    "tables/samples.json",
+    "tables/samples.json", "tables/pass_rate.json",
 }  # fmt: skip
 MODEL_FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -116,6 +117,7 @@ def test_registered_model_loads_in_transformers(finished: Any, session_root: Pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from model import GPTModel
+    from model.loading import EMBEDDED_BASE
 
     assert finished.model == "models:/gpt2-code-tiny/1"
     mlflow.set_tracking_uri(finished.run.tracking_uri)
@@ -128,7 +130,7 @@ def test_registered_model_loads_in_transformers(finished: Any, session_root: Pat
     with torch.no_grad():
         assert (reference(ids).logits - own(ids)).abs().max() <= 1e-4
     # Trained where it should be, the base elsewhere.
-    base = GPTModel.from_pretrained(session_root / "demo" / "v1" / "base")
+    base = GPTModel.from_pretrained(EMBEDDED_BASE)
     for (name, before), after in zip(base.named_parameters(), own.parameters(), strict=True):
         trained = name.startswith(("h.4.", "h.5.", "ln_f."))
         assert torch.equal(before, after) is not trained, name
@@ -150,7 +152,7 @@ def test_model_card_names_licences(finished: Any) -> None:
 
     mlflow.set_tracking_uri(finished.run.tracking_uri)
     card = Path(mlflow.artifacts.download_artifacts(f"{finished.model}/README.md")).read_text()
-    assert "- Base: demo" in card
+    assert "- Base: embedded" in card
     assert "licence not known here" in card
     assert "CC BY-NC 4.0" not in card  # these are not CodeAlpaca's rows
 
