@@ -32,8 +32,8 @@ Covered, in both guards:
 
 Not covered:
 
-- Code in bubblewrap that searches its own interpreter (frames, gc, ctypes, patched library classes) can fake its own
-  verdict. It cannot leave, nor change the verdict of another row. Behind guard 1 it has no way to search.
+- Code in bubblewrap that searches its own interpreter (frames, gc, tracing, ctypes, patched library classes) can fake
+  its own verdict. It cannot leave, nor change the verdict of another row. Behind guard 1 it has no way to search.
 - Whatever lies below /usr and the interpreter's own directories can be read in bubblewrap: keep no secrets there.
 - Flaws of the kernel, of bubblewrap, and behind guard 1 of Python together with the filter; side channels.
 - Other systems than Linux: there is no guard 2, no filter, and only those limits that the system has. On Linux
@@ -146,7 +146,20 @@ def _verdict(outcome: str, reason: str) -> Verdict:
 def _run(
     command: list[str], rows: Sequence[Snippet], seconds: float, memory_bytes: int, *, listed: bool
 ) -> list[tuple[str, str]]:
-    """Have ops/sandbox_child.py judge rows; outcome and reason of each."""
+    """Have ops/sandbox_child.py judge rows: outcome and reason of each. A row that ends the sandbox fails alone."""
+    answers: list[tuple[str, str]] = []
+    while len(answers) < len(rows):
+        more, ending = _start(command, rows[len(answers) :], seconds, memory_bytes, listed=listed)
+        answers += more
+        if len(answers) < len(rows):
+            answers.append(("error", ending))
+    return answers
+
+
+def _start(
+    command: list[str], rows: Sequence[Snippet], seconds: float, memory_bytes: int, *, listed: bool
+) -> tuple[list[tuple[str, str]], str]:
+    """Judge rows in one sandbox: the answers there were, and how it ended."""
     request = {
         "rows": [(code, list(tests)) for code, tests in rows],
         "listed": listed,
@@ -178,8 +191,7 @@ def _run(
         answers = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole)]
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip()[-200:]
-    missing = ("error", f"the sandbox ended early (exit status {process.returncode}): {said}")
-    return answers + [missing] * (len(rows) - len(answers))
+    return answers, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
 
 
 def _bubblewrap() -> tuple[list[str] | None, str]:

@@ -20,6 +20,7 @@ import signal
 import struct
 import sys
 import time
+import types
 import unicodedata  # noqa: F401 - the parser imports it for other alphabets, when files are out of reach already
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -75,15 +76,19 @@ _PURE = {
     "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "exit": (60, 93),
     "exit_group": (231, 94),
 }  # fmt: skip
-# ... in bubblewrap these are: processes and programs, namespaces, other processes' memory, memory that no limit
-# counts or that outlives its process, and rarely used parts of the kernel.
+# ... in bubblewrap these are: processes and programs, namespaces, what reaches other processes (the parent judges the
+# next rows), memory that no limit counts or that outlives its process, and rarely used parts of the kernel.
 _REFUSED = {
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435), "execve": (59, 221),
     "execveat": (322, 281), "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "shmget": (29, 194), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180), "memfd_create": (319, 279), "add_key": (248, 217),
     "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280), "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
+    "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "kill": (62, 129), "tkill": (200, 130),
+    "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424), "prlimit64": (302, 261), "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274), "ioprio_set": (251, 30),
 }  # fmt: skip
 _WRITE = (1, 64)
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
@@ -157,25 +162,31 @@ def judge(code: str, tests: Sequence[str], listed: bool) -> tuple[str, str]:
         return "error", "no test asserts anything"
     if listed and (reason := refusal([tree, *checks])):
         return "refused", reason
-    known = vars(builtins)
+    known = dict(vars(builtins))
     if listed:
         known = {name: known[name] for name in BUILTINS} | {"print": lambda *values, **options: None}
+        given: Any = dict(known)
     else:
         checks = [_Guarded(check).result for check in checks]
-    namespace: dict[str, Any] = {"__builtins__": dict(known), "__name__": "snippet"}
+        # Modules of its own, so that "import builtins" or "import __main__" does not lead into this one.
+        given = types.ModuleType("builtins")
+        vars(given).update(known)
+        sys.modules.update(builtins=given, __main__=types.ModuleType("__main__"))
+    namespace = {"__builtins__": given, "__name__": "snippet"}
     # The tests have builtins of their own, and a name of theirs must not be both builtin and the code's.
-    scope: dict[str, Any] = {"__builtins__": dict(known), "__name__": "tests", _Guarded.NAME: _own}
+    scope = {"__builtins__": known, "__name__": "tests", _Guarded.NAME: _own}
     used = {node.id for check in checks for node in ast.walk(check) if isinstance(node, ast.Name)} & known.keys()
     try:
-        exec(compile(tree, "<code>", "exec", dont_inherit=True), namespace)
+        program, *asserts = (compile(part, "<row>", "exec", dont_inherit=True) for part in (tree, *checks))
+        exec(program, namespace)
     except BaseException as error:
         return "error", _describe(error)
     if used := used & namespace.keys():
         return "failed", f"the code rebinds {', '.join(sorted(used))}, which its tests use"
     scope = namespace | scope
-    for check, test in zip(checks, tests, strict=True):
+    for compiled, test in zip(asserts, tests, strict=True):
         try:
-            exec(compile(check, "<test>", "exec", dont_inherit=True), scope)
+            exec(compiled, scope)
         except AssertionError as error:
             return "failed", f"{test} {error}".strip()
         except BaseException as error:
@@ -307,8 +318,9 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
             os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
             confine(memory_bytes, seconds, writing, listed)
             if os.getppid() == parent:
+                write = os.write  # the code may patch modules
                 outcome, reason = judge(code, tests, listed)
-                os.write(writing, (token + json.dumps([outcome, reason[:MAX_REASON]])).encode())
+                write(writing, f"{token}{outcome}\n{reason[:MAX_REASON]}".encode(errors="replace"))
         finally:
             os._exit(1)
     os.close(writing)
@@ -317,9 +329,8 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
     os.kill(child, signal.SIGKILL)  # not reaped yet, so the id is still its own
     _, status = os.waitpid(child, 0)
     if answer.startswith(token.encode()):
-        with contextlib.suppress(ValueError, TypeError):
-            outcome, reason = json.loads(answer[len(token) :])
-            return str(outcome), str(reason)
+        outcome, _, reason = answer[len(token) :].decode(errors="replace").partition("\n")
+        return outcome, reason
     if not ended or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         return "timeout", f"not finished after {seconds:g} s"
     ending = os.waitstatus_to_exitcode(status)

@@ -273,3 +273,14 @@ def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny:
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_pass_rate_by_family(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """The table's families add up to the rows that were run and to the rates that are reported."""
+    table = mlflow_of(finished.run).load_table(
+        finished.run.experiment_id, "tables/pass_rate.json", [finished.run.run_id]
+    )
+    assert table.rows.sum() == 20
+    for column, metric in (("base", "base/pass_rate"), ("tuned", "sample/pass_rate")):
+        assert (table[column] * table.rows).sum() / 20 == pytest.approx(finished.metrics[metric])
+    assert finished.metrics["base/pass_rate"] <= 0.05

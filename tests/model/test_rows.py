@@ -181,3 +181,13 @@ def test_fraction_is_uniform_and_depends_on_all_three(make_rows: Callable[[int],
     for pair in ((test, validation), (test, other)):
         assert sum(a and b for a, b in zip(*pair, strict=True)) == pytest.approx(20, abs=18)
     assert all(0 <= fraction(key, 1, "x") < 1 for key in keys)
+
+
+def test_tests_and_family_are_kept() -> None:
+    """Rows with assertions keep them for the pass rate; assertions of another kind make the row unusable."""
+    row = {"prompt": "p", "completion": "c", "tests": ["assert f(1) == 2"], "family": "number_add", "more": 1}
+    assert normalize_row(row) == {key: row[key] for key in ("prompt", "completion", "tests", "family")}
+    assert normalize_row({**row, "family": None})["family"] == "all"
+    for bad in ("assert True", [1], {"a": "b"}):
+        with pytest.raises(UnusableRow, match="not_a_string"):
+            normalize_row({**row, "tests": bad})
