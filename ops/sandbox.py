@@ -7,8 +7,9 @@ no way to a file, a socket or another process, and runs anywhere. Guard 2 is bub
 Without a bubblewrap that works such code is not executed.
 
 Both guards run a fresh, isolated interpreter with an empty environment but for PYTHONHASHSEED=0 (hence ``-P -s``, the
-parts of ``-I`` that do not ignore it: sets have one order in every run). It runs in an empty directory and a session
-of its own, and forks a child for each row, in which everything happens that touches the text, parsing included.
+parts of ``-I`` that do not ignore it: sets have one order in every run). It runs in an empty directory, removed
+already, and a session of its own. It forks a child for each row, and all that touches the text, parsing included,
+happens there.
 
 Covered, in both guards:
 
@@ -18,8 +19,8 @@ Covered, in both guards:
 - Files: none can be opened behind guard 1. In bubblewrap only /usr, the libraries, the interpreter and its
   site-packages can be read, nothing can be created, and no file can grow.
 - Processes: none can be started, nor threads (RLIMIT_NPROC, which does not bind root, and a filter of system calls).
-  Root becomes nobody first; in bubblewrap it has no capabilities.
-- Network: no socket behind guard 1 (filter), no interface in bubblewrap.
+  Behind guard 1 root has become nobody; in bubblewrap it is shown as nobody and has no capabilities.
+- Network: no socket behind guard 1 (filter), nothing but an empty loopback in bubblewrap.
 - System calls, on x86_64 and aarch64 where Python has ctypes and the kernel seccomp: behind guard 1 all but those
   of pure computing are refused, should the allow-list have a hole; in bubblewrap those which start, trace or share.
   No new privileges in either.
@@ -30,12 +31,16 @@ Covered, in both guards:
   operator, truth test or builtin of the tests accepts an object of a class that the code defined.
 - The caller: its environment, descriptors, checkout and home directory are out of reach; reasons are printable.
 
+Stricter than Python: a row fails if its tests compare, add or test the truth of objects of the code's own classes, or
+if its function is named as a builtin that the tests call.
+
 Not covered:
 
 - Code in bubblewrap that searches its own interpreter (frames, gc, tracing, ctypes, patched library classes) can fake
   its own verdict. It cannot leave, nor change the verdict of another row. Behind guard 1 it has no way to search.
 - Whatever lies below /usr and the interpreter's own directories can be read in bubblewrap: keep no secrets there.
-- Flaws of the kernel, of bubblewrap, and behind guard 1 of Python together with the filter; side channels.
+- Flaws of the kernel, of bubblewrap, and behind guard 1 of Python together with the filter; side channels. For root
+  they weigh more, since what bubblewrap shows as nobody is root outside: better be another user.
 - Other systems than Linux: there is no guard 2, no filter, and only those limits that the system has. On Linux
   machines other than x86_64 and aarch64 there is no filter either, so bubblewrap does not count as working for root.
 - One CPU core is busy for up to ``timeout_seconds`` a row. Under heavy load a right but slow row can time out.
@@ -146,7 +151,7 @@ def _verdict(outcome: str, reason: str) -> Verdict:
 def _run(
     command: list[str], rows: Sequence[Snippet], seconds: float, memory_bytes: int, *, listed: bool
 ) -> list[tuple[str, str]]:
-    """Have ops/sandbox_child.py judge rows: outcome and reason of each. A row that ends the sandbox fails alone."""
+    """Have ops/sandbox_child.py judge rows: outcome and reason. One that ends the sandbox ends itself only."""
     answers: list[tuple[str, str]] = []
     while len(answers) < len(rows):
         more, ending = _start(command, rows[len(answers) :], seconds, memory_bytes, listed=listed)
@@ -167,16 +172,17 @@ def _start(
         "memory_bytes": memory_bytes,
         "parent": os.getpid() if listed else None,  # in bubblewrap it is not visible
     }
-    with tempfile.TemporaryDirectory(prefix="sandbox-") as empty, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            cwd=empty,
-            env=_ENVIRONMENT,
-            start_new_session=True,
-        )
+    with tempfile.TemporaryFile() as errors:
+        with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:  # and gone once it runs there
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=empty,
+                env=_ENVIRONMENT,
+                start_new_session=True,
+            )
         try:
             deadline = _SECONDS_TO_START + len(rows) * (seconds + _SECONDS_PER_ROW)
             output, _ = process.communicate(json.dumps(request).encode(), timeout=deadline)

@@ -68,8 +68,12 @@ def evaluate(
     if prompts:
         metrics["base/stop_rate"] = sum(stopped for _, stopped in base_samples) / len(prompts)
         metrics["sample/stop_rate"] = sum(stopped for _, stopped in tuned_samples) / len(prompts)
-    base_passes, tuned_passes = (_passes(tested, code, log) for code in (base_code, tuned_code))
+    (base_passes, base_refused), (tuned_passes, tuned_refused) = (
+        _passes(tested, code, log) for code in (base_code, tuned_code)
+    )
     if tested:
+        metrics["base/not_executed"] = base_refused
+        metrics["sample/not_executed"] = tuned_refused
         metrics["base/pass_rate"] = sum(base_passes) / len(tested)
         metrics["sample/pass_rate"] = sum(tuned_passes) / len(tested)
         log.info("pass rate %.3f, the base's %.3f", metrics["sample/pass_rate"], metrics["base/pass_rate"])
@@ -85,10 +89,10 @@ def evaluate(
     return EvaluationRef(metrics, str(rows_file), str(samples_file), str(passes_file))
 
 
-def _passes(rows: list[dict[str, Any]], completions: list[tuple[str, bool]], log: Any) -> list[bool]:
-    """Run each completion against its row's tests, sandboxed; what could not be executed has not passed."""
+def _passes(rows: list[dict[str, Any]], completions: list[tuple[str, bool]], log: Any) -> tuple[list[bool], int]:
+    """Which completions pass their row's tests, sandboxed, and how many could not be executed, and so did not."""
     verdicts = run_tests([(code, row["tests"]) for row, (code, _) in zip(rows, completions, strict=True)])
     refused = [verdict for verdict in verdicts if verdict.outcome == "not_executed"]
     if refused:
         log.warning("%d of %d completions were not executed: %s", len(refused), len(rows), refused[0].reason)
-    return [verdict.outcome == "passed" for verdict in verdicts]
+    return [verdict.outcome == "passed" for verdict in verdicts], len(refused)

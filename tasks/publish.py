@@ -18,6 +18,7 @@ from model.freezing import FreezePlan
 from model.gpt import GPTModel
 from model.journal import read_journal
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS
+from ops.sandbox import INSTALL
 from ops.tracking import MODEL_PREFIX, RunRef, client, log_metrics, log_model
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, Sources
@@ -164,6 +165,9 @@ def sample_report(samples: list[dict[str, Any]], metrics: Mapping[str, float], r
         lines.append(f"| stop rate | {metrics['base/stop_rate']:.2f} | {metrics['sample/stop_rate']:.2f} |")
     if "sample/pass_rate" in metrics:
         lines.append(f"| pass rate | {metrics['base/pass_rate']:.2f} | {metrics['sample/pass_rate']:.2f} |")
+        refused = metrics["base/not_executed"] + metrics["sample/not_executed"]
+        if refused:
+            lines += ["", f"{refused:.0f} completions were not executed and count as failed: {INSTALL}"]
     for sample in samples[:_SHOWN]:
         lines += ["", f"### Row {sample['row']}"]
         for title, key in (("Prompt", "prompt"), ("Reference", "reference"), ("Base", "base"), ("Tuned", "tuned")):

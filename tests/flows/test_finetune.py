@@ -27,7 +27,7 @@ METRICS = {
     "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss", "eval/perplexity",
     "best/eval_loss", "best/step", "base/eval_loss", "base/perplexity", "base/test_loss", "base/test_perplexity",
     "test/loss", "test/perplexity", "test/rows", "base/stop_rate", "sample/stop_rate",
-    "base/pass_rate", "sample/pass_rate", "data/train_rows",
+    "base/pass_rate", "sample/pass_rate", "base/not_executed", "sample/not_executed", "data/train_rows",
     "data/validation_rows",
     "data/test_rows", "data/train_tokens", "data/truncated_share", "data/dropped_rows",
 }  # fmt: skip
