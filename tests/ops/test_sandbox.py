@@ -671,3 +671,8 @@ def test_the_projects_own_answers_pass_anywhere(without_bubblewrap: None) -> Non
     rows = make_rows()[1]
     verdicts = run_tests([(row["completion"], row["tests"]) for row in rows])
     assert [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict.outcome != "passed"] == []
+
+
+def test_no_rows_no_verdicts() -> None:
+    """Data without tests, such as CodeAlpaca, costs nothing and is no error."""
+    assert run_tests([]) == []
