@@ -17,6 +17,7 @@ import sysconfig
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def pretrain(directory: Path, epochs: int, batch_size: int, learning_rate: float
     device = resolve_device("auto")
     torch.manual_seed(0)
     with device:
-        model = GPTModel(GPTConfig(**{**vars(config), "vocab_size": len(tokenizer)}))
+        model = GPTModel(replace(config, vocab_size=len(tokenizer)))
     settings = TrainConfig(
         epochs=epochs,
         batch_size=batch_size,

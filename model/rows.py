@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
+# How file names in a folder begin; every other name is train.
+_SPLIT_NAMES = {"test": ("test",), "validation": ("val", "dev", "eval")}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 # Reasons for which a row cannot be used at all; the share of these is bounded by max_dropped_share.
@@ -57,13 +59,7 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
     for path in sorted(source.iterdir()):
         if path.suffix in SUFFIXES and path.is_file():
             name = path.name.lower()
-            split = (
-                "test"
-                if name.startswith("test")
-                else "validation"
-                if name.startswith(("val", "dev", "eval"))
-                else "train"
-            )
+            split = next((split for split, starts in _SPLIT_NAMES.items() if name.startswith(starts)), "train")
             splits.setdefault(split, []).append(path)
     if not splits:
         raise FileNotFoundError(f"dataset folder {source} holds no file of {', '.join(SUFFIXES)}")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from model import grammar
 from model.config import normalize_size
 from model.files import atomic_directory, sha256_file, write_json
-from model.grammar import write_rows
 from model.loading import CONFIG_FILE, EMBEDDED_BASE, weight_files
 from model.rows import SUFFIXES, find_splits
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
@@ -55,10 +56,17 @@ def download(
 
 
 def _demo(settings: Settings) -> Path:
-    """The project's own rows, written anew by every run: a second's work, and never of an older version."""
-    directory = settings.data_root / "demo"
-    write_rows(directory)
-    return directory
+    """The project's own rows, in a directory named by the code that makes them."""
+    target = settings.data_root / "demo" / sha256_file(Path(grammar.__file__))[:16]
+    _write_once(target, grammar.write_rows)
+    return target
+
+
+def _write_once(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a directory unless it is there; another run never sees half of it."""
+    if not target.exists():
+        with atomic_directory(target) as scratch:
+            write(scratch)
 
 
 def _dataset(settings: Settings, dataset: str, revision: str | None) -> DatasetRef:
@@ -88,10 +96,12 @@ def _hub_dataset(settings: Settings, dataset: str, revision: str | None) -> tupl
     """The hub's splits as JSON lines, written once a commit."""
     tables, commit = fetch_dataset(dataset, revision, settings.hub_cache)
     target = settings.datasets / dataset.replace("/", "--") / commit
-    if not target.exists():
-        with atomic_directory(target) as scratch:
-            for split, table in tables.items():
-                table.to_json(scratch / f"{split}.jsonl", lines=True, force_ascii=False)
+
+    def write(directory: Path) -> None:
+        for split, table in tables.items():
+            table.to_json(directory / f"{split}.jsonl", lines=True, force_ascii=False)
+
+    _write_once(target, write)
     return target, commit
 
 

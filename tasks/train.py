@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -90,10 +89,11 @@ def train(
     log = get_run_logger()
     place = resolve_device(device)
     dtype = resolve_precision(config.precision, place)
-    identity = training_identity(tokens, model, plan, config, device)
+    determinants = _determinants(tokens, model, plan, config, device)
+    identity = sha256_json(determinants)
     directory = Settings.load().trainings / identity
     # For whoever finds the directory: whose checkpoints these are, the base's sha256 among it.
-    write_json(directory / "training.json", _determinants(tokens, model, plan, config, device))
+    write_json(directory / "training.json", determinants)
     network, _ = load_frozen(model, plan, place, dtype)
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     progress = _Progress(log)
@@ -141,16 +141,11 @@ class _Progress:
             parts.append(f"validation loss {report.eval_loss:.4f}")
         line = ", ".join(parts)
         self.log.info(line)
-        self._best_effort(lambda: self._artifact(100 * report.step / max(1, report.total_steps), line))
-
-    def _artifact(self, percent: float, line: str) -> None:
-        if self.artifact is None:
-            self.artifact = cast(UUID, create_progress_artifact(percent, key="train-progress", description=line))
-        else:
-            update_progress_artifact(self.artifact, percent, description=line)
-
-    def _best_effort(self, action: Callable[[], None]) -> None:
+        percent = 100 * report.step / max(1, report.total_steps)
         try:
-            action()
+            if self.artifact is None:
+                self.artifact = cast(UUID, create_progress_artifact(percent, key="train-progress", description=line))
+            else:
+                update_progress_artifact(self.artifact, percent, description=line)
         except Exception as error:
             self.log.warning("the progress artifact was not updated: %s", error)

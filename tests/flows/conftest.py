@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,16 +71,10 @@ def finished(prefect_server: None, session_root: Path) -> Any:
     """The result of one whole run, for the tests that look at what it left. Read only."""
     from flows.finetune import finetune
 
-    before = {name: os.environ.get(name) for name in _environment(session_root)}
-    os.environ.update(_environment(session_root))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in _environment(session_root).items():
+            patch.setenv(name, value)
         return finetune(**TINY)
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
 
 
 @pytest.fixture
