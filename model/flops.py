@@ -53,7 +53,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 256
     a, b = _factors(size, device, dtype)
     _seconds(a, b, 1)  # the first product loads the library
-    if device.type != "cuda" and _seconds(a, b, 1) * 4**3 < 2 * _WINDOW_SECONDS:
+    if device.type != "cuda" and _seconds(a, b, 1) * 4**3 < 0.05:
         size = 1024
         a, b = _factors(size, device, dtype)
     repeats = max(1, int(_WINDOW_SECONDS / _seconds(a, b, 1)))

@@ -1,0 +1,73 @@
+"""This project's engine, through its public API alone."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.measure import Job, Measurement, read_clock, windows_of_reports
+from model.device import cast_frozen, resolve_device, resolve_precision
+from model.freezing import freeze_bottom_layers
+from model.gpt import GPTModel
+from model.tokens import CodeAlpacaDataset, epoch_order
+from model.training import StepReport, TrainConfig, train
+
+_VALIDATION_ROWS = 64  # a validation before the first step and one after the last are part of every training
+
+
+def run_engine(job: Job) -> list[Measurement]:
+    """Train for the job's epochs; the first epoch and the later ones are measured apart.
+
+    The time to the first step ends with its report, which may come late, and includes the base's validation.
+    """
+    device = resolve_device(job.device)
+    dtype = resolve_precision(job.precision, device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPTModel(job.config)
+    freeze_bottom_layers(model, job.num_unfrozen_layers)
+    cast_frozen(model, dtype)
+    rows = CodeAlpacaDataset(job.tokens, "train")
+    steps_per_epoch = math.ceil(len(rows) / job.batch_size)
+    config = TrainConfig(
+        epochs=job.epochs,
+        batch_size=job.batch_size,
+        eval_freq=job.epochs * steps_per_epoch + 1,
+        eval_rows=_VALIDATION_ROWS,
+        precision=job.precision,
+    )
+    reports: list[tuple[int, float]] = []
+
+    def on_step(report: StepReport) -> None:
+        if report.step:
+            reports.append((report.step, time.perf_counter()))
+
+    start = read_clock(device)
+    with tempfile.TemporaryDirectory() as directory:
+        train(model, job.tokens, config, Path(directory), "bench", on_step)
+    first_step = reports[0][1] - start
+    loads = step_loads(rows, config)
+    phases = {"first epoch": (job.warm_up, steps_per_epoch)}
+    if job.epochs > 1:
+        # Warm-up once more: the second epoch may need other code. The last step is validated.
+        phases["later epochs"] = (steps_per_epoch + job.warm_up, job.epochs * steps_per_epoch - 1)
+    return [
+        Measurement(phase, windows_of_reports(reports, loads, first, last), first_step, str(dtype))
+        for phase, (first, last) in phases.items()
+    ]
+
+
+def step_loads(rows: CodeAlpacaDataset, config: TrainConfig) -> list[tuple[int, int]]:
+    """(tokens, targets) of each step of a training, from the order in which the engine visits the rows."""
+    loads = []
+    for epoch in range(config.epochs):
+        order = epoch_order(len(rows), config.seed, epoch)
+        for batch in np.split(order, range(config.batch_size, len(order), config.batch_size)):
+            lengths, prompts = rows.lengths[batch].sum(axis=0).tolist()
+            loads.append((lengths, lengths - prompts))
+    return loads

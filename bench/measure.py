@@ -1,0 +1,204 @@
+"""What all contestants share: the job, the windows over which speed is measured, and what is reported of them."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import GPTConfig
+
+WINDOWS = 4  # per measurement, where there are steps enough
+
+
+@dataclass(frozen=True)
+class Job:
+    """The training that every contestant does.
+
+    Attributes:
+        tokens: directory written by ``model.tokens.prepare``.
+        tokenizer: directory of its tokenizer; contestants read nothing from it but the special tokens.
+        model_size: preset whose shape the random weights have.
+        num_unfrozen_layers: blocks that train, from the top; the final norm trains too, all else is frozen.
+        batch_size: rows per optimizer step.
+        device: cpu, cuda or cuda:N.
+        precision: auto, bf16 or fp32.
+        warm_up: optimizer steps ahead of the first window.
+        steps: optimizer steps measured.
+        epochs: of the engine, whose later epochs are measured apart.
+    """
+
+    tokens: Path
+    tokenizer: Path
+    model_size: str
+    num_unfrozen_layers: int
+    batch_size: int
+    device: str
+    precision: str
+    warm_up: int
+    steps: int
+    epochs: int
+
+    @property
+    def config(self) -> GPTConfig:
+        """Shape of the model."""
+        return GPTConfig.preset(self.model_size)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of training between two readings of the clock.
+
+    Attributes:
+        seconds: between the two, the device idle at both.
+        tokens: real tokens trained on, padding not counted.
+        targets: those of them that bear loss.
+    """
+
+    seconds: float
+    tokens: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one run of a contestant gave in one phase.
+
+    Attributes:
+        phase: which part of the training; "steady" for contestants whose epochs are all alike.
+        windows: in order, warm-up left out.
+        seconds_to_first_step: from weights on the device and rows tokenised to the end of the first step.
+        dtype: of the matrix products.
+    """
+
+    phase: str
+    windows: list[Window]
+    seconds_to_first_step: float
+    dtype: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Useful tokens per second, the median of the windows."""
+        return statistics.median(window.tokens / window.seconds for window in self.windows)
+
+    @property
+    def target_share(self) -> float:
+        """Share of the tokens that bore loss."""
+        return sum(window.targets for window in self.windows) / sum(window.tokens for window in self.windows)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run a contestant.
+
+    Attributes:
+        contestant: its name.
+        text: the setting in words.
+        run: called with the job and ``options`` in a process of its own.
+        options: keyword arguments of ``run``.
+    """
+
+    contestant: str
+    text: str
+    run: Callable[..., list[Measurement]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_clock(device: torch.device) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this process held at most: on a GPU in torch's allocator, on a CPU resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Meter:
+    """Counts what batches hold and reads the clock at the bounds of windows, and nowhere else.
+
+    Args:
+        device: waited for before the clock is read.
+        warm_up: optimizer steps ahead of the first window.
+        steps: optimizer steps measured.
+        window: optimizer steps per window; by default ``WINDOWS`` of them.
+    """
+
+    def __init__(self, device: torch.device, warm_up: int, steps: int, window: int | None = None):
+        self.device = device
+        self.warm_up = warm_up
+        self.last = warm_up + steps
+        self.window = min(steps, window or max(1, steps // WINDOWS))
+        self.steps_done = self.tokens = self.targets = 0
+        self.marks: list[tuple[float, int, int]] = []
+        self.start = read_clock(device)
+        self.seconds_to_first_step = float("nan")
+
+    def count(self, tokens: int, targets: int) -> None:
+        """Add a batch that is part of the current step."""
+        self.tokens += tokens
+        self.targets += targets
+
+    def step_done(self) -> bool:
+        """Note the end of an optimizer step; whether it was the last one needed."""
+        self.steps_done += 1
+        if self.steps_done == 1:
+            self.seconds_to_first_step = read_clock(self.device) - self.start
+        measured = self.steps_done - self.warm_up
+        if measured >= 0 and measured % self.window == 0:
+            self.marks.append((read_clock(self.device), self.tokens, self.targets))
+        return self.steps_done >= self.last
+
+    def measurement(self, dtype: torch.dtype) -> Measurement:
+        """The windows so far.
+
+        Raises:
+            RuntimeError: the training ended before the first window was full.
+        """
+        if len(self.marks) < 2:
+            raise RuntimeError(f"the training ended after {self.steps_done} steps, before a window was full")
+        windows = [Window(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(self.marks)]
+        return Measurement("steady", windows, self.seconds_to_first_step, str(dtype))
+
+
+def windows_of_reports(
+    reports: Sequence[tuple[int, float]], loads: Sequence[tuple[int, int]], first: int, last: int
+) -> list[Window]:
+    """Windows between an engine's step reports, which may come late and several at once, but in order.
+
+    Reports that come together say only of the last of them when it was done, so windows end at such ones. A lag
+    that stays the same falls out of the differences.
+
+    Args:
+        reports: (step, time in seconds) of steps 1, 2, ...
+        loads: (tokens, targets) of the same steps.
+        first: step after which the first window begins.
+        last: step with which the last window may end; a later report must be there.
+
+    Raises:
+        RuntimeError: fewer than two usable reports between the two steps.
+    """
+    span = [report for report in reports if first <= report[0] <= last + 1]
+    usual = (span[-1][1] - span[0][1]) / max(1, len(span) - 1) if span else 0.0
+    marks = [report for report, later in pairwise(span) if later[1] - report[1] > usual / 4]
+    if len(marks) < 2:
+        raise RuntimeError(f"too few steps to measure between steps {first} and {last}")
+    count = min(WINDOWS, len(marks) - 1)
+    bounds = [marks[round(i * (len(marks) - 1) / count)] for i in range(count + 1)]
+    return [_window(begin, end, loads) for begin, end in pairwise(bounds)]
+
+
+def _window(begin: tuple[int, float], end: tuple[int, float], loads: Sequence[tuple[int, int]]) -> Window:
+    tokens, targets = (sum(column) for column in zip(*loads[begin[0] : end[0]], strict=True))
+    return Window(end[1] - begin[1], tokens, targets)

@@ -1,0 +1,301 @@
+"""transformers' Trainer and TRL's SFTTrainer on the same job, in the settings that their documentation offers for speed.
+
+What decides whether packed documents see one another, in transformers 5.17 and 5.23 with TRL 1.16:
+
+- ``packing="wrapped"``: the collator gives an attention mask of ones, so every token sees the documents before its
+  own in the row. Less work to launch, but not the same training; it is measured because people use it.
+- ``packing="bfd"``: the collator lays all rows of a pass end to end and gives position ids that restart with each
+  document, and no attention mask. ``create_causal_mask`` of transformers finds the documents by these restarts. With
+  flash_attention_2 each document is then attended to by itself. With sdpa a (T, T) mask over all T tokens of a pass
+  is built, and every pair of tokens is computed: right, but the cost grows with the square of the pass, which is why
+  a pass holds a few packed rows only. flex_attention is refused for GPT-2 by both versions.
+
+Liger patches models by type, and "gpt2" is not among those of 0.8.5; TRL 1.16 moreover computes its loss on response
+tokens in chunks by itself, and deprecates the flag.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import Job, Measurement, Meter, Setting
+from model.device import resolve_device, resolve_precision
+from model.tokens import IGNORE, CodeAlpacaDataset
+
+_TOKENS, _TARGETS = "bench_tokens", "bench_targets"  # beside the tensors of a batch, as plain numbers
+
+# What is imported ahead of the first setting, and how a user gets it.
+LIBRARIES: dict[str, Sequence[str]] = {
+    "hf": ("accelerate", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"),
+    "trl": ("accelerate", "datasets", "transformers.models.gpt2.modeling_gpt2", "trl.trainer.sft_trainer"),
+}
+INSTALL = "pip install '.[bench]'"
+
+
+class CountingCollator:
+    """A collator that also says how many real tokens and targets a batch holds.
+
+    Counted from the rows that went in, so no padding of any kind is among them.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        batch[_TOKENS] = sum(len(row["input_ids"]) for row in rows)
+        batch[_TARGETS] = int((batch["labels"][:, 1:] != IGNORE).sum())
+        return batch
+
+
+class PaddingCollator:
+    """Right-pad rows to the longest, and that to a multiple of 8, which tensor cores want."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        length = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+        batch = {
+            "input_ids": torch.zeros(len(rows), length, dtype=torch.long),
+            "labels": torch.full((len(rows), length), IGNORE),
+            "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
+        }
+        for place, row in enumerate(rows):
+            size = len(row["input_ids"])
+            batch["input_ids"][place, :size] = row["input_ids"]
+            batch["labels"][place, :size] = row["labels"]
+            batch["attention_mask"][place, :size] = 1
+        return batch
+
+
+def measured(trainer_class: type, meter: Meter) -> type:
+    """A Trainer class that counts each batch it trains on, and stops when the meter has seen enough."""
+    from transformers import TrainerCallback
+
+    class EndOfStep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_training_stop = meter.step_done()
+            return control
+
+    class Measured(trainer_class):
+        def __init__(self, **arguments: Any):
+            super().__init__(**arguments, callbacks=[EndOfStep()])
+            self.data_collator = CountingCollator(self.data_collator)
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+            meter.count(inputs.pop(_TOKENS), inputs.pop(_TARGETS))
+            return super().training_step(model, inputs, *arguments, **named)
+
+    return Measured
+
+
+def build_model(job: Job, attention: str = "sdpa") -> Any:
+    """GPT2LMHeadModel of the job's shape with random weights on the device, frozen as the engine's, no dropout."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(**job.config.to_json())
+    torch.manual_seed(0)
+    with torch.device(resolve_device(job.device)):
+        model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+    model.requires_grad_(False)
+    blocks = model.transformer.h
+    for module in (*blocks[len(blocks) - job.num_unfrozen_layers :], model.transformer.ln_f):
+        module.requires_grad_(True)
+    return model
+
+
+def _arguments(job: Job, rows_per_pass: int, passes: int, **settings: Any) -> dict[str, Any]:
+    """TrainingArguments that both trainers share."""
+    device = resolve_device(job.device)
+    on_gpu = device.type == "cuda"
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": rows_per_pass,
+        "gradient_accumulation_steps": passes,
+        "max_steps": job.warm_up + job.steps,
+        "bf16": resolve_precision(job.precision, device) == torch.bfloat16,
+        "optim": "adamw_torch_fused",
+        "learning_rate": 1e-4,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_num_workers": 2 if on_gpu else 0,
+        "dataloader_persistent_workers": on_gpu,
+        "gradient_checkpointing": False,
+        "use_cpu": not on_gpu,
+        **settings,
+    }
+
+
+def run_hf(job: Job, rows_per_pass: int, compiled: bool = False, liger: bool = False) -> list[Measurement]:
+    """transformers' Trainer, rows of similar length together, padded to the longest of a pass."""
+    from transformers import Trainer, TrainingArguments
+
+    model = build_model(job)
+    rows = CodeAlpacaDataset(job.tokens, "train")
+    # Within a mega-batch the sampler goes from long rows to short ones: a window must hold all of them.
+    mega_batch = min(max(1, len(rows) // (job.batch_size * 4)), 50)
+    meter = Meter(model.device, job.warm_up, job.steps, window=max(mega_batch, job.steps // 4))
+    settings = _arguments(
+        job,
+        rows_per_pass,
+        job.batch_size // rows_per_pass,
+        train_sampling_strategy="group_by_length",
+        torch_compile=compiled,
+        use_liger_kernel=liger,
+        remove_unused_columns=False,
+    )
+    trainer = measured(Trainer, meter)(
+        model=model, args=TrainingArguments(**settings), train_dataset=rows, data_collator=PaddingCollator()
+    )
+    trainer.train()
+    return [meter.measurement(resolve_precision(job.precision, model.device))]
+
+
+def run_trl(
+    job: Job,
+    rows_per_pass: int,
+    packing: str | None = None,
+    attention: str = "sdpa",
+    compiled: bool = False,
+    liger: bool = False,
+) -> list[Measurement]:
+    """TRL's SFTTrainer with completion-only loss.
+
+    Args:
+        rows_per_pass: of a packed row, its length; else rows of the data.
+        packing: TRL's strategy, or None for padding.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from model.loading import load_tokenizer
+
+    model = build_model(job, attention)
+    rows = CodeAlpacaDataset(job.tokens, "train")
+    records = Dataset.from_list([_trl_record(rows, index) for index in range(len(rows))])
+    tokenizer = load_tokenizer(job.tokenizer, job.config.vocab_size)
+    length = packed_length(job)
+    rows_per_step = packed_rows(job, rows) if packing else job.batch_size
+    meter = Meter(model.device, job.warm_up, job.steps)
+    settings = _arguments(
+        job,
+        min(rows_per_pass, rows_per_step),
+        max(1, round(rows_per_step / rows_per_pass)),
+        packing=packing is not None,
+        packing_strategy=packing or "bfd",
+        max_length=length,
+        completion_only_loss=True,
+        torch_compile=compiled,
+        use_liger_kernel=liger,
+    )
+    trainer = measured(SFTTrainer, meter)(
+        model=model, args=SFTConfig(**settings), train_dataset=records, processing_class=tokenizer
+    )
+    trainer.train()
+    return [meter.measurement(resolve_precision(job.precision, model.device))]
+
+
+def _trl_record(rows: CodeAlpacaDataset, index: int) -> dict[str, list[int]]:
+    length, prompt = (int(n) for n in rows.lengths[index])
+    return {
+        "input_ids": rows[index]["input_ids"].tolist(),
+        "completion_mask": [0] * prompt + [1] * (length - prompt),
+    }
+
+
+def packed_length(job: Job) -> int:
+    """Tokens of a packed row."""
+    return min(1024, job.config.n_positions)
+
+
+def packed_rows(job: Job, rows: CodeAlpacaDataset) -> int:
+    """Packed rows that hold about as many tokens as one optimizer step of the job."""
+    return max(1, round(job.batch_size * float(rows.lengths[:, 0].mean()) / packed_length(job)))
+
+
+def hf_settings(job: Job) -> list[Setting]:
+    """Best-known first."""
+    full = job.batch_size
+    options: list[dict[str, Any]] = [{"rows_per_pass": full}]
+    if job.device == "cpu":
+        options = [{"rows_per_pass": _divisor(full, 8)}]
+        if 8 < full <= 32:
+            options.append({"rows_per_pass": full})
+    else:
+        options.append({"rows_per_pass": full, "compiled": True})
+        options.append({"rows_per_pass": _divisor(full, 32)})
+        if _has_liger():
+            options.append({"rows_per_pass": full, "liger": True})
+    return [Setting("hf", _describe_hf(job, option), run_hf, option) for option in options]
+
+
+def trl_settings(job: Job) -> list[Setting]:
+    """Best-known first."""
+    per_step = packed_rows(job, CodeAlpacaDataset(job.tokens, "train"))
+    options: list[dict[str, Any]]
+    if job.device == "cpu":
+        options = [
+            {"rows_per_pass": 1, "packing": "bfd"},
+            {"rows_per_pass": 1, "packing": "wrapped"},
+            {"rows_per_pass": _divisor(job.batch_size, 8)},
+        ]
+    else:
+        documents: dict[str, Any] = {"rows_per_pass": min(4, per_step), "packing": "bfd"}
+        if _has_flash_attention():
+            documents = {"rows_per_pass": per_step, "packing": "bfd", "attention": "flash_attention_2"}
+        wrapped = {"rows_per_pass": per_step, "packing": "wrapped"}
+        padded = {"rows_per_pass": job.batch_size}
+        options = [wrapped, documents, padded, {**wrapped, "compiled": True}]
+        if "attention" not in documents:
+            options.append({**documents, "rows_per_pass": 1})
+        if _has_liger():
+            options += [{**option, "liger": True} for option in (wrapped, documents, padded)]
+    return [Setting("trl", _describe_trl(job, option, per_step), run_trl, option) for option in options]
+
+
+def _divisor(rows: int, most: int) -> int:
+    """The largest number of rows a pass may have so that equal passes make up a step."""
+    return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+
+
+def _describe_hf(job: Job, option: Mapping[str, Any]) -> str:
+    passes = job.batch_size // option["rows_per_pass"]
+    return ", ".join([f"{option['rows_per_pass']} rows x {passes}", "grouped by length, padded", *_flags(option)])
+
+
+def _describe_trl(job: Job, option: Mapping[str, Any], per_step: int) -> str:
+    rows = option["rows_per_pass"]
+    if "packing" not in option:
+        return ", ".join([f"{rows} rows x {job.batch_size // rows}", "padded", *_flags(option)])
+    parts = [f"{rows} x {packed_length(job)} tokens x {max(1, round(per_step / rows))}", f"packing {option['packing']}"]
+    if option["packing"] == "wrapped":
+        parts.append("no document mask")
+    elif "attention" in option:
+        parts.append(f"documents apart by {option['attention']}")
+    else:
+        parts.append("documents apart by a dense sdpa mask")
+    return ", ".join([*parts, *_flags(option)])
+
+
+def _flags(option: Mapping[str, Any]) -> list[str]:
+    flags = ["torch_compile"] if option.get("compiled") else []
+    if option.get("liger"):
+        flags.append("Liger")
+    return flags
+
+
+def _has_liger() -> bool:
+    from transformers.utils import is_liger_kernel_available
+
+    return bool(is_liger_kernel_available())
+
+
+def _has_flash_attention() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())

@@ -1,0 +1,310 @@
+"""Training speed of the engine and of its peers on one machine: ``python -m bench.train --help``.
+
+All train GPT-2 of one size with random weights, which cost what pretrained ones do, on the same rows, with the same
+parameters trainable, the loss on the same tokens and AdamW. Speed is useful tokens per second: padding is never
+counted. Progress and a table are printed; the last line is JSON with everything in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.engine import run_engine
+from bench.measure import Job, Measurement, Setting, peak_memory
+from bench.peers import INSTALL, LIBRARIES, hf_settings, trl_settings
+from bench.processes import ChildError, import_all, quiet_environment, run_apart
+from bench.seed import BATCH_SIZE, LENGTH, run_seed
+from model.config import PRESETS
+from model.device import resolve_device, resolve_precision
+from model.files import write_json
+from model.flops import matmul_ceiling, necessary_flops
+
+PEERS = ("engine", "seed", "hf", "trl")
+_LIBRARIES_SHOWN = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn")
+_ENGINE_SETTING = "as it comes"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark as the command line says."""
+    options = parse(arguments)
+    quiet_environment()
+    begin = time.perf_counter()
+
+    def say(message: str) -> None:
+        print(f"[{time.perf_counter() - begin:6.1f} s] {message}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        job, data = prepare_job(options, Path(scratch))
+        say(f"{data['rows']} rows, {data['tokens']} tokens, {data['target_share']:.1%} of them targets")
+        machine = run_apart(describe_machine, job, timeout=120)
+        say(f"{machine['name']}: {machine['matmul_ceiling_flops'] / 1e12:.3g} TFLOP/s in {machine['dtype']} products")
+        results: list[dict[str, Any]] = []
+        for name in options.peers:
+            results += run_contestant(name, job, options, machine["matmul_ceiling_flops"], say)
+    compare(results)
+    report = {
+        "machine": machine["name"],
+        "device": options.device,
+        "dtype": machine["dtype"],
+        "matmul_ceiling_flops": machine["matmul_ceiling_flops"],
+        "versions": versions(),
+        "model_size": job.model_size,
+        "num_unfrozen_layers": job.num_unfrozen_layers,
+        "batch_size": job.batch_size,
+        "epochs": job.epochs,
+        "steps": job.steps,
+        "data": data,
+        "results": results,
+    }
+    print("\n" + table(results) + "\n", flush=True)
+    if options.out:
+        write_json(options.out, report)
+    print(json.dumps(report), flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, its defaults filled in by device and data."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.train",
+        description="Training speed of the engine and of its peers, each at its best, on one machine.",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU where there is one")
+    parser.add_argument("--size", choices=[*PRESETS], help="355m; without --data tiny")
+    parser.add_argument("--data", type=Path, help="file or folder of rows; the embedded ones, if left out")
+    parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer; the embedded one, if left out")
+    parser.add_argument("--rows", type=int, help="training rows; all, on a CPU as many as are measured in an epoch")
+    parser.add_argument("--num-unfrozen-layers", type=int, default=4, help="blocks that train, from the top")
+    parser.add_argument("--batch-size", type=int, help="rows per optimizer step; 128, on a CPU 16")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens a row is cut at")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
+    parser.add_argument("--steps", type=int, help="optimizer steps measured, after a quarter as many; 40, on a CPU 8")
+    parser.add_argument("--epochs", type=int, default=3, help="of the engine: the first is measured apart")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"any of {','.join(PEERS)}")
+    parser.add_argument("--settings-limit", type=int, help="settings tried of each peer, best-known first")
+    parser.add_argument("--quick", action="store_true", help="the best-known setting of each peer only")
+    parser.add_argument("--timeout", type=float, help="seconds a setting may take; 300, on a CPU 3600")
+    parser.add_argument("--out", type=Path, help="file for the JSON, indented")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = options.device == "cpu"
+    options.size = options.size or ("355m" if options.data else "tiny")
+    options.batch_size = options.batch_size or (16 if on_cpu else 128)
+    options.steps = options.steps or (8 if on_cpu else 40)
+    options.timeout = options.timeout or (3600.0 if on_cpu else 300.0)
+    options.peers = options.peers.split(",")
+    if options.quick:
+        options.settings_limit = 1
+    if unknown := set(options.peers) - set(PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(PEERS)}")
+    if options.max_length > PRESETS[options.size].n_positions:
+        parser.error(f"--max-length {options.max_length} is beyond the context of {options.size}")
+    return options
+
+
+def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[str, Any]]:
+    """Tokenise the rows as the pipeline does; returns the job and what its training rows are."""
+    from model.grammar import write_rows
+    from model.loading import EMBEDDED_BASE, load_tokenizer
+    from model.rows import find_splits
+    from model.tokens import PrepareConfig, prepare
+
+    warm_up = max(1, options.steps // 4)
+    rows = options.rows
+    if rows is None and options.device == "cpu":
+        rows = options.batch_size * (warm_up + options.steps)
+    if not options.data:
+        write_rows(scratch / "rows")
+    job = Job(
+        tokens=scratch / "tokens",
+        tokenizer=options.tokenizer or EMBEDDED_BASE,
+        model_size=options.size,
+        num_unfrozen_layers=options.num_unfrozen_layers,
+        batch_size=options.batch_size,
+        device=options.device,
+        precision=options.precision,
+        warm_up=warm_up,
+        steps=options.steps,
+        epochs=options.epochs,
+    )
+    config = PrepareConfig(max_length=options.max_length, subset_count=rows)
+    tokenizer = load_tokenizer(job.tokenizer, job.config.vocab_size)
+    meta = prepare(find_splits(options.data or scratch / "rows"), tokenizer, config, job.tokens)
+    lengths = np.load(job.tokens / "train.lengths.npy")
+    counts = {name: int(meta["counts"][name]["train"]) for name in ("rows", "tokens", "target_tokens")}
+    data = {
+        "source": options.data.name if options.data else "embedded",
+        "sha256": meta["data_sha256"],
+        **counts,
+        "target_share": counts["target_tokens"] / counts["tokens"],
+        "mean_length": float(lengths[:, 0].mean()),
+        "max_length": int(lengths[:, 0].max()),
+    }
+    return job, data
+
+
+def describe_machine(job: Job) -> dict[str, Any]:
+    """Name of the device, number format of the products, and how fast it multiplies matrices."""
+    device = resolve_device(job.device)
+    dtype = resolve_precision(job.precision, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {"name": name, "dtype": str(dtype), "matmul_ceiling_flops": matmul_ceiling(device, dtype)}
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the libraries that decide the numbers; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _LIBRARIES_SHOWN:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def settings_of(name: str, job: Job) -> list[Setting]:
+    """A contestant's settings, best-known first."""
+    if name == "engine":
+        return [Setting(name, _ENGINE_SETTING, run_engine)]
+    if name == "seed":
+        return [Setting(name, f"fp32, {BATCH_SIZE} rows, padded to {LENGTH}", run_seed)]
+    return hf_settings(job) if name == "hf" else trl_settings(job)
+
+
+def run_contestant(
+    name: str, job: Job, options: argparse.Namespace, ceiling: float, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """One record for each setting and phase; a failed setting gives one with ``error`` and no numbers."""
+    try:
+        import_all(LIBRARIES.get(name, ()))
+    except ImportError as error:
+        say(f"{name}: not installed ({error}): {INSTALL}")
+        return [{"contestant": name, "settings": None, "error": f"not installed ({error}): {INSTALL}"}]
+    records: list[dict[str, Any]] = []
+    for setting in settings_of(name, job)[: options.settings_limit]:
+        say(f"{name}: {setting.text} ...")
+        try:
+            measurements, memory = run_apart(run_setting, setting, job, timeout=options.timeout)
+        except ChildError as error:
+            say(f"{name}: {error}")
+            records.append({"contestant": name, "settings": setting.text, "error": str(error)})
+            continue
+        for measurement in measurements:
+            records.append(record(setting, measurement, memory, job, ceiling))
+            say(f"{name}, {measurement.phase}: {measurement.tokens_per_second:,.0f} useful tokens/s")
+    return records
+
+
+def run_setting(setting: Setting, job: Job) -> tuple[list[Measurement], int]:
+    """In a child: what was measured, and the most memory that was held, in bytes."""
+    measurements = setting.run(job, **setting.options)
+    return measurements, peak_memory(resolve_device(job.device))
+
+
+def record(setting: Setting, measurement: Measurement, memory: int, job: Job, ceiling: float) -> dict[str, Any]:
+    """A measurement as JSON.
+
+    The trunk is counted as necessary in the first epoch only: afterwards its outputs can be remembered.
+    """
+    tokens = sum(window.tokens for window in measurement.windows)
+    targets = sum(window.targets for window in measurement.windows)
+    trunk_tokens = 0 if measurement.phase == "later epochs" else tokens
+    frozen = job.config.n_layer - job.num_unfrozen_layers
+    flops_per_token = necessary_flops(job.config, frozen, tokens, targets, trunk_tokens) / tokens
+    speed = measurement.tokens_per_second
+    return {
+        "contestant": setting.contestant,
+        "phase": measurement.phase,
+        "settings": setting.text,
+        "dtype": measurement.dtype,
+        "useful_tokens_per_second": speed,
+        "windows": [
+            {"seconds": w.seconds, "tokens": w.tokens, "target_tokens": w.targets} for w in measurement.windows
+        ],
+        "target_share": measurement.target_share,
+        "necessary_flops_per_token": flops_per_token,
+        "share_of_matmul_ceiling": flops_per_token * speed / ceiling,
+        "peak_memory_bytes": memory,
+        "seconds_to_first_step": measurement.seconds_to_first_step,
+    }
+
+
+def compare(results: list[dict[str, Any]]) -> None:
+    """Mark each contestant's fastest setting, and say how many times faster the engine is than each."""
+    engine = {r["phase"]: r["useful_tokens_per_second"] for r in results if r["contestant"] == "engine" and "phase" in r}
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        if "error" in result:
+            continue
+        key = result["contestant"], result["phase"]
+        if key not in best or result["useful_tokens_per_second"] > best[key]["useful_tokens_per_second"]:
+            best[key] = result
+        for phase, speed in engine.items():
+            name = f"engine_{phase.replace(' ', '_')}_over_this"
+            result[name] = speed / result["useful_tokens_per_second"]
+    for result in results:
+        result["best"] = any(result is chosen for chosen in best.values())
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results as aligned columns; a star marks each contestant's fastest setting."""
+    head = [
+        "contestant", "settings", "useful tokens/s", "engine, 1st epoch / this", "engine, later / this",
+        "of matmul ceiling", "peak GiB", "s to 1st step",
+    ]  # fmt: skip
+    lines = [head]
+    failures = []
+    for result in results:
+        if "error" in result:
+            failures.append(f"{result['contestant']}, {result['settings'] or 'any setting'}: {result['error']}")
+            continue
+        phase = "" if result["phase"] == "steady" else f", {result['phase']}"
+        lines.append(
+            [
+                f"{result['contestant']}{phase}{' *' if result['best'] else ''}",
+                result["settings"],
+                f"{result['useful_tokens_per_second']:,.0f}",
+                _times(result.get("engine_first_epoch_over_this")),
+                _times(result.get("engine_later_epochs_over_this")),
+                f"{result['share_of_matmul_ceiling']:.1%}",
+                f"{result['peak_memory_bytes'] / 2**30:.2f}",
+                f"{result['seconds_to_first_step']:.1f}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    rows = [
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*rows, *failures])
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+if __name__ == "__main__":
+    main()
