@@ -13,7 +13,7 @@ HOST ?= 127.0.0.1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format prefect-server mlflow-server worker deploy sample clean
+.PHONY: help install run test test-slow check format bench prefect-server mlflow-server worker deploy sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ check: $(INSTALLED) ## Lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(INSTALLED) ## Training speed beside others; ARGS="--data rows --tokenizer gpt2 --size 355m"
+	$(BIN)/python -m bench.train $(ARGS)
 
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .

@@ -52,10 +52,11 @@ def run_engine(job: Job) -> list[Measurement]:
         train(model, job.tokens, config, Path(directory), "bench", on_step)
     first_step = reports[0][1] - start
     loads = step_loads(rows, config)
-    phases = {"first epoch": (job.warm_up, steps_per_epoch)}
+    warm_up = min(job.warm_up, max(1, steps_per_epoch // 3))
+    last = job.epochs * steps_per_epoch - 1  # the step after it is followed by a validation
+    phases = {"first epoch": (warm_up, min(steps_per_epoch, last))}
     if job.epochs > 1:
-        # Warm-up once more: the second epoch may need other code. The last step is validated.
-        phases["later epochs"] = (steps_per_epoch + job.warm_up, job.epochs * steps_per_epoch - 1)
+        phases["later epochs"] = (steps_per_epoch + warm_up, last)  # once more: they may need other code
     return [
         Measurement(phase, windows_of_reports(reports, loads, first, last), first_step, str(dtype))
         for phase, (first, last) in phases.items()

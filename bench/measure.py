@@ -28,7 +28,7 @@ class Job:
         model_size: preset whose shape the random weights have.
         num_unfrozen_layers: blocks that train, from the top; the final norm trains too, all else is frozen.
         batch_size: rows per optimizer step.
-        device: cpu, cuda or cuda:N.
+        device: cpu or cuda.
         precision: auto, bf16 or fp32.
         warm_up: optimizer steps ahead of the first window.
         steps: optimizer steps measured.

@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer on the same job, in the settings that their documentation offers for speed.
+"""transformers' Trainer and TRL's SFTTrainer on the same job, in the settings that their manuals offer for speed.
 
 What decides whether packed documents see one another, in transformers 5.17 and 5.23 with TRL 1.16:
 
@@ -83,7 +83,7 @@ def measured(trainer_class: type, meter: Meter) -> type:
     class Measured(trainer_class):
         def __init__(self, **arguments: Any):
             super().__init__(**arguments, callbacks=[EndOfStep()])
-            self.data_collator = CountingCollator(self.data_collator)
+            self.data_collator: Any = CountingCollator(self.data_collator)
 
         def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
             meter.count(inputs.pop(_TOKENS), inputs.pop(_TARGETS))
@@ -272,7 +272,8 @@ def _describe_trl(job: Job, option: Mapping[str, Any], per_step: int) -> str:
     rows = option["rows_per_pass"]
     if "packing" not in option:
         return ", ".join([f"{rows} rows x {job.batch_size // rows}", "padded", *_flags(option)])
-    parts = [f"{rows} x {packed_length(job)} tokens x {max(1, round(per_step / rows))}", f"packing {option['packing']}"]
+    passes = max(1, round(per_step / rows))
+    parts = [f"{rows} x {packed_length(job)} tokens x {passes}", f"packing {option['packing']}"]
     if option["packing"] == "wrapped":
         parts.append("no document mask")
     elif "attention" in option:
@@ -290,12 +291,12 @@ def _flags(option: Mapping[str, Any]) -> list[str]:
 
 
 def _has_liger() -> bool:
-    from transformers.utils import is_liger_kernel_available
+    from transformers.utils.import_utils import is_liger_kernel_available
 
     return bool(is_liger_kernel_available())
 
 
 def _has_flash_attention() -> bool:
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     return bool(is_flash_attn_2_available())

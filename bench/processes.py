@@ -29,6 +29,17 @@ def quiet_environment() -> None:
         os.environ.setdefault(name, "1")
 
 
+def show_one_gpu(device: str) -> None:
+    """Hide all GPUs but one, which is ``cuda`` from then on: a Trainer would spread its work over all it sees.
+
+    Args:
+        device: cuda or cuda:N.
+    """
+    index = int(device.partition(":")[2] or 0)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[index] if shown else str(index)
+
+
 def import_all(modules: Sequence[str]) -> None:
     """Import modules here, once for all children that are forked later.
 
@@ -54,7 +65,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any, timeout: float) -> 
     """
     context: Any = multiprocessing.get_context("spawn" if _fork_spoils_cuda() else "fork")
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         child = context.Process(target=_call, args=(sender, Path(scratch), function, arguments))
         child.start()
         sender.close()  # else the end of the child would not end the pipe

@@ -8,6 +8,7 @@ one length.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ _MORE_STEPS = 4  # its steps are so small that a window needs more of them
 
 class NaiveAttention(nn.Module):
     """Causal attention with its weights materialised, (B, H, T, T)."""
+
+    mask: Tensor
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -93,7 +96,7 @@ class NaiveGPT(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.n_positions, config.n_embd)
         self.dropout = nn.Dropout(_DROPOUT)
-        self.blocks = nn.Sequential(*(NaiveBlock(config) for _ in range(config.n_layer)))
+        self.blocks: Sequence[NaiveBlock] = nn.ModuleList(NaiveBlock(config) for _ in range(config.n_layer))  # type: ignore[assignment]
         self.norm = NaiveNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for parameter in self.parameters():
@@ -101,8 +104,10 @@ class NaiveGPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(torch.arange(ids.size(1), device=ids.device))
-        return self.head(self.norm(self.blocks(self.dropout(x))))
+        x = self.dropout(self.tokens(ids) + self.positions(torch.arange(ids.size(1), device=ids.device)))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
 
     def freeze(self, num_unfrozen_layers: int) -> None:
         """Leave the top blocks and the final norm trainable."""

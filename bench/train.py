@@ -23,7 +23,7 @@ import torch
 from bench.engine import run_engine
 from bench.measure import Job, Measurement, Setting, peak_memory
 from bench.peers import INSTALL, LIBRARIES, hf_settings, trl_settings
-from bench.processes import ChildError, import_all, quiet_environment, run_apart
+from bench.processes import ChildError, import_all, quiet_environment, run_apart, show_one_gpu
 from bench.seed import BATCH_SIZE, LENGTH, run_seed
 from model.config import PRESETS
 from model.device import resolve_device, resolve_precision
@@ -37,9 +37,11 @@ _ENGINE_SETTING = "as it comes"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark as the command line says."""
-    options = parse(arguments)
-    quiet_environment()
     begin = time.perf_counter()
+    quiet_environment()
+    options = parse(arguments)
+    if options.device != "cpu":
+        show_one_gpu(options.device)
 
     def say(message: str) -> None:
         print(f"[{time.perf_counter() - begin:6.1f} s] {message}", flush=True)
@@ -131,7 +133,7 @@ def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[s
         model_size=options.size,
         num_unfrozen_layers=options.num_unfrozen_layers,
         batch_size=options.batch_size,
-        device=options.device,
+        device=options.device.partition(":")[0],
         precision=options.precision,
         warm_up=warm_up,
         steps=options.steps,
@@ -251,11 +253,10 @@ def record(setting: Setting, measurement: Measurement, memory: int, job: Job, ce
 
 def compare(results: list[dict[str, Any]]) -> None:
     """Mark each contestant's fastest setting, and say how many times faster the engine is than each."""
-    engine = {r["phase"]: r["useful_tokens_per_second"] for r in results if r["contestant"] == "engine" and "phase" in r}
+    finished = [result for result in results if "error" not in result]
+    engine = {r["phase"]: r["useful_tokens_per_second"] for r in finished if r["contestant"] == "engine"}
     best: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in results:
-        if "error" in result:
-            continue
+    for result in finished:
         key = result["contestant"], result["phase"]
         if key not in best or result["useful_tokens_per_second"] > best[key]["useful_tokens_per_second"]:
             best[key] = result

@@ -66,17 +66,20 @@ def _factors(size: int, device: torch.device, dtype: torch.dtype) -> tuple[torch
 
 
 def _seconds(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
-    """Seconds that a number of products take; on a GPU by its own clock, so that no launch is counted."""
+    """Seconds that a number of products take; on a GPU by its own clock, so that no launch is counted.
+
+    The second factor is transposed, as in a linear layer: without that, bf16 products of some processors are slow.
+    """
     if not a.is_cuda:
         start = time.perf_counter()
         for _ in range(repeats):
-            torch.mm(a, b)
+            torch.mm(a, b.t())
         return time.perf_counter() - start
     with torch.cuda.device(a.device):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(repeats):
-            torch.mm(a, b)
+            torch.mm(a, b.t())
         end.record()
         end.synchronize()
     return begin.elapsed_time(end) / 1e3
