@@ -25,21 +25,21 @@ def main() -> None:
     """Run the stages one after the other."""
     options = parse()
     import torch
-    import transformers.trainer
-    import trl.trainer.sft_trainer  # noqa: F401
+    import trl.trainer.sft_trainer  # noqa: F401  # trl itself imports nothing before it is used
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.import_utils import is_flash_attn_2_available, is_liger_kernel_available
 
     done("imports")
     flash = is_flash_attn_2_available() and torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         options.weights,
         attn_implementation="flash_attention_2" if flash else "sdpa",
         dtype=torch.float32,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     freeze(model, options.num_unfrozen_layers)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.weights)
     tokenizer.pad_token = tokenizer.eos_token

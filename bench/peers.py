@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import Job, Measurement, Meter, Setting
+from bench.measure import WINDOWS, Job, Measurement, Meter, Setting
 from model.device import resolve_device, resolve_precision
 from model.tokens import IGNORE, CodeAlpacaDataset
 
+_GROUPED = "grouped by length, padded"
 _TOKENS, _TARGETS = "bench_tokens", "bench_targets"  # beside the tensors of a batch, as plain numbers
 
 # What is imported ahead of the first setting, and how a user gets it.
@@ -137,9 +138,7 @@ def run_hf(job: Job, rows_per_pass: int, compiled: bool = False, liger: bool = F
 
     model = build_model(job)
     rows = CodeAlpacaDataset(job.tokens, "train")
-    # Within a mega-batch the sampler goes from long rows to short ones: a window must hold all of them.
-    mega_batch = min(max(1, len(rows) // (job.batch_size * 4)), 50)
-    meter = Meter(model.device, job.warm_up, job.steps, window=max(mega_batch, job.steps // 4))
+    meter = Meter(model.device, job.warm_up, job.steps, window=grouped_window(job, rows))
     settings = _arguments(
         job,
         rows_per_pass,
@@ -181,7 +180,7 @@ def run_trl(
     tokenizer = load_tokenizer(job.tokenizer, job.config.vocab_size)
     length = packed_length(job)
     rows_per_step = packed_rows(job, rows) if packing else job.batch_size
-    meter = Meter(model.device, job.warm_up, job.steps)
+    meter = Meter(model.device, job.warm_up, job.steps, window=None if packing else grouped_window(job, rows))
     settings = _arguments(
         job,
         min(rows_per_pass, rows_per_step),
@@ -190,6 +189,7 @@ def run_trl(
         packing_strategy=packing or "bfd",
         max_length=length,
         completion_only_loss=True,
+        train_sampling_strategy="random" if packing else "group_by_length",
         torch_compile=compiled,
         use_liger_kernel=liger,
     )
@@ -206,6 +206,16 @@ def _trl_record(rows: CodeAlpacaDataset, index: int) -> dict[str, list[int]]:
         "input_ids": rows[index]["input_ids"].tolist(),
         "completion_mask": [0] * prompt + [1] * (length - prompt),
     }
+
+
+def grouped_window(job: Job, rows: CodeAlpacaDataset) -> int:
+    """Steps of a window where rows are grouped by length.
+
+    transformers' sampler sorts the rows of each mega-batch, so that steps go from long rows to short ones again and
+    again; a window that held a part of them would be slower or faster than the training.
+    """
+    mega_batch = min(max(1, len(rows) // (4 * job.batch_size)), 50)
+    return mega_batch * max(1, job.steps // (WINDOWS * mega_batch))
 
 
 def packed_length(job: Job) -> int:
@@ -265,13 +275,13 @@ def _divisor(rows: int, most: int) -> int:
 
 def _describe_hf(job: Job, option: Mapping[str, Any]) -> str:
     passes = job.batch_size // option["rows_per_pass"]
-    return ", ".join([f"{option['rows_per_pass']} rows x {passes}", "grouped by length, padded", *_flags(option)])
+    return ", ".join([f"{option['rows_per_pass']} rows x {passes}", _GROUPED, *_flags(option)])
 
 
 def _describe_trl(job: Job, option: Mapping[str, Any], per_step: int) -> str:
     rows = option["rows_per_pass"]
     if "packing" not in option:
-        return ", ".join([f"{rows} rows x {job.batch_size // rows}", "padded", *_flags(option)])
+        return ", ".join([f"{rows} rows x {job.batch_size // rows}", _GROUPED, *_flags(option)])
     passes = max(1, round(per_step / rows))
     parts = [f"{rows} x {packed_length(job)} tokens x {passes}", f"packing {option['packing']}"]
     if option["packing"] == "wrapped":

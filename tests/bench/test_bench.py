@@ -1,0 +1,273 @@
+"""What a benchmark can get wrong without anybody noticing: windows, counts, who trains what; and one run of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.engine import step_loads
+from bench.measure import Job, Measurement, Meter, Setting, Window, windows_of_reports
+from bench.peers import CountingCollator, PaddingCollator, build_model, hf_settings, trl_settings
+from bench.processes import ChildError, run_apart
+from bench.seed import LENGTH, NaiveGPT, pad
+from bench.train import compare, parse, record, table
+from model import GPTModel, freeze_bottom_layers
+from model.tokens import IGNORE, CodeAlpacaDataset
+from model.training import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def job(token_dir: Path, tokenizer_dir: Path) -> Job:
+    """A small job on the test rows."""
+    return Job(token_dir, tokenizer_dir, "tiny", 2, 8, "cpu", "fp32", warm_up=1, steps=4, epochs=2)
+
+
+# Windows
+
+
+def test_windows_of_punctual_reports() -> None:
+    """Each window holds the tokens of the steps that ended in it; a constant lag changes nothing."""
+    loads = [(100 + step, 10) for step in range(1, 13)]
+    for lag in (0.0, 7.5):
+        reports = [(step, 2.0 * step + lag) for step in range(1, 13)]
+        windows = windows_of_reports(reports, loads, first=2, last=10)
+        assert [window.seconds for window in windows] == [4.0] * 4
+        assert [window.tokens for window in windows] == [103 + 104, 105 + 106, 107 + 108, 109 + 110]
+        assert [window.targets for window in windows] == [20] * 4
+
+
+def test_windows_of_reports_in_bursts() -> None:
+    """Five reports at a time: windows end with a burst, and the speed is the true one."""
+    reports = [(step, math.ceil(step / 5) * 5.0 + 0.001 * (step % 5)) for step in range(1, 41)]
+    windows = windows_of_reports(reports, [(100, 50)] * 40, first=5, last=35)
+    assert [window.tokens / window.seconds for window in windows] == pytest.approx([100.0] * len(windows), rel=1e-3)
+    assert len(windows) == 4
+
+
+def test_too_few_reports_are_no_measurement() -> None:
+    """No number rather than a guess."""
+    with pytest.raises(RuntimeError, match="too few steps to measure between steps 5 and 6"):
+        windows_of_reports([(1, 0.1), (2, 0.2)], [(1, 1)] * 2, first=5, last=6)
+
+
+def test_meter_leaves_warm_up_out() -> None:
+    """Tokens of the warm-up are in no window, and those of each window in that one alone."""
+    meter = Meter(torch.device("cpu"), warm_up=2, steps=8)
+    ended = []
+    for step in range(1, 11):
+        meter.count(step, 1)
+        meter.count(100 * step, 2)  # a second pass of the same step
+        ended.append(meter.step_done())
+    assert ended == [False] * 9 + [True]
+    measurement = meter.measurement(torch.float32)
+    assert [window.tokens for window in measurement.windows] == [101 * (3 + 4), 101 * 11, 101 * 15, 101 * 19]
+    assert [window.targets for window in measurement.windows] == [6] * 4
+    assert 0 <= measurement.seconds_to_first_step < 5
+
+
+def test_meter_without_a_full_window_gives_no_number() -> None:
+    """A training that stops early is an error."""
+    meter = Meter(torch.device("cpu"), warm_up=1, steps=4, window=4)
+    for _ in range(4):
+        meter.step_done()
+    with pytest.raises(RuntimeError, match="ended after 4 steps"):
+        meter.measurement(torch.float32)
+
+
+def test_speed_is_the_median_of_the_windows() -> None:
+    """One disturbed window does not move it; the share of targets is over all of them."""
+    windows = [Window(1.0, 100, 50), Window(10.0, 100, 50), Window(1.0, 110, 80)]
+    measurement = Measurement("steady", windows, 0.0, "torch.float32")
+    assert measurement.tokens_per_second == 100
+    assert measurement.target_share == 180 / 310
+
+
+# Useful tokens
+
+
+def test_engine_steps_add_up_to_the_epochs(token_dir: Path) -> None:
+    """Every epoch counts each row's tokens and targets once, the last and smaller step included."""
+    rows = CodeAlpacaDataset(token_dir, "train")
+    loads = step_loads(rows, TrainConfig(epochs=2, batch_size=8))
+    lengths, prompts = rows.lengths.sum(axis=0).tolist()
+    assert len(loads) == 2 * math.ceil(len(rows) / 8)
+    for epoch in (loads[: len(loads) // 2], loads[len(loads) // 2 :]):
+        assert tuple(map(sum, zip(*epoch, strict=True))) == (lengths, lengths - prompts)
+
+
+def test_collator_counts_no_padding(token_dir: Path) -> None:
+    """Real tokens and targets, whatever the batch was padded to."""
+    rows = CodeAlpacaDataset(token_dir, "train")
+    chosen = rows.lengths[:, 0].argsort()[[0, 1, -1]]  # two short rows and the longest
+    batch = CountingCollator(PaddingCollator())([rows[index] for index in chosen])
+    lengths, prompts = rows.lengths[chosen].sum(axis=0).tolist()
+    assert batch["bench_tokens"] == lengths == int(batch["attention_mask"].sum())
+    assert batch["bench_targets"] == lengths - prompts
+    assert batch["input_ids"].size(1) % 8 == 0
+    assert batch["input_ids"].numel() > lengths
+
+
+def test_seed_counts_what_it_keeps_of_a_row() -> None:
+    """Beyond the fixed length nothing is trained on, and nothing counted."""
+
+    class Rows:
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            labels = torch.arange(2 * LENGTH)
+            labels[: LENGTH - 3] = IGNORE
+            return {"input_ids": torch.arange(2 * LENGTH), "labels": labels}
+
+    ids, labels, tokens, targets = pad(Rows(), [0, 1])  # type: ignore[arg-type]
+    assert ids.shape == labels.shape == (2, LENGTH)
+    assert (tokens, targets) == (2 * LENGTH, 2 * 3)
+
+
+# The same work
+
+
+def test_all_train_the_same_parameters(job: Job) -> None:
+    """Engine, naive loop and transformers' model train equally many scalars, and give no others a gradient."""
+    engine = GPTModel(job.config)
+    plan = freeze_bottom_layers(engine, job.num_unfrozen_layers)
+    naive = NaiveGPT(job.config)
+    naive.freeze(job.num_unfrozen_layers)
+    reference = build_model(job)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    naive(ids).sum().backward()
+    reference(input_ids=ids, labels=ids).loss.backward()
+    for model in (naive, reference):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert sum(p.numel() for p in trained) == plan.trainable
+        assert all(p.grad is not None for p in trained)
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@torch.no_grad()
+def test_which_packing_keeps_documents_apart(job: Job) -> None:
+    """transformers finds documents by restarting positions, but only where there is no attention mask (nor cache)."""
+    model = build_model(job).eval()
+    model.config.use_cache = False  # as SFTTrainer calls it
+    first, second = torch.randint(job.config.vocab_size, (2, 1, 12))
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.arange(12).repeat(2)[None]
+    alone = model(input_ids=second).logits
+    apart = model(input_ids=packed, position_ids=positions).logits[:, 12:]
+    together = model(input_ids=packed, position_ids=positions, attention_mask=torch.ones_like(packed)).logits[:, 12:]
+    torch.testing.assert_close(apart, alone, rtol=0, atol=1e-5)
+    assert (together - alone).abs().max() > 1e-3
+
+
+def test_settings_keep_the_effective_batch(job: Job) -> None:
+    """Passes times rows is the batch, also where 8 does not divide it, and on a GPU as on a CPU."""
+    for batch_size, device in ((8, "cpu"), (20, "cpu"), (128, "cuda"), (48, "cuda")):
+        other = Job(**{**vars(job), "batch_size": batch_size, "device": device})
+        for setting in hf_settings(other):
+            assert batch_size % setting.options["rows_per_pass"] == 0, setting.text
+        assert len({setting.text for setting in trl_settings(other)}) == len(trl_settings(other))
+
+
+# Processes
+
+
+def double(value: float) -> float:
+    """Run apart below."""
+    return 2 * value
+
+
+def fail(how: str) -> None:
+    """Run apart below."""
+    if how == "raise":
+        raise ValueError("no such thing\nand more")
+    if how == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried ...")
+    if how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_children_answer_or_say_why_not() -> None:
+    """A result comes back; an exception, lack of memory, death and slowness each have their own words."""
+    assert run_apart(double, 4.0, timeout=60) == 8.0
+    for how, message in (
+        ("raise", "ValueError: no such thing$"),
+        ("memory", "^out of memory$"),
+        ("die", "^killed by SIGKILL"),
+        ("sleep", "^not done after 1 s$"),
+    ):
+        with pytest.raises(ChildError, match=message):
+            run_apart(fail, how, timeout=1 if how == "sleep" else 60)
+
+
+# What is reported
+
+
+def test_failures_are_reported_and_never_compared(job: Job) -> None:
+    """A failed setting has a line of its own and no number; the best of each contestant bears the star."""
+
+    def entry(contestant: str, text: str, seconds: float, phase: str = "steady") -> dict[str, Any]:
+        measurement = Measurement(phase, [Window(seconds, 100, 50)], 1.0, "torch.float32")
+        return record(Setting(contestant, text, double), measurement, 2**30, job, ceiling=1e12)
+
+    results = [
+        entry("engine", "as it comes", 1.0, "first epoch"),
+        entry("engine", "as it comes", 0.5, "later epochs"),
+        entry("hf", "slow", 4.0),
+        entry("hf", "fast", 2.0),
+        {"contestant": "trl", "settings": "greedy", "error": "out of memory"},
+    ]
+    compare(results)
+    assert [result["best"] for result in results] == [True, True, False, True, False]
+    assert results[3]["engine_first_epoch_over_this"] == 2.0
+    assert results[3]["engine_later_epochs_over_this"] == 4.0
+    assert results[0]["necessary_flops_per_token"] > results[1]["necessary_flops_per_token"]
+    lines = table(results).splitlines()
+    assert lines[-1] == "trl, greedy: out of memory"
+    assert [line.split()[:2] for line in lines[1:-1]][-1] == ["hf", "*"]
+
+
+def test_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """Unknown contestants and rows beyond the context end with a message."""
+    for arguments, message in (
+        (["--peers", "engine,other"], "other is none of engine, seed, hf, trl"),
+        (["--size", "tiny", "--max-length", "1024"], "beyond the context of tiny"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_quick_run(tmp_path: Path) -> None:
+    """The command as users run it: progress, table, and a last line with finite numbers of everything measured."""
+    command = [sys.executable, "-m", "bench.train", "--device", "cpu", "--quick", "--steps", "2", "--batch-size", "4"]
+    command += ["--peers", "engine,seed,hf", "--out", str(tmp_path / "report.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["machine"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["data"]["rows"] > 0
+    assert 0 < report["data"]["target_share"] < 1
+    phases = [(result["contestant"], result["phase"]) for result in report["results"] if "error" not in result]
+    assert phases[:3] == [("engine", "first epoch"), ("engine", "later epochs"), ("seed", "steady")]
+    for result in report["results"]:
+        if "error" in result:  # transformers' Trainer needs accelerate, which the development tools do not
+            assert result["contestant"] == "hf"
+            assert "pip install" in result["error"]
+            continue
+        numbers = [value for value in result.values() if isinstance(value, float | int)]
+        assert len(numbers) >= 8
+        assert all(math.isfinite(number) and number >= 0 for number in numbers), result
+        assert result["windows"]
