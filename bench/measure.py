@@ -16,6 +16,7 @@ import torch
 from model.config import GPTConfig
 
 WINDOWS = 4  # per measurement, where there are steps enough
+_TOGETHER = 1e-3  # seconds; reports that follow one another faster were handed over in one go
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ def windows_of_reports(
     """
     span = [report for report in reports if first <= report[0] <= last + 1]
     usual = (span[-1][1] - span[0][1]) / max(1, len(span) - 1) if span else 0.0
-    marks = [report for report, later in pairwise(span) if later[1] - report[1] > usual / 4]
+    together = min(usual / 4, _TOGETHER)
+    marks = [report for report, later in pairwise(span) if later[1] - report[1] > together]
     if len(marks) < 2:
         raise RuntimeError(f"too few steps to measure between steps {first} and {last}")
     count = min(WINDOWS, len(marks) - 1)
