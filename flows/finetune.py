@@ -79,6 +79,7 @@ def finetune(
     max_steps: Count | None = None,
     batch_size: Count = 32,
     micro_batch_tokens: Count | None = None,
+    trunk_cache_gb: Annotated[float, Field(ge=0)] = 32.0,
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4,
     weight_decay: Annotated[float, Field(ge=0)] = 0.01,
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03,
@@ -117,7 +118,8 @@ def finetune(
         epochs: passes over the training rows.
         max_steps: stop after this many optimizer steps.
         batch_size: rows per optimizer step.
-        micro_batch_tokens: padded tokens per forward pass; a matter of memory and speed only.
+        micro_batch_tokens: tokens per forward pass; a matter of memory and speed only.
+        trunk_cache_gb: GB of the frozen blocks' outputs to keep at most; a matter of speed only, 0 keeps none.
         learning_rate: peak of warm-up and cosine.
         weight_decay: AdamW's decay of matrices; biases and norms have none.
         warmup_ratio: share of the steps spent warming up.
@@ -209,8 +211,8 @@ def finetune(
         with exclusive(settings.locks, training, name, log.info):
             # Held over both, or another run's training would come between a training and its evaluation.
             with exclusive(settings.locks, device_key(place), name, log.info):
-                checkpoint = train(tokens, model, plan, train_config, device, run)
-                evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device)
+                checkpoint = train(tokens, model, plan, train_config, device, run, trunk_cache_gb)
+                evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device, trunk_cache_gb)
             uri = publish(run, sources, model, plan, checkpoint, evaluation)
             samples = json.loads(Path(evaluation.samples).read_text())[:2]
             # MLflow has the model, the journal and the tables now; a later run of these settings trains afresh.

@@ -5,7 +5,8 @@ github.com/openai/gpt-2 (src/model.py); checked against transformers' GPT2LMHead
 Hugging Face's names, so a checkpoint's keys are the model's own (weights of the four projections are
 transposed: Hugging Face keeps them as Conv1D, input dimension first).
 
-Shapes: B rows, T tokens, S cached tokens, C context, D width, H heads, K = D / H, V vocabulary.
+Shapes: B rows, T tokens, C context, D width, H heads, K = D / H, V vocabulary. Blocks take tokens in any
+layout, (..., D): the layout's attention alone knows which of them belong together.
 """
 
 from __future__ import annotations
@@ -19,35 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import Attend, KVCache, Layout, Rows
 from model.config import GPTConfig
-
-
-class KVCache:
-    """Keys and values of past tokens, one slot per position, each row at its own length.
-
-    Rows are right-padded: row b's next token goes to slot ``lengths[b]``, so prompts of different lengths
-    need neither left padding nor shifted positions.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, K)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, K)
-        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)  # (B,)
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H, T, K) behind each row's cached tokens; return all keys and values (B, H, S, K)."""
-        slots = self.lengths[:, None] + torch.arange(k.size(2), device=k.device)  # (B, T)
-        index = slots[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k.to(self.keys.dtype))
-        self.values[layer].scatter_(2, index, v.to(self.values.dtype))
-        return self.keys[layer], self.values[layer]
-
-    def mask(self, tokens: int) -> Tensor:
-        """True where the next ``tokens`` tokens of each row may look: (B, 1, T, S)."""
-        queries = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)  # (B, T)
-        slots = torch.arange(self.keys.size(3), device=self.lengths.device)  # (S,)
-        return (slots <= queries[:, :, None])[:, None]
 
 
 class Attention(nn.Module):
@@ -60,17 +34,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, K)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)  # (B, H, S, K)
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(-3)  # (..., H, K)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, dropout_p=dropout, is_causal=mask is None
-        )
-        y = y.transpose(1, 2).reshape(B, T, D)
-        return F.dropout(self.c_proj(y), dropout, self.training)  # (B, T, D)
+        y = attend(q, k, v, dropout).flatten(-2)
+        return F.dropout(self.c_proj(y), dropout, self.training)  # (..., D)
 
 
 class MLP(nn.Module):
@@ -83,8 +51,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4D)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, D)
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (..., 4D)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (..., D)
 
 
 class Block(nn.Module):
@@ -97,9 +65,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), layer, cache, mask)
-        return x + self.mlp(self.ln_2(x))  # (B, T, D)
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attend)
+        return x + self.mlp(self.ln_2(x))  # (..., D)
 
 
 class GPTModel(nn.Module):
@@ -147,38 +115,42 @@ class GPTModel(nn.Module):
             block.train(False)
         return self
 
-    def trunk(self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """Embeddings and frozen blocks: ids (B, T) -> residual stream (B, T, D)."""
-        start = cache.lengths[:, None] if cache is not None else 0
-        positions = start + torch.arange(ids.size(1), device=ids.device)  # (T,) or (B, T)
+    def trunk(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """Embeddings and frozen blocks: ids and their positions (...) -> residual stream (..., D)."""
         # Padding behind a nearly full row may point past the last position; nothing ever reads it.
-        x = self.wte(ids) + self.wpe(positions.clamp(max=self.config.n_positions - 1))  # (B, T, D)
-        for layer, block in enumerate(self.h[: self.num_frozen]):
-            x = block(x, layer, cache, mask)
+        x = self.wte(ids) + self.wpe(positions.clamp(max=self.config.n_positions - 1))
+        for index, block in enumerate(self.h[: self.num_frozen]):
+            x = block(x, layout.layer(index))
         return x
 
-    def top(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """Trainable blocks and final norm: residual stream (B, T, D) -> hidden states (B, T, D)."""
-        for layer, block in enumerate(self.h[self.num_frozen :], self.num_frozen):
-            x = block(x, layer, cache, mask)
+    def top(self, x: Tensor, layout: Layout) -> Tensor:
+        """Trainable blocks and final norm: residual stream (..., D) -> hidden states (..., D)."""
+        for index, block in enumerate(self.h[self.num_frozen :], self.num_frozen):
+            x = block(x, layout.layer(index))
         return self.ln_f(x)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T), right-padded -> final hidden states (B, T, D).
 
-        The causal mask alone keeps real tokens from seeing the padding behind them. With a cache, the ids
-        continue each row at its cached length; the caller advances ``cache.lengths`` by the real tokens.
+        With a cache, the ids continue each row at its cached length; the caller advances ``cache.lengths`` by
+        the real tokens.
 
         Raises:
             ValueError: T is more than the context.
         """
         if ids.size(1) > self.config.n_positions:
             raise ValueError(f"{ids.size(1)} tokens do not fit the context of {self.config.n_positions}")
-        mask = cache.mask(ids.size(1)) if cache is not None else None
-        # The trunk trains exactly when its embeddings do: then nothing is frozen at all.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.wte.weight.requires_grad):
-            x = self.trunk(ids, cache, mask)
-        return self.top(x, cache, mask)
+        start = cache.lengths[:, None] if cache is not None else 0
+        positions = start + torch.arange(ids.size(1), device=ids.device)  # (T,) or (B, T)
+        layout = cache if cache is not None else Rows()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_embeddings):
+            x = self.trunk(ids, positions, layout)
+        return self.top(x, layout)
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Nothing is frozen: only then does the trunk, which is the embeddings alone, need gradients."""
+        return self.wte.weight.requires_grad
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T), right-padded -> logits (B, T, V); logits[:, t] predict ids[:, t + 1]."""

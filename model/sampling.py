@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.gpt import GPTModel, KVCache
+from model.attention import KVCache
+from model.gpt import GPTModel
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

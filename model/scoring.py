@@ -1,75 +1,134 @@
-"""The loss: next-token cross-entropy on the positions that bear it, summed, never averaged too early."""
+"""The loss: next-token cross-entropy where it is borne, never holding all logits at once; and scores of rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.device import autocast
-from model.gpt import GPTModel
-from model.tokens import IGNORE, CodeAlpacaDataset, collate_fn, micro_batches
+from model.engine import Engine
+from model.packing import pack, split_evenly
+from model.tokens import CodeAlpacaDataset
+from model.trunk import TrunkOutputs
+
+try:  # the optional extra "gpu"
+    from liger_kernel.ops.cross_entropy import cross_entropy_forward
+except ImportError:
+    cross_entropy_forward = None
+
+_CHUNK = {"cuda": 4096, "cpu": 512}  # positions whose logits exist at a time
+_LANES = 64  # matrix products of odd width are slow: the vocabulary is padded to a multiple of this
 
 
-def next_token_losses(hidden: Tensor, head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each labelled token given the tokens before it.
+def padded_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The head's weight (V, D) in ``dtype``, with rows of zeros up to a multiple of 64."""
+    return F.pad(weight.detach().to(dtype), (0, 0, 0, -weight.size(0) % _LANES))
 
-    Position t predicts token t + 1. Logits are computed for positions that bear loss only, the loss in fp32
-    at least.
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Losses in nats (M,), and their gradient with respect to the logits (M, padded V), zero on the padding.
 
     Args:
-        hidden: (B, T, D).
-        head: maps D to V.
-        labels: (B, T), the input ids, IGNORE where no loss is.
-
-    Returns:
-        losses (N,) in nats for the N labelled positions, and the mask (B, T - 1) they come from.
+        logits: (M, padded V); what they hold afterwards is undefined.
+        targets: (M,), below ``vocabulary``.
     """
-    targets = labels[:, 1:]
-    mask = targets != IGNORE
-    logits = head(hidden[:, :-1][mask])  # (N, V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets[mask], reduction="none"), mask
-
-
-def weighted_loss_sum(model: GPTModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum over a batch of loss x weight, a scalar; the caller divides by the weight of the whole step."""
-    losses, mask = next_token_losses(model.hidden(batch["input_ids"]), model.lm_head, batch["labels"])
-    return (losses * batch["loss_weights"][:, 1:][mask]).sum()
+    if cross_entropy_forward is not None and logits.is_cuda:
+        # One pass of a fused kernel, in place; the padding's gradients are the zeros its logits were.
+        losses, *_ = cross_entropy_forward(
+            logits[:, :vocabulary], targets, None, -100, 0.0, 0.0, "none", None, return_z_loss=False
+        )
+        return losses, logits
+    logits[:, vocabulary:] = -math.inf
+    log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    chosen = log_p.gather(1, targets[:, None])
+    gradient = log_p.exp_() if log_p.dtype == logits.dtype else torch.softmax(logits, -1)
+    # p - 1 before rounding: in bf16 the p of a sure token is 1, and its gradient would be lost.
+    gradient.scatter_(1, targets[:, None], chosen.expm1().to(gradient.dtype))
+    return -chosen[:, 0], gradient
 
 
 @torch.no_grad()
+def head_loss(
+    hidden: Tensor,
+    head: Tensor,
+    vocabulary: int,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    head_gradient: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of next-token losses, and its gradient with respect to the hidden states.
+
+    As in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024), the gradient is computed on the way: of
+    all logits only one chunk exists at a time.
+
+    Args:
+        hidden: (M, D) in the dtype to compute in.
+        head: ``padded_head`` of the weight.
+        targets: (M,).
+        weights: (M,), or None where all are 1.
+        head_gradient: (V, D); the gradient with respect to the head's weight is added to it.
+
+    Returns:
+        The sum, a float64 scalar, and (M, D).
+    """
+    gradient = torch.empty_like(hidden)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for start in range(0, len(targets), _CHUNK[hidden.device.type]):
+        part = slice(start, start + _CHUNK[hidden.device.type])
+        losses, logit_gradient = cross_entropy(hidden[part] @ head.t(), targets[part], vocabulary)
+        h = hidden[part]
+        if weights is not None:
+            losses = losses * weights[part]
+            logit_gradient *= weights[part, None]
+        total += losses.sum(dtype=torch.float64)
+        torch.mm(logit_gradient, head, out=gradient[part])
+        if head_gradient is not None:
+            head_gradient += (logit_gradient.t() @ h)[:vocabulary]
+    return total, gradient
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, head: Tensor, vocabulary: int, targets: Tensor) -> Tensor:
+    """Losses in nats (M,) of targets (M,) given hidden states (M, D), in fp32 at least."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    losses = torch.empty(len(targets), dtype=dtype, device=hidden.device)
+    for start in range(0, len(targets), _CHUNK[hidden.device.type]):
+        part = slice(start, start + _CHUNK[hidden.device.type])
+        logits = (hidden[part] @ head.t())[:, :vocabulary]
+        losses[part] = F.cross_entropy(logits.to(dtype), targets[part], reduction="none")
+    return losses
+
+
 def row_losses(
-    model: GPTModel, dataset: CodeAlpacaDataset, dtype: torch.dtype, max_tokens: int
+    engine: Engine, dataset: CodeAlpacaDataset, max_tokens: int, trunk: TrunkOutputs | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score every row on its response.
 
     Args:
         dataset: with prompt_loss_weight 0.
-        dtype: as in training.
-        max_tokens: padded tokens per forward pass.
+        max_tokens: about so many tokens per forward pass.
+        trunk: where the trunk's outputs for this data set are kept between scorings.
 
     Returns:
         Per row the summed loss in nats (float64) and the number of response tokens.
     """
-    device = model.wte.weight.device
-    lengths = dataset.lengths[:, 0].tolist()
+    model = engine.model
+    head = padded_head(model.lm_head.weight, engine.dtype)
     sums = np.zeros(len(dataset))
     counts = np.zeros(len(dataset), dtype=np.int64)
     training = model.training
     model.eval()
-    for group in micro_batches(lengths, max_tokens):
-        batch = {key: value.to(device) for key, value in collate_fn([dataset[i] for i in group]).items()}
-        with autocast(device, dtype):
-            losses, mask = next_token_losses(model.hidden(batch["input_ids"]), model.lm_head, batch["labels"])
-        per_row = torch.zeros(mask.shape, dtype=torch.float64, device=device)
-        per_row[mask] = losses.double()
-        sums[group] = per_row.sum(dim=1).cpu().numpy()
-        counts[group] = mask.sum(dim=1).cpu().numpy()
+    for rows in split_evenly(np.arange(len(dataset)), dataset.lengths[:, 0], max_tokens):
+        batch = pack(dataset, rows, engine.device)
+        x = trunk(batch) if trunk is not None else engine.trunk(batch)
+        with torch.no_grad():
+            hidden = engine.top(x, batch.documents)[batch.predictors]
+        losses = token_losses(hidden, head, model.config.vocab_size, batch.targets).double().cpu().numpy()
+        sums[batch.rows] = np.bincount(batch.owner, losses, minlength=len(batch.rows))
+        counts[batch.rows] = np.bincount(batch.owner, minlength=len(batch.rows))
     model.train(training)
     return sums, counts
 

@@ -253,8 +253,10 @@ class CodeAlpacaDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         meta = json.loads((directory / META_FILE).read_text())
         self.lengths = np.load(directory / f"{split}.lengths.npy")[:limit]  # (rows, 2)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths[:, 0], dtype=np.int64)])
-        self.ids = np.memmap(directory / f"{split}.ids.bin", dtype=np.dtype(meta["dtype"]), mode="r")
+        self.ids_file = directory / f"{split}.ids.bin"
+        self.ids = np.memmap(self.ids_file, dtype=np.dtype(meta["dtype"]), mode="r")
         self.prompt_loss_weight = prompt_loss_weight
+        self.longest = int(self.lengths[:, 0].max(initial=1))
         text = directory / f"{split}.rows.jsonl"
         self.rows: list[dict[str, Any]] = []
         if text.exists():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,18 @@ from model.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from model.device import autocast, resolve_precision
+from model.device import resolve_precision
+from model.engine import Engine
+from model.flops import matmul_ceiling, necessary_flops
 from model.gpt import GPTModel
 from model.journal import MetricsJournal
-from model.scoring import mean_loss, perplexity, row_losses, weighted_loss_sum
-from model.tokens import CodeAlpacaDataset, collate_fn, epoch_order, micro_batches
+from model.packing import Pack, pack, split_evenly
+from model.scoring import head_loss, mean_loss, padded_head, perplexity, row_losses
+from model.tokens import CodeAlpacaDataset, epoch_order
+from model.trunk import TrunkCacheConfig, TrunkOutputs
 
 JOURNAL_FILE = "metrics.jsonl"
+_LAG = 4  # steps a GPU may be behind: the host reads a step's loss only when the next ones are queued
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class TrainConfig:
         epochs: passes over the training rows.
         max_steps: stop after this many optimizer steps, if that is sooner.
         batch_size: rows per optimizer step; micro-batches never change the step.
-        micro_batch_tokens: padded tokens per forward and backward pass; None chooses by device.
+        micro_batch_tokens: tokens per forward and backward pass, about; None chooses by device.
         learning_rate: peak of the schedule.
         weight_decay: on matrices only, not on biases and norms.
         warmup_ratio: share of the steps over which the learning rate rises from 0.
@@ -94,6 +102,10 @@ class TrainResult:
         best_eval_loss, base_eval_loss: nats per response token.
         steps: optimizer steps done.
         resumed_from: step at which this process took over; 0 for a fresh start.
+        first_step_seconds: from the call to the end of this process's first step.
+        peak_memory_bytes: of the GPU's memory, at most allocated; on a CPU, of the process.
+        trunk: where the trunk's outputs were kept, for people.
+        trunk_hit_share: tokens whose trunk output was there when it was needed, over all.
     """
 
     best: Path
@@ -103,6 +115,10 @@ class TrainResult:
     base_eval_loss: float
     steps: int
     resumed_from: int
+    first_step_seconds: float
+    peak_memory_bytes: int
+    trunk: str
+    trunk_hit_share: float
 
 
 class NonFiniteError(ArithmeticError):
@@ -129,18 +145,21 @@ def build_optimizer(model: GPTModel, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = model.wte.weight.is_cuda
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), fused=fused)
+    # The fused kernel alone can leave a step out without the host's word: see _Stepper.
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
 
 
-def default_micro_batch_tokens(device: torch.device) -> int:
-    """Padded tokens per pass: 16,384 on a GPU of 40 GB or more, 4,096 on a smaller one, 2,048 on a CPU.
+def default_micro_batch_tokens(model: GPTModel) -> int:
+    """Tokens per pass: on a GPU as many as a quarter of its memory holds the activations of, 32,768 at most.
 
-    The logits decide: some 0.7 of the tokens x V x 10 bytes, 6 GB at 16,384.
+    Some 40 bytes x D are kept per token and trained block. On a CPU 2,048: more is no faster.
     """
+    device = model.wte.weight.device
     if device.type != "cuda":
         return 2_048
-    return 16_384 if torch.cuda.get_device_properties(device).total_memory > 39e9 else 4_096
+    kept = 40 * model.config.n_embd * max(1, model.config.n_layer - model.num_frozen)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1_024, min(32_768, int(memory / 4 / kept) // 1_024 * 1_024))
 
 
 def train(
@@ -151,6 +170,7 @@ def train(
     identity: str,
     on_step: Callable[[StepReport], None] = lambda report: None,
     warn: Callable[[str], None] = lambda message: None,
+    cache: TrunkCacheConfig = TrunkCacheConfig(),  # noqa: B008
 ) -> TrainResult:
     """Train a frozen-and-cast model, resuming from ``directory`` where an earlier try got to.
 
@@ -165,23 +185,47 @@ def train(
         config: hyper-parameters.
         directory: of this training alone: checkpoints ``step-*`` and the journal ``metrics.jsonl``.
         identity: sha256 over everything that determines the training; a checkpoint of another is ignored.
-        on_step: called after every step and validation.
+        on_step: called after every step and validation, in order; on a GPU a few steps late.
         warn: told of damaged checkpoints.
+        cache: where the frozen blocks' outputs may be kept; a matter of speed only.
 
     Raises:
-        NonFiniteError: before the optimizer step that would have spread it; no checkpoint holds it.
+        NonFiniteError: no later step changed the model, and no checkpoint holds it.
         ValueError: an unknown precision.
     """
+    begun = time.perf_counter()
     device = model.wte.weight.device
     dtype = resolve_precision(config.precision, device)
+    if model.ln_f.weight.dtype == torch.float64:
+        dtype = torch.float64  # proofs of sameness
     model.set_dropout(config.dropout)
-    micro_batch_tokens = config.micro_batch_tokens or default_micro_batch_tokens(device)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
+        torch.cuda.reset_peak_memory_stats(device)
     train_rows = CodeAlpacaDataset(tokens, "train", prompt_loss_weight=config.prompt_loss_weight)
     validation = CodeAlpacaDataset(tokens, "validation", limit=config.eval_rows)
+    micro_batch_tokens = config.micro_batch_tokens or default_micro_batch_tokens(model)
     total_steps = config.total_steps(len(train_rows))
     steps_per_epoch = math.ceil(len(train_rows) / config.batch_size)
     optimizer = build_optimizer(model, config)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    engine = Engine(model, dtype)
+    trunk = TrunkOutputs(
+        engine,
+        train_rows,
+        epoch_order(len(train_rows), config.seed, 0),
+        micro_batch_tokens,
+        total_steps / steps_per_epoch,
+        cache,
+    )
+    validation_trunk = TrunkOutputs(
+        engine,
+        validation,
+        np.arange(len(validation)),
+        micro_batch_tokens,
+        2 + total_steps // config.eval_freq,
+        replace(cache, max_bytes=cache.max_bytes - trunk.bytes_kept),
+    )
+    stepper = _Stepper(engine, optimizer, train_rows, trunk, config, micro_batch_tokens)
     directory.mkdir(parents=True, exist_ok=True)
     journal = MetricsJournal(directory / JOURNAL_FILE)
     torch.manual_seed(config.seed)
@@ -198,11 +242,14 @@ def train(
         base_loss = best_loss = math.inf
         journal.truncate(0)
 
+    ceiling = matmul_ceiling(device, dtype)
     speed = _Speed()
+    pending: deque[_PendingStep] = deque()
+    first_step_seconds = math.nan
 
     def validate() -> float:
         nonlocal best_loss, best_step, base_loss
-        loss = mean_loss(*row_losses(model, validation, dtype, micro_batch_tokens))
+        loss = mean_loss(*row_losses(engine, validation, micro_batch_tokens, validation_trunk))
         if not math.isfinite(loss):
             raise NonFiniteError(f"validation loss is {loss} at step {step}: lower the learning rate")
         if step == 0:
@@ -222,31 +269,49 @@ def train(
         speed.restart()
         return loss
 
+    def report(evaluate: bool) -> None:
+        """Write the oldest pending step down; ``evaluate``: it is the newest too, and validation follows."""
+        nonlocal first_step_seconds
+        done = pending.popleft()
+        loss, grad_norm = done.read()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"loss {loss} with gradient norm {grad_norm} at step {done.step}: stopped before the update; "
+                f"lower learning_rate (now {config.learning_rate:g}) or use precision=fp32"
+            )
+        if math.isnan(first_step_seconds):
+            first_step_seconds = time.perf_counter() - begun
+        speed.add(done.tokens, done.flops)
+        journal.append(
+            done.step,
+            {
+                "train/loss": loss,
+                "train/lr": done.learning_rate,
+                "train/grad_norm": grad_norm,
+                "train/tokens_per_second": speed.tokens_per_second,
+                "train/mfu": speed.flops_per_second / ceiling,
+            },
+        )
+        eval_loss = validate() if evaluate else None
+        eta = (total_steps - done.step) * speed.seconds_per_step
+        on_step(StepReport(done.step, total_steps, loss, speed.tokens_per_second, eta, eval_loss))
+
     model.train()
     if not found:
         on_step(StepReport(0, total_steps, math.nan, 0.0, math.nan, validate()))
+    speed.restart()
+    order, order_epoch = np.empty(0, dtype=np.int64), -1
     while step < total_steps:
         epoch, position = divmod(step, steps_per_epoch)
-        order = epoch_order(len(train_rows), config.seed, epoch)
+        if epoch != order_epoch:
+            order, order_epoch = epoch_order(len(train_rows), config.seed, epoch), epoch
         rows = order[position * config.batch_size : (position + 1) * config.batch_size]
-        lr = learning_rate_at(step, total_steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, grad_norm = _step(model, optimizer, trained, train_rows, rows, config, dtype, micro_batch_tokens, step)
+        pending.append(stepper.step(step, rows, learning_rate_at(step, total_steps, config)))
         step += 1
-        speed.add(int(train_rows.lengths[rows, 0].sum()))
-        journal.append(
-            step,
-            {
-                "train/loss": loss,
-                "train/lr": lr,
-                "train/grad_norm": grad_norm,
-                "train/tokens_per_second": speed.tokens_per_second,
-            },
-        )
-        eval_loss = validate() if step % config.eval_freq == 0 or step == total_steps else None
-        eta = (total_steps - step) * speed.seconds_per_step
-        on_step(StepReport(step, total_steps, loss, speed.tokens_per_second, eta, eval_loss))
+        evaluate = step % config.eval_freq == 0 or step == total_steps
+        while len(pending) > (0 if evaluate or device.type != "cuda" else _LAG):
+            report(evaluate and len(pending) == 1)
     return TrainResult(
         best=checkpoint_path(directory, best_step),
         last=checkpoint_path(directory, step),
@@ -255,64 +320,139 @@ def train(
         base_eval_loss=base_loss,
         steps=step,
         resumed_from=resumed_from,
+        first_step_seconds=first_step_seconds,
+        peak_memory_bytes=_peak_memory(device),
+        trunk=trunk.describe(),
+        trunk_hit_share=trunk.hit_share,
     )
 
 
-def _step(
-    model: GPTModel,
-    optimizer: torch.optim.Optimizer,
-    trained: list[torch.nn.Parameter],
-    dataset: CodeAlpacaDataset,
-    rows: np.ndarray[Any, Any],
-    config: TrainConfig,
-    dtype: torch.dtype,
-    micro_batch_tokens: int,
-    step: int,
-) -> tuple[float, float]:
-    """One optimizer step over ``rows``; returns loss and gradient norm before clipping."""
-    device = model.wte.weight.device
-    weight = dataset.loss_weight(rows)
-    if weight == 0:
-        return 0.0, 0.0  # no target: nothing to learn, and nothing to divide by (trl#6668)
-    loss = torch.zeros((), device=device, dtype=torch.float64)
-    for group in micro_batches(dataset.lengths[rows, 0].tolist(), micro_batch_tokens):
-        batch = {key: value.to(device) for key, value in collate_fn([dataset[rows[i]] for i in group]).items()}
-        with autocast(device, dtype):
-            part = weighted_loss_sum(model, batch) / weight
-        part.backward()
-        loss += part.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-        optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(
-            f"loss {loss.item()} with gradient norm {grad_norm.item()} at step {step + 1}: stopped before "
-            f"the update; lower learning_rate (now {config.learning_rate:g}) or use precision=fp32"
+class _PendingStep:
+    """A step that was queued: what the host knows of it, and what it will read when the device is done."""
+
+    def __init__(self, step: int, learning_rate: float, tokens: int, flops: float, results: torch.Tensor):
+        self.step = step
+        self.learning_rate = learning_rate
+        self.tokens = tokens
+        self.flops = flops
+        self.results = results
+        self.done: torch.cuda.Event | None = None
+        if results.is_cuda:
+            self.results = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+            self.results.copy_(results, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def read(self) -> tuple[float, float]:
+        """Loss and gradient norm before clipping."""
+        if self.done is not None:
+            self.done.synchronize()
+        loss, grad_norm = self.results.tolist()
+        return loss, grad_norm
+
+
+class _Stepper:
+    """Optimizer steps, queued without waiting for the device."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: torch.optim.AdamW,
+        dataset: CodeAlpacaDataset,
+        trunk: TrunkOutputs,
+        config: TrainConfig,
+        micro_batch_tokens: int,
+    ):
+        self.engine = engine
+        self.optimizer = optimizer
+        self.dataset = dataset
+        self.trunk = trunk
+        self.config = config
+        self.micro_batch_tokens = micro_batch_tokens
+        self.trained = [p for p in engine.model.parameters() if p.requires_grad]
+        self.head = engine.model.lm_head.weight
+        self.frozen_head = None if self.head.requires_grad else padded_head(self.head, engine.dtype)
+        # Fused AdamW leaves a step out where this is 1, as GradScaler has it do: the model stays as it was
+        # before the first step that was not finite, although the host learns of it some steps later.
+        self.stopped = torch.zeros((), device=engine.device)
+        optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
+
+    def step(self, step: int, rows: np.ndarray[Any, Any], learning_rate: float) -> _PendingStep:
+        """One optimizer step over ``rows``; ``step`` counts from 0."""
+        engine, config = self.engine, self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        lengths = self.dataset.lengths[rows, 0]
+        weight = self.dataset.loss_weight(rows)
+        computed = self.trunk.computed
+        loss = torch.zeros((), device=engine.device, dtype=torch.float64)
+        norm = torch.zeros((), device=engine.device, dtype=torch.float64)
+        targets = 0
+        if weight > 0:  # else there is nothing to learn, and nothing to divide by (trl#6668)
+            head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
+            head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
+            for group in split_evenly(rows, lengths, self.micro_batch_tokens):
+                batch = pack(self.dataset, group, engine.device)
+                targets += len(batch.targets)
+                if not len(batch.targets):
+                    continue
+
+                def part(hidden: torch.Tensor, batch: Pack = batch) -> tuple[torch.Tensor, torch.Tensor]:
+                    total, gradient = head_loss(
+                        hidden, head, self.head.size(0), batch.targets, batch.weights, head_gradient
+                    )
+                    return total / weight, gradient / weight
+
+                loss += engine.forward_backward(self.trunk(batch), batch, part)
+            if head_gradient is not None:
+                head_gradient /= weight
+                self.head.grad = head_gradient if self.head.grad is None else self.head.grad + head_gradient
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
+            self.stopped.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=not engine.keeps_gradients)
+        flops = necessary_flops(
+            engine.model.config,
+            engine.model.num_frozen,
+            int(lengths.sum()),
+            targets,
+            self.trunk.computed - computed,
+            self.head.requires_grad,
         )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item(), grad_norm.item()
+        return _PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, torch.stack([loss, norm.double()]))
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Speed:
-    """Useful tokens (no padding) per second over the last steps, validations and saves excluded."""
+    """Useful tokens (no padding) and necessary operations per second over the last steps, validations excluded."""
 
     def __init__(self, window: int = 20):
-        self.steps: deque[tuple[int, float]] = deque(maxlen=window)
+        self.steps: deque[tuple[int, float, float]] = deque(maxlen=window)
         self.restart()
 
     def restart(self) -> None:
         """Start the clock of the next step now."""
         self.since = time.perf_counter()
 
-    def add(self, tokens: int) -> None:
+    def add(self, tokens: int, flops: float) -> None:
         now = time.perf_counter()
-        self.steps.append((tokens, now - self.since))
+        self.steps.append((tokens, flops, now - self.since))
         self.since = now
 
     @property
-    def tokens_per_second(self) -> float:
-        return sum(tokens for tokens, _ in self.steps) / sum(seconds for _, seconds in self.steps)
+    def seconds_per_step(self) -> float:
+        return sum(seconds for *_, seconds in self.steps) / len(self.steps) if self.steps else math.nan
 
     @property
-    def seconds_per_step(self) -> float:
-        return sum(seconds for _, seconds in self.steps) / len(self.steps) if self.steps else math.nan
+    def tokens_per_second(self) -> float:
+        return sum(tokens for tokens, *_ in self.steps) / sum(seconds for *_, seconds in self.steps)
+
+    @property
+    def flops_per_second(self) -> float:
+        return sum(flops for _, flops, _ in self.steps) / sum(seconds for *_, seconds in self.steps)

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.trunk import TrunkCacheConfig
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -55,6 +57,10 @@ class Settings:
     def trainings(self) -> Path:
         """Trainings under way, by identity; a finished one is removed once MLflow has its model."""
         return self.data_root / "trainings"
+
+    def trunk_cache(self, gigabytes: float) -> TrunkCacheConfig:
+        """Where outputs of frozen blocks may be kept, and how many."""
+        return TrunkCacheConfig(self.data_root / "trunk-outputs", int(gigabytes * 1e9))
 
     @property
     def locks(self) -> Path:

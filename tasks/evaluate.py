@@ -6,18 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.checkpoint import load_trained
 from model.device import resolve_device, resolve_precision
+from model.engine import Engine
 from model.evaluating import SamplingConfig, complete, pass_table, row_table, sample_table
 from model.files import write_json
 from model.freezing import FreezePlan
 from model.scoring import mean_loss, perplexity, row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, default_micro_batch_tokens
+from model.trunk import TrunkOutputs
 from ops.sandbox import run_tests
+from ops.settings import Settings
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, TokensRef
 
@@ -31,6 +35,7 @@ def evaluate(
     config: TrainConfig,
     sampling: SamplingConfig,
     device: str,
+    trunk_cache_gb: float,
 ) -> EvaluationRef:
     """Compare the best checkpoint with the untouched base: loss on the first eval_rows rows, completions for some.
 
@@ -45,13 +50,17 @@ def evaluate(
     tested = [row for row in test.rows if row.get("tests")][: sampling.pass_rows]
     requests = [row["prompt"] for row in tested]
     greedy = replace(sampling, temperature=0.0)
-    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(place)
     network, tokenizer = load_frozen(model, plan, place, dtype)
-    base = row_losses(network, test, dtype, max_tokens)
+    engine = Engine(network, dtype)
+    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(network)
+    cache = Settings.load().trunk_cache(trunk_cache_gb)
+    trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache)
+    base = row_losses(engine, test, max_tokens, trunk)
     base_samples = complete(network, tokenizer, prompts, sampling, dtype)
     base_code = complete(network, tokenizer, requests, greedy, dtype)
     load_trained(Path(checkpoint.best), network)
-    tuned = row_losses(network, test, dtype, max_tokens)
+    tuned = row_losses(engine, test, max_tokens, trunk)
+    del trunk  # completions need the memory
     tuned_samples = complete(network, tokenizer, prompts, sampling, dtype)
     tuned_code = complete(network, tokenizer, requests, greedy, dtype)
     metrics = {

@@ -20,14 +20,14 @@ from model.freezing import FreezePlan
 from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig
 from model.training import train as run_training
 from ops.settings import Settings
-from ops.tracking import JournalShipper, RunRef
+from ops.tracking import JournalShipper, RunRef, log_metrics
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, ModelRef, TokensRef
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
-_CODE_VERSION = 1  # to be raised when the same inputs would train another model
+_CODE_VERSION = 2  # to be raised when the same inputs would train another model
 _LOG_SECONDS = 10.0
 
 
@@ -77,6 +77,7 @@ def train(
     config: TrainConfig,
     device: str,
     run: RunRef,
+    trunk_cache_gb: float,
 ) -> CheckpointRef:
     """Train, resuming a training of the same data, base, freeze and settings that was cut short.
 
@@ -91,7 +92,8 @@ def train(
     dtype = resolve_precision(config.precision, place)
     determinants = _determinants(tokens, model, plan, config, device)
     identity = sha256_json(determinants)
-    directory = Settings.load().trainings / identity
+    settings = Settings.load()
+    directory = settings.trainings / identity
     # For whoever finds the directory: whose checkpoints these are, the base's sha256 among it.
     write_json(directory / "training.json", determinants)
     network, _ = load_frozen(model, plan, place, dtype)
@@ -102,8 +104,16 @@ def train(
         progress.show(report)
         shipper.maybe_ship()
 
-    result = run_training(network, Path(tokens.directory), config, directory, identity, on_step, log.warning)
+    cache = settings.trunk_cache(trunk_cache_gb)
+    result = run_training(network, Path(tokens.directory), config, directory, identity, on_step, log.warning, cache)
     shipper.ship()
+    log.info(result.trunk)
+    measured = {
+        "train/first_step_seconds": result.first_step_seconds,
+        "train/peak_memory_gib": result.peak_memory_bytes / 2**30,
+        "train/trunk_hit_share": result.trunk_hit_share,
+    }
+    log_metrics(run, {name: value for name, value in measured.items() if math.isfinite(value)}, step=0)
     if result.resumed_from:
         log.info("this training was taken over at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel
-from model.gpt import KVCache
+from model.attention import KVCache, Rows
 from model.loading import PREFIX, is_conv1d
 
 WIDTHS = [  # n_embd, n_head
@@ -133,6 +133,6 @@ def test_dropout_acts_in_attention_and_mlp_and_only_in_training() -> None:
     x = torch.randn(4, 16, 32)
     assert not torch.equal(block.mlp(x), block.mlp(x))
     assert (block.mlp(x) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
-    assert (block.attn(x, 0, None, None) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert (block.attn(x, Rows()) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
     with pytest.raises(ValueError, match=r"dropout 1\.0"):
         model.set_dropout(1.0)

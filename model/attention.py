@@ -1,0 +1,97 @@
+"""How queries meet keys in the layouts tokens come in: padded rows, rows continued from a cache, packed documents.
+
+Shapes: B rows, T tokens of a row, N tokens of all packed documents, S cached tokens, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from model.config import GPTConfig
+
+
+class Attend(Protocol):
+    """Causal attention of one block: queries, keys, values (..., H, K) and a dropout rate -> (..., H, K)."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor: ...
+
+
+class Layout(Protocol):
+    """Where tokens lie; it decides which tokens a token may look at."""
+
+    def layer(self, index: int) -> Attend:
+        """Attention of block number ``index``."""
+
+
+class Rows:
+    """Right-padded rows, q, k, v (B, T, H, K): the causal mask alone keeps real tokens from seeing the padding."""
+
+    def layer(self, index: int) -> Attend:
+        return self
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # (B, H, T, K)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return y.transpose(-3, -2)
+
+
+@dataclass(eq=False)
+class Documents:
+    """Documents one behind another without padding, q, k, v (N, H, K): a token sees its own document only.
+
+    Attributes:
+        lengths: tokens of each document.
+        offsets: where each begins, and the end of the last: (documents + 1,), int32, on the device.
+        longest: no document is longer; a constant of the data set, so that compiled code fits every pack.
+    """
+
+    lengths: Sequence[int]
+    offsets: Tensor
+    longest: int
+
+    def layer(self, index: int) -> Attend:
+        return self
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        # PyTorch's kernel for packed documents knows neither the CPU, nor fp32, nor dropout.
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout:
+            ends = self.offsets
+            return varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=(-1, 0))
+        rows = Rows()
+        parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([rows(*(x[None] for x in part), dropout)[0] for part in parts])
+
+
+class KVCache:
+    """Keys and values of past tokens, one slot per position, each row at its own length.
+
+    Rows are right-padded: row b's next token goes to slot ``lengths[b]``, so prompts of different lengths
+    need neither left padding nor shifted positions.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, K)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, K)
+        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)  # (B,)
+
+    def layer(self, index: int) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
+            slots = self.lengths[:, None] + torch.arange(k.size(2), device=k.device)  # (B, T)
+            slot_index = slots[:, None, :, None].expand_as(k)
+            self.keys[index].scatter_(2, slot_index, k.to(self.keys.dtype))
+            self.values[index].scatter_(2, slot_index, v.to(self.values.dtype))
+            # Row b's t-th new token may look at the slots up to its own.
+            mask = torch.arange(self.keys.size(3), device=k.device) <= slots[:, None, :, None]  # (B, 1, T, S)
+            keys, values = self.keys[index].to(q.dtype), self.values[index].to(q.dtype)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)
+
+        return attend

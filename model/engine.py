@@ -1,0 +1,193 @@
+"""The forward and backward pass of a partly frozen GPT-2 over packed documents, in the dtype to compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.deterministic
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from model.attention import Documents
+from model.gpt import GPTModel
+from model.packing import Pack
+
+# Below this many tokens x D^2 in a pass, launching its kernels takes longer than running them (H200).
+_LAUNCH_BOUND = 1.7e10
+_GRAPH_QUANTUM = 256  # tokens; graphs are captured for its multiples
+
+
+class _Top(nn.Module):
+    """The blocks above the trunk and the final norm, as a module that ``functional_call`` can give other parameters."""
+
+    def __init__(self, model: GPTModel):
+        super().__init__()
+        self.blocks = model.h[model.num_frozen :]
+        self.ln_f = model.ln_f
+
+    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+        for block in self.blocks:
+            x = block(x, documents)
+        return self.ln_f(x)
+
+
+class Engine:
+    """Runs a model's trunk and top apart from each other.
+
+    Trained parameters stay fp32 (the optimizer's master weights) and are computed with as copies in ``dtype``,
+    as in Megatron-LM; their gradients are accumulated in fp32.
+
+    Args:
+        model: on its device, frozen parameters already in ``dtype``.
+        dtype: to compute in.
+    """
+
+    def __init__(self, model: GPTModel, dtype: torch.dtype):
+        self.model = model
+        self.dtype = dtype
+        self.device = model.wte.weight.device
+        self._top = _Top(model)
+        self._masters = dict(self._top.named_parameters())
+        self._graphs: dict[int, _Graph] = {}
+        self._buffers: _Buffers | None = None
+
+    def trunk(self, batch: Pack) -> Tensor:
+        """Residual stream above the frozen blocks, (N, D); with gradients only where nothing is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.trains_embeddings):
+            return self.model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
+
+    def top(self, x: Tensor, documents: Documents) -> Tensor:
+        """Final hidden states (N, D) from the trunk's outputs (N, D)."""
+        copies = {name: master.to(self.dtype) for name, master in self._masters.items()}
+        return functional_call(self._top, copies, (x, documents))
+
+    def forward_backward(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
+        """Add the gradients of a batch to the parameters' ``grad``.
+
+        Args:
+            x: the trunk's outputs, (N, D).
+            loss: from the hidden states of the predicting tokens (M, D) to the loss and its gradient (M, D).
+
+        Returns:
+            The loss as ``loss`` gave it.
+        """
+        if self._replays(x):
+            return self._replay(x, batch, loss)
+        hidden = self.top(x, batch.documents)
+        value, gradient = loss(hidden.detach()[batch.predictors])
+        whole = torch.zeros_like(hidden)
+        whole[batch.predictors] = gradient
+        with deterministic():
+            hidden.backward(whole)
+        return value
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Graphs write to the gradients' memory, which must then stay where it is."""
+        return bool(self._graphs)
+
+    def _replays(self, x: Tensor) -> bool:
+        """Whether to replay CUDA graphs: small passes whose kernels need nothing from the host."""
+        config = self.model.config
+        return (
+            x.is_cuda
+            and x.dtype == torch.bfloat16
+            and not x.requires_grad
+            and config.dropout == 0
+            and x.size(0) * config.n_embd**2 < _LAUNCH_BOUND
+        )
+
+    def _replay(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
+        size = -(-(x.size(0) + 1) // _GRAPH_QUANTUM) * _GRAPH_QUANTUM
+        graph = self._graphs.get(size)
+        if graph is None or graph.buffers is not self._buffers or not graph.fits(batch.documents):
+            graph = self._graphs[size] = self._capture(size, batch.documents)
+        return graph.run(x, batch, loss)
+
+    def _capture(self, size: int, documents: Documents) -> _Graph:
+        capacity = len(documents.lengths) + -(-_GRAPH_QUANTUM // documents.longest) + 1
+        if self._buffers is None or not self._buffers.fit(size, capacity):
+            largest = int(_LAUNCH_BOUND / self.model.config.n_embd**2) + _GRAPH_QUANTUM
+            self._buffers = _Buffers(largest, 2 * capacity, self.model.config.n_embd, self.dtype, self.device)
+            self._graphs.clear()
+        for master in self._masters.values():
+            if master.requires_grad and master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return _Graph(self, size, self._buffers, documents)
+
+
+class _Buffers:
+    """Where graphs of all sizes read their inputs; each takes the beginning."""
+
+    def __init__(self, tokens: int, documents: int, width: int, dtype: torch.dtype, device: torch.device):
+        self.x = torch.zeros(tokens, width, dtype=dtype, device=device)
+        self.gradient = torch.zeros(tokens, width, dtype=dtype, device=device)
+        self.offsets = torch.zeros(documents + 1, dtype=torch.int32, device=device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def fit(self, tokens: int, documents: int) -> bool:
+        return tokens <= len(self.x) and documents < len(self.offsets)
+
+
+class _Graph:
+    """Forward and backward pass of the top as two CUDA graphs, for packs of up to ``size`` tokens."""
+
+    def __init__(self, engine: Engine, size: int, buffers: _Buffers, example: Documents):
+        self.size = size
+        self.buffers = buffers
+        self.longest = example.longest
+        x, gradient = buffers.x[:size], buffers.gradient[:size]
+        documents = Documents((), buffers.offsets, self.longest)
+        self._lay_out(example.offsets)  # attention leaves tokens of no document unwritten: NaN, perhaps
+        gradient.zero_()  # so that the rehearsal adds nothing to gradients accumulated so far
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), deterministic():
+            engine.top(x, documents).backward(gradient)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=buffers.pool):
+            hidden = engine.top(x, documents)
+        with torch.cuda.graph(self.backward, pool=buffers.pool), deterministic():
+            hidden.backward(gradient)
+        self.hidden = hidden.detach()
+
+    def fits(self, documents: Documents) -> bool:
+        padding = -(-_GRAPH_QUANTUM // self.longest) + 1
+        return len(documents.offsets) + padding <= len(self.buffers.offsets)
+
+    def run(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
+        """As ``Engine.forward_backward``."""
+        self.buffers.x[: x.size(0)].copy_(x)
+        self._lay_out(batch.documents.offsets)
+        self.forward.replay()
+        value, gradient = loss(self.hidden[batch.predictors])
+        self.buffers.gradient[: self.size].zero_()
+        self.buffers.gradient[batch.predictors] = gradient
+        self.backward.replay()
+        return value
+
+    def _lay_out(self, offsets: Tensor) -> None:
+        """Documents as given; behind them, the rest of the size as documents of no consequence; then empty ones."""
+        buffer = self.buffers.offsets
+        count = len(offsets)
+        steps = torch.arange(1, len(buffer) - count + 1, dtype=torch.int32, device=buffer.device)
+        buffer[:count] = offsets
+        buffer[count:] = (offsets[-1] + steps * self.longest).clamp(max=self.size)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Backward kernels that sum in a fixed order, so that a resumed training repeats the original bit for bit."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

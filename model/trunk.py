@@ -1,0 +1,247 @@
+"""The trunk's outputs, computed once per document and kept where they fit.
+
+The trunk is frozen and documents do not see each other, so that its output for a document depends on that
+document alone: any epoch, order, packing and learning rate can use it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.engine import Engine
+from model.files import sha256_file, sha256_json
+from model.packing import Pack, pack
+from model.tokens import CodeAlpacaDataset
+
+_CODE_VERSION = 1  # to be raised when the same inputs would give other outputs
+_VALUES, _CHECKSUMS = "values.bin", "checksums.bin"
+_READ_BYTES = 1e9  # per second: what a file must at least deliver
+_TRUNK_FLOPS = {"cuda": 4e14, "cpu": 2e12}  # per second: what the trunk at most computes
+
+
+@dataclass(frozen=True)
+class TrunkCacheConfig:
+    """Where outputs may be kept; it never changes a result.
+
+    Attributes:
+        directory: of files that later runs use again; None for none.
+        max_bytes: kept at most, in memory as well as in all files together; 0 keeps nothing.
+    """
+
+    directory: Path | None = None
+    max_bytes: int = 32 * 10**9
+
+
+class TrunkOutputs:
+    """The trunk's outputs of a data set's rows: (N, D) for a pack, from the cache or computed.
+
+    A row is always computed in the company of the same other rows, its group: rounding depends on the shape of
+    a matrix product, and a resumed training must repeat the original.
+
+    Args:
+        engine: with the trunk.
+        dataset: rows are known by their number in it.
+        order: all rows, in the order they will first be needed in.
+        group_tokens: computed at a time.
+        uses: how often a row will be needed, about.
+        config: limits.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        dataset: CodeAlpacaDataset,
+        order: np.ndarray[Any, Any],
+        group_tokens: int,
+        uses: float,
+        config: TrunkCacheConfig,
+    ):
+        self.engine = engine
+        self.dataset = dataset
+        self.file: _File | None = None
+        self.values: Tensor | None = None
+        self.place = "none"
+        self.requested = self.computed = 0
+        self.ready = np.zeros(len(dataset), dtype=bool)
+        width = engine.model.config.n_embd
+        inputs = dataset.lengths[:, 0].astype(np.int64) - 1
+        self.starts = dataset.offsets[:-1] - np.arange(len(dataset))  # among the inputs of all rows
+        self.bytes = int(inputs.sum()) * width * engine.dtype.itemsize
+        group = np.cumsum(inputs[order]) // group_tokens
+        self.groups = np.split(order, np.flatnonzero(np.diff(group)) + 1)
+        self.group_of = np.empty(len(dataset), dtype=np.int64)
+        self.group_of[order] = np.cumsum(np.diff(group, prepend=group[:1]) > 0)
+        if engine.model.num_frozen == 0 or self.bytes > config.max_bytes:
+            return
+        reads_faster = self._compute_seconds() > width * engine.dtype.itemsize / _READ_BYTES
+        if config.directory is not None and reads_faster:
+            self.file = _open_file(
+                config, _key(engine, dataset), (int(inputs.sum()), width), len(dataset), engine.dtype
+            )
+        if uses <= 1 and self.file is None:
+            return
+        shape = (int(inputs.sum()), width)
+        if engine.device.type == "cuda" and self.bytes < 0.5 * torch.cuda.mem_get_info(engine.device)[0]:
+            self.place, self.values = "device", torch.empty(shape, dtype=engine.dtype, device=engine.device)
+        elif self.file is not None:
+            self.place, self.values = "file", self.file.values
+        elif self.bytes < 0.5 * available_memory():
+            self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
+
+    def __call__(self, batch: Pack) -> Tensor:
+        """Outputs (N, D) on the device for the tokens of a pack."""
+        if self.values is None:
+            self.requested += len(batch.ids)
+            self.computed += len(batch.ids)
+            return self.engine.trunk(batch)
+        for group in np.unique(self.group_of[batch.rows[~self.ready[batch.rows]]]):
+            self._fill(self.groups[group])
+        self.requested += len(batch.ids)
+        if self.place == "device":
+            return self.values.index_select(0, batch.slots.to(self.engine.device, non_blocking=True))
+        chosen = self.values.index_select(0, batch.slots)
+        if self.engine.device.type == "cuda":
+            chosen = chosen.pin_memory()
+        return chosen.to(self.engine.device, non_blocking=True)
+
+    @property
+    def hit_share(self) -> float:
+        """Tokens that need not be computed when they were needed, over all tokens needed so far."""
+        return 1 - self.computed / self.requested if self.requested else 0.0
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes that the cache takes when it is full."""
+        return 0 if self.values is None else self.bytes
+
+    def describe(self) -> str:
+        """Size, place and use so far, for people."""
+        if self.values is None:
+            return "trunk outputs are computed anew each time"
+        kept = f"{self.bytes / 1e9:.2f} GB on the {self.place}" + (" and in a file" if self._copies_to_file else "")
+        return f"trunk outputs: {kept}, {self.hit_share:.0%} of {self.requested:,} tokens from there"
+
+    @property
+    def _copies_to_file(self) -> bool:
+        return self.file is not None and self.place != "file"
+
+    def _compute_seconds(self) -> float:
+        """Of a token, at least."""
+        config = self.engine.model.config
+        return 24 * self.engine.model.num_frozen * config.n_embd**2 / _TRUNK_FLOPS[self.engine.device.type]
+
+    def _fill(self, group: np.ndarray[Any, Any]) -> None:
+        """Make a group's rows ready, from the file where it has them."""
+        assert self.values is not None
+        if self.file is not None:
+            for row in group[~self.ready[group]]:
+                part = slice(self.starts[row], self.starts[row] + self.dataset.lengths[row, 0] - 1)
+                if self.file.holds(row, part):
+                    if self._copies_to_file:
+                        self.values[part] = self.file.values[part].to(self.values.device)
+                    self.ready[row] = True
+            if self.ready[group].all():
+                return
+        batch = pack(self.dataset, group, self.engine.device)
+        self.computed += len(batch.ids)
+        with torch.no_grad():
+            outputs = self.engine.trunk(batch)
+        missing = ~self.ready[batch.rows]
+        keep = np.repeat(missing, batch.documents.lengths)
+        if self.place == "device":
+            slots = batch.slots.to(self.engine.device, non_blocking=True)
+            if not missing.all():
+                chosen = torch.from_numpy(keep).to(self.engine.device)
+                slots, outputs = slots[chosen], outputs[chosen]
+            self.values[slots] = outputs
+            if self.file is not None:
+                outputs = outputs.cpu()
+                self.file.values[batch.slots[torch.from_numpy(keep)]] = outputs
+        else:
+            self.values[batch.slots[torch.from_numpy(keep)]] = outputs.cpu()[torch.from_numpy(keep)]
+        if self.file is not None:
+            for row in batch.rows[missing]:
+                self.file.seal(row, slice(self.starts[row], self.starts[row] + self.dataset.lengths[row, 0] - 1))
+        self.ready[group] = True  # rows without a target among them: nobody asks for those
+
+
+class _File:
+    """Outputs in a memory-mapped file, a checksum for each row beside it: what was cut short is found out."""
+
+    def __init__(self, directory: Path, shape: tuple[int, int], rows: int, dtype: torch.dtype):
+        directory.mkdir(parents=True, exist_ok=True)
+        size = shape[0] * shape[1]
+        for name, length in ((_VALUES, size * dtype.itemsize), (_CHECKSUMS, 4 * rows)):
+            with (directory / name).open("ab") as stream:
+                if stream.tell() != length:
+                    stream.truncate(length)
+        os.utime(directory)  # used now
+        self.values = torch.from_file(str(directory / _VALUES), shared=True, size=size, dtype=dtype).view(shape)
+        self.checksums = np.memmap(directory / _CHECKSUMS, dtype="<u4", mode="r+")
+
+    def holds(self, row: int, part: slice) -> bool:
+        return self.checksums[row] != 0 and self.checksums[row] == self._checksum(part)
+
+    def seal(self, row: int, part: slice) -> None:
+        self.checksums[row] = self._checksum(part)
+
+    def _checksum(self, part: slice) -> int:
+        return zlib.crc32(self.values[part].view(torch.uint8).numpy()) or 1
+
+
+def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:
+    """A sha256 over all that determines the outputs, the weights of the trunk among it, and of nothing else."""
+    model = engine.model
+    digest = hashlib.sha256()
+    for module in (model.wte, model.wpe, *model.h[: model.num_frozen]):
+        for tensor in module.state_dict().values():
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return sha256_json(
+        {
+            "code": _CODE_VERSION,
+            "trunk": digest.hexdigest(),
+            "depth": model.num_frozen,
+            "heads": model.config.n_head,
+            "epsilon": model.config.layer_norm_epsilon,
+            "dtype": str(engine.dtype),
+            "ids": sha256_file(dataset.ids_file),
+            "lengths": hashlib.sha256(dataset.lengths[:, 0].tobytes()).hexdigest(),
+        }
+    )
+
+
+def _open_file(
+    config: TrunkCacheConfig, key: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
+) -> _File | None:
+    """The file of this key; files used longest ago make room for it. None if the disk has no room."""
+    assert config.directory is not None
+    size = shape[0] * shape[1] * dtype.itemsize
+    directory = config.directory / key
+    config.directory.mkdir(parents=True, exist_ok=True)
+    others = [path for path in config.directory.iterdir() if path != directory and path.is_dir()]
+    others.sort(key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
+    total = sum(sizes.values())
+    for path in others:
+        if total + size <= config.max_bytes:
+            break
+        shutil.rmtree(path, ignore_errors=True)  # whoever has it mapped keeps it until then
+        total -= sizes[path]
+    if not directory.exists() and size > 0.5 * shutil.disk_usage(config.directory).free:
+        return None
+    return _File(directory, shape, rows, dtype)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that the system could give now; a container's limit is not seen."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
