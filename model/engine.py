@@ -21,7 +21,7 @@ _GRAPH_QUANTUM = 256  # tokens; graphs are captured for its multiples
 
 
 class _Top(nn.Module):
-    """The blocks above the trunk and the final norm, as a module that ``functional_call`` can give other parameters."""
+    """The blocks above the trunk and the final norm, a module that ``functional_call`` can give other parameters."""
 
     def __init__(self, model: GPTModel):
         super().__init__()
