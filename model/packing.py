@@ -70,7 +70,7 @@ def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.d
         slots=torch.from_numpy(index - rows[owner]),
         predictors=send(predictors),
         targets=send(dataset.ids[index[predictors] + 1].astype(np.int64)),
-        weights=None if weights is None else send(weights[predictors], torch.float32),
+        weights=None if weights is None else send(weights[predictors], torch.float64),
         owner=owner[predictors],
     )
 

@@ -76,6 +76,8 @@ def head_loss(
     """
     gradient = torch.empty_like(hidden)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    if weights is not None:
+        weights = weights.to(torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(targets), _CHUNK[hidden.device.type]):
         part = slice(start, start + _CHUNK[hidden.device.type])
         losses, logit_gradient = cross_entropy(hidden[part] @ head.t(), targets[part], vocabulary)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,8 @@ def train(
         np.arange(len(validation)),
         micro_batch_tokens,
         2 + total_steps // config.eval_freq,
-        replace(cache, max_bytes=cache.max_bytes - trunk.bytes_kept),
+        cache,
+        beside=trunk.bytes_kept,
     )
     stepper = _Stepper(engine, optimizer, train_rows, trunk, config, micro_batch_tokens)
     directory.mkdir(parents=True, exist_ok=True)

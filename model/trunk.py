@@ -55,6 +55,7 @@ class TrunkOutputs:
         group_tokens: computed at a time.
         uses: how often a row will be needed, about.
         config: limits.
+        beside: bytes of ``config.max_bytes`` that another cache of this process takes.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TrunkOutputs:
         group_tokens: int,
         uses: float,
         config: TrunkCacheConfig,
+        beside: int = 0,
     ):
         self.engine = engine
         self.dataset = dataset
@@ -81,7 +83,7 @@ class TrunkOutputs:
         self.groups = np.split(order, np.flatnonzero(np.diff(group)) + 1)
         self.group_of = np.empty(len(dataset), dtype=np.int64)
         self.group_of[order] = np.cumsum(np.diff(group, prepend=group[:1]) > 0)
-        if engine.model.num_frozen == 0 or self.bytes > config.max_bytes:
+        if engine.model.num_frozen == 0 or self.bytes > config.max_bytes - beside:
             return
         reads_faster = self._compute_seconds() > width * engine.dtype.itemsize / _READ_BYTES
         if config.directory is not None and reads_faster:
@@ -117,7 +119,7 @@ class TrunkOutputs:
     @property
     def hit_share(self) -> float:
         """Tokens that need not be computed when they were needed, over all tokens needed so far."""
-        return 1 - self.computed / self.requested if self.requested else 0.0
+        return max(0.0, 1 - self.computed / self.requested) if self.requested else 0.0
 
     @property
     def bytes_kept(self) -> int:
@@ -230,7 +232,7 @@ def _open_file(
     config.directory.mkdir(parents=True, exist_ok=True)
     others = [path for path in config.directory.iterdir() if path != directory and path.is_dir()]
     others.sort(key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in others}
+    sizes = {path: sum(file.stat().st_size for file in path.glob(_VALUES)) for path in others}
     total = sum(sizes.values())
     for path in others:
         if total + size <= config.max_bytes:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -37,6 +39,7 @@ from model.checkpoint import (
 from model.files import sha256_file
 from model.journal import read_journal
 from model.training import StepReport, TrainConfig, TrainResult, build_optimizer, train
+from model.trunk import TrunkCacheConfig
 
 CONFIG = TrainConfig(
     epochs=3, max_steps=15, batch_size=8, learning_rate=1e-2, eval_freq=4, warmup_ratio=0.2, precision="fp32"
@@ -267,10 +270,13 @@ import json, os, signal, sys, time
 from pathlib import Path
 import torch
 import model.checkpoint
+import model.trunk
 from model import GPTModel, freeze_bottom_layers
 from model.training import TrainConfig, train
 
-weights, tokens, directory, settings, hold_at, die_in_save = sys.argv[1:]
+weights, tokens, directory, settings, hold_at, die_in_save, cache = sys.argv[1:]
+model.trunk._READ_BYTES = 1e30  # so small a trunk would be computed faster than read
+cache = model.trunk.TrunkCacheConfig(Path(cache) if cache else None)
 torch.set_num_threads(1)
 save_file = model.checkpoint.save_file
 
@@ -284,7 +290,7 @@ model.checkpoint.save_file = dying
 network = GPTModel.from_pretrained(weights)
 freeze_bottom_layers(network, 1)
 result = train(
-    network, Path(tokens), TrainConfig(**json.loads(settings)), Path(directory), "me",
+    network, Path(tokens), TrainConfig(**json.loads(settings)), Path(directory), "me", cache=cache,
     on_step=lambda report: time.sleep(60 if report.step == int(hold_at) else 0),
 )
 network.save_pretrained(Path(directory) / "final")
@@ -299,7 +305,7 @@ def launch(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., sub
     script.write_text(SCRIPT)
 
     def start(
-        directory: Path, config: TrainConfig, hold_at: int = -1, die_in_save: str = ""
+        directory: Path, config: TrainConfig, hold_at: int = -1, die_in_save: str = "", cache: Path | None = None
     ) -> subprocess.Popen[str]:
         arguments = [
             str(gpt2_dir),
@@ -308,6 +314,7 @@ def launch(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., sub
             json.dumps(vars(config)),
             str(hold_at),
             die_in_save,
+            str(cache or ""),
         ]
         root = str(Path(str(package.__file__)).parents[1])
         return subprocess.Popen(
@@ -394,6 +401,52 @@ def test_training_killed_while_saving(
     assert result.resumed_from == 4
     assert not list(directory.glob(".*"))
     assert_same_end(directory, uninterrupted(CONFIG)[1])
+
+
+@pytest.mark.parametrize("deleted", [False, True], ids=["cache kept", "cache deleted"])
+def test_killed_training_with_trunk_outputs_in_a_file(
+    launch: Callable[..., subprocess.Popen[str]],
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deleted: bool,
+) -> None:
+    """Fault 1: killed in the first epoch, the cache half full: read or computed again, the end is bitwise equal."""
+    config = config_of(eval_freq=2, micro_batch_tokens=100, dropout=0.1)
+    directory, cache = tmp_path / "killed", tmp_path / "cache"
+    victim = launch(directory, config, hold_at=4, cache=cache)
+    deadline = time.monotonic() + 60
+    while victim.poll() is None and time.monotonic() < deadline:
+        if (directory / "step-00000004").exists():
+            break
+        time.sleep(0.01)
+    victim.kill()
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    sums = {path.parent: np.fromfile(path, dtype="<u4") for path in cache.glob("*/checksums.bin")}
+    [partial] = [path for path, values in sums.items() if 0 < np.count_nonzero(values) < len(values)]
+    if deleted:
+        shutil.rmtree(cache)
+
+    second = launch(directory, config, cache=cache)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0
+    result = json.loads(output)
+    assert result["resumed_from"] == 4
+    assert "on the file" in result["trunk"]
+    assert np.fromfile(partial / "checksums.bin", dtype="<u4").all()
+
+    monkeypatch.setattr("model.trunk._READ_BYTES", 1e30)
+    network, whole = fresh(), tmp_path / "whole"
+    train(network, token_dir, config, whole, "me", cache=TrunkCacheConfig(tmp_path / "another cache"))
+    assert_same_end(directory, whole)
+    assert same_tensors(parameters(GPTModel.from_pretrained(directory / "final")), parameters(network))
+    files = [
+        sorted(path.read_bytes() for path in folder.glob("*/*.bin"))
+        for folder in (cache, whole.parent / "another cache")
+    ]
+    assert files[0] == files[1]
 
 
 class Stop(Exception):
