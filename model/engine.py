@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,7 +20,7 @@ _GRAPH_QUANTUM = 256  # tokens; graphs are captured for its multiples
 
 
 class _Top(nn.Module):
-    """The blocks above the trunk and the final norm, as a module that ``functional_call`` can give other parameters."""
+    """The blocks above the trunk and the final norm: a module, so that ``functional_call`` can swap parameters."""
 
     def __init__(self, model: GPTModel):
         super().__init__()
@@ -140,7 +139,7 @@ class _Graph:
         self.buffers = buffers
         self.longest = example.longest
         x, gradient = buffers.x[:size], buffers.gradient[:size]
-        documents = Documents((), buffers.offsets, self.longest)
+        documents = Documents([], buffers.offsets, self.longest)
         self._lay_out(example.offsets)  # attention leaves tokens of no document unwritten: NaN, perhaps
         gradient.zero_()  # so that the rehearsal adds nothing to gradients accumulated so far
         stream = torch.cuda.Stream()
@@ -183,11 +182,11 @@ class _Graph:
 def deterministic() -> Iterator[None]:
     """Backward kernels that sum in a fixed order, so that a resumed training repeats the original bit for bit."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

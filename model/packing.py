@@ -87,9 +87,5 @@ def split_evenly(
     if not len(rows):
         return
     groups = -(-int(ends[-1]) // max_tokens)
-    middles = ends - lengths / 2
-    yield from (
-        part
-        for part in np.split(rows, np.searchsorted(middles, ends[-1] * np.arange(1, groups) / groups))
-        if len(part)
-    )
+    cuts = np.searchsorted(ends - lengths / 2, ends[-1] * np.arange(1, groups) / groups)
+    yield from (part for part in np.split(rows, cuts) if len(part))
