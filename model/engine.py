@@ -14,9 +14,11 @@ from model.attention import Documents
 from model.gpt import GPTModel
 from model.packing import Pack
 
-# Below this many tokens x D^2 in a pass, launching its kernels takes longer than running them (H200).
-_LAUNCH_BOUND = 1.7e10
-_GRAPH_QUANTUM = 256  # tokens; graphs are captured for its multiples
+
+def _graph_size(tokens: int) -> int:
+    """Graphs are captured for multiples of 256 tokens, or of a 32nd to a 64th of their size: few, and little unused."""
+    quantum = max(256, 1 << max(0, tokens.bit_length() - 6))
+    return (tokens // quantum + 1) * quantum
 
 
 class _Top(nn.Module):
@@ -89,33 +91,23 @@ class Engine:
         return bool(self._graphs)
 
     def _replays(self, x: Tensor) -> bool:
-        """Whether to replay CUDA graphs: small passes whose kernels need nothing from the host."""
-        config = self.model.config
-        return (
-            x.is_cuda
-            and x.dtype == torch.bfloat16
-            and not x.requires_grad
-            and config.dropout == 0
-            and x.size(0) * config.n_embd**2 < _LAUNCH_BOUND
-        )
+        """Whether to replay CUDA graphs: where kernels need nothing from the host, and no gradient goes below."""
+        return x.is_cuda and x.dtype == torch.bfloat16 and not x.requires_grad and self.model.config.dropout == 0
 
     def _replay(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
-        size = -(-(x.size(0) + 1) // _GRAPH_QUANTUM) * _GRAPH_QUANTUM
-        graph = self._graphs.get(size)
-        if graph is None or graph.buffers is not self._buffers or not graph.fits(batch.documents):
-            graph = self._graphs[size] = self._capture(size, batch.documents)
-        return graph.run(x, batch, loss)
-
-    def _capture(self, size: int, documents: Documents) -> _Graph:
-        capacity = len(documents.lengths) + -(-_GRAPH_QUANTUM // documents.longest) + 1
-        if self._buffers is None or not self._buffers.fit(size, capacity):
-            largest = int(_LAUNCH_BOUND / self.model.config.n_embd**2) + _GRAPH_QUANTUM
-            self._buffers = _Buffers(largest, 2 * capacity, self.model.config.n_embd, self.dtype, self.device)
+        size = _graph_size(x.size(0))
+        # Documents for what is left of the size are appended.
+        documents = len(batch.documents.lengths) + size // batch.documents.longest + 1
+        if self._buffers is None or not self._buffers.fit(size, documents):
+            width = self.model.config.n_embd
             self._graphs.clear()
-        for master in self._masters.values():
-            if master.requires_grad and master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return _Graph(self, size, self._buffers, documents)
+            self._buffers = _Buffers(int(1.25 * size), int(1.25 * documents), width, self.dtype, self.device)
+        if size not in self._graphs:
+            for master in self._masters.values():
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+            self._graphs[size] = _Graph(self, size, self._buffers, batch.documents)
+        return self._graphs[size].run(x, batch, loss)
 
 
 class _Buffers:
@@ -153,10 +145,6 @@ class _Graph:
         with torch.cuda.graph(self.backward, pool=buffers.pool), deterministic():
             hidden.backward(gradient)
         self.hidden = hidden.detach()
-
-    def fits(self, documents: Documents) -> bool:
-        padding = -(-_GRAPH_QUANTUM // self.longest) + 1
-        return len(documents.offsets) + padding <= len(self.buffers.offsets)
 
     def run(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
         """As ``Engine.forward_backward``."""

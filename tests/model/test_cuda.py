@@ -11,13 +11,14 @@ import torch.nn.functional as F
 
 from model.attention import Documents, Rows
 from model.config import GPTConfig
+from model.cross_entropy import cross_entropy
 from model.device import cast_frozen
 from model.engine import Engine
 from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
 from model.journal import read_journal
 from model.packing import pack
-from model.scoring import cross_entropy, head_loss, padded_head
+from model.scoring import head_loss, padded_head
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, train
 from model.trunk import TrunkCacheConfig, TrunkOutputs
@@ -72,7 +73,7 @@ def test_fused_loss_agrees_with_autograd(vocabulary: int) -> None:
     exact = hidden.float().requires_grad_()
     want = F.cross_entropy(exact @ weight.bfloat16().float().t(), targets, reduction="sum")
     want.backward()
-    assert total.item() == pytest.approx(want.item(), rel=1e-3)
+    assert total.item() == pytest.approx(want.item(), rel=2e-4)
     assert exact.grad is not None
     torch.testing.assert_close(gradient.float(), exact.grad, rtol=3e-2, atol=1e-2)
 
