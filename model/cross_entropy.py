@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton"):  # comes with torch for CUDA
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def _kernel(logits, targets, losses, width, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """One row: log-sum-exp in one pass over it, its softmax minus one-hot written over it in a second."""
         row = tl.program_id(0).to(tl.int64)

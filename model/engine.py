@@ -16,7 +16,7 @@ from model.packing import Pack
 
 
 def _graph_size(tokens: int) -> int:
-    """Graphs are captured for multiples of 256 tokens, or of a 32nd to a 64th of their size: few, and little unused."""
+    """Graphs are captured for multiples of 256 tokens, or of some 2 % of their size: few, and little is unused."""
     quantum = max(256, 1 << max(0, tokens.bit_length() - 6))
     return (tokens // quantum + 1) * quantum
 

@@ -104,7 +104,7 @@ def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
             batch = pack(dataset, np.array(rows), engine.device)
             losses.append(
                 engine.forward_backward(
-                    engine.trunk(batch), batch, lambda h, b=batch: head_loss(h, head, 320, b.targets)
+                    engine.trunk(batch), batch, lambda h, b=batch, w=head: head_loss(h, w, 320, b.targets)
                 ).item()
             )
         assert engine.keeps_gradients == replay
