@@ -97,6 +97,8 @@ def row_losses(
     model.eval()
     for rows in split_evenly(np.arange(len(dataset)), dataset.lengths[:, 0], max_tokens):
         batch = pack(dataset, rows, engine.device)
+        if not len(batch.targets):
+            continue
         x = trunk(batch) if trunk is not None else engine.trunk(batch)
         with torch.no_grad():
             hidden = engine.top(x, batch.documents)[batch.predictors]

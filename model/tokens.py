@@ -1,4 +1,4 @@
-"""From rows to token files, and from token files to padded batches."""
+"""From rows to token files, and from token files to examples."""
 
 from __future__ import annotations
 
@@ -282,34 +282,6 @@ class CodeAlpacaDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": labels, "loss_weights": weights}
 
 
-def collate_fn(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Right-pad examples to the longest: each key (B, T). Padding has id 0, label IGNORE, weight 0."""
-    fill = {"input_ids": 0, "labels": IGNORE, "loss_weights": 0.0}
-    return {
-        key: torch.nn.utils.rnn.pad_sequence([e[key] for e in examples], batch_first=True, padding_value=value)
-        for key, value in fill.items()
-    }
-
-
 def epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
     """The order in which an epoch visits the rows; a function of seed and epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group rows of similar length so that each padded group has at most ``max_tokens`` tokens.
-
-    Args:
-        lengths: of the rows of one optimizer step.
-        max_tokens: a single longer row still forms its own group.
-
-    Returns:
-        Groups of positions in ``lengths``; every position once.
-    """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups

@@ -49,3 +49,10 @@ def test_ceiling_is_quick_and_finite() -> None:
     assert math.isfinite(ceiling)
     assert ceiling > 1e8
     assert time.perf_counter() - start < 5
+
+
+def test_measuring_draws_nothing() -> None:
+    """Fault 1: how fast the processor is decides how much is drawn, and never what dropout draws next."""
+    state = torch.get_rng_state()
+    matmul_ceiling(torch.device("cpu"), torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)

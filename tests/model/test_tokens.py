@@ -18,9 +18,7 @@ from model.tokens import (
     IGNORE,
     CodeAlpacaDataset,
     PrepareConfig,
-    collate_fn,
     epoch_order,
-    micro_batches,
     prepare,
     verify_tokens,
 )
@@ -385,21 +383,15 @@ def test_limit_takes_the_first_rows(token_dir: Path) -> None:
     assert all(torch.equal(part[i]["input_ids"], whole[i]["input_ids"]) for i in range(3))
 
 
-def test_collate_pads_by_length_not_by_id(token_dir: Path, tokenizer: Any) -> None:
-    """#2: padding is IGNORE with weight 0 although its id is EOS's (here both are 0), and the real EOS is not."""
+def test_eos_bears_loss(token_dir: Path, tokenizer: Any) -> None:
+    """#2: the real EOS is a target, although its id would pad (here 0)."""
     assert tokenizer.eos_token_id == 0
     dataset = CodeAlpacaDataset(token_dir, "train")
-    rows = [dataset[i] for i in range(6)]
-    batch = collate_fn(rows)
-    longest = max(len(row["input_ids"]) for row in rows)
-    for key in ("input_ids", "labels", "loss_weights"):
-        assert batch[key].shape == (6, longest)  # #5: to the longest of the batch, not to max_length
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        assert all(torch.equal(batch[key][i, :n], row[key]) for key in row)
-        assert (batch["labels"][i, n:] == IGNORE).all()
-        assert (batch["loss_weights"][i, n:] == 0).all()
-        assert batch["labels"][i, n - 1] == tokenizer.eos_token_id
+    for i in range(6):
+        row = dataset[i]
+        assert {len(row[key]) for key in row} == {int(dataset.lengths[i, 0])}  # #5: no padding to max_length
+        assert row["labels"][-1] == tokenizer.eos_token_id
+        assert row["loss_weights"][-1] == 1
 
 
 def test_large_vocabulary_is_stored_in_four_bytes(
@@ -431,22 +423,3 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 ORDER_OF_SIX = [3, 2, 5, 4, 1, 0]
-
-
-def test_micro_batches_hold_every_row_once_within_the_limit() -> None:
-    """#5, #9: groups of similar length; no row lost, none twice, none over the limit but a single long one."""
-    lengths = [5, 80, 7, 7, 40, 39, 3, 12, 80, 1]
-    for limit in (1, 16, 80, 160, 10_000):
-        groups = micro_batches(lengths, limit)
-        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-        for group in groups:
-            assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= limit
-    assert micro_batches([4] * 6, 8) == [[0, 1], [2, 3], [4, 5]]
-    assert micro_batches([], 8) == []
-
-
-def test_padding_is_a_small_share(token_dir: Path) -> None:
-    """#5: by length, padding is far below the seed's padding to max_length."""
-    lengths = CodeAlpacaDataset(token_dir, "train").lengths[:, 0].tolist()
-    padded = sum(len(g) * max(lengths[i] for i in g) for g in micro_batches(lengths, 300))
-    assert padded < 1.1 * sum(lengths)

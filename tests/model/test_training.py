@@ -21,8 +21,10 @@ from transformers import GPT2LMHeadModel
 from model import GPTModel, freeze_bottom_layers
 from model.checkpoint import load_trained
 from model.device import cast_frozen
+from model.engine import Engine
 from model.journal import read_journal
 from model.loading import hf_state_dict
+from model.packing import Pack, pack
 from model.scoring import mean_loss, row_losses
 from model.tokens import CodeAlpacaDataset, epoch_order
 from model.training import (
@@ -55,6 +57,11 @@ def run(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., tuple[
         return model, directory, train(model, tokens, config, directory, "identity")
 
     return start
+
+
+def engine_of(gpt2_dir: Path) -> Engine:
+    """The untouched model's."""
+    return Engine(GPTModel.from_pretrained(gpt2_dir), torch.float32)
 
 
 def values(directory: Path, name: str) -> dict[int, float]:
@@ -221,20 +228,20 @@ def test_total_steps() -> None:
 def test_every_row_once_per_epoch_in_another_order(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """#22, litgpt#1712: all rows, none twice, and the second epoch does not repeat the first's order."""
     seen: list[int] = []
-    read = CodeAlpacaDataset.__getitem__
 
-    def spy(self: CodeAlpacaDataset, index: int) -> dict[str, Tensor]:
-        if not self.rows:  # train has no text beside it
-            seen.append(int(index))
-        return read(self, index)
+    def spy(dataset: CodeAlpacaDataset, rows: np.ndarray, device: torch.device) -> Pack:
+        batch = pack(dataset, rows, device)
+        seen.extend(batch.rows.tolist())
+        return batch
 
-    monkeypatch.setattr(CodeAlpacaDataset, "__getitem__", spy)
+    monkeypatch.setattr("model.training.pack", spy)  # validation packs elsewhere
     run(epochs=2, micro_batch_tokens=1)
     first, second = seen[:42], seen[42:]
     assert Counter(first) == Counter(second) == Counter(range(42))
     assert first != second
     for part, epoch in ((first, 0), (second, 1)):
         assert set(part[:8]) == set(epoch_order(42, CONFIG.seed, epoch)[:8].tolist())
+        assert part == epoch_order(42, CONFIG.seed, epoch).tolist()
 
 
 # Validation and the best checkpoint
@@ -247,9 +254,7 @@ def test_validation_at_start_on_the_way_and_at_the_end(
     _, directory, result = run(epochs=2, max_steps=10, eval_freq=4)
     found = values(directory, "eval/loss")
     assert list(found) == [0, 4, 8, 10]
-    base = row_losses(
-        GPTModel.from_pretrained(gpt2_dir), CodeAlpacaDataset(token_dir, "validation"), torch.float32, 500
-    )
+    base = row_losses(engine_of(gpt2_dir), CodeAlpacaDataset(token_dir, "validation"), 500)
     assert result.base_eval_loss == found[0] == pytest.approx(mean_loss(*base), rel=1e-6)
     assert values(directory, "eval/perplexity") == pytest.approx({k: math.exp(v) for k, v in found.items()})
     assert (result.steps, result.resumed_from) == (10, 0)
@@ -267,7 +272,7 @@ def test_eval_rows_limits(run: Callable[..., Any], gpt2_dir: Path, token_dir: Pa
     """eval_rows scores the first rows only."""
     _, _, result = run(max_steps=1, eval_rows=3)
     dataset = CodeAlpacaDataset(token_dir, "validation", limit=3)
-    base = row_losses(GPTModel.from_pretrained(gpt2_dir), dataset, torch.float32, 500)
+    base = row_losses(engine_of(gpt2_dir), dataset, 500)
     assert result.base_eval_loss == pytest.approx(mean_loss(*base), rel=1e-6)
 
 
@@ -313,7 +318,7 @@ def test_best_checkpoint_scores_what_it_says(run: Callable[..., Any], gpt2_dir: 
     model = GPTModel.from_pretrained(gpt2_dir)
     freeze_bottom_layers(model, 1)
     load_trained(result.best, model)
-    scores = row_losses(model, CodeAlpacaDataset(token_dir, "validation"), torch.float32, 2048)
+    scores = row_losses(Engine(model, torch.float32), CodeAlpacaDataset(token_dir, "validation"), 2048)
     assert mean_loss(*scores) == result.best_eval_loss
 
 
@@ -403,8 +408,7 @@ def test_rows_without_targets_weigh_nothing(
     """#9: where half of the rows bear no loss, the mean is over the tokens of the other half."""
     tokens = without_targets(slice(0, 21))
     _, directory, _ = run(tokens=tokens, batch_size=42, max_steps=1)
-    base = GPTModel.from_pretrained(gpt2_dir)
-    sums, counts = row_losses(base, CodeAlpacaDataset(tokens, "train"), torch.float32, 500)
+    sums, counts = row_losses(engine_of(gpt2_dir), CodeAlpacaDataset(tokens, "train"), 500)
     assert (counts[:21] == 0).all()
     assert values(directory, "train/loss")[1] == pytest.approx(sums[21:].sum() / counts[21:].sum(), rel=1e-5)
 
