@@ -5,9 +5,8 @@ Shapes: B rows, T tokens of a row, N tokens of all packed documents, S cached to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,7 @@ class Documents:
         longest: no document is longer; a constant of the data set, so that compiled code fits every pack.
     """
 
-    lengths: Sequence[int]
+    lengths: list[int]
     offsets: Tensor
     longest: int
 
@@ -63,10 +62,11 @@ class Documents:
         # PyTorch's kernel for packed documents knows neither the CPU, nor fp32, nor dropout.
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout:
             ends = self.offsets
-            return varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=(-1, 0))
+            y = varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=(-1, 0))
+            return cast(Tensor, y)
         rows = Rows()
         parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([rows(*(x[None] for x in part), dropout)[0] for part in parts])
+        return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts])
 
 
 class KVCache:

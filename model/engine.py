@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils.deterministic
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -15,13 +14,15 @@ from model.attention import Documents
 from model.gpt import GPTModel
 from model.packing import Pack
 
-# Below this many tokens x D^2 in a pass, launching its kernels takes longer than running them (H200).
-_LAUNCH_BOUND = 1.7e10
-_GRAPH_QUANTUM = 256  # tokens; graphs are captured for its multiples
+
+def _graph_size(tokens: int) -> int:
+    """Graphs are captured for multiples of 256 tokens, or of some 2 % of their size: few, and little is unused."""
+    quantum = max(256, 1 << max(0, tokens.bit_length() - 6))
+    return (tokens // quantum + 1) * quantum
 
 
 class _Top(nn.Module):
-    """The blocks above the trunk and the final norm, a module that ``functional_call`` can give other parameters."""
+    """The blocks above the trunk and the final norm: a module, so that ``functional_call`` can swap parameters."""
 
     def __init__(self, model: GPTModel):
         super().__init__()
@@ -90,33 +91,23 @@ class Engine:
         return bool(self._graphs)
 
     def _replays(self, x: Tensor) -> bool:
-        """Whether to replay CUDA graphs: small passes whose kernels need nothing from the host."""
-        config = self.model.config
-        return (
-            x.is_cuda
-            and x.dtype == torch.bfloat16
-            and not x.requires_grad
-            and config.dropout == 0
-            and x.size(0) * config.n_embd**2 < _LAUNCH_BOUND
-        )
+        """Whether to replay CUDA graphs: where kernels need nothing from the host, and no gradient goes below."""
+        return x.is_cuda and x.dtype == torch.bfloat16 and not x.requires_grad and self.model.config.dropout == 0
 
     def _replay(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
-        size = -(-(x.size(0) + 1) // _GRAPH_QUANTUM) * _GRAPH_QUANTUM
-        graph = self._graphs.get(size)
-        if graph is None or graph.buffers is not self._buffers or not graph.fits(batch.documents):
-            graph = self._graphs[size] = self._capture(size, batch.documents)
-        return graph.run(x, batch, loss)
-
-    def _capture(self, size: int, documents: Documents) -> _Graph:
-        capacity = len(documents.lengths) + -(-_GRAPH_QUANTUM // documents.longest) + 1
-        if self._buffers is None or not self._buffers.fit(size, capacity):
-            largest = int(_LAUNCH_BOUND / self.model.config.n_embd**2) + _GRAPH_QUANTUM
-            self._buffers = _Buffers(largest, 2 * capacity, self.model.config.n_embd, self.dtype, self.device)
+        size = _graph_size(x.size(0))
+        # Documents for what is left of the size are appended.
+        documents = len(batch.documents.lengths) + size // batch.documents.longest + 1
+        if self._buffers is None or not self._buffers.fit(size, documents):
+            width = self.model.config.n_embd
             self._graphs.clear()
-        for master in self._masters.values():
-            if master.requires_grad and master.grad is None:
-                master.grad = torch.zeros_like(master)
-        return _Graph(self, size, self._buffers, documents)
+            self._buffers = _Buffers(int(1.25 * size), int(1.25 * documents), width, self.dtype, self.device)
+        if size not in self._graphs:
+            for master in self._masters.values():
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+            self._graphs[size] = _Graph(self, size, self._buffers, batch.documents)
+        return self._graphs[size].run(x, batch, loss)
 
 
 class _Buffers:
@@ -140,7 +131,7 @@ class _Graph:
         self.buffers = buffers
         self.longest = example.longest
         x, gradient = buffers.x[:size], buffers.gradient[:size]
-        documents = Documents((), buffers.offsets, self.longest)
+        documents = Documents([], buffers.offsets, self.longest)
         self._lay_out(example.offsets)  # attention leaves tokens of no document unwritten: NaN, perhaps
         gradient.zero_()  # so that the rehearsal adds nothing to gradients accumulated so far
         stream = torch.cuda.Stream()
@@ -154,10 +145,6 @@ class _Graph:
         with torch.cuda.graph(self.backward, pool=buffers.pool), deterministic():
             hidden.backward(gradient)
         self.hidden = hidden.detach()
-
-    def fits(self, documents: Documents) -> bool:
-        padding = -(-_GRAPH_QUANTUM // self.longest) + 1
-        return len(documents.offsets) + padding <= len(self.buffers.offsets)
 
     def run(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
         """As ``Engine.forward_backward``."""
@@ -183,11 +170,11 @@ class _Graph:
 def deterministic() -> Iterator[None]:
     """Backward kernels that sum in a fixed order, so that a resumed training repeats the original bit for bit."""
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ class Pack:
         documents: where each row lies.
         ids: (N,) on the device.
         positions: (N,), from 0 in each document.
-        slots: (N,), on the host, where the tokens lie among the inputs of the whole data set.
+        slots: (N,), on the host, pinned for a GPU: where the tokens lie among the inputs of the whole data set.
         predictors: (M,), where in the sequence the predicting tokens are.
         targets: (M,), the ids they predict.
         weights: (M,) of their losses, or None where all are 1.
@@ -58,16 +58,20 @@ def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.d
     predictors = np.arange(len(owner)) if everywhere else np.flatnonzero(in_response)
     weights = np.where(in_response, 1.0, dataset.prompt_loss_weight) if everywhere else None
 
-    def send(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
+    def pin(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
         tensor = torch.from_numpy(array).to(dtype)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        # From pinned memory a copy waits for nothing; from elsewhere it waits for all that is queued.
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+    def send(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
+        return pin(array, dtype).to(device, non_blocking=True)
 
     return Pack(
         rows=rows,
         documents=Documents(lengths.tolist(), send(np.concatenate([[0], ends]), torch.int32), dataset.longest - 1),
         ids=send(dataset.ids[index].astype(np.int64)),
         positions=send(positions),
-        slots=torch.from_numpy(index - rows[owner]),
+        slots=pin(index - rows[owner]),
         predictors=send(predictors),
         targets=send(dataset.ids[index[predictors] + 1].astype(np.int64)),
         weights=None if weights is None else send(weights[predictors], torch.float64),
@@ -87,9 +91,5 @@ def split_evenly(
     if not len(rows):
         return
     groups = -(-int(ends[-1]) // max_tokens)
-    middles = ends - lengths / 2
-    yield from (
-        part
-        for part in np.split(rows, np.searchsorted(middles, ends[-1] * np.arange(1, groups) / groups))
-        if len(part)
-    )
+    cuts = np.searchsorted(ends - lengths / 2, ends[-1] * np.arange(1, groups) / groups)
+    yield from (part for part in np.split(rows, cuts) if len(part))

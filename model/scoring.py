@@ -9,45 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.cross_entropy import cross_entropy
 from model.engine import Engine
 from model.packing import pack, split_evenly
 from model.tokens import CodeAlpacaDataset
 from model.trunk import TrunkOutputs
 
-try:  # the optional extra "gpu"
-    from liger_kernel.ops.cross_entropy import cross_entropy_forward
-except ImportError:
-    cross_entropy_forward = None
-
-_CHUNK = {"cuda": 4096, "cpu": 512}  # positions whose logits exist at a time
+_CHUNK = {"cuda": 8192, "cpu": 512}  # positions whose logits exist at a time
 _LANES = 64  # matrix products of odd width are slow: the vocabulary is padded to a multiple of this
 
 
 def padded_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The head's weight (V, D) in ``dtype``, with rows of zeros up to a multiple of 64."""
     return F.pad(weight.detach().to(dtype), (0, 0, 0, -weight.size(0) % _LANES))
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Losses in nats (M,), and their gradient with respect to the logits (M, padded V), zero on the padding.
-
-    Args:
-        logits: (M, padded V); what they hold afterwards is undefined.
-        targets: (M,), below ``vocabulary``.
-    """
-    if cross_entropy_forward is not None and logits.is_cuda:
-        # One pass of a fused kernel, in place; the padding's gradients are the zeros its logits were.
-        losses, *_ = cross_entropy_forward(
-            logits[:, :vocabulary], targets, None, -100, 0.0, 0.0, "none", None, return_z_loss=False
-        )
-        return losses, logits
-    logits[:, vocabulary:] = -math.inf
-    log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    chosen = log_p.gather(1, targets[:, None])
-    gradient = log_p.exp_() if log_p.dtype == logits.dtype else torch.softmax(logits, -1)
-    # p - 1 before rounding: in bf16 the p of a sure token is 1, and its gradient would be lost.
-    gradient.scatter_(1, targets[:, None], chosen.expm1().to(gradient.dtype))
-    return -chosen[:, 0], gradient
 
 
 @torch.no_grad()

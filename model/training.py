@@ -150,7 +150,7 @@ def build_optimizer(model: GPTModel, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def default_micro_batch_tokens(model: GPTModel) -> int:
-    """Tokens per pass: on a GPU as many as a quarter of its memory holds the activations of, 32,768 at most.
+    """Tokens per pass: on a GPU as many as a quarter of its memory holds the activations of, 65,536 at most.
 
     Some 40 bytes x D are kept per token and trained block. On a CPU 2,048: more is no faster.
     """
@@ -159,7 +159,7 @@ def default_micro_batch_tokens(model: GPTModel) -> int:
         return 2_048
     kept = 40 * model.config.n_embd * max(1, model.config.n_layer - model.num_frozen)
     memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1_024, min(32_768, int(memory / 4 / kept) // 1_024 * 1_024))
+    return max(1_024, min(65_536, int(memory / 4 / kept) // 1_024 * 1_024))
 
 
 def train(
@@ -392,19 +392,19 @@ class _Stepper:
         if weight > 0:  # else there is nothing to learn, and nothing to divide by (trl#6668)
             head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
             head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
-            for group in split_evenly(rows, lengths, self.micro_batch_tokens):
-                batch = pack(self.dataset, group, engine.device)
+            for part in split_evenly(rows, lengths, self.micro_batch_tokens):
+                batch = pack(self.dataset, part, engine.device)
                 targets += len(batch.targets)
                 if not len(batch.targets):
                     continue
 
-                def part(hidden: torch.Tensor, batch: Pack = batch) -> tuple[torch.Tensor, torch.Tensor]:
+                def loss_of(hidden: torch.Tensor, batch: Pack = batch) -> tuple[torch.Tensor, torch.Tensor]:
                     total, gradient = head_loss(
                         hidden, head, self.head.size(0), batch.targets, batch.weights, head_gradient
                     )
                     return total / weight, gradient / weight
 
-                loss += engine.forward_backward(self.trunk(batch), batch, part)
+                loss += engine.forward_backward(self.trunk(batch), batch, loss_of)
             if head_gradient is not None:
                 head_gradient /= weight
                 self.head.grad = head_gradient if self.head.grad is None else self.head.grad + head_gradient

@@ -83,6 +83,7 @@ class TrunkOutputs:
         self.groups = np.split(order, np.flatnonzero(np.diff(group)) + 1)
         self.group_of = np.empty(len(dataset), dtype=np.int64)
         self.group_of[order] = np.cumsum(np.diff(group, prepend=group[:1]) > 0)
+        shape = (int(inputs.sum()), width)
         if engine.model.num_frozen == 0 or self.bytes > config.max_bytes - beside:
             return
         reads_faster = self._compute_seconds() > width * engine.dtype.itemsize / _READ_BYTES
@@ -198,7 +199,7 @@ class _File:
         self.checksums[row] = self._checksum(part)
 
     def _checksum(self, part: slice) -> int:
-        return zlib.crc32(self.values[part].view(torch.uint8).numpy()) or 1
+        return zlib.crc32(self.values[part].view(torch.uint8).numpy().data) or 1
 
 
 def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:

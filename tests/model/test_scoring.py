@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from model import GPTModel, scoring
+from model.cross_entropy import cross_entropy
 from model.engine import Engine
 from model.packing import Pack, pack
-from model.scoring import cross_entropy, head_loss, mean_loss, padded_head, row_losses, token_losses
+from model.scoring import head_loss, mean_loss, padded_head, row_losses, token_losses
 from model.tokens import IGNORE, CodeAlpacaDataset
 
 SURE = 50.0  # a logit that makes its token certain

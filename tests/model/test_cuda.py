@@ -1,0 +1,194 @@
+"""What the CPU never runs: the kernel for packed documents, CUDA graphs, the fused loss. Skipped without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.attention import Documents, Rows
+from model.config import GPTConfig
+from model.cross_entropy import cross_entropy
+from model.device import cast_frozen
+from model.engine import Engine
+from model.freezing import freeze_bottom_layers
+from model.gpt import GPTModel
+from model.journal import read_journal
+from model.packing import pack
+from model.scoring import head_loss, padded_head
+from model.tokens import CodeAlpacaDataset
+from model.training import TrainConfig, train
+from model.trunk import TrunkCacheConfig, TrunkOutputs
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def small_model(seed: int = 0) -> GPTModel:
+    """A GPT-2 with heads of 64, as the real sizes have, frozen below its upper two blocks."""
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=128, n_layer=4, n_head=2))
+    freeze_bottom_layers(model, 2)
+    cast_frozen(model, torch.bfloat16)
+    return model.train()
+
+
+def test_packed_attention_agrees_with_fp32_per_document() -> None:
+    """The bf16 kernel's output and gradients, document by document, lie within bf16's error of fp32's."""
+    lengths = [1, 200, 3, 64, 128, 129, 511]
+    torch.manual_seed(0)
+    qkv = torch.randn(3, sum(lengths), 4, 64, device="cuda").bfloat16().requires_grad_()
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+    got = Documents(lengths, offsets, 511)(*qkv, 0.0)
+    upstream = torch.randn_like(got)
+    got_gradient = torch.autograd.grad(got, qkv, upstream)[0]
+    exact = qkv.detach().float().requires_grad_()
+    parts = zip(*(x.split(lengths) for x in exact), strict=True)
+    want = torch.cat([Rows()(q[None], k[None], v[None], 0.0)[0] for q, k, v in parts])
+    want_gradient = torch.autograd.grad(want, exact, upstream.float())[0]
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got_gradient.float(), want_gradient, rtol=3e-2, atol=6e-2)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """Another document's values change nothing, bit for bit."""
+    offsets = torch.tensor([0, 100, 150], dtype=torch.int32, device="cuda")
+    documents = Documents([100, 50], offsets, 511)
+    q, k, v = torch.randn(3, 150, 2, 64, device="cuda").bfloat16()
+    want = documents(q, k, v, 0.0)[100:]
+    k[:100], v[:100] = 7.0, -7.0
+    assert torch.equal(documents(q, k, v, 0.0)[100:], want)
+
+
+@pytest.mark.parametrize("vocabulary", [320, 321, 50257])
+def test_fused_loss_agrees_with_autograd(vocabulary: int) -> None:
+    """Loss and gradient of the head in bf16 against fp32 autograd, whatever the padding of the vocabulary."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64, device="cuda").bfloat16(), torch.randn(vocabulary, 64, device="cuda") * 0.2
+    targets = torch.randint(vocabulary, (300,), device="cuda")
+    total, gradient = head_loss(hidden, padded_head(weight, torch.bfloat16), vocabulary, targets)
+    exact = hidden.float().requires_grad_()
+    want = F.cross_entropy(exact @ weight.bfloat16().float().t(), targets, reduction="sum")
+    want.backward()
+    assert total.item() == pytest.approx(want.item(), rel=2e-4)
+    assert exact.grad is not None
+    torch.testing.assert_close(gradient.float(), exact.grad, rtol=3e-2, atol=1e-2)
+
+
+def test_sure_target_keeps_its_gradient() -> None:
+    """p - 1 of a target with p near 1 survives bf16."""
+    logits = torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16)
+    logits[0, 3] = 12.0
+    exact = logits.double()[:, :60].requires_grad_()
+    F.cross_entropy(exact, torch.tensor([3], device="cuda")).backward()
+    assert exact.grad is not None
+    _, gradient = cross_entropy(logits, torch.tensor([3], device="cuda"), 60)
+    assert gradient[0, 3].item() == pytest.approx(exact.grad[0, 3].item(), rel=1e-2)
+
+
+def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
+    """Replayed forward and backward passes add the very gradients that the plain ones do, over several sizes."""
+    dataset = CodeAlpacaDataset(token_dir, "train")
+    results = []
+    for replay in (True, False):
+        model = small_model()
+        engine = Engine(model, torch.bfloat16)
+        if not replay:
+            engine._replays = lambda x: False  # type: ignore[method-assign]
+        head = padded_head(model.lm_head.weight, torch.bfloat16)
+        losses = []
+        for rows in ([0, 1], [2, 3, 4, 5, 6, 7, 8], [9], list(range(10, 40))):
+            batch = pack(dataset, np.array(rows), engine.device)
+            losses.append(
+                engine.forward_backward(
+                    engine.trunk(batch), batch, lambda h, b=batch, w=head: head_loss(h, w, 320, b.targets)
+                ).item()
+            )
+        assert engine.keeps_gradients == replay
+        results.append((losses, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (replayed, got), (plain, want) = results
+    assert replayed == pytest.approx(plain, rel=1e-3)
+    for name, gradient in want.items():
+        assert gradient is not None
+        assert got[name] is not None
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(got[name], gradient, rtol=2e-2, atol=2e-2 * scale)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 10**9])
+def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, max_bytes: int) -> None:
+    """Killed between two checkpoints, with the outputs on the device lost, the same losses and weights come out."""
+    config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3)
+    cache = TrunkCacheConfig(max_bytes=max_bytes)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(report: object) -> None:
+        if getattr(report, "step", 0) == 13:
+            raise KilledError
+
+    whole, cut = small_model(), small_model()
+    train(whole, token_dir, config, tmp_path / "whole", "x", cache=cache)
+    with pytest.raises(KilledError):
+        train(cut, token_dir, config, tmp_path / "cut", "x", kill, cache=cache)
+    again = small_model()
+    result = train(again, token_dir, config, tmp_path / "cut", "x", cache=cache)
+    assert result.resumed_from == 10
+    for (name, want), got in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(want, got), name
+    losses = [
+        [r["metrics"].get("train/loss") for r in read_journal(tmp_path / d / "metrics.jsonl")]
+        for d in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_step_that_is_not_finite_changes_nothing(token_dir: Path, tmp_path: Path) -> None:
+    """The host learns of it steps later; the model is as it was before the first such step all the same."""
+    model = small_model()
+    state: dict[str, torch.Tensor] = {}
+    bias = model.h[3].attn.c_proj.bias
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        poison.calls += 1  # type: ignore[attr-defined]
+        if poison.calls == 3:  # type: ignore[attr-defined]
+            state.update({n: p.detach().clone() for n, p in model.named_parameters()})
+            return gradient * float("nan")
+        return gradient
+
+    poison.calls = 0  # type: ignore[attr-defined]
+    bias.register_hook(poison)
+    model.set_dropout(0.0)
+    config = TrainConfig(epochs=4, batch_size=8, eval_freq=100, precision="bf16")
+    engine_replays = Engine._replays
+    Engine._replays = lambda self, x: False  # type: ignore[method-assign]
+    try:
+        with pytest.raises(ArithmeticError, match="step 3"):
+            train(model, token_dir, config, tmp_path, "x")
+    finally:
+        Engine._replays = engine_replays  # type: ignore[method-assign]
+    assert poison.calls > 3  # type: ignore[attr-defined]  # later steps were queued, and left out
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state[name]), name
+
+
+def test_outputs_kept_on_the_device_are_the_models(token_dir: Path) -> None:
+    """From the device, and from the host where the budget of the device is out, the same bits as computed."""
+    dataset = CodeAlpacaDataset(token_dir, "train")
+    engine = Engine(small_model(), torch.bfloat16)
+    order = np.arange(len(dataset))
+    kept = TrunkOutputs(engine, dataset, order, 512, 3, TrunkCacheConfig())
+    assert kept.place == "device"
+    first = pack(dataset, order[:20], engine.device)
+    mixed = pack(dataset, order[[3, 30, 1]], engine.device)
+    want = engine.trunk(first)
+    torch.testing.assert_close(kept(first), want, rtol=2e-2, atol=2e-2)
+    again = kept(mixed)
+    one = pack(dataset, order[[3]], engine.device)
+    assert torch.equal(again[: len(one.ids)], kept(first)[first.documents.offsets[3] : first.documents.offsets[4]])
+    kept.place, kept.values = "host", kept.values.cpu()  # type: ignore[union-attr]
+    assert torch.equal(kept(mixed), again)
