@@ -137,7 +137,7 @@ def test_rows_are_computed_with_their_group_whole(
     outputs = outputs_of(tmp_path)
     groups = [group.tolist() for group in outputs.groups]
     assert len(groups) > 5
-    assert sorted(sum(groups, [])) == list(range(ROWS))
+    assert sorted(np.concatenate(outputs.groups).tolist()) == list(range(ROWS))
     assert max(map(len, groups)) > 1
     for row in np.random.default_rng(0).permutation(ROWS).tolist():
         ask(outputs, [row])
