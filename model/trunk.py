@@ -88,12 +88,9 @@ class TrunkOutputs:
             return
         reads_faster = self._compute_seconds() > width * engine.dtype.itemsize / _READ_BYTES
         if config.directory is not None and reads_faster:
-            self.file = _open_file(
-                config, _key(engine, dataset), (int(inputs.sum()), width), len(dataset), engine.dtype
-            )
+            self.file = _open_file(config, _key(engine, dataset), shape, len(dataset), engine.dtype)
         if uses <= 1 and self.file is None:
             return
-        shape = (int(inputs.sum()), width)
         if engine.device.type == "cuda" and self.bytes < 0.5 * torch.cuda.mem_get_info(engine.device)[0]:
             self.place, self.values = "device", torch.empty(shape, dtype=engine.dtype, device=engine.device)
         elif self.file is not None:

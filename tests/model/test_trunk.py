@@ -15,7 +15,7 @@ from torch import Tensor
 from model import GPTModel, freeze_bottom_layers
 from model.attention import Rows
 from model.engine import Engine
-from model.packing import pack
+from model.packing import Pack, pack
 from model.scoring import row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, train
@@ -120,6 +120,33 @@ def test_any_order_gets_the_same_bits(outputs_of: Callable[..., TrunkOutputs], t
             got |= ask(other, order[start : start + 5])
         assert got.keys() == want.keys()
         assert all(torch.equal(got[row], want[row]) for row in want)
+
+
+def test_rows_are_computed_with_their_group_whole(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rows are asked for, or were found damaged: products have the shapes they had the first time."""
+    computed: list[list[int]] = []
+    trunk = Engine.trunk
+
+    def spy(self: Engine, batch: Pack) -> Tensor:
+        computed.append(batch.rows.tolist())
+        return trunk(self, batch)
+
+    monkeypatch.setattr(Engine, "trunk", spy)
+    outputs = outputs_of(tmp_path)
+    groups = [group.tolist() for group in outputs.groups]
+    assert len(groups) > 5
+    assert sorted(np.concatenate(outputs.groups).tolist()) == list(range(ROWS))
+    assert max(map(len, groups)) > 1
+    for row in np.random.default_rng(0).permutation(ROWS).tolist():
+        ask(outputs, [row])
+    assert sorted(computed) == sorted(groups)
+    spoil_byte(files(tmp_path)[0])
+    computed.clear()
+    ask(outputs_of(tmp_path))
+    assert len(computed) == 1
+    assert computed[0] in groups
 
 
 def test_scores_are_the_same_with_and_without(
@@ -315,9 +342,8 @@ def test_file_used_longest_ago_makes_room(
     if used_again:
         outputs_of(tmp_path)
         old, new = new, old
-    kept = (new / "values.bin").stat().st_size
-    size = outputs_of(split="test").bytes
-    test = outputs_of(tmp_path, split="test", max_bytes=kept + size)
+    three = train_rows.bytes + validation.bytes + outputs_of(split="test").bytes
+    test = outputs_of(tmp_path, split="test", max_bytes=three - 1)
     assert test.place == "file"
     assert {path.parent for path in files(tmp_path)} == {new, directory_of(test, tmp_path)}
     ask(train_rows)  # whoever has it mapped keeps it until then
