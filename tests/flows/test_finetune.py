@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = {
     "model_size", "dataset", "dataset_revision", "weights_dir", "tokenizer_dir", "subset_start", "subset_count",
     "test_share", "validation_share", "max_dropped_share", "max_length", "freeze_layers", "num_unfrozen_layers",
-    "train_head", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "learning_rate", "weight_decay",
-    "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows", "sample_rows",
+    "train_head", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "trunk_cache_gb", "learning_rate",
+    "weight_decay", "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows", "sample_rows",
     "pass_rows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "precision", "device",
 }  # fmt: skip
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
 METRICS = {
-    "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "eval/loss", "eval/perplexity",
+    "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/first_step_seconds",
+    "train/peak_memory_gib", "train/trunk_hit_share", "eval/loss", "eval/perplexity",
     "best/eval_loss", "best/step", "base/eval_loss", "base/perplexity", "base/test_loss", "base/test_perplexity",
     "test/loss", "test/perplexity", "test/rows", "base/stop_rate", "sample/stop_rate",
     "base/pass_rate", "sample/pass_rate", "base/not_executed", "sample/not_executed", "data/train_rows",
