@@ -19,8 +19,8 @@ PARAMETERS = {
     "model_size", "dataset", "dataset_revision", "weights_dir", "tokenizer_dir", "subset_start", "subset_count",
     "test_share", "validation_share", "max_dropped_share", "max_length", "freeze_layers", "num_unfrozen_layers",
     "train_head", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "trunk_cache_gb", "learning_rate",
-    "weight_decay", "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows", "sample_rows",
-    "pass_rows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "precision", "device",
+    "weight_decay", "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows",
+    "sample_rows", "pass_rows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "precision", "device",
 }  # fmt: skip
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
 METRICS = {
