@@ -6,8 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.trunk import TrunkCacheConfig
-
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -58,9 +56,10 @@ class Settings:
         """Trainings under way, by identity; a finished one is removed once MLflow has its model."""
         return self.data_root / "trainings"
 
-    def trunk_cache(self, gigabytes: float) -> TrunkCacheConfig:
-        """Where outputs of frozen blocks may be kept, and how many."""
-        return TrunkCacheConfig(self.data_root / "trunk-outputs", int(gigabytes * 1e9))
+    @property
+    def trunk_outputs(self) -> Path:
+        """Outputs of frozen blocks, by the hash of all that determines them."""
+        return self.data_root / "trunk-outputs"
 
     @property
     def locks(self) -> Path:

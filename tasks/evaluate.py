@@ -19,7 +19,7 @@ from model.freezing import FreezePlan
 from model.scoring import mean_loss, perplexity, row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, default_micro_batch_tokens
-from model.trunk import TrunkOutputs
+from model.trunk import TrunkCacheConfig, TrunkOutputs
 from ops.sandbox import run_tests
 from ops.settings import Settings
 from tasks.frozen import load_frozen
@@ -53,7 +53,7 @@ def evaluate(
     network, tokenizer = load_frozen(model, plan, place, dtype)
     engine = Engine(network, dtype)
     max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(network)
-    cache = Settings.load().trunk_cache(trunk_cache_gb)
+    cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache)
     base = row_losses(engine, test, max_tokens, trunk)
     base_samples = complete(network, tokenizer, prompts, sampling, dtype)

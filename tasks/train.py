@@ -19,6 +19,7 @@ from model.files import sha256_json, write_json
 from model.freezing import FreezePlan
 from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig
 from model.training import train as run_training
+from model.trunk import TrunkCacheConfig
 from ops.settings import Settings
 from ops.tracking import JournalShipper, RunRef, log_metrics
 from tasks.frozen import load_frozen
@@ -104,7 +105,7 @@ def train(
         progress.show(report)
         shipper.maybe_ship()
 
-    cache = settings.trunk_cache(trunk_cache_gb)
+    cache = TrunkCacheConfig(settings.trunk_outputs, int(trunk_cache_gb * 1e9))
     result = run_training(network, Path(tokens.directory), config, directory, identity, on_step, log.warning, cache)
     shipper.ship()
     log.info(result.trunk)
