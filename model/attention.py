@@ -11,7 +11,6 @@ from typing import Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from model.config import GPTConfig
 
@@ -48,7 +47,7 @@ class Documents:
     Attributes:
         lengths: tokens of each document.
         offsets: where each begins, and the end of the last: (documents + 1,), int32, on the device.
-        longest: no document is longer; a constant of the data set, so that compiled code fits every pack.
+        longest: no document is longer; a constant of the data set, so that a captured graph fits every pack.
     """
 
     lengths: list[int]
@@ -61,6 +60,8 @@ class Documents:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         # PyTorch's kernel for packed documents knows neither the CPU, nor fp32, nor dropout.
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout:
+            from torch.nn.attention.varlen import varlen_attn  # nearly 2 s: it brings in the compiler
+
             ends = self.offsets
             y = varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=(-1, 0))
             return cast(Tensor, y)
