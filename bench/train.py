@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from bench.engine import run_engine
-from bench.measure import Job, Measurement, Setting, peak_memory
+from bench.measure import Job, Measurement, Setting
 from bench.peers import INSTALL, LIBRARIES, hf_settings, trl_settings
 from bench.processes import ChildError, import_all, quiet_environment, run_apart, show_one_gpu
 from bench.seed import BATCH_SIZE, LENGTH, run_seed
 from model.config import PRESETS
-from model.device import resolve_device, resolve_precision
+from model.device import peak_memory, resolve_device, resolve_precision
 from model.files import write_json
 from model.flops import matmul_ceiling, necessary_flops
 

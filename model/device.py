@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from contextlib import AbstractContextManager
 
 import torch
@@ -32,6 +34,14 @@ def resolve_device(device: str) -> torch.device:
 def device_key(device: torch.device) -> str:
     """A name of the physical device, whatever number CUDA_VISIBLE_DEVICES gives it."""
     return f"gpu {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes this process held at most: on a GPU in torch's allocator, on a CPU resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:

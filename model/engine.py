@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,9 @@ from model.attention import Documents
 from model.gpt import GPTModel
 from model.packing import Pack
 
+# From hidden states (M, D) to a loss and its gradient (M, D).
+Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 
 def _graph_size(tokens: int) -> int:
     """Graphs are captured for multiples of 256 tokens, or of some 2 % of their size: few, and little is unused."""
@@ -22,17 +24,14 @@ def _graph_size(tokens: int) -> int:
 
 
 class _Top(nn.Module):
-    """The blocks above the trunk and the final norm: a module, so that ``functional_call`` can swap parameters."""
+    """``GPTModel.top`` as a module's forward pass, so that ``functional_call`` can swap parameters."""
 
     def __init__(self, model: GPTModel):
         super().__init__()
-        self.blocks = model.h[model.num_frozen :]
-        self.ln_f = model.ln_f
+        self.model = model
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        for block in self.blocks:
-            x = block(x, documents)
-        return self.ln_f(x)
+        return self.model.top(x, documents)
 
 
 class Engine:
@@ -51,21 +50,22 @@ class Engine:
         self.dtype = dtype
         self.device = model.wte.weight.device
         self._top = _Top(model)
-        self._masters = dict(self._top.named_parameters())
+        used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
+        self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
         self._graphs: dict[int, _Graph] = {}
         self._buffers: _Buffers | None = None
 
     def trunk(self, batch: Pack) -> Tensor:
         """Residual stream above the frozen blocks, (N, D); with gradients only where nothing is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.model.trains_embeddings):
-            return self.model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
+        return self.model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
 
     def top(self, x: Tensor, documents: Documents) -> Tensor:
         """Final hidden states (N, D) from the trunk's outputs (N, D)."""
         copies = {name: master.to(self.dtype) for name, master in self._masters.items()}
-        return functional_call(self._top, copies, (x, documents))
+        # No tied weight is among the copies; to look for one would mean a walk over the whole model each time.
+        return functional_call(self._top, copies, (x, documents), tie_weights=False)
 
-    def forward_backward(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
+    def forward_backward(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """Add the gradients of a batch to the parameters' ``grad``.
 
         Args:
@@ -94,7 +94,7 @@ class Engine:
         """Whether to replay CUDA graphs: where kernels need nothing from the host, and no gradient goes below."""
         return x.is_cuda and x.dtype == torch.bfloat16 and not x.requires_grad and self.model.config.dropout == 0
 
-    def _replay(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
+    def _replay(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         size = _graph_size(x.size(0))
         # Documents for what is left of the size are appended.
         documents = len(batch.documents.lengths) + size // batch.documents.longest + 1
@@ -146,7 +146,7 @@ class _Graph:
             hidden.backward(gradient)
         self.hidden = hidden.detach()
 
-    def run(self, x: Tensor, batch: Pack, loss: Any) -> Tensor:
+    def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """As ``Engine.forward_backward``."""
         self.buffers.x[: x.size(0)].copy_(x)
         self._lay_out(batch.documents.offsets)

@@ -117,10 +117,12 @@ class GPTModel(nn.Module):
 
     def trunk(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Embeddings and frozen blocks: ids and their positions (...) -> residual stream (..., D)."""
-        # Padding behind a nearly full row may point past the last position; nothing ever reads it.
-        x = self.wte(ids) + self.wpe(positions.clamp(max=self.config.n_positions - 1))
-        for index, block in enumerate(self.h[: self.num_frozen]):
-            x = block(x, layout.layer(index))
+        # The trunk trains exactly when its embeddings do: then nothing is frozen at all.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.wte.weight.requires_grad):
+            # Padding behind a nearly full row may point past the last position; nothing ever reads it.
+            x = self.wte(ids) + self.wpe(positions.clamp(max=self.config.n_positions - 1))
+            for index, block in enumerate(self.h[: self.num_frozen]):
+                x = block(x, layout.layer(index))
         return x
 
     def top(self, x: Tensor, layout: Layout) -> Tensor:
@@ -143,14 +145,7 @@ class GPTModel(nn.Module):
         start = cache.lengths[:, None] if cache is not None else 0
         positions = start + torch.arange(ids.size(1), device=ids.device)  # (T,) or (B, T)
         layout = cache if cache is not None else Rows()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_embeddings):
-            x = self.trunk(ids, positions, layout)
-        return self.top(x, layout)
-
-    @property
-    def trains_embeddings(self) -> bool:
-        """Nothing is frozen: only then does the trunk, which is the embeddings alone, need gradients."""
-        return self.wte.weight.requires_grad
+        return self.top(self.trunk(ids, positions, layout), layout)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T), right-padded -> logits (B, T, V); logits[:, t] predict ids[:, t + 1]."""

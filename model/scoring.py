@@ -54,8 +54,8 @@ def head_loss(
         weights = weights.to(torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(targets), _CHUNK[hidden.device.type]):
         part = slice(start, start + _CHUNK[hidden.device.type])
-        losses, logit_gradient = cross_entropy(hidden[part] @ head.t(), targets[part], vocabulary)
         h = hidden[part]
+        losses, logit_gradient = cross_entropy(h @ head.t(), targets[part], vocabulary)
         if weights is not None:
             losses = losses * weights[part]
             logit_gradient *= weights[part, None]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from model.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from model.device import resolve_precision
+from model.device import peak_memory, resolve_precision
 from model.engine import Engine
 from model.flops import matmul_ceiling, necessary_flops
 from model.gpt import GPTModel
@@ -243,7 +242,7 @@ def train(
         base_loss = best_loss = math.inf
         journal.truncate(0)
 
-    ceiling = matmul_ceiling(device, dtype)
+    ceiling = _ceiling(device, dtype)
     speed = _Speed()
     pending: deque[_PendingStep] = deque()
     first_step_seconds = math.nan
@@ -322,10 +321,13 @@ def train(
         steps=step,
         resumed_from=resumed_from,
         first_step_seconds=first_step_seconds,
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak_memory(device),
         trunk=trunk.describe(),
         trunk_hit_share=trunk.hit_share,
     )
+
+
+_ceiling = functools.cache(matmul_ceiling)  # a process need not measure its device twice
 
 
 class _PendingStep:
@@ -421,13 +423,6 @@ class _Stepper:
             self.head.requires_grad,
         )
         return _PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, torch.stack([loss, norm.double()]))
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Speed:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.engine import Engine
 from model.files import sha256_file, sha256_json
+from model.flops import necessary_flops
 from model.packing import Pack, pack
 from model.tokens import CodeAlpacaDataset
 
@@ -86,7 +87,8 @@ class TrunkOutputs:
         shape = (int(inputs.sum()), width)
         if engine.model.num_frozen == 0 or self.bytes > config.max_bytes - beside:
             return
-        reads_faster = self._compute_seconds() > width * engine.dtype.itemsize / _READ_BYTES
+        flops = necessary_flops(engine.model.config, engine.model.num_frozen, 0, 0, trunk_tokens=1)
+        reads_faster = flops / _TRUNK_FLOPS[engine.device.type] > width * engine.dtype.itemsize / _READ_BYTES
         if config.directory is not None and reads_faster:
             self.file = _open_file(config, _key(engine, dataset), shape, len(dataset), engine.dtype)
         if uses <= 1 and self.file is None:
@@ -135,17 +137,16 @@ class TrunkOutputs:
     def _copies_to_file(self) -> bool:
         return self.file is not None and self.place != "file"
 
-    def _compute_seconds(self) -> float:
-        """Of a token, at least."""
-        config = self.engine.model.config
-        return 24 * self.engine.model.num_frozen * config.n_embd**2 / _TRUNK_FLOPS[self.engine.device.type]
+    def _part(self, row: int) -> slice:
+        """Where a row's outputs lie."""
+        return slice(self.starts[row], self.starts[row] + self.dataset.lengths[row, 0] - 1)
 
     def _fill(self, group: np.ndarray[Any, Any]) -> None:
         """Make a group's rows ready, from the file where it has them."""
         assert self.values is not None
         if self.file is not None:
             for row in group[~self.ready[group]]:
-                part = slice(self.starts[row], self.starts[row] + self.dataset.lengths[row, 0] - 1)
+                part = self._part(row)
                 if self.file.holds(row, part):
                     if self._copies_to_file:
                         self.values[part] = self.file.values[part].to(self.values.device)
@@ -154,24 +155,18 @@ class TrunkOutputs:
                 return
         batch = pack(self.dataset, group, self.engine.device)
         self.computed += len(batch.ids)
-        with torch.no_grad():
-            outputs = self.engine.trunk(batch)
+        outputs, slots = self.engine.trunk(batch), batch.slots
         missing = ~self.ready[batch.rows]
-        keep = np.repeat(missing, batch.documents.lengths)
-        if self.place == "device":
-            slots = batch.slots.to(self.engine.device, non_blocking=True)
-            if not missing.all():
-                chosen = torch.from_numpy(keep).to(self.engine.device)
-                slots, outputs = slots[chosen], outputs[chosen]
-            self.values[slots] = outputs
-            if self.file is not None:
-                outputs = outputs.cpu()
-                self.file.values[batch.slots[torch.from_numpy(keep)]] = outputs
-        else:
-            self.values[batch.slots[torch.from_numpy(keep)]] = outputs.cpu()[torch.from_numpy(keep)]
+        if not missing.all():  # rarely so: choosing would wait for the GPU
+            keep = torch.from_numpy(np.repeat(missing, batch.documents.lengths))
+            outputs, slots = outputs[keep.to(outputs.device)], slots[keep]
+        place = self.values.device
+        self.values[slots.to(place, non_blocking=True)] = outputs.to(place)
         if self.file is not None:
+            if self._copies_to_file:
+                self.file.values[slots] = outputs.cpu()
             for row in batch.rows[missing]:
-                self.file.seal(row, slice(self.starts[row], self.starts[row] + self.dataset.lengths[row, 0] - 1))
+                self.file.seal(row, self._part(row))
         self.ready[group] = True  # rows without a target among them: nobody asks for those
 
 
