@@ -6,7 +6,7 @@ Shapes: B rows, T tokens of a row, N tokens of all packed documents, S cached to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,25 +46,18 @@ class Documents:
 
     Attributes:
         lengths: tokens of each document.
-        offsets: where each begins, and the end of the last: (documents + 1,), int32, on the device.
-        longest: no document is longer; a constant of the data set, so that a captured graph fits every pack.
+        begins: for each token, where its document begins: (N,), int32, on the device.
+        ends: for each token, where its document ends, exclusive: (N,), int32, on the device.
     """
 
     lengths: list[int]
-    offsets: Tensor
-    longest: int
+    begins: Tensor
+    ends: Tensor
 
     def layer(self, index: int) -> Attend:
         return self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        # PyTorch's kernel for packed documents knows neither the CPU, nor fp32, nor dropout.
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout:
-            from torch.nn.attention.varlen import varlen_attn  # nearly 2 s: it brings in the compiler
-
-            ends = self.offsets
-            y = varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=(-1, 0))
-            return cast(Tensor, y)
         rows = Rows()
         parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
         return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts])

@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if importlib.util.find_spec("triton"):  # comes with torch for CUDA
-    import triton
-    import triton.language as tl
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _kernel(logits, targets, losses, width, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        """One row: log-sum-exp in one pass over it, its softmax minus one-hot written over it in a second."""
-        row = tl.program_id(0).to(tl.int64)
-        logits += row * width
-        lanes = tl.arange(0, BLOCK)
-        # Each lane keeps its own maximum and sum: one reduction at the end instead of one a block.
-        highest = tl.full([BLOCK], -1e30, tl.float32)
-        sums = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, vocabulary, BLOCK):
-            x = tl.load(logits + start + lanes, mask=start + lanes < vocabulary, other=-1e30).to(tl.float32)
-            higher = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
-            sums = sums * tl.exp(highest - higher) + tl.exp(x - higher)
-            highest = higher
-        top = tl.max(highest, 0)
-        log_sum = top + tl.log(tl.sum(sums * tl.exp(highest - top), 0))
-        target = tl.load(targets + row)
-        tl.store(losses + row, log_sum - tl.load(logits + target).to(tl.float32))
-        for start in range(0, vocabulary, BLOCK):
-            inside = start + lanes < vocabulary
-            x = tl.load(logits + start + lanes, mask=inside).to(tl.float32)
-            gradient = tl.exp(x - log_sum) - tl.where(start + lanes == target, 1.0, 0.0)
-            tl.store(logits + start + lanes, gradient, mask=inside)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -52,10 +23,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Ten
         (M,), and (M, padded V), zero behind the vocabulary.
     """
     if logits.is_cuda and logits.dtype != torch.float64:
-        losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        if len(targets):
-            _kernel[(len(targets),)](logits, targets, losses, logits.size(1), vocabulary, BLOCK=4096, num_warps=8)
-        return losses, logits
+        from model import kernels
+
+        return kernels.cross_entropy(logits, targets, vocabulary), logits
     logits[:, vocabulary:] = -math.inf
     log_p = F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
     chosen = log_p.gather(1, targets[:, None])

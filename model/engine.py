@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model.attention import Documents
+from model.fused import can_fuse, run_blocks
 from model.gpt import GPTModel
 from model.packing import Pack
 
@@ -18,9 +19,9 @@ Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int) -> int:
-    """Graphs are captured for multiples of 256 tokens, or of some 2 % of their size: few, and little is unused."""
-    quantum = max(256, 1 << max(0, tokens.bit_length() - 6))
-    return (tokens // quantum + 1) * quantum
+    """Graphs are captured for multiples of 128 tokens, or of some 1 % of their size: few, and little is unused."""
+    quantum = max(128, 1 << max(0, tokens.bit_length() - 7))
+    return -(-tokens // quantum) * quantum
 
 
 class _Top(nn.Module):
@@ -31,7 +32,10 @@ class _Top(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, documents: Documents) -> Tensor:
-        return self.model.top(x, documents)
+        model = self.model
+        if can_fuse(model, x.device, x.dtype):
+            return run_blocks(model.h[model.num_frozen :], model.ln_f, x, documents)
+        return model.top(x, documents)
 
 
 class Engine:
@@ -57,7 +61,12 @@ class Engine:
 
     def trunk(self, batch: Pack) -> Tensor:
         """Residual stream above the frozen blocks, (N, D); with gradients only where nothing is frozen."""
-        return self.model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
+        model = self.model
+        if model.num_frozen and can_fuse(model, self.device, self.dtype):
+            with torch.no_grad():
+                x = (model.wte(batch.ids) + model.wpe(batch.positions)).to(self.dtype)
+                return run_blocks(model.h[: model.num_frozen], None, x, batch.documents)
+        return model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
 
     def top(self, x: Tensor, documents: Documents) -> Tensor:
         """Final hidden states (N, D) from the trunk's outputs (N, D)."""
@@ -92,78 +101,91 @@ class Engine:
 
     def _replays(self, x: Tensor) -> bool:
         """Whether to replay CUDA graphs: where kernels need nothing from the host, and no gradient goes below."""
-        return x.is_cuda and x.dtype == torch.bfloat16 and not x.requires_grad and self.model.config.dropout == 0
+        return not x.requires_grad and can_fuse(self.model, x.device, x.dtype)
 
     def _replay(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         size = _graph_size(x.size(0))
-        # Documents for what is left of the size are appended.
-        documents = len(batch.documents.lengths) + size // batch.documents.longest + 1
-        if self._buffers is None or not self._buffers.fit(size, documents):
-            width = self.model.config.n_embd
+        if self._buffers is None or size > len(self._buffers.x):
             self._graphs.clear()
-            self._buffers = _Buffers(int(1.25 * size), int(1.25 * documents), width, self.dtype, self.device)
+            self._buffers = _Buffers(int(1.25 * size), x)
         if size not in self._graphs:
             for master in self._masters.values():
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
-            self._graphs[size] = _Graph(self, size, self._buffers, batch.documents)
+            self._graphs[size] = _Graph(self._top, self._masters, size, self._buffers)
         return self._graphs[size].run(x, batch, loss)
 
 
 class _Buffers:
-    """Where graphs of all sizes read their inputs; each takes the beginning."""
+    """Where graphs of all sizes read their inputs, for up to so many tokens; each takes the beginning."""
 
-    def __init__(self, tokens: int, documents: int, width: int, dtype: torch.dtype, device: torch.device):
-        self.x = torch.zeros(tokens, width, dtype=dtype, device=device)
-        self.gradient = torch.zeros(tokens, width, dtype=dtype, device=device)
-        self.offsets = torch.zeros(documents + 1, dtype=torch.int32, device=device)
+    def __init__(self, tokens: int, example: Tensor):
+        self.x = example.new_zeros(tokens, example.size(1))
+        self.gradient = torch.zeros_like(self.x)
+        # What a pack leaves unused is documents of one token each, of no consequence.
+        self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
+        self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
-
-    def fit(self, tokens: int, documents: int) -> bool:
-        return tokens <= len(self.x) and documents < len(self.offsets)
 
 
 class _Graph:
-    """Forward and backward pass of the top as two CUDA graphs, for packs of up to ``size`` tokens."""
+    """Forward and backward pass of the top as two CUDA graphs, for packs of up to ``size`` tokens.
 
-    def __init__(self, engine: Engine, size: int, buffers: _Buffers, example: Documents):
+    Parameters are cast, and gradients added, all in a few kernels: by autograd it would be three for each parameter.
+    """
+
+    def __init__(self, top: _Top, masters: Mapping[str, Tensor], size: int, buffers: _Buffers):
         self.size = size
         self.buffers = buffers
-        self.longest = example.longest
         x, gradient = buffers.x[:size], buffers.gradient[:size]
-        documents = Documents([], buffers.offsets, self.longest)
-        self._lay_out(example.offsets)  # attention leaves tokens of no document unwritten: NaN, perhaps
+        documents = Documents([], buffers.begins[:size], buffers.ends[:size])
+        totals = [master.grad for master in masters.values() if master.grad is not None]
+
+        def forward() -> tuple[list[Tensor], Tensor]:
+            copies = [torch.empty_like(master, dtype=x.dtype) for master in masters.values()]
+            with torch.no_grad():
+                torch._foreach_copy_(copies, list(masters.values()))
+            for copy in copies:
+                copy.requires_grad_()
+            return copies, functional_call(
+                top, dict(zip(masters, copies, strict=True)), (x, documents), tie_weights=False
+            )
+
+        def backward(copies: list[Tensor], hidden: Tensor) -> None:
+            gradients = torch.autograd.grad(hidden, copies, gradient)
+            added = [torch.empty_like(total) for total in totals]
+            torch._foreach_copy_(added, gradients)
+            torch._foreach_add_(totals, added)  # type: ignore[arg-type]
+
         gradient.zero_()  # so that the rehearsal adds nothing to gradients accumulated so far
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), deterministic():
-            engine.top(x, documents).backward(gradient)
+            backward(*forward())
         torch.cuda.current_stream().wait_stream(stream)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, pool=buffers.pool):
-            hidden = engine.top(x, documents)
+            copies, hidden = forward()
         with torch.cuda.graph(self.backward, pool=buffers.pool), deterministic():
-            hidden.backward(gradient)
+            backward(copies, hidden)
         self.hidden = hidden.detach()
 
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """As ``Engine.forward_backward``."""
-        self.buffers.x[: x.size(0)].copy_(x)
-        self._lay_out(batch.documents.offsets)
+        buffers, tokens = self.buffers, x.size(0)
+        buffers.x[:tokens].copy_(x)
+        for buffer, given, alone in (
+            (buffers.begins, batch.documents.begins, buffers.alone[:-1]),
+            (buffers.ends, batch.documents.ends, buffers.alone[1:]),
+        ):
+            buffer[:tokens].copy_(given)
+            buffer[tokens : self.size].copy_(alone[tokens : self.size])
         self.forward.replay()
         value, gradient = loss(self.hidden[batch.predictors])
-        self.buffers.gradient[: self.size].zero_()
-        self.buffers.gradient[batch.predictors] = gradient
+        buffers.gradient[: self.size].zero_()
+        buffers.gradient[batch.predictors] = gradient
         self.backward.replay()
         return value
-
-    def _lay_out(self, offsets: Tensor) -> None:
-        """Documents as given; behind them, the rest of the size as documents of no consequence; then empty ones."""
-        buffer = self.buffers.offsets
-        count = len(offsets)
-        steps = torch.arange(1, len(buffer) - count + 1, dtype=torch.int32, device=buffer.device)
-        buffer[:count] = offsets
-        buffer[count:] = (offsets[-1] + steps * self.longest).clamp(max=self.size)
 
 
 @contextmanager

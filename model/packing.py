@@ -68,7 +68,9 @@ def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.d
 
     return Pack(
         rows=rows,
-        documents=Documents(lengths.tolist(), send(np.concatenate([[0], ends]), torch.int32), dataset.longest - 1),
+        documents=Documents(
+            lengths.tolist(), send((ends - lengths)[owner], torch.int32), send(ends[owner], torch.int32)
+        ),
         ids=send(dataset.ids[index].astype(np.int64)),
         positions=send(positions),
         slots=pin(index - rows[owner]),

@@ -28,7 +28,7 @@ from tasks.references import CheckpointRef, ModelRef, TokensRef
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
-_CODE_VERSION = 2  # to be raised when the same inputs would train another model
+_CODE_VERSION = 3  # to be raised when the same inputs would train another model
 _LOG_SECONDS = 10.0
 
 

@@ -50,9 +50,9 @@ def test_pack_by_hand(dataset_of: Callable[..., CodeAlpacaDataset], dtype: str) 
     assert batch.owner.tolist() == [0, 1, 1, 2, 2]
     assert batch.weights is None
     assert batch.documents.lengths == [4, 3, 2]
-    assert batch.documents.offsets.tolist() == [0, 4, 7, 9]
-    assert batch.documents.offsets.dtype == torch.int32
-    assert batch.documents.longest == 4
+    assert batch.documents.begins.tolist() == [0, 0, 0, 0, 4, 4, 4, 7, 7]
+    assert batch.documents.ends.tolist() == [4, 4, 4, 4, 7, 7, 7, 9, 9]
+    assert batch.documents.begins.dtype == batch.documents.ends.dtype == torch.int32
 
 
 def test_slots_are_places_among_all_inputs(dataset_of: Callable[..., CodeAlpacaDataset]) -> None:
@@ -69,7 +69,7 @@ def test_rows_without_target_are_left_out(dataset_of: Callable[..., CodeAlpacaDa
     assert batch.owner.tolist() == [0, 0, 1, 1, 2]
     none = pack(dataset_of(), np.array([1, 4]), CPU)
     assert len(none.rows) == len(none.ids) == len(none.targets) == len(none.owner) == 0
-    assert none.documents.offsets.tolist() == [0]
+    assert none.documents.begins.tolist() == none.documents.ends.tolist() == []
 
 
 def test_prompt_loss_weight_makes_every_token_but_the_first_a_target(

@@ -1,0 +1,44 @@
+"""GPT-2's blocks over packed documents on a GPU: ``Block.forward``, what lies between its products fused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Documents
+from model.gpt import Block, GPTModel
+
+
+def can_fuse(model: GPTModel, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``run_blocks`` can stand for the model's own blocks."""
+    width = model.config.n_embd // model.config.n_head
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and width in (16, 32, 64, 128) and model.config.dropout == 0
+
+
+def run_blocks(blocks: Sequence[Block], norm: nn.LayerNorm | None, x: Tensor, documents: Documents) -> Tensor:
+    """Residual stream (N, D) below the blocks -> above them, normalised where there is a norm: (N, D).
+
+    A block's last sum is left to the norm behind it, whichever that is.
+    """
+    from model import kernels
+
+    y: Tensor | None = None
+    bias: Tensor | None = None
+    for block in blocks:
+        attention, mlp = block.attn, block.mlp
+        x, n = kernels.add_norm(x, y, bias, block.ln_1)
+        qkv = F.linear(n, attention.c_attn.weight, attention.c_attn.bias)
+        y = kernels.attention(qkv, documents.begins, documents.ends, attention.n_head)
+        x, n = kernels.add_norm(x, F.linear(y, attention.c_proj.weight), attention.c_proj.bias, block.ln_2)
+        if torch.is_grad_enabled():
+            h = kernels.bias_gelu(F.linear(n, mlp.c_fc.weight), mlp.c_fc.bias)
+        else:  # in the product's own kernel; its backward pass would need what it does not keep
+            h = torch._addmm_activation(mlp.c_fc.bias, n, mlp.c_fc.weight.t(), use_gelu=True)
+        y, bias = F.linear(h, mlp.c_proj.weight), mlp.c_proj.bias
+    if norm is not None:
+        return kernels.add_norm(x, y, bias, norm)[1]
+    return x if y is None or bias is None else x + (y + bias)
