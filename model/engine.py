@@ -19,8 +19,8 @@ Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int) -> int:
-    """Graphs are captured for multiples of 128 tokens, or of some 1 % of their size: few, and little is unused."""
-    quantum = max(128, 1 << max(0, tokens.bit_length() - 7))
+    """Graphs are captured for multiples of 256 tokens, or of some 2 % of their size: few, and little is unused."""
+    quantum = max(256, 1 << max(0, tokens.bit_length() - 6))
     return -(-tokens // quantum) * quantum
 
 
@@ -126,6 +126,16 @@ class _Buffers:
         self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(example.device)
+        self.rehearsed = False
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """On a stream of their own, as capturing must be."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 class _Graph:
@@ -157,17 +167,20 @@ class _Graph:
             torch._foreach_copy_(added, gradients)
             torch._foreach_add_(totals, added)  # type: ignore[arg-type]
 
-        gradient.zero_()  # so that the rehearsal adds nothing to gradients accumulated so far
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), deterministic():
-            backward(*forward())
-        torch.cuda.current_stream().wait_stream(stream)
+        if not buffers.rehearsed:  # libraries set themselves up, kernels are compiled
+            gradient.zero_()  # so that it adds nothing to gradients accumulated so far
+            with buffers.aside(), deterministic():
+                backward(*forward())
+            buffers.rehearsed = True
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=buffers.pool):
+        # Not torch.cuda.graph: it would wait for the device and empty the allocator's cache at every graph.
+        with buffers.aside(), deterministic():
+            self.forward.capture_begin(buffers.pool, "relaxed")
             copies, hidden = forward()
-        with torch.cuda.graph(self.backward, pool=buffers.pool), deterministic():
+            self.forward.capture_end()
+            self.backward.capture_begin(buffers.pool, "relaxed")
             backward(copies, hidden)
+            self.backward.capture_end()
         self.hidden = hidden.detach()
 
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:

@@ -27,18 +27,18 @@ def run_blocks(blocks: Sequence[Block], norm: nn.LayerNorm | None, x: Tensor, do
     from model import kernels
 
     y: Tensor | None = None
-    bias: Tensor | None = None
+    bias = x.new_empty(0)
     for block in blocks:
         attention, mlp = block.attn, block.mlp
-        x, n = kernels.add_norm(x, y, bias, block.ln_1)
+        x, n = (x, block.ln_1(x)) if y is None else kernels.add_norm(x, y, bias, block.ln_1)
         qkv = F.linear(n, attention.c_attn.weight, attention.c_attn.bias)
         y = kernels.attention(qkv, documents.begins, documents.ends, attention.n_head)
         x, n = kernels.add_norm(x, F.linear(y, attention.c_proj.weight), attention.c_proj.bias, block.ln_2)
         if torch.is_grad_enabled():
             h = kernels.bias_gelu(F.linear(n, mlp.c_fc.weight), mlp.c_fc.bias)
-        else:  # in the product's own kernel; its backward pass would need what it does not keep
+        else:  # in the product's own kernel, which does not keep what a backward pass would need
             h = torch._addmm_activation(mlp.c_fc.bias, n, mlp.c_fc.weight.t(), use_gelu=True)
         y, bias = F.linear(h, mlp.c_proj.weight), mlp.c_proj.bias
-    if norm is not None:
-        return kernels.add_norm(x, y, bias, norm)[1]
-    return x if y is None or bias is None else x + (y + bias)
+    if y is None:
+        return x if norm is None else norm(x)
+    return x + (y + bias) if norm is None else kernels.add_norm(x, y, bias, norm)[1]

@@ -28,20 +28,18 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _add_norm_forward(  # type: ignore[no-untyped-def]
-    x, y, bias, gain, shift, total, normal, means, scales, width, epsilon,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row: total = x + y + bias where there is a y, and its layer norm."""
+    x, y, bias, gain, shift, total, normal, means, scales, width, epsilon, BLOCK: tl.constexpr
+):
+    """One row: total = x + y + bias, and its layer norm."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < width
     value = tl.load(x + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(y + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
-        value += tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
-        rounded = value.to(total.dtype.element_ty)
-        tl.store(total + row * width + lanes, rounded, mask=inside)
-        value = rounded.to(tl.float32)
+    value += tl.load(y + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    rounded = value.to(total.dtype.element_ty)
+    tl.store(total + row * width + lanes, rounded, mask=inside)
+    value = rounded.to(tl.float32)
     mean = tl.sum(value, 0) / width
     centred = tl.where(inside, value - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + epsilon)
@@ -52,11 +50,10 @@ def _add_norm_forward(  # type: ignore[no-untyped-def]
     tl.store(scales + row, scale)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _add_norm_backward(  # type: ignore[no-untyped-def]
-    grad_total, grad_normal, total, gain, means, scales, grad_x, partials, rows, width,
-    ADD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_total, grad_normal, total, gain, means, scales, grad_x, partials, rows, width, BLOCK: tl.constexpr
+):
     """Every so many rows: the gradient of the sum's terms, and the sums over rows that bias, gain and shift need."""
     program = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
@@ -77,8 +74,7 @@ def _add_norm_backward(  # type: ignore[no-untyped-def]
         upstream *= factor
         along = tl.sum(upstream * normal, 0) / width
         gradient = (upstream - tl.sum(upstream, 0) / width - normal * along) * scale
-        if ADD:
-            gradient += tl.load(grad_total + place, mask=inside, other=0.0).to(tl.float32)
+        gradient += tl.load(grad_total + place, mask=inside, other=0.0).to(tl.float32)
         rounded = gradient.to(grad_x.dtype.element_ty)
         tl.store(grad_x + place, rounded, mask=inside)
         bias_sum += tl.where(inside, rounded.to(tl.float32), 0.0)
@@ -95,7 +91,7 @@ def _gelu(x):  # type: ignore[no-untyped-def]
     return gate, 0.7978845608028654 * (1.0 + 0.134145 * x * x)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["size"])  # type: ignore[untyped-decorator]
 def _bias_gelu_forward(x, bias, out, size, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
@@ -105,7 +101,7 @@ def _bias_gelu_forward(x, bias, out, size, width, BLOCK: tl.constexpr):  # type:
     tl.store(out + place, (value * gate).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _bias_gelu_backward(grad, x, bias, grad_x, partials, rows, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Some columns of every so many rows: the gradient, and its sum over these rows."""
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -123,7 +119,7 @@ def _bias_gelu_backward(grad, x, bias, grad_x, partials, rows, width, BLOCK: tl.
     tl.store(partials + tl.program_id(0) * width + lanes, sums, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _attention_forward(  # type: ignore[no-untyped-def]
     qkv, begins, out, log_sums, tokens, heads, scale,
     K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -157,7 +153,7 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     tl.store(log_sums + head * tokens + i, highest + tl.log2(sums), mask=i < tokens)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _attention_backward_q(  # type: ignore[no-untyped-def]
     qkv, begins, out, log_sums, grad_out, deltas, grad_qkv, tokens, heads, scale,
     K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -192,7 +188,7 @@ def _attention_backward_q(  # type: ignore[no-untyped-def]
     tl.store(grad_qkv + head * K + place_q, gradient.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _attention_backward_kv(  # type: ignore[no-untyped-def]
     qkv, begins, ends, log_sums, grad_out, deltas, grad_qkv, tokens, heads, scale,
     K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -262,38 +258,33 @@ def _programs(device: torch.device) -> int:
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, bias: Tensor | None, gain: Tensor, shift: Tensor, epsilon: float
-    ) -> Any:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, y: Tensor, bias: Tensor, gain: Tensor, shift: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
-        total = torch.empty_like(x) if y is not None else x
-        normal = torch.empty_like(x)
-        statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+        total, normal = torch.empty_like(x), torch.empty_like(x)
+        means, scales = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         block = triton.next_power_of_2(width)
         _add_norm_forward[(rows,)](
-            x, y, bias, gain, shift, total, normal, statistics[0], statistics[1], width, epsilon,
-            ADD=y is not None, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-        ctx.save_for_backward(total, gain, statistics)
-        ctx.added = y is not None
-        return (total, normal) if y is not None else normal
+            x, y, bias, gain, shift, total, normal, means, scales, width, epsilon, BLOCK=block, num_warps=4
+        )
+        ctx.save_for_backward(total, gain, means, scales)
+        return total, normal
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        total, gain, statistics = ctx.saved_tensors
+    def backward(ctx: Any, grad_total: Tensor, grad_normal: Tensor) -> Any:  # type: ignore[override]
+        total, gain, means, scales = ctx.saved_tensors
         rows, width = total.shape
-        grad_normal = gradients[-1].contiguous()
-        grad_total = gradients[0].contiguous() if ctx.added else None
         grad_x = torch.empty_like(total)
         programs = min(rows, _programs(total.device))
         partials = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
         _add_norm_backward[(programs,)](
-            grad_total, grad_normal, total, gain, statistics[0], statistics[1], grad_x, partials, rows, width,
-            ADD=ctx.added, BLOCK=triton.next_power_of_2(width), num_warps=2,
+            grad_total.contiguous(), grad_normal.contiguous(), total, gain, means, scales, grad_x, partials,
+            rows, width, BLOCK=triton.next_power_of_2(width), num_warps=2,
         )  # fmt: skip
         bias, scale, shift = partials.sum(0).to(gain.dtype)
-        return grad_x, grad_x if ctx.added else None, bias if ctx.added else None, scale, shift, None
+        return grad_x, grad_x, bias, scale, shift, None
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -351,17 +342,14 @@ class _Attention(torch.autograd.Function):
         )  # fmt: skip
         _attention_backward_kv[(triton.cdiv(tokens, 64), ctx.heads)](
             qkv, begins, ends, log_sums, gradient, deltas, grad_qkv, tokens, ctx.heads, ctx.scale,
-            K=K, QUERIES=64, KEYS=64, num_warps=4, num_stages=1,
+            K=K, QUERIES=32, KEYS=64, num_warps=4, num_stages=1,
         )  # fmt: skip
         return grad_qkv, None, None, None
 
 
-def add_norm(x: Tensor, y: Tensor | None, bias: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + y + bias and its layer norm, both (N, D), from x and y (N, D) and bias (D,); without y of x alone."""
-    if y is None:
-        return x, _AddNorm.apply(x, None, None, norm.weight, norm.bias, norm.eps)
-    total, normal = _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps)
-    return total, normal
+def add_norm(x: Tensor, y: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + y + bias and its layer norm, both (N, D), from x and y (N, D) and bias (D,)."""
+    return _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
