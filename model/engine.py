@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,30 +13,30 @@ from torch.func import functional_call
 from model.attention import Documents
 from model.fused import can_fuse, run_blocks
 from model.gpt import GPTModel
-from model.packing import Pack
+from model.packing import Pack, choose
 
 # From hidden states (M, D) to a loss and its gradient (M, D).
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int) -> int:
-    """Graphs are captured for multiples of 256 tokens, or of some 2 % of their size: few, and little is unused."""
-    quantum = max(256, 1 << max(0, tokens.bit_length() - 6))
-    return -(-tokens // quantum) * quantum
+    """Graphs are captured for multiples of 128 tokens, or of some 1 % of their size: few, and little is unused."""
+    quantum = max(128, 1 << max(0, tokens.bit_length() - 7))
+    return (tokens // quantum + 1) * quantum
 
 
 class _Top(nn.Module):
-    """``GPTModel.top`` as a module's forward pass, so that ``functional_call`` can swap parameters."""
+    """The top's forward pass as a module's, so that ``functional_call`` can swap parameters."""
 
     def __init__(self, model: GPTModel):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, documents: Documents) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, chosen: Tensor) -> Tensor:
         model = self.model
         if can_fuse(model, x.device, x.dtype):
-            return run_blocks(model.h[model.num_frozen :], model.ln_f, x, documents)
-        return model.top(x, documents)
+            return run_blocks(model.h[model.num_frozen :], model.ln_f, x, documents, chosen)
+        return choose(model.top(x, documents), chosen)
 
 
 class Engine:
@@ -68,11 +69,12 @@ class Engine:
                 return run_blocks(model.h[: model.num_frozen], None, x, batch.documents)
         return model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
 
-    def top(self, x: Tensor, documents: Documents) -> Tensor:
-        """Final hidden states (N, D) from the trunk's outputs (N, D)."""
+    def top(self, x: Tensor, batch: Pack) -> Tensor:
+        """Final hidden states of the predicting tokens (M, D) from the trunk's outputs (N, D)."""
         copies = {name: master.to(self.dtype) for name, master in self._masters.items()}
         # No tied weight is among the copies; to look for one would mean a walk over the whole model each time.
-        return functional_call(self._top, copies, (x, documents), tie_weights=False)
+        inputs = (x, batch.documents, batch.predictors)
+        return functional_call(self._top, copies, inputs, tie_weights=False)
 
     def forward_backward(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """Add the gradients of a batch to the parameters' ``grad``.
@@ -86,12 +88,10 @@ class Engine:
         """
         if self._replays(x):
             return self._replay(x, batch, loss)
-        hidden = self.top(x, batch.documents)
-        value, gradient = loss(hidden.detach()[batch.predictors])
-        whole = torch.zeros_like(hidden)
-        whole[batch.predictors] = gradient
+        hidden = self.top(x, batch)
+        value, gradient = loss(hidden.detach())
         with deterministic():
-            hidden.backward(whole)
+            hidden.backward(gradient)
         return value
 
     @property
@@ -104,10 +104,14 @@ class Engine:
         return not x.requires_grad and can_fuse(self.model, x.device, x.dtype)
 
     def _replay(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
-        size = _graph_size(x.size(0))
-        if self._buffers is None or size > len(self._buffers.x):
+        tokens, predictors = x.size(0), len(batch.predictors)
+        size = self._buffers.size_for(tokens, predictors) if self._buffers else None
+        if size is None:
             self._graphs.clear()
-            self._buffers = _Buffers(int(1.25 * size), x)
+            share = min(1.0, 1.06 * predictors / tokens)  # shares of large packs are alike
+            self._buffers = _Buffers(int(1.25 * _graph_size(tokens)), share, x)
+            size = _graph_size(tokens)
+        assert self._buffers is not None
         if size not in self._graphs:
             for master in self._masters.values():
                 if master.grad is None:
@@ -117,17 +121,38 @@ class Engine:
 
 
 class _Buffers:
-    """Where graphs of all sizes read their inputs, for up to so many tokens; each takes the beginning."""
+    """Where graphs of all sizes read their inputs; each takes the beginning.
 
-    def __init__(self, tokens: int, example: Tensor):
+    Args:
+        tokens: of the largest graph.
+        share: of a graph's tokens for which there is a place among those that predict.
+        example: of the trunk's outputs.
+    """
+
+    def __init__(self, tokens: int, share: float, example: Tensor):
+        self.share = share
         self.x = example.new_zeros(tokens, example.size(1))
-        self.gradient = torch.zeros_like(self.x)
+        self.chosen = torch.zeros(self.places(tokens), dtype=torch.long, device=example.device)
+        self.gradient = example.new_zeros(self.places(tokens), example.size(1))
         # What a pack leaves unused is documents of one token each, of no consequence.
         self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(example.device)
         self.rehearsed = False
+
+    def places(self, size: int) -> int:
+        """Predicting tokens that a graph of this size has room for."""
+        return min(size, math.ceil(self.share * size / 64) * 64)
+
+    def size_for(self, tokens: int, predictors: int) -> int | None:
+        """The smallest graph with room for a pack; None if there is none, or much of it would be empty."""
+        size = first = _graph_size(tokens)
+        while size <= min(len(self.x), 1.1 * first):
+            if self.places(size) >= predictors:
+                return size
+            size = _graph_size(size)
+        return None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -139,15 +164,16 @@ class _Buffers:
 
 
 class _Graph:
-    """Forward and backward pass of the top as two CUDA graphs, for packs of up to ``size`` tokens.
+    """Forward and backward pass of the top as two CUDA graphs, for packs of fewer than ``size`` tokens.
 
     Parameters are cast, and gradients added, all in a few kernels: by autograd it would be three for each parameter.
     """
 
     def __init__(self, top: _Top, masters: Mapping[str, Tensor], size: int, buffers: _Buffers):
         self.size = size
+        self.places = buffers.places(size)
         self.buffers = buffers
-        x, gradient = buffers.x[:size], buffers.gradient[:size]
+        x, gradient, chosen = buffers.x[:size], buffers.gradient[: self.places], buffers.chosen[: self.places]
         documents = Documents([], buffers.begins[:size], buffers.ends[:size])
         totals = [master.grad for master in masters.values() if master.grad is not None]
 
@@ -157,9 +183,8 @@ class _Graph:
                 torch._foreach_copy_(copies, list(masters.values()))
             for copy in copies:
                 copy.requires_grad_()
-            return copies, functional_call(
-                top, dict(zip(masters, copies, strict=True)), (x, documents), tie_weights=False
-            )
+            parameters = dict(zip(masters, copies, strict=True))
+            return copies, functional_call(top, parameters, (x, documents, chosen), tie_weights=False)
 
         def backward(copies: list[Tensor], hidden: Tensor) -> None:
             gradients = torch.autograd.grad(hidden, copies, gradient)
@@ -185,7 +210,7 @@ class _Graph:
 
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """As ``Engine.forward_backward``."""
-        buffers, tokens = self.buffers, x.size(0)
+        buffers, tokens, predictors = self.buffers, x.size(0), len(batch.predictors)
         buffers.x[:tokens].copy_(x)
         for buffer, given, alone in (
             (buffers.begins, batch.documents.begins, buffers.alone[:-1]),
@@ -193,10 +218,12 @@ class _Graph:
         ):
             buffer[:tokens].copy_(given)
             buffer[tokens : self.size].copy_(alone[tokens : self.size])
+        buffers.chosen[:predictors].copy_(batch.predictors)
+        buffers.chosen[predictors : self.places].fill_(self.size - 1)  # of no pack: its gradient is nobody's
         self.forward.replay()
-        value, gradient = loss(self.hidden[batch.predictors])
-        buffers.gradient[: self.size].zero_()
-        buffers.gradient[batch.predictors] = gradient
+        value, gradient = loss(self.hidden[:predictors])
+        buffers.gradient[:predictors].copy_(gradient)
+        buffers.gradient[predictors : self.places].zero_()
         self.backward.replay()
         return value
 

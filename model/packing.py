@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.attention import Documents
 from model.tokens import CodeAlpacaDataset
@@ -79,6 +80,27 @@ def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.d
         weights=None if weights is None else send(weights[predictors], torch.float64),
         owner=owner[predictors],
     )
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape)
+        whole[index] = gradient
+        return whole, None
+
+
+def choose(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (M,) of x (N, D), none of them twice: the backward pass writes where torch's would add up."""
+    return _Choose.apply(x, index)
 
 
 def split_evenly(

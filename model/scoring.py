@@ -103,7 +103,7 @@ def row_losses(
             continue
         x = trunk(batch) if trunk is not None else engine.trunk(batch)
         with torch.no_grad():
-            hidden = engine.top(x, batch.documents)[batch.predictors]
+            hidden = engine.top(x, batch)
         losses = token_losses(hidden, head, model.config.vocab_size, batch.targets).double().cpu().numpy()
         sums[batch.rows] = np.bincount(batch.owner, losses, minlength=len(batch.rows))
         counts[batch.rows] = np.bincount(batch.owner, minlength=len(batch.rows))

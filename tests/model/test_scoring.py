@@ -86,7 +86,7 @@ def packed_loss(model: GPTModel, dataset: CodeAlpacaDataset, rows: list[int]) ->
     """Summed loss of rows packed together."""
     engine, batch = Engine(model, torch.float32), pack(dataset, np.array(rows), CPU)
     with torch.no_grad():
-        hidden = engine.top(engine.trunk(batch), batch.documents)[batch.predictors]
+        hidden = engine.top(engine.trunk(batch), batch)
     head = padded_head(model.lm_head.weight, torch.float32)
     return head_loss(hidden, head, VOCABULARY, batch.targets, batch.weights)[0]
 
