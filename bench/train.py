@@ -94,6 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="of the engine: the first is measured apart")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"any of {','.join(PEERS)}")
     parser.add_argument("--settings-limit", type=int, help="settings tried of each peer, best-known first")
+    parser.add_argument("--skip", metavar="TEXT", help="leave out settings described so, such as torch_compile")
     parser.add_argument("--quick", action="store_true", help="the best-known setting of each peer only")
     parser.add_argument("--timeout", type=float, help="seconds a setting may take; 300, on a CPU 3600")
     parser.add_argument("--out", type=Path, help="file for the JSON, indented")
@@ -203,7 +204,8 @@ def run_contestant(
         say(f"{name}: not installed ({error}): {INSTALL}")
         return [{"contestant": name, "settings": None, "error": f"not installed ({error}): {INSTALL}"}]
     records: list[dict[str, Any]] = []
-    for setting in settings_of(name, job)[: options.settings_limit]:
+    settings = [s for s in settings_of(name, job) if not (options.skip and options.skip in s.text)]
+    for setting in settings[: options.settings_limit]:
         say(f"{name}: {setting.text} ...")
         try:
             measurements, memory = run_apart(run_setting, setting, job, timeout=options.timeout)
