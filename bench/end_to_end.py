@@ -149,6 +149,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="file for the JSON, indented")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.data, options.tokenizer = options.data.resolve(), options.tokenizer.resolve()
     options.sides = options.sides.split(",")
     if unknown := set(options.sides) - set(READERS):
         parser.error(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(READERS)}")
