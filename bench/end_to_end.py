@@ -232,8 +232,10 @@ def command(side: str, options: argparse.Namespace, scratch: Path) -> list[str]:
 def environment(scratch: Path, side: str) -> dict[str, str]:
     """This process's, with places for data and compiled kernels that no earlier run has used."""
     root = Path(tempfile.mkdtemp(prefix=f"{side}-", dir=scratch))
+    # Off in this process, which forks; these two may tokenise on all cores.
+    inherited = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     return {
-        **os.environ,
+        **inherited,
         "PYTHONUNBUFFERED": "1",
         "FINETUNE_DATA_ROOT": str(root / "data"),
         "TRITON_CACHE_DIR": str(root / "triton"),
