@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         job, data = prepare_job(options, Path(scratch))
         say(f"{data['rows']} rows, {data['tokens']} tokens, {data['target_share']:.1%} of them targets")
-        machine = run_apart(describe_machine, job, timeout=120)
+        machine = run_apart(describe_machine, job.device, job.precision, timeout=120)
         say(f"{machine['name']}: {machine['matmul_ceiling_flops'] / 1e12:.3g} TFLOP/s in {machine['dtype']} products")
         results: list[dict[str, Any]] = []
         for name in options.peers:
@@ -156,10 +156,10 @@ def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[s
     return job, data
 
 
-def describe_machine(job: Job) -> dict[str, Any]:
+def describe_machine(device_name: str, precision: str) -> dict[str, Any]:
     """Name of the device, number format of the products, and how fast it multiplies matrices."""
-    device = resolve_device(job.device)
-    dtype = resolve_precision(job.precision, device)
+    device = resolve_device(device_name)
+    dtype = resolve_precision(precision, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"name": name, "dtype": str(dtype), "matmul_ceiling_flops": matmul_ceiling(device, dtype)}
 

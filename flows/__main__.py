@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,8 +78,18 @@ def before_and_after(metrics: Mapping[str, float], samples: Sequence[Mapping[str
     return "\n".join(lines) + "\n"
 
 
+def time_table(seconds: Mapping[str, float]) -> str:
+    """Seconds and share of each step, and their sum, as a table for a terminal."""
+    total = sum(seconds.values())
+    lines = [f"{'time':<16}{'seconds':>10}{'share':>10}"]
+    for step, taken in (*seconds.items(), ("total", total)):
+        lines.append(f"{step:<16}{taken:>10.2f}{taken / total:>10.1%}")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str]) -> int:
     """Run the flow with a deployment's parameters, some of them changed. Returns the exit status."""
+    begin = time.perf_counter()
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) > 1:
         print(f"one deployment at a time, not {', '.join(named)}; parameters are name=value", file=sys.stderr)
@@ -96,10 +107,14 @@ def main(arguments: list[str]) -> int:
 
     from flows.finetune import finetune
 
+    imported = time.perf_counter()
     result = finetune(**parameters)
+    # The server's start, and what Prefect does around the flow.
+    around = time.perf_counter() - imported - sum(result.seconds.values())
     # Prefect's farewell to its temporary server would come behind the two lines that scripts read.
     logging.getLogger("prefect").setLevel(logging.WARNING)
     print(before_and_after(result.metrics, result.samples))
+    print(time_table({"imports": imported - begin, "prefect": around, **result.seconds}))
     print(f"tracking: {result.run.tracking_uri}")
     print(f"run: {result.run.run_id}")
     return 0

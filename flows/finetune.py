@@ -19,6 +19,7 @@ from model.evaluating import SamplingConfig
 from model.tokens import PrepareConfig
 from model.training import TrainConfig
 from ops.hub import DEFAULT_DATASET
+from ops.laps import Laps
 from ops.lock import exclusive
 from ops.plan import check_disk, describe_plan
 from ops.settings import Settings
@@ -51,12 +52,14 @@ class FinetuneResult:
         model: URI of the registered version.
         metrics: scores of base and tuned model.
         samples: the first two prompts with reference and both completions.
+        seconds: what each step took, in order.
     """
 
     run: RunRef
     model: str
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
+    seconds: dict[str, float]
 
 
 @flow(name="finetune", log_prints=True)
@@ -139,6 +142,7 @@ def finetune(
         device: auto, cpu, cuda or cuda:N.
     """
     parameters = dict(locals())
+    laps = Laps()
     log = get_run_logger()
     settings = Settings.load()
     place = resolve_device(device)
@@ -192,32 +196,45 @@ def finetune(
         tags["mlflow.note.content"] = f"Prefect: [{name}]({flow_run.ui_url})"
     if deployment.name:
         tags |= {"mlflow.source.name": f"finetune/{deployment.name}", "mlflow.source.type": "JOB"}
+    laps.end("plan")
     with tracked_run(settings, f"{model_size} {name}", parameters, tags) as run:
         log.info("MLflow run %s", run.url or f"{run.run_id} in {run.tracking_uri}")
         if run.url:
             create_link_artifact(run.url, key="mlflow-run", description=f"MLflow run of {name}")
+        laps.end("mlflow")
         sources = download(dataset, dataset_revision, model_size, weights_dir, tokenizer_dir)
+        laps.end("download")
         tokens = prepare(sources, prepare_config)
+        laps.end("prepare")
         set_tags(run, {"data_sha256": tokens.data_sha256})
         log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
         log_metrics(run, data_metrics(tokens), step=0)
+        laps.end("mlflow")
         model = load_weights(sources.weights, model_size)
+        laps.end("load_weights")
         plan = freeze(model, freeze_layers, num_unfrozen_layers, train_head)
+        laps.end("freeze")
         facts = describe_plan(tokens.counts, f"{model_size} from {model.source}", plan, train_config, device)
         log_params(run, facts.params)
         print(facts.text)
         check_disk(settings.data_root, facts.disk_bytes)
+        laps.end("plan")
         training = "training " + training_identity(tokens, model, plan, train_config, device)[:16]
         with exclusive(settings.locks, training, name, log.info):
             # Held over both, or another run's training would come between a training and its evaluation.
             with exclusive(settings.locks, device_key(place), name, log.info):
+                laps.end("wait")
                 checkpoint = train(tokens, model, plan, train_config, device, run, trunk_cache_gb)
+                laps.end("train")
                 evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device, trunk_cache_gb)
+                laps.end("evaluate")
             uri = publish(run, sources, model, plan, checkpoint, evaluation)
             samples = json.loads(Path(evaluation.samples).read_text())[:2]
             # MLflow has the model, the journal and the tables now; a later run of these settings trains afresh.
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
-    return FinetuneResult(run, uri, evaluation.metrics, samples)
+            laps.end("publish")
+        log_metrics(run, {f"time/{step}_seconds": seconds for step, seconds in laps.seconds.items()}, step=0)
+    return FinetuneResult(run, uri, evaluation.metrics, samples, laps.seconds)
 
 
 def gpu_limit() -> int | None:

@@ -31,6 +31,9 @@ METRICS = {
     "base/pass_rate", "sample/pass_rate", "base/not_executed", "sample/not_executed", "data/train_rows",
     "data/validation_rows",
     "data/test_rows", "data/train_tokens", "data/truncated_share", "data/dropped_rows",
+    "time/plan_seconds", "time/mlflow_seconds", "time/download_seconds", "time/prepare_seconds",
+    "time/load_weights_seconds", "time/freeze_seconds", "time/wait_seconds", "time/train_seconds",
+    "time/evaluate_seconds", "time/publish_seconds",
 }  # fmt: skip
 ARTIFACTS = {
     "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
@@ -95,6 +98,17 @@ def test_metrics_follow_the_steps(finished: Any, tiny: dict[str, Any], mlflow_of
     assert metrics["best/eval_loss"] == min(point.value for point in history)
     assert metrics["test/loss"] < metrics["base/test_loss"] - 1
     assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]))
+
+
+def test_the_time_is_accounted_for(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """The seconds of the steps are the run's: what lies between them is in one of them."""
+    run = mlflow_of(finished.run).get_run(finished.run.run_id)
+    seconds = {name: value for name, value in run.data.metrics.items() if name.startswith("time/")}
+    assert seconds == {f"time/{step}_seconds": taken for step, taken in finished.seconds.items()}
+    # The run is opened and closed in the first and last of them.
+    between = (run.info.end_time - run.info.start_time) / 1000
+    assert between - 1 <= sum(seconds.values()) <= between + seconds["time/mlflow_seconds"] + 5
+    assert seconds["time/train_seconds"] > seconds["time/freeze_seconds"]
 
 
 def test_tables_compare_row_by_row(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:

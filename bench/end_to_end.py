@@ -1,0 +1,359 @@
+"""A whole fine-tuning by the pipeline and by a script of TRL's on one machine: ``python -m bench.end_to_end --help``.
+
+From the start of the process to an evaluated model on disk, step by step. Both get the same random weights, which
+cost what pretrained ones do, the same rows, batches of as many rows, and prompts to complete. What the pipeline
+does beyond that stays in its time: it scores the base too, completes the prompts with both models, validates on the
+way and keeps checkpoints. What comes after the evaluation, the upload to MLflow's registry, is shown apart. The
+modules of both are imported once before, so that neither pays for a cold disk; compiled kernels are not kept.
+Progress and a table are printed; the last line is JSON with everything in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.processes import quiet_environment, run_apart, show_one_gpu
+from bench.train import describe_machine, versions
+from model.config import PRESETS
+from model.files import write_json
+from ops.settings import PROJECT_ROOT
+
+# The modules that each side loads, its helper processes included.
+_IMPORTS = {
+    "pipeline": "import flows.finetune, mlflow, transformers, prefect.server.api.server, matplotlib.figure",
+    "trl": "import trl.trainer.sft_trainer, datasets, transformers.models.gpt2.modeling_gpt2",
+}
+_START = "interpreter"  # from the start of the process until its first line runs
+_AFTER = ("publish", "exit")  # the pipeline's steps behind the evaluation
+_PIPELINE_STEP = re.compile(r"(\w+) +(\d+\.\d+) +\d+\.\d%")
+_TRL_STEP = re.compile(r" *(\d+\.\d) s  (.+)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that a process printed.
+
+    Attributes:
+        seconds: since the process was started.
+    """
+
+    seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run of one side.
+
+    Attributes:
+        steps: seconds by step, in order, up to the evaluated model on disk.
+        after: seconds by step of what follows.
+    """
+
+    steps: dict[str, float]
+    after: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """From the start of the process to the evaluated model."""
+        return sum(self.steps.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line says. Returns the exit status: 0 if every side came to its end."""
+    quiet_environment()
+    options = parse(arguments)
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        show_one_gpu(options.device)
+    begin = time.perf_counter()
+
+    def say(message: str) -> None:
+        print(f"[{time.perf_counter() - begin:6.1f} s] {message}", flush=True)
+
+    report: dict[str, Any] = {
+        "machine": run_apart(describe_machine, options.device.partition(":")[0], "auto", timeout=120),
+        "versions": versions(),
+        "model_size": options.size,
+        "rows": options.rows,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "num_unfrozen_layers": options.num_unfrozen_layers,
+        "sides": {},
+    }
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        scratch = Path(name)
+        run_apart(make_inputs, options, scratch, timeout=600)
+        say(f"{options.rows} training rows and a {options.size} GPT-2 are ready in {scratch}")
+        for side, repeat in itertools.product(options.sides, range(options.repeats)):
+            record = report["sides"].setdefault(side, {"runs": []})
+            if "error" in record:
+                continue
+            if not repeat and (error := warm_imports(side)):
+                record["error"] = error
+                say(f"{side}: {error}")
+                continue
+            status, lines = run_timed(command(side, options, scratch), environment(scratch, side), options.timeout)
+            if options.log:
+                write_log(options.log / f"{side}-{repeat + 1}.log", lines)
+            try:
+                timing = READERS[side](status, lines)
+            except ValueError as error:
+                record["error"] = str(error)
+                say(f"{side}: {error}")
+                continue
+            record["runs"].append({"seconds": timing.seconds, **asdict(timing)})
+            say(f"{side}: {timing.seconds:.1f} s, then {sum(timing.after.values()):.1f} s")
+    print("\n" + table(report["sides"]) + "\n", flush=True)
+    if options.out:
+        write_json(options.out, report)
+    print(json.dumps(report), flush=True)
+    return int(any("error" in record for record in report["sides"].values()))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.end_to_end",
+        description="A whole fine-tuning, from process start to evaluated model, by the pipeline and by TRL.",
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; the GPU where there is one")
+    parser.add_argument("--size", choices=[*PRESETS], default="355m")
+    parser.add_argument("--data", type=Path, required=True, help="file or folder of rows")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
+    parser.add_argument("--rows", type=int, default=20_000, help="training rows; the data's are repeated up to it")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=128, help="rows per optimizer step")
+    parser.add_argument("--num-unfrozen-layers", type=int, default=4, help="blocks that train, from the top")
+    parser.add_argument("--sides", default="pipeline,trl", help="pipeline, trl or both, in this order")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each side; the table shows the fastest")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
+    parser.add_argument("--log", type=Path, help="directory for the output of each run, with seconds")
+    parser.add_argument("--out", type=Path, help="file for the JSON, indented")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.data, options.tokenizer = options.data.resolve(), options.tokenizer.resolve()
+    options.sides = options.sides.split(",")
+    if unknown := set(options.sides) - set(READERS):
+        parser.error(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(READERS)}")
+    return options
+
+
+def make_inputs(options: argparse.Namespace, scratch: Path) -> None:
+    """In a child: the data set and the weights that both sides are given."""
+    from model.device import resolve_device
+    from model.gpt import GPTModel
+    from model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer, 2**32)
+    write_rows(options.data, tokenizer, options.rows, scratch)
+    torch.manual_seed(0)
+    with torch.device(resolve_device(options.device.partition(":")[0])):
+        model = GPTModel(replace(PRESETS[options.size], vocab_size=len(tokenizer)))
+    model.save_pretrained(scratch / "weights", tokenizer.eos_token_id)
+
+
+def write_rows(source: Path, tokenizer: Any, rows: int, scratch: Path) -> None:
+    """Write ``scratch/rows``: held-out splits as the pipeline draws them, and train repeated up to ``rows``.
+
+    A training row whose prompt is held out is left away: the pipeline would drop it, and TRL's script would not.
+    """
+    from model.rows import UnusableRow, find_splits, normalize_row, prompt_key, read_records
+    from model.tokens import PrepareConfig, prepare
+
+    splits = find_splits(source)
+    prepare(splits, tokenizer, PrepareConfig(), scratch / "tokens")
+    (scratch / "rows").mkdir()
+    held_out = set()
+    for split in ("validation", "test"):
+        text = (scratch / "tokens" / f"{split}.rows.jsonl").read_text()
+        (scratch / "rows" / f"{split}.jsonl").write_text(text)
+        held_out |= {prompt_key(json.loads(line)["prompt"]) for line in text.splitlines()}
+    train = []
+    for record in itertools.chain.from_iterable(map(read_records, splits["train"])):
+        try:
+            row = normalize_row(record)
+        except UnusableRow:
+            continue
+        if prompt_key(row["prompt"]) not in held_out:
+            train.append(json.dumps(row) + "\n")
+    (scratch / "rows" / "train.jsonl").write_text("".join(itertools.islice(itertools.cycle(train), rows)))
+
+
+def command(side: str, options: argparse.Namespace, scratch: Path) -> list[str]:
+    """What a user would type."""
+    if side == "trl":
+        return [
+            sys.executable, "-m", "bench.end_to_end_trl",
+            "--data", str(scratch / "rows"), "--weights", str(scratch / "weights"),
+            "--tokenizer", str(options.tokenizer), "--out", tempfile.mkdtemp(dir=scratch),
+            "--rows", str(options.rows), "--epochs", str(options.epochs),
+            "--batch-size", str(options.batch_size), "--num-unfrozen-layers", str(options.num_unfrozen_layers),
+        ]  # fmt: skip
+    parameters = {
+        "dataset": scratch / "rows",
+        "weights_dir": scratch / "weights",
+        "tokenizer_dir": options.tokenizer,
+        "epochs": options.epochs,
+        "batch_size": options.batch_size,
+        "num_unfrozen_layers": options.num_unfrozen_layers,
+        "device": options.device.partition(":")[0],
+        # Where the deployment of the embedded model has settings of its own, those of the others.
+        "max_length": 512,
+        "learning_rate": 1e-4,
+        "eval_rows": "null",
+        "pass_rows": 0,
+        "max_new_tokens": 128,
+        "temperature": 0.7,
+        "precision": "auto",
+    }
+    return [
+        sys.executable, "-m", "flows", options.size, *(f"{name}={value}" for name, value in parameters.items()),
+    ]  # fmt: skip
+
+
+def environment(scratch: Path, side: str) -> dict[str, str]:
+    """This process's, with places for data and compiled kernels that no earlier run has used."""
+    root = Path(tempfile.mkdtemp(prefix=f"{side}-", dir=scratch))
+    # Off in this process, which forks; these two may tokenise on all cores.
+    inherited = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    return {
+        **inherited,
+        "PYTHONUNBUFFERED": "1",
+        "FINETUNE_DATA_ROOT": str(root / "data"),
+        "TRITON_CACHE_DIR": str(root / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
+    }
+
+
+def warm_imports(side: str) -> str | None:
+    """Import what a side needs: files are in memory then, and byte code exists. Returns what went wrong, or None."""
+    done = subprocess.run([sys.executable, "-c", _IMPORTS[side]], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
+def run_timed(arguments: Sequence[str], variables: Mapping[str, str], timeout: float) -> tuple[int, list[Line]]:
+    """Run a command in the project's directory.
+
+    Returns:
+        Its exit status, and the lines it printed to either stream with the seconds since its start; the last one is
+        its end and has no text.
+    """
+    begin = time.perf_counter()
+    lines = []
+    child = subprocess.Popen(
+        arguments,
+        cwd=PROJECT_ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that its helpers end with it
+    )
+    timer = threading.Timer(timeout, os.killpg, (child.pid, signal.SIGKILL))
+    timer.start()
+    try:
+        assert child.stdout is not None
+        for text in child.stdout:
+            lines.append(Line(time.perf_counter() - begin, text.rstrip("\n")))
+        status = child.wait()
+    finally:
+        timer.cancel()
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    lines.append(Line(time.perf_counter() - begin, ""))
+    return status, lines
+
+
+def write_log(path: Path, lines: Sequence[Line]) -> None:
+    """The output of a run, with the seconds of each line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line.seconds:8.2f}  {line.text}\n" for line in lines))
+
+
+def read_pipeline(status: int, lines: Sequence[Line]) -> Timing:
+    """The table of times that ``python -m flows`` prints at its end.
+
+    Raises:
+        ValueError: it is not there, or the run failed.
+    """
+    begin = next((n for n, line in enumerate(lines) if re.match(r"time +seconds +share$", line.text)), None)
+    if status or begin is None:
+        raise ValueError(_failure(status, lines))
+    seconds: dict[str, float] = {}
+    for line in lines[begin + 1 :]:
+        if not (found := _PIPELINE_STEP.fullmatch(line.text)):
+            break
+        seconds[found[1]] = float(found[2])
+    total = seconds.pop("total")
+    seconds = {_START: lines[begin].seconds - total, **seconds, "exit": lines[-1].seconds - lines[begin].seconds}
+    return Timing(
+        {step: taken for step, taken in seconds.items() if step not in _AFTER},
+        {step: taken for step, taken in seconds.items() if step in _AFTER},
+    )
+
+
+def read_trl(status: int, lines: Sequence[Line]) -> Timing:
+    """The stages that TRL's script prints, each with the seconds since its start.
+
+    Raises:
+        ValueError: the last stage is not there, or the run failed.
+    """
+    stages = [(line.seconds, float(m[1]), m[2]) for line in lines if (m := _TRL_STEP.fullmatch(line.text))]
+    if status or not stages or stages[-1][2] != "saved":
+        raise ValueError(_failure(status, lines))
+    steps = {_START: max(0.0, stages[-1][0] - stages[-1][1])}
+    before = 0.0
+    for _, end, stage in stages:
+        steps[stage] = end - before
+        before = end
+    return Timing(steps, {"exit": lines[-1].seconds - stages[-1][0]})
+
+
+def _failure(status: int, lines: Sequence[Line]) -> str:
+    said = [line.text.strip() for line in lines if line.text.strip()]
+    return f"ended with status {status} and without its times: {' | '.join(said[-5:])}"
+
+
+READERS = {"pipeline": read_pipeline, "trl": read_trl}
+
+
+def table(sides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The fastest run of each side, step by step; a side that failed has one line."""
+    lines = []
+    for side, record in sides.items():
+        if "error" in record:
+            lines += [f"{side}: {record['error']}", ""]
+            continue
+        run = min(record["runs"], key=lambda run: run["seconds"])
+        lines.append(f"{side:<40}{'seconds':>10}{'share':>10}")
+        lines += [
+            f"  {step:<38}{taken:>10.1f}{taken / run['seconds']:>10.1%}" for step, taken in run["steps"].items()
+        ]
+        lines.append(f"  {'to the evaluated model':<38}{run['seconds']:>10.1f}{1:>10.1%}")
+        lines += [f"  {'then ' + step:<38}{taken:>10.1f}" for step, taken in run["after"].items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
