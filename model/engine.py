@@ -57,7 +57,7 @@ class Engine:
         self._top = _Top(model)
         used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._buffers: _Buffers | None = None
 
     def trunk(self, batch: Pack) -> Tensor:
@@ -76,18 +76,19 @@ class Engine:
         inputs = (x, batch.documents, batch.predictors)
         return functional_call(self._top, copies, inputs, tie_weights=False)
 
-    def forward_backward(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
+    def forward_backward(self, x: Tensor, batch: Pack, loss: Loss, first: bool = False) -> Tensor:
         """Add the gradients of a batch to the parameters' ``grad``.
 
         Args:
             x: the trunk's outputs, (N, D).
             loss: from the hidden states of the predicting tokens (M, D) to the loss and its gradient (M, D).
+            first: of an optimizer step: what ``keeps_gradients`` kept from the step before is written over.
 
         Returns:
             The loss as ``loss`` gave it.
         """
         if self._replays(x):
-            return self._replay(x, batch, loss)
+            return self._replay(x, batch, loss, first)
         hidden = self.top(x, batch)
         value, gradient = loss(hidden.detach())
         with deterministic():
@@ -96,14 +97,14 @@ class Engine:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Graphs write to the gradients' memory, which must then stay where it is."""
+        """Graphs write to the gradients' memory: it must stay where it is, and need not be zeroed."""
         return bool(self._graphs)
 
     def _replays(self, x: Tensor) -> bool:
         """Whether to replay CUDA graphs: where kernels need nothing from the host, and no gradient goes below."""
         return not x.requires_grad and can_fuse(self.model, x.device, x.dtype)
 
-    def _replay(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
+    def _replay(self, x: Tensor, batch: Pack, loss: Loss, first: bool) -> Tensor:
         tokens, predictors = x.size(0), len(batch.predictors)
         size = self._buffers.size_for(tokens, predictors) if self._buffers else None
         if size is None:
@@ -112,12 +113,12 @@ class Engine:
             self._buffers = _Buffers(int(1.25 * _graph_size(tokens)), share, x)
             size = _graph_size(tokens)
         assert self._buffers is not None
-        if size not in self._graphs:
+        if (size, first) not in self._graphs:
             for master in self._masters.values():
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
-            self._graphs[size] = _Graph(self._top, self._masters, size, self._buffers)
-        return self._graphs[size].run(x, batch, loss)
+            self._graphs[size, first] = _Graph(self._top, self._masters, size, first, self._buffers)
+        return self._graphs[size, first].run(x, batch, loss)
 
 
 class _Buffers:
@@ -166,10 +167,11 @@ class _Buffers:
 class _Graph:
     """Forward and backward pass of the top as two CUDA graphs, for packs of fewer than ``size`` tokens.
 
-    Parameters are cast, and gradients added, all in a few kernels: by autograd it would be three for each parameter.
+    Parameters are cast, and gradients added (of a step's first pack: written), all in a few kernels: by autograd it
+    would be three for each parameter.
     """
 
-    def __init__(self, top: _Top, masters: Mapping[str, Tensor], size: int, buffers: _Buffers):
+    def __init__(self, top: _Top, masters: Mapping[str, Tensor], size: int, first: bool, buffers: _Buffers):
         self.size = size
         self.places = buffers.places(size)
         self.buffers = buffers
@@ -188,9 +190,10 @@ class _Graph:
 
         def backward(copies: list[Tensor], hidden: Tensor) -> None:
             gradients = torch.autograd.grad(hidden, copies, gradient)
-            added = [torch.empty_like(total) for total in totals]
+            added = totals if first else [torch.empty_like(total) for total in totals]
             torch._foreach_copy_(added, gradients)
-            torch._foreach_add_(totals, added)  # type: ignore[arg-type]
+            if not first:
+                torch._foreach_add_(totals, added)  # type: ignore[arg-type]
 
         if not buffers.rehearsed:  # libraries set themselves up, kernels are compiled
             gradient.zero_()  # so that it adds nothing to gradients accumulated so far

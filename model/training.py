@@ -394,6 +394,7 @@ class _Stepper:
         if weight > 0:  # else there is nothing to learn, and nothing to divide by (trl#6668)
             head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
             head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
+            first = True
             for part in split_evenly(rows, lengths, self.micro_batch_tokens):
                 batch = pack(self.dataset, part, engine.device)
                 targets += len(batch.targets)
@@ -406,14 +407,18 @@ class _Stepper:
                     )
                     return total / weight, gradient / weight
 
-                loss += engine.forward_backward(self.trunk(batch), batch, loss_of)
+                loss += engine.forward_backward(self.trunk(batch), batch, loss_of, first)
+                first = False
             if head_gradient is not None:
                 head_gradient /= weight
                 self.head.grad = head_gradient if self.head.grad is None else self.head.grad + head_gradient
             norm = torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm)
             self.stopped.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=not engine.keeps_gradients)
+            if engine.keeps_gradients:
+                self.head.grad = None  # is not the engine's
+            else:
+                self.optimizer.zero_grad()
         flops = necessary_flops(
             engine.model.config,
             engine.model.num_frozen,
