@@ -96,10 +96,16 @@ def main(arguments: list[str]) -> int:
 
     from flows.finetune import finetune
 
-    result = finetune(**parameters)
+    state = finetune(**parameters, return_state=True)
+    result = state.result()  # raises what the flow raised
     # Prefect's farewell to its temporary server would come behind the two lines that scripts read.
     logging.getLogger("prefect").setLevel(logging.WARNING)
+    if result is None:
+        print(f"{state.name}: {state.message}")
+        return 0
     print(before_and_after(result.metrics, result.samples))
+    if result.verdict:
+        print(f"{'champion' if result.verdict.promoted else 'challenger'}: {result.model}, {result.verdict.reason}")
     print(f"tracking: {result.run.tracking_uri}")
     print(f"run: {result.run.run_id}")
     return 0

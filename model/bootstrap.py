@@ -30,11 +30,11 @@ class Improvement:
 
 
 def paired_improvement(old: Array, new: Array, tokens: Array, seed: int, resamples: int = 10_000) -> Improvement:
-    """Compare summed losses of the same rows under two models (percentile bootstrap, Efron & Tibshirani 1993, ch. 13).
+    """Compare summed losses of the same rows under two models.
 
-    Rows are drawn with replacement, both losses of a row together: what makes a row hard or easy for either
-    model cancels out, and only the difference between them spreads. Tokens of a row are not independent,
-    so that rows are drawn, not tokens.
+    The percentile bootstrap (Efron & Tibshirani 1993, chapter 13). Rows are drawn with replacement, both losses
+    of a row together: what makes a row hard or easy for either model cancels out, and only the difference
+    between them spreads. Tokens of a row are not independent, so that rows are drawn, not tokens.
 
     Args:
         old: (R,) nats, summed over each row's response.
@@ -52,7 +52,9 @@ def paired_improvement(old: Array, new: Array, tokens: Array, seed: int, resampl
         raise ValueError("no rows, or one without a token: nothing can be compared")
     gains = old.astype(np.float64) - new.astype(np.float64)
     if not np.isfinite(gains).all():
-        raise ValueError(f"{np.count_nonzero(~np.isfinite(gains))} of {len(gains)} rows have a loss that is not finite")
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(gains))} of {len(gains)} rows have a loss that is not finite"
+        )
     counts = tokens.astype(np.float64)
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)

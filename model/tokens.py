@@ -216,7 +216,7 @@ def training_keys(
 
 
 def _too_long(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
-    """Whether nothing of the response would be left. A byte-level token has a byte at least: most need no encoding."""
+    """Whether nothing of the response would be left; tokens have a byte at least, so that most need no encoding."""
     if len(format_prompt({"prompt": prompt}).encode()) < max_length:
         return False
     return len(encode_prompts(tokenizer, [prompt])[0]) >= max_length
@@ -299,7 +299,9 @@ def _check_unusable(
 
 
 def _check_counts(counts: Counts, first_bad: list[str], config: PrepareConfig, sources: Mapping[str, Any]) -> None:
-    _check_unusable(sum(counts.dropped.get(reason, 0) for reason in UNUSABLE), counts.seen, first_bad, config, sources)
+    _check_unusable(
+        sum(counts.dropped.get(reason, 0) for reason in UNUSABLE), counts.seen, first_bad, config, sources
+    )
     names = _names(sources)
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.dropped.items())) or "none dropped"
     if not counts.rows["train"]:

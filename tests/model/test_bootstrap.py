@@ -94,7 +94,9 @@ def test_it_is_a_function_of_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         ([np.inf, 2.0], [1.0, 2.0], [1, 1], "1 of 2 rows"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(old: list[float], new: list[float], tokens: list[int], complaint: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    old: list[float], new: list[float], tokens: list[int], complaint: str
+) -> None:
     """A NaN must not pass for a verdict: every comparison with it is false."""
     with pytest.raises(ValueError, match=complaint):
         paired_improvement(np.array(old), np.array(new), np.array(tokens), seed=0)
