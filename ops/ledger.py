@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NIGHT_TAG = "nightly"  # of a night's run: the registered model it works for
+_PAGE = 1000  # runs a request
 _FOLDER, _USED, _SEEN = "nightly", "used.npy", "seen.npy"
 
 Keys = np.ndarray[Any, Any]  # uint64, one for each row's content
@@ -84,6 +85,7 @@ def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[R
         page = mlflow.search_runs(
             [experiment.experiment_id],
             f"tags.{NIGHT_TAG} = '{model}' and attributes.status = 'FINISHED'",
+            max_results=_PAGE,
             order_by=["attributes.start_time ASC"],
             page_token=token,
         )

@@ -66,15 +66,16 @@ def judge(
         reason = f"too few rows to tell: {gain.rows} of test were scored, {MIN_ROWS} are needed; raise eval_rows or "
         return Verdict(False, reason + "test_share", gain, previous)
     measured = (
-        f"the loss of {gain.rows} test rows fell by {gain.mean:.4f} nats per token against {rival_name} "
-        f"(90 % interval {gain.lower:.4f} to {gain.upper:.4f})"
+        f"the loss on {gain.rows} test rows is {abs(gain.mean):.4f} nats per token "
+        f"{'below' if gain.mean > 0 else 'above'} that of {rival_name} "
+        f"(gain {gain.lower:.4f} to {gain.upper:.4f} with 90 % confidence)"
     )
     if gain.lower > margin:
-        return Verdict(True, f"better: {measured}, surely by more than {margin:g}", gain, previous)
+        return Verdict(True, f"better: {measured}; at least {margin:g} was asked for", gain, previous)
     if not (old != new).any():
         return Verdict(False, f"no better: on every test row it equals {rival_name}", gain, previous)
     word = "worse" if gain.upper < 0 else "not surely better"
-    return Verdict(False, f"{word}: {measured}, and more than {margin:g} is asked for", gain, previous)
+    return Verdict(False, f"{word}: {measured}; at least {margin:g} was asked for", gain, previous)
 
 
 def settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))")
 _KEPT_SECONDS = 7 * 86_400.0  # a version that no run has used for so long is deleted here; MLflow has it
-_WAY_OUT = "Restore its artifacts, take the alias from it (`make rollback SIZE=...`), or start from the base (start_from=base)"
+_WAY_OUT = "Restore its artifacts, give the alias back (`make rollback SIZE=...`), or set start_from=base"
 
 
 def model_name(size: str) -> str:
