@@ -99,21 +99,21 @@ def fetch_version(
     directory = settings.models / f"{version.name}-{version.version}-{key}"
     record = directory.with_suffix(".json")
     with exclusive(settings.locks, f"files of {directory.name}", uri, log):
-        known = version.tags.get(FILES_TAG)
-        expected = json.loads(known or (record.read_text() if record.exists() else "null"))
+        known = version.tags.get(FILES_TAG) or (record.read_text() if record.exists() else "{}")
+        expected = json.loads(known)
         found = _hashes(directory)
         if not found or found != expected:
             if found:
                 log(f"{directory} is not {uri} as registered: it is downloaded anew")
             _download(uri, directory)
             found = _hashes(directory)
-            if known is None:
+            if not expected:
                 expected = found
-                write_json(record, expected)
+                write_json(record, found)
         if found != expected:
             wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
             raise RuntimeError(
-                f"{uri} is not what was registered: the sha256 of {', '.join(wrong)} is another. {_WAY_OUT}"
+                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {_WAY_OUT}"
             )
         os.utime(directory)
     _remove_unused(settings.models)
@@ -130,6 +130,8 @@ def _download(uri: str, directory: Path) -> None:
     with atomic_directory(directory) as scratch:
         try:
             mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch))
+            if not _hashes(scratch):  # MLflow calls that a success
+                raise FileNotFoundError("there are none")
         except Exception as error:  # of MLflow, its HTTP client, or the disk: all mean the same to the user
             raise RuntimeError(
                 f"the files of {uri} cannot be had from {mlflow.get_tracking_uri()}: {error}. {_WAY_OUT}"
