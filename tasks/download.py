@@ -12,9 +12,9 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model import grammar
-from model.config import normalize_size
+from model.config import GPTConfig, normalize_size
 from model.files import atomic_directory, sha256_file, write_json
-from model.loading import CONFIG_FILE, EMBEDDED_BASE, weight_files
+from model.loading import CONFIG_FILE, EMBEDDED_BASE, check_size, weight_files
 from model.rows import SUFFIXES, find_splits
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
 from ops.registry import CHAMPION, fetch_version, find_version, model_name, version_of_alias, version_uri
@@ -58,7 +58,7 @@ def download(
     log = get_run_logger()
     version = _version(settings, start_from, normalize_size(model_size), log)
     if version:
-        weights = registered_weights(settings, version, tokenizer_dir, log.info)
+        weights = registered_weights(settings, version, normalize_size(model_size), tokenizer_dir, log.info)
     else:
         weights = _weights(settings, normalize_size(model_size), weights_dir, tokenizer_dir)
     sources = Sources(_dataset(settings, dataset, dataset_revision), weights)
@@ -152,16 +152,20 @@ def _version(settings: Settings, start_from: str, size: str, log: Any) -> ModelV
 
 
 def registered_weights(
-    settings: Settings, version: ModelVersion, tokenizer_dir: str | None, log: Callable[[str], None]
+    settings: Settings, version: ModelVersion, size: str, tokenizer_dir: str | None, log: Callable[[str], None]
 ) -> WeightsRef:
     """A registered version as weights to start from.
 
     Raises:
         RuntimeError: its files cannot be had, or are not those that were registered.
-        ValueError: tokenizer_dir holds another tokenizer than it was trained with.
+        ValueError: it has another size, or tokenizer_dir holds another tokenizer than it was trained with.
     """
     directory, files = fetch_version(settings, version, log)
     uri = version_uri(version)
+    try:
+        check_size(GPTConfig.from_json(directory / CONFIG_FILE), size, Path(uri))
+    except ValueError as error:
+        raise ValueError(f"{error}: choose a version of that size in start_from, or another model_size") from error
     if tokenizer_dir and _vocabulary(Path(tokenizer_dir).expanduser()) != _vocabulary(directory):
         raise ValueError(
             f"{uri} was trained with another tokenizer than that of tokenizer_dir {tokenizer_dir}: leave "
