@@ -79,6 +79,29 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
     return found
 
 
+def champion(settings: Settings, size: str) -> ModelVersion | None:
+    """The champion of a size; None if there is none."""
+    return version_of_alias(client(settings.tracking_uri), model_name(size), CHAMPION)
+
+
+def starting_uri(tracking_uri: str, start_from: str, size: str) -> str | None:
+    """The ``models:/NAME/VERSION`` to start from; None for the base, and for a champion that there is not yet.
+
+    Args:
+        start_from: "base", "champion" or the URI of a registered version.
+
+    Raises:
+        ValueError, LookupError: the URI has another form, or there is no such version.
+    """
+    if start_from == "base":
+        return None
+    mlflow = client(tracking_uri)
+    if start_from != CHAMPION:
+        return version_uri(find_version(mlflow, start_from))
+    version = version_of_alias(mlflow, model_name(size), CHAMPION)
+    return version_uri(version) if version else None
+
+
 def fetch_version(
     settings: Settings, version: ModelVersion, log: Callable[[str], None]
 ) -> tuple[Path, dict[str, str]]:
@@ -142,8 +165,3 @@ def _remove_unused(models: Path) -> None:
     for directory in models.iterdir():
         if directory.is_dir() and time.time() - directory.stat().st_mtime > _KEPT_SECONDS:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-def champion(settings: Settings, size: str) -> ModelVersion | None:
-    """The champion of a size; None if there is none."""
-    return version_of_alias(client(settings.tracking_uri), model_name(size), CHAMPION)

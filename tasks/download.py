@@ -6,7 +6,6 @@ import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -17,13 +16,10 @@ from model.files import atomic_directory, sha256_file, write_json
 from model.loading import CONFIG_FILE, EMBEDDED_BASE, check_size, weight_files
 from model.rows import SUFFIXES, find_splits
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
-from ops.registry import CHAMPION, fetch_version, find_version, model_name, version_of_alias, version_uri
+from ops.registry import fetch_version, find_version, starting_uri
 from ops.settings import Settings
 from ops.tracking import client
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
-
-if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
 
 DEMO = "demo"
 
@@ -56,9 +52,11 @@ def download(
     """
     settings = Settings.load()
     log = get_run_logger()
-    version = _version(settings, start_from, normalize_size(model_size), log)
-    if version:
-        weights = registered_weights(settings, version, normalize_size(model_size), tokenizer_dir, log.info)
+    uri = starting_uri(settings.tracking_uri, start_from, normalize_size(model_size))
+    if start_from != "base" and not uri:
+        log.info("there is no champion yet: starting from the base")
+    if uri:
+        weights = registered_weights(settings, uri, normalize_size(model_size), tokenizer_dir, log.info)
     else:
         weights = _weights(settings, normalize_size(model_size), weights_dir, tokenizer_dir)
     sources = Sources(_dataset(settings, dataset, dataset_revision), weights)
@@ -138,30 +136,20 @@ def _weights(settings: Settings, size: str, weights_dir: str | None, tokenizer_d
     return WeightsRef(source, revision, str(directory), files, str(tokenizer))
 
 
-def _version(settings: Settings, start_from: str, size: str, log: Any) -> ModelVersion | None:
-    """The registered version to start from; None for the base."""
-    if start_from == "base":
-        return None
-    mlflow = client(settings.tracking_uri)
-    if start_from != CHAMPION:
-        return find_version(mlflow, start_from)
-    version = version_of_alias(mlflow, model_name(size), CHAMPION)
-    if version is None:
-        log.info("%s has no champion yet: starting from the base", model_name(size))
-    return version
-
-
 def registered_weights(
-    settings: Settings, version: ModelVersion, size: str, tokenizer_dir: str | None, log: Callable[[str], None]
+    settings: Settings, uri: str, size: str, tokenizer_dir: str | None, log: Callable[[str], None]
 ) -> WeightsRef:
     """A registered version as weights to start from.
 
+    Args:
+        uri: models:/NAME/VERSION.
+
     Raises:
+        LookupError: there is no such version.
         RuntimeError: its files cannot be had, or are not those that were registered.
         ValueError: it has another size, or tokenizer_dir holds another tokenizer than it was trained with.
     """
-    directory, files = fetch_version(settings, version, log)
-    uri = version_uri(version)
+    directory, files = fetch_version(settings, find_version(client(settings.tracking_uri), uri), log)
     try:
         check_size(GPTConfig.from_json(directory / CONFIG_FILE), size, Path(uri))
     except ValueError as error:

@@ -48,7 +48,7 @@ def score_champion(
     dtype = resolve_precision(config.precision, place)
     test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
     try:
-        weights = registered_weights(settings, version, model.model_size, None, log.info)
+        weights = registered_weights(settings, uri, model.model_size, None, log.info)
         network, tokenizer = load_frozen(load_weights.fn(weights, model.model_size), plan, place, dtype)
     except (OSError, ValueError, RuntimeError) as error:
         return RivalRef(rival.name, rival.champion, trouble=str(error))
