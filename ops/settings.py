@@ -57,6 +57,11 @@ class Settings:
         return self.data_root / "subsets"
 
     @property
+    def ledger(self) -> Path:
+        """Copies of what nights used, by MLflow run; MLflow has the originals."""
+        return self.data_root / "ledger"
+
+    @property
     def models(self) -> Path:
         """Registered versions that trainings started from or were compared with."""
         return self.data_root / "models"

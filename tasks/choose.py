@@ -46,7 +46,7 @@ def choose(
     tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
     files = {split: [Path(file.path) for file in files] for split, files in sources.dataset.splits.items()}
     present, held_out = training_keys(files, tokenizer, config)
-    ledger = read_ledger(settings.tracking_uri, model_name(size), dataset)
+    ledger = read_ledger(settings.tracking_uri, model_name(size), dataset, settings.ledger)
     leaked = len(set(held_out.tolist()) & set(ledger.used.tolist()))
     if leaked:
         log.warning(

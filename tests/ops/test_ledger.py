@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ops.ledger
 from ops.ledger import Choice, Ledger, caught_up, choose_rows, no_keys, read_ledger, record_night, write_choice
 from ops.settings import Settings
 from ops.tracking import client, tracked_run
@@ -210,6 +211,29 @@ def test_a_damaged_ledger_is_named(
     damage(next(settings.artifacts.glob(f"{run_id}/artifacts/nightly/used.npy")))
     with pytest.raises(RuntimeError, match=rf"nightly/used\.npy of the MLflow run {run_id}.*delete the run"):
         read_ledger(settings.tracking_uri, model, DATA)
+
+
+def test_copies_are_read_but_decide_nothing(
+    settings: Settings, model: str, night: Nights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A night is fetched once; a damaged copy is fetched again, and one whose run was deleted does not count."""
+    first, second = night([1, 2]), night([1, 2, 3])
+    fetched: list[str] = []
+    real = ops.ledger._read
+    monkeypatch.setattr("ops.ledger._read", lambda *where: (fetched.append(where[1:]), real(*where))[1])
+
+    def used() -> list[int]:
+        keys = read_ledger(settings.tracking_uri, model, DATA, tmp_path / "copies").used
+        return (keys - np.uint64(2**63)).tolist()
+
+    assert used() == used() == [1, 2, 3]
+    assert sorted(fetched) == sorted([(first, "used.npy"), (second, "used.npy"), *[(second, "seen.npy")] * 2])
+    copy = tmp_path / "copies" / f"{first}.npy"
+    copy.write_bytes(copy.read_bytes()[:-3])
+    assert used() == [1, 2, 3]
+    assert fetched.count((first, "used.npy")) == 2
+    client(settings.tracking_uri).delete_run(first)
+    assert used() == [3]
 
 
 def test_missed_nights_are_made_up_for_once(settings: Settings, model: str, night: Nights) -> None:
