@@ -13,7 +13,7 @@ HOST ?= 127.0.0.1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format bench prefect-server mlflow-server worker deploy sample clean
+.PHONY: help install run test test-slow check format bench prefect-server mlflow-server worker deploy rollback sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -78,6 +78,9 @@ deploy: $(INSTALLED) ## Create work pool, gpu limit and all deployments on the s
 	$(BIN)/prefect work-pool inspect gpu >/dev/null 2>&1 || $(BIN)/prefect work-pool create gpu --type process
 	$(BIN)/prefect gcl update tag:gpu --limit $(GPUS) >/dev/null 2>&1 || $(BIN)/prefect gcl create tag:gpu --limit $(GPUS)
 	$(BIN)/prefect --no-prompt deploy --all
+
+rollback: $(INSTALLED) ## Make the champion before the present one champion again: SIZE=355m
+	@$(BIN)/python -m ops.rollback $(SIZE)
 
 # As it was typed: make would expand a dollar sign.
 sample: override export PROMPT := $(value PROMPT)

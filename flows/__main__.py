@@ -108,13 +108,20 @@ def main(arguments: list[str]) -> int:
     from flows.finetune import finetune
 
     imported = time.perf_counter()
-    result = finetune(**parameters)
-    # The server's start, and what Prefect does around the flow.
-    around = time.perf_counter() - imported - sum(result.seconds.values())
+    state = finetune(**parameters, return_state=True)
+    result = state.result()  # raises what the flow raised
+    ended = time.perf_counter()
     # Prefect's farewell to its temporary server would come behind the two lines that scripts read.
     logging.getLogger("prefect").setLevel(logging.WARNING)
+    if result is None:
+        print(f"{state.name}: {state.message}")
+        return 0
     print(before_and_after(result.metrics, result.samples))
+    # The server's start, and what Prefect does around the flow.
+    around = ended - imported - sum(result.seconds.values())
     print(time_table({"imports": imported - begin, "prefect": around, **result.seconds}))
+    if result.verdict:
+        print(f"{'champion' if result.verdict.promoted else 'challenger'}: {result.model}, {result.verdict.reason}")
     print(f"tracking: {result.run.tracking_uri}")
     print(f"run: {result.run.run_id}")
     return 0

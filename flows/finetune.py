@@ -2,17 +2,20 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from pydantic import AfterValidator, Field
 
+from flows.night import Night, begin_night
 from model.config import PRESETS, normalize_size
 from model.device import device_key, resolve_device
 from model.evaluating import SamplingConfig
@@ -22,6 +25,7 @@ from ops.hub import DEFAULT_DATASET
 from ops.laps import Laps
 from ops.lock import exclusive
 from ops.plan import check_disk, describe_plan
+from ops.promotion import Verdict
 from ops.settings import Settings
 from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
 from tasks.download import download
@@ -29,6 +33,8 @@ from tasks.evaluate import evaluate
 from tasks.freeze import freeze
 from tasks.load_weights import load_weights
 from tasks.prepare import prepare
+from tasks.promote import promote as promote_version
+from tasks.promote import score_champion
 from tasks.publish import publish
 from tasks.references import TokensRef
 from tasks.train import train, training_identity
@@ -52,6 +58,7 @@ class FinetuneResult:
         model: URI of the registered version.
         metrics: scores of base and tuned model.
         samples: the first two prompts with reference and both completions.
+        verdict: whether the version became champion, and why; None if that was not asked for.
         seconds: what each step took, in order.
     """
 
@@ -59,6 +66,7 @@ class FinetuneResult:
     model: str
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
+    verdict: Verdict | None
     seconds: dict[str, float]
 
 
@@ -71,6 +79,11 @@ def finetune(
     tokenizer_dir: str | None = None,
     subset_start: Annotated[int, Field(ge=0)] = 0,
     subset_count: Count | None = None,
+    subset: Literal["next"] | None = None,
+    replay_share: Share = 0.2,
+    start_from: Annotated[str, Field(pattern=r"^(base|champion|models:/.+)$")] = "base",
+    promote: bool = False,
+    promote_margin: Annotated[float, Field(ge=0)] = 0.001,
     test_share: Share = 0.1,
     validation_share: Share = 0.02,
     max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05,
@@ -100,7 +113,7 @@ def finetune(
     seed: Annotated[int, Field(ge=0)] = 42,
     precision: Literal["auto", "bf16", "fp32"] = "auto",
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto",
-) -> FinetuneResult:
+) -> FinetuneResult | None:
     """Fine-tune the top blocks of a GPT-2 on code instructions.
 
     Args:
@@ -111,6 +124,11 @@ def finetune(
         tokenizer_dir: a local directory with the tokenizer, if it is not beside the weights.
         subset_start: first row of train to use, counted from 0.
         subset_count: how many rows of train to use from there; all, if left out.
+        subset: "next": instead, at most subset_count rows that no successful night has trained on, by content.
+        replay_share: of all rows of a night, the share that was used before, so that it is not forgotten.
+        start_from: "base"; "champion" (the base if there is none yet); or a version, models:/NAME/VERSION.
+        promote: make the result champion if it is surely better than the champion of this size, else challenger.
+        promote_margin: nats per token by which it must at least be better.
         test_share: share of train that becomes test where the data set has no test split.
         validation_share: share of train that selects the best checkpoint.
         max_dropped_share: more unusable rows than this share is an error.
@@ -150,6 +168,10 @@ def finetune(
         log.warning("torch sees no GPU: a %s trains on the CPU", model_size)
     if deployment.id and not gpu_limit():
         log.warning("this Prefect server has no limit tag:gpu: `make deploy` creates it")
+    if subset and subset_start:
+        raise ValueError(
+            f"subset_start {subset_start} is a place, and subset={subset} goes by content: leave one out"
+        )
     train_config = TrainConfig(
         epochs=epochs,
         max_steps=max_steps,
@@ -184,11 +206,11 @@ def finetune(
         seed=seed,
         pass_rows=pass_rows,
     )
-    subset = f"{subset_start}:{subset_start + subset_count}" if subset_count else f"{subset_start}:"
+    window = f"{subset_start}:{subset_start + subset_count}" if subset_count else f"{subset_start}:"
     tags = {
         "prefect.flow_run_id": str(flow_run.id),
         "prefect.deployment": deployment.name or "none",
-        "subset": subset,
+        "subset": window,
     }
     name = str(flow_run.name)
     if flow_run.ui_url:
@@ -197,12 +219,34 @@ def finetune(
     if deployment.name:
         tags |= {"mlflow.source.name": f"finetune/{deployment.name}", "mlflow.source.type": "JOB"}
     laps.end("plan")
-    with tracked_run(settings, f"{model_size} {name}", parameters, tags) as run:
+    wanted: dict[str, Any] = {
+        "dataset": dataset,
+        "dataset_revision": dataset_revision,
+        "model_size": model_size,
+        "weights_dir": weights_dir,
+        "tokenizer_dir": tokenizer_dir,
+        "start_from": start_from,
+    }
+    night: Night | None = None
+    if subset == "next":
+        due = flow_run.scheduled_start_time
+        begun = begin_night(settings, name, due, wanted, prepare_config, subset_count, replay_share, log)
+        if isinstance(begun, State):
+            return begun  # type: ignore[return-value]  # Prefect takes it for the flow's state, and returns None
+        night = begun
+        laps.end("choose")
+        prepare_config = replace(prepare_config, subset_count=None, subset_keys=night.subset.keys)
+    with (
+        night.held if night else nullcontext(),
+        tracked_run(settings, f"{model_size} {name}", parameters, tags) as run,
+    ):
         log.info("MLflow run %s", run.url or f"{run.run_id} in {run.tracking_uri}")
         if run.url:
             create_link_artifact(run.url, key="mlflow-run", description=f"MLflow run of {name}")
+        if night:
+            night.record(run, model_size)
         laps.end("mlflow")
-        sources = download(dataset, dataset_revision, model_size, weights_dir, tokenizer_dir)
+        sources = night.sources if night else download(**wanted)
         laps.end("download")
         tokens = prepare(sources, prepare_config)
         laps.end("prepare")
@@ -228,13 +272,15 @@ def finetune(
                 laps.end("train")
                 evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device, trunk_cache_gb)
                 laps.end("evaluate")
+                rival = score_champion(tokens, model, plan, checkpoint, train_config, device) if promote else None
             uri = publish(run, sources, model, plan, checkpoint, evaluation)
+            verdict = promote_version(run, uri, evaluation, rival, promote_margin, seed) if rival else None
             samples = json.loads(Path(evaluation.samples).read_text())[:2]
             # MLflow has the model, the journal and the tables now; a later run of these settings trains afresh.
             shutil.rmtree(checkpoint.directory, ignore_errors=True)
             laps.end("publish")
         log_metrics(run, {f"time/{step}_seconds": seconds for step, seconds in laps.seconds.items()}, step=0)
-    return FinetuneResult(run, uri, evaluation.metrics, samples, laps.seconds)
+    return FinetuneResult(run, uri, evaluation.metrics, samples, verdict, laps.seconds)
 
 
 def gpu_limit() -> int | None:

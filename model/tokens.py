@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.files import atomic_directory, sha256_file, write_json
-from model.prompt import encode_examples
+from model.prompt import encode_examples, encode_prompts, format_prompt
 from model.rows import (
     IN_HELD_OUT,
     PROMPT_TOO_LONG,
@@ -25,6 +25,7 @@ from model.rows import (
     normalize_row,
     prompt_key,
     read_records,
+    row_key,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class PrepareConfig:
         max_length: tokens a row is cut at, prompt included.
         subset_start: first source row of train to use.
         subset_count: source rows of train to use from there; None for all.
+        subset_keys: a .npy file with the content keys (uint64) of the rows of train to use instead.
         test_share: share of train that becomes test where the source has no test split.
         validation_share: share of train that becomes validation where the source has none.
         seed: draws both shares.
@@ -52,6 +54,7 @@ class PrepareConfig:
     max_length: int = 512
     subset_start: int = 0
     subset_count: int | None = None
+    subset_keys: str | None = None
     test_share: float = 0.1
     validation_share: float = 0.02
     seed: int = 42
@@ -117,6 +120,7 @@ def prepare(
     digest = hashlib.sha256()
     first_bad: list[str] = []
     held_out: set[bytes] = set()
+    wanted = _subset(config)
     with atomic_directory(target) as scratch:
         writers = {split: _SplitWriter(scratch, split, dtype) for split in SPLITS}
 
@@ -146,36 +150,19 @@ def prepare(
 
         # Held-out files first: training rows are compared with their prompts.
         for source_split in ("test", "validation", "train"):
-            for number, path, record in _numbered(sources.get(source_split, [])):
-                in_subset = _in_subset(number, config) if source_split == "train" else True
+            for record in _route(source_split, sources, config, held_out):
+                in_subset = source_split != "train" or wanted(record)
                 counts.seen += in_subset
-                try:
-                    row = normalize_row(record)
-                except UnusableRow as error:
+                if record.reason:
                     if in_subset:
-                        drop(error.reason)
-                        if len(first_bad) < 5:
-                            first_bad.append(f"{path.name} row {number} ({error.reason})")
+                        drop(record.reason)
+                        record.note(first_bad)
                     continue
-                key = prompt_key(row["prompt"])
-                split = source_split
-                if split != "test" and key in held_out:
-                    if in_subset:
-                        drop(IN_HELD_OUT)
+                if record.split == "train" and not in_subset:
                     continue
-                if split != "train":
-                    held_out.add(key)
-                elif "test" not in sources and fraction(key, config.seed, "test") < config.test_share:
-                    split = "test"
-                elif (
-                    "validation" not in sources and fraction(key, config.seed, "validation") < config.validation_share
-                ):
-                    split = "validation"
-                elif not in_subset:
-                    continue
-                writers[split].pending.append({"row": number, **row})
-                if len(writers[split].pending) >= _CHUNK:
-                    flush(split)
+                writers[record.split].pending.append({"row": record.number, **record.row})
+                if len(writers[record.split].pending) >= _CHUNK:
+                    flush(record.split)
             # A validation file that repeats test's prompts must not be read before test is complete.
             for split in SPLITS:
                 flush(split)
@@ -195,6 +182,90 @@ def prepare(
     return meta
 
 
+def training_keys(
+    sources: Mapping[str, Sequence[Path]], tokenizer: PreTrainedTokenizerBase, config: PrepareConfig
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The content keys of all rows that ``prepare`` would train on, and of those that it would hold out.
+
+    Args:
+        config: its subset plays no part.
+
+    Returns:
+        Two arrays of uint64, each key once, in the order of the source.
+
+    Raises:
+        ValueError: too many unusable rows.
+    """
+    held_out: set[bytes] = set()
+    keys: dict[str, dict[int, None]] = {"train": {}, "held out": {}}
+    first_bad: list[str] = []
+    seen = unusable = 0
+    for source_split in ("test", "validation", "train"):
+        for record in _route(source_split, sources, config, held_out):
+            seen += 1
+            unusable += record.reason in UNUSABLE
+            record.note(first_bad)
+            if record.reason:
+                continue
+            if record.split == "train" and _too_long(record.row["prompt"], tokenizer, config.max_length):
+                continue
+            keys["train" if record.split == "train" else "held out"][row_key(record.row)] = None
+    _check_unusable(unusable, seen, first_bad, config, sources)
+    train, rest = (np.fromiter(found, dtype=np.uint64, count=len(found)) for found in keys.values())
+    return train, rest
+
+
+def _too_long(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
+    """Whether nothing of the response would be left; tokens have a byte at least, so that most need no encoding."""
+    if len(format_prompt({"prompt": prompt}).encode()) < max_length:
+        return False
+    return len(encode_prompts(tokenizer, [prompt])[0]) >= max_length
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """A record on its way: where it stood, the split it belongs to, or the reason why it is dropped."""
+
+    number: int
+    path: Path
+    split: str
+    row: dict[str, Any]
+    reason: str | None = None
+
+    def note(self, first_bad: list[str]) -> None:
+        """Add the record to the first five that cannot be used, if it is one."""
+        if self.reason in UNUSABLE and len(first_bad) < 5:
+            first_bad.append(f"{self.path.name} row {self.number} ({self.reason})")
+
+
+def _route(
+    source_split: str, sources: Mapping[str, Sequence[Path]], config: PrepareConfig, held_out: set[bytes]
+) -> Iterator[_Routed]:
+    """The records of a source split in order, each with the split it belongs to.
+
+    Args:
+        held_out: prompts of held-out files so far; those of this split are added.
+    """
+    for number, path, record in _numbered(sources.get(source_split, [])):
+        try:
+            row = normalize_row(record)
+        except UnusableRow as error:
+            yield _Routed(number, path, source_split, {}, error.reason)
+            continue
+        key = prompt_key(row["prompt"])
+        split = source_split
+        if split != "test" and key in held_out:
+            yield _Routed(number, path, split, row, IN_HELD_OUT)
+            continue
+        if split != "train":
+            held_out.add(key)
+        elif "test" not in sources and fraction(key, config.seed, "test") < config.test_share:
+            split = "test"
+        elif "validation" not in sources and fraction(key, config.seed, "validation") < config.validation_share:
+            split = "validation"
+        yield _Routed(number, path, split, row)
+
+
 def _numbered(paths: Sequence[Path]) -> Iterator[tuple[int, Path, Any]]:
     """Records with their position in the split, counted over its files from 0."""
     number = 0
@@ -204,20 +275,34 @@ def _numbered(paths: Sequence[Path]) -> Iterator[tuple[int, Path, Any]]:
             number += 1
 
 
-def _in_subset(number: int, config: PrepareConfig) -> bool:
-    if number < config.subset_start:
-        return False
-    return config.subset_count is None or number < config.subset_start + config.subset_count
+def _subset(config: PrepareConfig) -> Callable[[_Routed], bool]:
+    """Whether a record of train is among those to use: by content where keys are given, else by position."""
+    if config.subset_keys is not None:
+        keys = frozenset(np.load(config.subset_keys, allow_pickle=False).tolist())
+        return lambda record: bool(record.row) and row_key(record.row) in keys
+    start, count = config.subset_start, config.subset_count
+    return lambda record: record.number >= start and (count is None or record.number < start + count)
+
+
+def _names(sources: Mapping[str, Any]) -> str:
+    return ", ".join(str(path) for paths in sources.values() for path in paths)
+
+
+def _check_unusable(
+    unusable: int, seen: int, first_bad: list[str], config: PrepareConfig, sources: Mapping[str, Any]
+) -> None:
+    if seen and unusable / seen > config.max_dropped_share:
+        raise ValueError(
+            f"{unusable} of {seen} rows of {_names(sources)} cannot be used, more than max_dropped_share "
+            f"{config.max_dropped_share:g} allows; the first: {'; '.join(first_bad)}"
+        )
 
 
 def _check_counts(counts: Counts, first_bad: list[str], config: PrepareConfig, sources: Mapping[str, Any]) -> None:
-    unusable = sum(counts.dropped.get(reason, 0) for reason in UNUSABLE)
-    names = ", ".join(str(path) for paths in sources.values() for path in paths)
-    if counts.seen and unusable / counts.seen > config.max_dropped_share:
-        raise ValueError(
-            f"{unusable} of {counts.seen} rows of {names} cannot be used, more than max_dropped_share "
-            f"{config.max_dropped_share:g} allows; the first: {'; '.join(first_bad)}"
-        )
+    _check_unusable(
+        sum(counts.dropped.get(reason, 0) for reason in UNUSABLE), counts.seen, first_bad, config, sources
+    )
+    names = _names(sources)
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.dropped.items())) or "none dropped"
     if not counts.rows["train"]:
         raise ValueError(

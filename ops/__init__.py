@@ -16,6 +16,7 @@ _DEFAULTS = {
     # Progress bars would fill the logs of a flow run.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)

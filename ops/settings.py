@@ -52,6 +52,21 @@ class Settings:
         return self.data_root / "tokens"
 
     @property
+    def subsets(self) -> Path:
+        """Content keys of the rows that nights chose."""
+        return self.data_root / "subsets"
+
+    @property
+    def ledger(self) -> Path:
+        """Copies of what nights used, by MLflow run; MLflow has the originals."""
+        return self.data_root / "ledger"
+
+    @property
+    def models(self) -> Path:
+        """Registered versions that trainings started from or were compared with."""
+        return self.data_root / "models"
+
+    @property
     def trainings(self) -> Path:
         """Trainings under way, by identity; a finished one is removed once MLflow has its model."""
         return self.data_root / "trainings"

@@ -16,7 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.files import write_json
+from model.files import sha256_file, write_json
 from model.journal import read_journal
 from ops.settings import PROJECT_ROOT, Settings
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
+FILES_TAG = "files"  # of a version: its files' sha256, as JSON
 _BATCH = 1000  # metrics per request, MLflow's limit
 # A server answers an upload only when it has written the file; the short limit of other requests does not fit.
 _UPLOAD_SECONDS = "1800"
@@ -264,6 +265,7 @@ def log_model(
         source=f"models:/{model.model_id}",
         run_id=run.run_id,
         model_id=model.model_id,
+        tags={FILES_TAG: json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())})},
         description=", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
     )
 

@@ -11,12 +11,14 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model import grammar
-from model.config import normalize_size
+from model.config import GPTConfig, normalize_size
 from model.files import atomic_directory, sha256_file, write_json
-from model.loading import CONFIG_FILE, EMBEDDED_BASE, weight_files
+from model.loading import CONFIG_FILE, EMBEDDED_BASE, check_size, weight_files
 from model.rows import SUFFIXES, find_splits
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
+from ops.registry import fetch_version, find_version, starting_uri
 from ops.settings import Settings
+from ops.tracking import client
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
 
 DEMO = "demo"
@@ -30,6 +32,7 @@ def download(
     model_size: str,
     weights_dir: str | None,
     tokenizer_dir: str | None,
+    start_from: str = "base",
 ) -> Sources:
     """Find or fetch the data set and the weights.
 
@@ -39,17 +42,24 @@ def download(
         model_size: chooses the pinned weights on the hub; "tiny" is the embedded base.
         weights_dir: a local directory in Hugging Face's layout instead.
         tokenizer_dir: a local directory with the tokenizer, if it is not beside the weights.
+        start_from: "base"; "champion", the registered champion of this size, or the base if there is none; or the
+            URI of a registered version. A version brings its own weights and tokenizer.
 
     Raises:
         HubError: the hub cannot be reached and nothing is cached.
         FileNotFoundError, ValueError: a local path is wrong, or a local weight file has changed.
+        LookupError, RuntimeError: the version is not registered, or its files cannot be had.
     """
     settings = Settings.load()
-    sources = Sources(
-        dataset=_dataset(settings, dataset, dataset_revision),
-        weights=_weights(settings, normalize_size(model_size), weights_dir, tokenizer_dir),
-    )
     log = get_run_logger()
+    uri = starting_uri(settings.tracking_uri, start_from, normalize_size(model_size))
+    if start_from != "base" and not uri:
+        log.info("there is no champion yet: starting from the base")
+    if uri:
+        weights = registered_weights(settings, uri, normalize_size(model_size), tokenizer_dir, log.info)
+    else:
+        weights = _weights(settings, normalize_size(model_size), weights_dir, tokenizer_dir)
+    sources = Sources(_dataset(settings, dataset, dataset_revision), weights)
     log.info("data set %s, %s", sources.dataset.source, sources.dataset.revision or "local")
     log.info("weights %s, %s", sources.weights.source, sources.weights.revision or "local")
     return sources
@@ -124,6 +134,40 @@ def _weights(settings: Settings, size: str, weights_dir: str | None, tokenizer_d
         raise FileNotFoundError(f"tokenizer_dir {tokenizer_dir} is not a directory")
     tokenizer = Path(tokenizer_dir).expanduser().resolve() if tokenizer_dir else directory
     return WeightsRef(source, revision, str(directory), files, str(tokenizer))
+
+
+def registered_weights(
+    settings: Settings, uri: str, size: str, tokenizer_dir: str | None, log: Callable[[str], None]
+) -> WeightsRef:
+    """A registered version as weights to start from.
+
+    Args:
+        uri: models:/NAME/VERSION.
+
+    Raises:
+        LookupError: there is no such version.
+        RuntimeError: its files cannot be had, or are not those that were registered.
+        ValueError: it has another size, or tokenizer_dir holds another tokenizer than it was trained with.
+    """
+    directory, files = fetch_version(settings, find_version(client(settings.tracking_uri), uri), log)
+    try:
+        check_size(GPTConfig.from_json(directory / CONFIG_FILE), size, Path(uri))
+    except ValueError as error:
+        raise ValueError(f"{error}: choose a version of that size in start_from, or another model_size") from error
+    if tokenizer_dir and _vocabulary(Path(tokenizer_dir).expanduser()) != _vocabulary(directory):
+        raise ValueError(
+            f"{uri} was trained with another tokenizer than that of tokenizer_dir {tokenizer_dir}: leave "
+            "tokenizer_dir out, since a version brings its own, or start from the base (start_from=base)"
+        )
+    used = [directory / CONFIG_FILE, *weight_files(directory)]
+    return WeightsRef(uri, None, str(directory), {path.name: files[path.name] for path in used}, str(directory))
+
+
+def _vocabulary(directory: Path) -> dict[str, int]:
+    """The tokens of a tokenizer by their text."""
+    from transformers import AutoTokenizer
+
+    return dict(AutoTokenizer.from_pretrained(directory, local_files_only=True).get_vocab())
 
 
 def _trusted(settings: Settings, directory: Path) -> dict[str, str]:

@@ -41,10 +41,11 @@ def prepare(sources: Sources, config: PrepareConfig) -> TokensRef:
         raise ValueError(f"max_length {config.max_length} is beyond the model's context of {shape.n_positions}")
     tokenizer_files = [Path(weights.tokenizer_directory) / name for name in _TOKENIZER_FILES]
     splits = {split: [Path(file.path) for file in files] for split, files in sources.dataset.splits.items()}
+    chosen = sha256_file(Path(config.subset_keys)) if config.subset_keys else None  # its content, wherever it lies
     key = sha256_json(
         {
             "code": _CODE_VERSION,
-            "config": asdict(config),
+            "config": {**asdict(config), "subset_keys": chosen},
             "rows": {split: [file.sha256 for file in files] for split, files in sources.dataset.splits.items()},
             "tokenizer": {path.name: sha256_file(path) for path in tokenizer_files if path.exists()},
         }

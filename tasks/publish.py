@@ -23,6 +23,8 @@ from ops.tracking import MODEL_PREFIX, RunRef, client, log_metrics, log_model
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, Sources
 
+_WEIGHTS_LICENCE = "OpenAI's GPT-2 weights are under a modified MIT licence."
+_ROWS_LICENCE = "CC BY-NC 4.0: a model trained on them is for non-commercial use."
 _SHOWN = 5  # samples in Prefect's artifact
 _SHOWN_CHARACTERS = 600
 
@@ -95,13 +97,18 @@ def _model_card(
     network: GPTModel, plan: FreezePlan, model: ModelRef, sources: Sources, metrics: Mapping[str, float]
 ) -> str:
     lines = [f"- Base: {model.source}, {_origin(sources.weights.revision, model.sha256)}."]
-    if model.source in {repo for repo, _ in PINNED_WEIGHTS.values()}:
-        lines.append("  OpenAI's GPT-2 weights are under a modified MIT licence.")
+    # A version that this one goes on from hands its licences down.
+    card = Path(model.directory) / "README.md"
+    inherited = card.read_text() if model.source.startswith("models:/") and card.exists() else ""
+    if model.source in {repo for repo, _ in PINNED_WEIGHTS.values()} or _WEIGHTS_LICENCE in inherited:
+        lines.append(f"  {_WEIGHTS_LICENCE}")
     data = sources.dataset
     files = sha256_json([file.sha256 for files in data.splits.values() for file in files])
     lines.append(f"- Data: {data.source}, {_origin(data.revision, files)}.")
     if data.source == DEFAULT_DATASET:
-        lines.append("  Its rows are under CC BY-NC 4.0: a model trained on them is for non-commercial use.")
+        lines.append(f"  Its rows are under {_ROWS_LICENCE}")
+    elif _ROWS_LICENCE in inherited:
+        lines.append(f"  {DEFAULT_DATASET}'s rows, which the base was trained on, are under {_ROWS_LICENCE}")
     lines.append(f"- Trained: {plan.trainable:,} of {plan.total:,} parameters; the other tensors equal the base's.")
     lines.append(f"- Context: {network.config.n_positions} tokens. Prompt: `### Instruction:`, newline, the request,")
     lines.append("  blank line, `### Response:`, newline.")

@@ -77,6 +77,25 @@ class TokensRef:
 
 
 @dataclass(frozen=True)
+class SubsetRef:
+    """The rows that a night chose.
+
+    Attributes:
+        folder: holds the night's part of the ledger.
+        keys: file with the content keys of the rows to train on.
+        sha256: over those keys.
+        fresh: rows that no successful night has trained on.
+        replay: rows mixed in that one has.
+    """
+
+    folder: str
+    keys: str
+    sha256: str
+    fresh: int
+    replay: int
+
+
+@dataclass(frozen=True)
 class ModelRef:
     """A base model whose every key and shape was checked.
 
@@ -130,3 +149,20 @@ class EvaluationRef:
     rows: str
     samples: str
     passes: str
+
+
+@dataclass(frozen=True)
+class RivalRef:
+    """What a new version is compared with: the champion of that moment, else what the run started from.
+
+    Attributes:
+        name: for people.
+        champion: its version; None if there is no champion.
+        rows: JSON file with its mean loss on each row of the evaluation; None if the run started from it.
+        trouble: why it cannot be compared with; None if it can.
+    """
+
+    name: str
+    champion: str | None
+    rows: str | None = None
+    trouble: str | None = None

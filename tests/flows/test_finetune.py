@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = {
     "model_size", "dataset", "dataset_revision", "weights_dir", "tokenizer_dir", "subset_start", "subset_count",
+    "subset", "replay_share", "start_from", "promote", "promote_margin",
     "test_share", "validation_share", "max_dropped_share", "max_length", "freeze_layers", "num_unfrozen_layers",
     "train_head", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "trunk_cache_gb", "learning_rate",
     "weight_decay", "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows",
@@ -255,16 +256,19 @@ def test_a_run_that_failed_behind_training_does_not_train_again(
 
 def test_every_gpu_task_holds_the_tag() -> None:
     """The tag limit serialises what uses the device, and nothing else."""
+    from tasks.choose import choose
     from tasks.download import download
     from tasks.evaluate import evaluate
     from tasks.freeze import freeze
     from tasks.load_weights import load_weights
     from tasks.prepare import prepare
+    from tasks.promote import promote, score_champion
     from tasks.publish import publish
     from tasks.train import train
 
-    assert train.tags == evaluate.tags == {"gpu"}
-    assert not download.tags | prepare.tags | load_weights.tags | freeze.tags | publish.tags
+    assert train.tags == evaluate.tags == score_champion.tags == {"gpu"}
+    without = (download, choose, prepare, load_weights, freeze, publish, promote)
+    assert not set().union(*(task.tags for task in without))
 
 
 def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from model.rows import UNUSABLE, UnusableRow, find_splits, fraction, normalize_row, prompt_key, read_records
+from model.rows import UNUSABLE, UnusableRow, find_splits, fraction, normalize_row, prompt_key, read_records, row_key
 
 ROWS = [
     {"prompt": "Add 1", "completion": "x + 1\n"},
@@ -191,3 +191,15 @@ def test_tests_and_family_are_kept() -> None:
     for bad in ("assert True", [1], {"a": "b"}):
         with pytest.raises(UnusableRow, match="not_a_string"):
             normalize_row({**row, "tests": bad})
+
+
+def test_row_keys_are_of_the_content() -> None:
+    """Any change of a row is another row; its schema, and what the project does not read, are not."""
+    row = {"prompt": "p", "completion": "c", "tests": ["assert f(1) == 2"], "family": "all"}
+    changes = [{"prompt": "p "}, {"completion": "C"}, {"tests": []}, {"family": "other"}]
+    assert len({row_key(row), *(row_key({**row, **change}) for change in changes)}) == 5
+    assert row_key(dict(reversed(row.items()))) == row_key(row)
+    one = normalize_row({"instruction": "p", "input": "", "output": "c", "id": 7})
+    assert row_key(one) == row_key(normalize_row({"prompt": "p", "completion": "c", "id": 8}))
+    # Kept in MLflow for years: no version of anything may change it unnoticed.
+    assert row_key({"prompt": "Add \u2603", "completion": "x + 1\n"}) == 5072156249635746624

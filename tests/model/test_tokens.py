@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from model.prompt import encode_examples
-from model.rows import find_splits, normalize_row
+from model.prompt import encode, encode_examples, format_prompt
+from model.rows import find_splits, normalize_row, row_key
 from model.tokens import (
     IGNORE,
     CodeAlpacaDataset,
     PrepareConfig,
     epoch_order,
     prepare,
+    training_keys,
     verify_tokens,
 )
 
@@ -350,6 +351,87 @@ def test_verify_tokens_finds_any_flipped_byte(
         path.write_bytes(data)
     assert verify_tokens(directory) == meta
     assert verify_tokens(tmp_path / "absent") is None
+
+
+# Subsets by content
+
+
+def _keys(rows: list[Any]) -> list[int]:
+    return [row_key(normalize_row(row)) for row in rows]
+
+
+@pytest.fixture
+def keys_of(tmp_path: Path, tokenizer: Any, write_jsonl: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
+    """keys_of(rows, test=..., max_length=...): the keys of rows that may train, and of those held out."""
+
+    def read(train: list[Any], test: list[Any] | None = None, **settings: Any) -> tuple[Any, Any]:
+        folder = tmp_path / f"keys{len(list(tmp_path.iterdir()))}"
+        for split, rows in (("train", train), ("test", test)):
+            if rows is not None:
+                write_jsonl(folder / f"{split}.jsonl", rows)
+        return training_keys(find_splits(folder), tokenizer, PrepareConfig(**{**vars(CONFIG), **settings}))
+
+    return read
+
+
+@pytest.mark.parametrize("own_test", [True, False])
+def test_training_keys_are_of_the_rows_that_train(
+    make_rows: Callable[..., Any],
+    run: Callable[..., Any],
+    keys_of: Callable[..., Any],
+    tmp_path: Path,
+    tokenizer: Any,
+    own_test: bool,
+) -> None:
+    """They choose what prepare keeps, to the last row: not what is held out, repeated, unusable or too long."""
+    rows = [normalize_row(row) for row in make_rows(60)]
+    test = rows[:6] if own_test else None
+    long = {"prompt": "q r " * 60, "completion": "c"}  # like the next, drawn into train
+    just = {"prompt": "Write a function that adds 1 to a price, and so on.", "completion": "c"}
+    text = format_prompt(just)
+    assert len(encode(tokenizer, [text])[0]) < CONFIG.max_length <= len(text.encode())  # bytes do not decide
+    given = [*rows, long, just, rows[30], {"prompt": "p"}]
+    train, held_out = keys_of(given, test)
+    meta, directory = run(given, test)
+    assert meta["counts"]["dropped"]["prompt_too_long"] == 1
+    own = [row for split in ("validation", "test") for row in _rows_of(directory, split)]
+    assert sorted(held_out.tolist()) == sorted(set(_keys(own)))
+    assert set(train.tolist()) == set(_keys([*rows, just])) - set(held_out.tolist())
+    assert len(set(train.tolist())) == len(train)
+    assert train.tolist() == [key for key in _keys([*rows, just]) if key in set(train.tolist())]
+    np.save(tmp_path / "all.npy", train)
+    chosen, _ = run(given, test, subset_keys=str(tmp_path / "all.npy"), max_dropped_share=0)
+    assert chosen["counts"]["tokens"] == meta["counts"]["tokens"]
+    assert chosen["data_sha256"] == meta["data_sha256"]
+
+
+def _rows_of(directory: Path, split: str) -> list[dict[str, Any]]:
+    lines = (directory / f"{split}.rows.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "row"} for line in lines]
+
+
+def test_a_subset_by_content_is_found_wherever_it_lies(
+    make_rows: Callable[..., Any], run: Callable[..., Any], keys_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The same rows of a file that was reordered, with others between them; held-out rows are not touched."""
+    rows = [normalize_row(row) for row in make_rows(90)]
+    train, _ = keys_of(rows[:60])
+    np.save(tmp_path / "some.npy", train[5:15])
+    _, here = run(rows[:60], subset_keys=str(tmp_path / "some.npy"))
+    meta, there = run(rows[::-1], subset_keys=str(tmp_path / "some.npy"))
+    assert examples(there, "train") == examples(here, "train")[::-1]
+    assert meta["counts"]["rows"]["train"] == 10
+    _, whole = run(rows[::-1])
+    assert held_out(there, "test") == held_out(whole, "test")
+    assert held_out(there, "validation") == held_out(whole, "validation")
+
+
+def test_unusable_rows_are_an_error_before_anything_is_chosen(
+    make_rows: Callable[..., Any], keys_of: Callable[..., Any]
+) -> None:
+    """Half a broken file is not quietly passed over; the first rows are named."""
+    with pytest.raises(ValueError, match=r"20 of 80 rows .*max_dropped_share.*train\.jsonl row 60 \(missing_field\)"):
+        keys_of(make_rows(60) + [{"prompt": "p"}] * 20)
 
 
 # Examples and batches

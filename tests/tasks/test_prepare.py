@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from model.tokens import PrepareConfig
+from model.loading import load_tokenizer
+from model.tokens import PrepareConfig, training_keys
 from tasks.download import download
 from tasks.prepare import prepare
 from tasks.references import Sources, TokensRef
@@ -49,6 +52,24 @@ def test_damaged_files_are_written_anew(sources: Sources) -> None:
 def test_other_settings_are_other_files(sources: Sources) -> None:
     """The key covers the settings."""
     assert _prepare(sources).key != _prepare(sources, PrepareConfig(max_length=70, validation_share=0.2)).key
+
+
+def test_a_subset_is_known_by_its_keys(sources: Sources, tmp_path: Path) -> None:
+    """Not by the path of the file that holds them: the same rows are not tokenised again, other rows are."""
+    whole = _prepare(sources)
+    train, _ = training_keys(
+        {split: [Path(file.path) for file in files] for split, files in sources.dataset.splits.items()},
+        load_tokenizer(sources.weights.tokenizer_directory, 320),
+        CONFIG,
+    )
+    tokens = []
+    for name, keys in (("one", train[:9]), ("two", train[:9]), ("three", train[9:18])):
+        np.save(tmp_path / f"{name}.npy", keys)
+        tokens.append(_prepare(sources, replace(CONFIG, subset_keys=str(tmp_path / f"{name}.npy"))))
+    first, again, other = tokens
+    assert first == again
+    assert len({whole.key, first.key, other.key}) == 3
+    assert first.counts["rows"]["train"] == other.counts["rows"]["train"] == 9
 
 
 def test_max_length_beyond_the_context(sources: Sources) -> None:

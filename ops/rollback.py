@@ -1,0 +1,29 @@
+"""``python -m ops.rollback SIZE``: the champion of a size is again the version that it replaced."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from model.config import normalize_size
+from ops.promotion import roll_back
+from ops.registry import model_name
+from ops.settings import Settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Move the alias back, and say from where to where. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ops.rollback", description=__doc__)
+    parser.add_argument("size", help="tiny, 124m, 355m, 774m or 1558m")
+    try:
+        name = model_name(normalize_size(parser.parse_args(arguments).size))
+        before, now = roll_back(Settings.load().tracking_uri, name)
+    except (LookupError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{name}: the champion was version {before}, and is version {now} again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Task ``choose``: the rows of a night, by what MLflow remembers of the nights before."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from model.config import GPTConfig
+from model.files import atomic_directory, sha256_json
+from model.loading import CONFIG_FILE, load_tokenizer
+from model.tokens import PrepareConfig, training_keys
+from ops.ledger import choose_rows, read_ledger, write_choice
+from ops.registry import model_name
+from ops.settings import Settings
+from tasks.references import Sources, SubsetRef
+
+
+@task(name="choose", cache_policy=NO_CACHE)
+def choose(
+    sources: Sources, size: str, dataset: str, config: PrepareConfig, count: int | None, replay_share: float
+) -> SubsetRef | None:
+    """Choose the next rows that no successful night of this size has trained on, and old ones to mix in.
+
+    The caller holds the nights of this size: two at once would choose the same rows.
+
+    Args:
+        dataset: as the user gave it.
+        config: how the rows are going to be prepared.
+        count: fresh rows at most.
+        replay_share: of all rows of the night, the share that was used before.
+
+    Returns:
+        The rows; None if there are no fresh ones.
+
+    Raises:
+        ValueError: too many unusable rows.
+        RuntimeError: the ledger cannot be read.
+    """
+    log = get_run_logger()
+    settings = Settings.load()
+    weights = sources.weights
+    shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE)
+    tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
+    files = {split: [Path(file.path) for file in files] for split, files in sources.dataset.splits.items()}
+    present, held_out = training_keys(files, tokenizer, config)
+    ledger = read_ledger(settings.tracking_uri, model_name(size), dataset, settings.ledger)
+    leaked = len(set(held_out.tolist()) & set(ledger.used.tolist()))
+    if leaked:
+        log.warning(
+            "earlier nights trained on %d of the %d rows held out now, so that the champion looks better than it is: "
+            "set seed, test_share and validation_share as they were, or give the rows their split back",
+            leaked,
+            len(held_out),
+        )
+    choice = choose_rows(present, ledger, count, replay_share, config.seed)
+    if not len(choice.fresh):
+        log.info("each of the %d rows has been trained on, and no new one has come", len(present))
+        return None
+    left = len(present) - len(choice.fresh) - len(set(present.tolist()) & set(ledger.used.tolist()))
+    log.info("%d fresh rows, %d old ones; %d are left for later nights", len(choice.fresh), len(choice.replay), left)
+    folder = settings.subsets / sha256_json([choice.sha256, asdict(config), sorted(choice.fresh.tolist())])
+    with atomic_directory(folder) as scratch:
+        name = write_choice(choice, scratch).name
+    return SubsetRef(str(folder), str(folder / name), choice.sha256, len(choice.fresh), len(choice.replay))

@@ -1,0 +1,90 @@
+"""Tasks ``score_champion`` (tag gpu) and ``promote``: is the new version better than the champion of the moment?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from model.device import resolve_device, resolve_precision
+from model.engine import Engine
+from model.files import write_json
+from model.freezing import FreezePlan
+from model.prompt import encode_examples
+from model.scoring import row_losses
+from model.tokens import CodeAlpacaDataset
+from model.training import TrainConfig, default_micro_batch_tokens
+from ops.promotion import Verdict, announce, judge, settle
+from ops.registry import champion, find_version, version_uri
+from ops.settings import Settings
+from ops.tracking import RunRef, client
+from tasks.download import registered_weights
+from tasks.frozen import load_frozen
+from tasks.load_weights import load_weights
+from tasks.references import CheckpointRef, EvaluationRef, ModelRef, RivalRef, TokensRef
+
+
+@task(name="score_champion", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
+def score_champion(
+    tokens: TokensRef, model: ModelRef, plan: FreezePlan, checkpoint: CheckpointRef, config: TrainConfig, device: str
+) -> RivalRef:
+    """Find what the new version is to be compared with, and score it unless the evaluation has.
+
+    The caller holds the device. A champion that cannot be had or compared is no failure: the training is done, and
+    its version is registered all the same.
+    """
+    log = get_run_logger()
+    settings = Settings.load()
+    version = champion(settings, model.model_size)
+    if version is None:
+        return RivalRef(f"{model.source}, for want of a champion", None)
+    uri = version_uri(version)
+    rival = RivalRef(f"the champion {uri}", str(version.version))
+    if model.source == uri:
+        return rival
+    place = resolve_device(device)
+    dtype = resolve_precision(config.precision, place)
+    test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
+    try:
+        weights = registered_weights(settings, uri, model.model_size, None, log.info)
+        network, tokenizer = load_frozen(load_weights.fn(weights, model.model_size), plan, place, dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        return RivalRef(rival.name, rival.champion, trouble=str(error))
+    examples = encode_examples(
+        tokenizer, [row["prompt"] for row in test.rows], [row["completion"] for row in test.rows]
+    )
+    for index, (ids, _) in enumerate(examples):
+        own = test[index]["input_ids"].tolist()
+        if ids[: len(own)] != own:
+            trouble = f"{uri} has another tokenizer: losses per token of two tokenizers say nothing about each other"
+            return RivalRef(rival.name, rival.champion, trouble=trouble)
+    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(network)
+    sums, counts = row_losses(Engine(network.eval(), dtype), test, max_tokens)
+    rows = Path(checkpoint.directory) / "champion_rows.json"
+    write_json(rows, (sums / counts).tolist())
+    log.info("the champion %s has a test loss of %.4f over %d rows", uri, sums.sum() / counts.sum(), len(test))
+    return RivalRef(rival.name, rival.champion, str(rows))
+
+
+@task(name="promote", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE)
+def promote(run: RunRef, uri: str, evaluation: EvaluationRef, rival: RivalRef, margin: float, seed: int) -> Verdict:
+    """Make a new version champion if it is surely better than its rival, else challenger, and tell people.
+
+    Args:
+        uri: of the new version.
+        margin: nats per token that the lower bound of the gain must exceed.
+        seed: of the bootstrap.
+    """
+    version = find_version(client(run.tracking_uri), uri)
+    if rival.trouble:
+        verdict = Verdict(False, f"not compared with {rival.name}: {rival.trouble}", None, rival.champion)
+    else:
+        records = json.loads(Path(evaluation.rows).read_text())
+        losses = json.loads(Path(rival.rows).read_text()) if rival.rows else None
+        verdict = judge(records, losses, rival.name, rival.champion, margin, seed)
+    verdict = settle(run, version, verdict)
+    get_run_logger().info("%s is %s: %s", uri, "champion" if verdict.promoted else "challenger", verdict.reason)
+    announce(run, version, verdict)
+    return verdict
