@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 
 from model.device import device_choices, device_key
-from ops.limits import LEASE_SECONDS, read_slots
+from ops.limits import LEASE_SECONDS, read_slots, release_all
 from ops.lock import exclusive, exclusive_any, shared_directory
 from ops.settings import Settings
 
@@ -41,7 +41,7 @@ def hold_device(settings: Settings, device: str) -> Iterator[torch.device]:
     directory = shared_directory(settings.device_locks)
     name, run_id = str(flow_run.name), str(flow_run.id)
     with exclusive_any(directory, list(places), name, log.info, show=waiting.show, flow_run_id=run_id) as held:
-        _show_slots(waiting)
+        _free_slots(waiting)
         yield places[held.what]
 
 
@@ -56,10 +56,11 @@ def hold_training(settings: Settings, identity: str) -> Iterator[None]:
         yield
 
 
-def _show_slots(waiting: _Waiting) -> None:
+def _free_slots(waiting: _Waiting) -> None:
     """Wait, visibly, until Prefect has a slot: it would hold the first task back without a word.
 
-    With the device in hand that is the lease of a run that died, or a limit below the number of GPUs.
+    With the device in hand that is the lease of a run that died, which is taken from it here, or a limit below the
+    number of GPUs.
     """
     log = get_run_logger()
     told = ""
@@ -78,9 +79,12 @@ def _slots_taken() -> str | None:
     try:
         with get_client(sync_client=True) as client:
             slots = None if client.server_type == ServerType.EPHEMERAL else read_slots(client)
+            if slots is None or not 0 < slots.limit <= slots.active:
+                return None
+            if slots.dead and len(slots.dead) == len(slots.holders):
+                release_all(client)
+                return None
     except Exception:  # the task will see for itself
-        return None
-    if slots is None or not 0 < slots.limit <= slots.active:
         return None
     names = [f"{run.name} ({run.state_name})" if run else "an unknown run" for run in slots.holders.values()]
     by = ", ".join(names) or "nobody: `make doctor` mends that"

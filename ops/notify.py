@@ -36,6 +36,7 @@ def notify(
     """
     links = links or {}
     run = UUID(flow_run_id) if flow_run_id else _current_flow_run()
+    _log.info("notice: %s", "; ".join([title, *lines]))
     posted: list[bool] = []
     ways = [
         _start("artifact", lambda: _write_artifact(title, lines, links, run)),

@@ -1,4 +1,4 @@
-"""Device locks: exclusive between processes, free the moment their holder dies, kept by a child that inherited them."""
+"""Device locks: exclusive between processes, free when their holder dies, kept by a child that inherited them."""
 
 from __future__ import annotations
 
