@@ -308,7 +308,7 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
     """Fault 3: the trainer is gone within 30 s, both sides say so, and the next run goes on at that very step."""
-    parameters = {**SHORT, "epochs": 1000, "max_steps": 2000, "eval_freq": 1500, "seed": 6}
+    parameters = {**SHORT, "epochs": 1000, "max_steps": 1200, "eval_freq": 1100, "seed": 6}
     steps = []
     for how, prefect in (("cancel", "CANCELLED"), ("SIGTERM", "CRASHED")):
         run = submit(parameters)
@@ -326,29 +326,29 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
         run.wait_for_both(prefect, "KILLED", 30)
         print(f"{how}: both sides after {time.time() - began:.1f} s, {run.state['message']}")
         step = max(int(path.name.removeprefix("step-")) for path in _training(platform, 6).glob("step-*"))
-        assert step % 1500
+        assert step not in (0, 1100)
         steps.append(step)
         assert any(run.prefect["name"] in text for text in webhook.texts) == (how == "SIGTERM")
-    assert 0 < steps[0] < steps[1] < 2000
+    assert 0 < steps[0] < steps[1] < 1200
     run = submit(parameters)
     run.wait_for_both("COMPLETED", "FINISHED", 240)
     tasks = platform.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run.id]}}})
     (train,) = [task for task in tasks if task["name"].startswith("train-")]
     logs = platform.api("/logs/filter", {"logs": {"task_run_id": {"any_": [train["id"]]}}})
     assert f"this training was taken over at step {steps[1]}" in [line["message"] for line in logs]
-    assert [point.step for point in run.losses] == list(range(1, 2001))
+    assert [point.step for point in run.losses] == list(range(1, 1201))
 
 
 def test_a_training_outlives_mlflow(platform: Installation, submit: Callable[..., Run]) -> None:
     """Fault 22: killed in the middle of a training and started later: no point is missing, none is there twice."""
-    run = submit({**SHORT, "epochs": 1000, "max_steps": 2500, "eval_freq": 2000, "seed": 7})
+    run = submit({**SHORT, "epochs": 1000, "max_steps": 1500, "eval_freq": 1000, "seed": 7})
     run.wait_until_it_trains()
     platform.kill("mlflow")
     time.sleep(8)
     assert run.state["name"] == "Running"
     platform.start_mlflow()
     run.wait_for_both("COMPLETED", "FINISHED", 240)
-    assert [point.step for point in run.losses] == list(range(1, 2501))
+    assert [point.step for point in run.losses] == list(range(1, 1501))
 
 
 def test_mlflow_gone_to_the_end_is_a_failed_run(
