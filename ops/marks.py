@@ -47,15 +47,23 @@ class ProcessMark:
     @property
     def is_dead(self) -> bool:
         """True only if it is certain: the machine is this one, and was restarted or no longer has the process."""
+        return self._lives() is False
+
+    @property
+    def is_alive(self) -> bool:
+        """True only if it is certain: this machine, here where pids mean the same, has the process."""
+        return self._lives() is True
+
+    def _lives(self) -> bool | None:
         here = mark_process(self.pid)
         if self.machine != here.machine:
-            return False
+            return None
         boot, _, namespace = self.boot.partition(" ")
         boot_now, _, namespace_now = here.boot.partition(" ")
         if boot != boot_now:
-            return True
+            return False
         # In another container the same number is another process.
-        return namespace == namespace_now and self.started != here.started
+        return self.started == here.started if namespace == namespace_now else None
 
 
 def mark_process(pid: int | None = None) -> ProcessMark:

@@ -7,8 +7,11 @@ kill -9 of the flow and its worker, a reboot, MLflow gone at the wrong moment.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 FLOW_RUN_TAG = "prefect.flow_run_id"
 REASON_TAG = "ended_by"
 _STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CRASHED": "KILLED", "CANCELLED": "KILLED"}
+_CANCEL_SECONDS = 60.0  # twice what Prefect's worker takes until it kills
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +63,8 @@ def mlflow_status(state: State | None) -> str | None:
 def stale_runs(tracking_uri: str, flow_run: Callable[[str], FlowRun | None]) -> list[StaleRun]:
     """The runs of the experiment that say RUNNING although their flow run has ended, or their process.
 
-    A run whose process lives on another machine, or in another container, is left alone.
+    A run whose process may live on another machine, or in another container, is left alone. So is one that Prefect
+    gave up while its process lives: heartbeats were lost, or it is about to end, and closes its run itself.
 
     Args:
         flow_run: a Prefect run by its id; None if there is none, or no server.
@@ -71,6 +76,9 @@ def stale_runs(tracking_uri: str, flow_run: Callable[[str], FlowRun | None]) -> 
         prefect = flow_run(flow_run_id) if flow_run_id else None
         status = mlflow_status(prefect.state) if prefect else None
         process = ProcessMark.from_json(tags.get(PROCESS_TAG, ""))
+        given_up = prefect and prefect.state and (prefect.state.is_crashed() or prefect.state.is_cancelled())
+        if given_up and process and process.is_alive:
+            continue
         if prefect and prefect.state and status:
             reason, crashed = f"Prefect: {prefect.state.name}", prefect.state.is_crashed()
         elif process and process.is_dead:
@@ -109,14 +117,36 @@ def reap(tracking_uri: str, prefect: SyncPrefectClient | None) -> list[str]:
         prefect: a client of a server; None if there is none, then dead processes alone count.
 
     Returns:
-        A line for each run that was closed.
+        A line for each run that was closed, or asked to end.
     """
     stale = stale_runs(tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id))
-    return [
+    lines = [
         f"MLflow run {run.name} was RUNNING: now {run.status} ({run.reason})"
         for run in stale
         if close_stale(run, prefect)
     ]
+    return lines + (end_cancelled(tracking_uri, prefect) if prefect else [])
+
+
+def end_cancelled(tracking_uri: str, prefect: SyncPrefectClient, seconds: float = _CANCEL_SECONDS) -> list[str]:
+    """Ask processes of this machine to end (SIGTERM) whose cancellation nobody delivered: their worker is gone.
+
+    Args:
+        seconds: that a worker is given.
+
+    Returns:
+        A line for each.
+    """
+    lines = []
+    for run in _running(tracking_uri):
+        process = ProcessMark.from_json(run.data.tags.get(PROCESS_TAG, ""))
+        found = read_flow_run(prefect, run.data.tags.get(FLOW_RUN_TAG, ""))
+        if not (process and found and found.state and found.state.is_cancelling() and process.is_alive):
+            continue
+        if (datetime.now(UTC) - found.state.timestamp).total_seconds() > seconds:
+            os.kill(process.pid, signal.SIGTERM)
+            lines.append(f"nobody cancelled {run.info.run_name}: its process {process.pid} is asked to end")
+    return lines
 
 
 def close_stale(stale: StaleRun, prefect: SyncPrefectClient | None) -> bool:

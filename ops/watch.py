@@ -75,8 +75,8 @@ class Watcher:
 def main() -> int:
     """Watch until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
-    for noisy in ("httpx", "alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for noisy in ("httpx", "alembic", "mlflow", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     stop = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:

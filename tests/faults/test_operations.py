@@ -222,7 +222,7 @@ def test_kill_9_of_the_holder_lets_the_next_one_in(
         print(f"the next one trains after {began - killed:.1f} s")
         assert began - killed <= 90
         assert began * 1000 > last
-        second.wait_for_both("COMPLETED", "FINISHED", 60)
+        second.wait_for_both("COMPLETED", "FINISHED", 200)
         assert re.fullmatch(r"Over: waited \d+ s\.", second.artifact("waiting-for-gpu"))
         assert "cpu is free: going on" in second.logs
     finally:
@@ -277,7 +277,7 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
         output, _ = doctor.communicate(timeout=90)
         print(output)
         assert "[mended]" in output
-        run.wait_for_both("COMPLETED", "FINISHED", 120)
+        run.wait_for_both("COMPLETED", "FINISHED", 300)
     finally:
         for pid in (holder.pid, child):
             try:
@@ -288,7 +288,7 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
 
 def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, submit: Callable[..., Run]) -> None:
     """Fault 25: away for 10 s in the middle of a training. Who waits goes on waiting, and gets its turn."""
-    first = submit({**SHORT, "epochs": 1000, "max_steps": 1500, "eval_freq": 1000, "seed": 4})
+    first = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 4})
     first.wait_until_it_trains()
     second = submit({**SHORT, "seed": 5})
     second.wait_for_state("WaitingForGpu", 90)
@@ -298,9 +298,9 @@ def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, su
     platform.start_prefect()
     assert first.state["type"] == "RUNNING"
     assert second.losses == []
-    first.wait_for_both("COMPLETED", "FINISHED", 240)
-    second.wait_for_both("COMPLETED", "FINISHED", 150)
-    assert [point.step for point in first.losses] == list(range(1, 1501))
+    first.wait_for_both("COMPLETED", "FINISHED", 500)
+    second.wait_for_both("COMPLETED", "FINISHED", 300)
+    assert [point.step for point in first.losses] == list(range(1, 1001))
     assert second.losses[0].timestamp > first.losses[-1].timestamp
 
 
@@ -331,7 +331,7 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
         assert any(run.prefect["name"] in text for text in webhook.texts) == (how == "SIGTERM")
     assert 0 < steps[0] < steps[1] < 1200
     run = submit(parameters)
-    run.wait_for_both("COMPLETED", "FINISHED", 240)
+    run.wait_for_both("COMPLETED", "FINISHED", 500)
     tasks = platform.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run.id]}}})
     (train,) = [task for task in tasks if task["name"].startswith("train-")]
     logs = platform.api("/logs/filter", {"logs": {"task_run_id": {"any_": [train["id"]]}}})
@@ -341,21 +341,21 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
 
 def test_a_training_outlives_mlflow(platform: Installation, submit: Callable[..., Run]) -> None:
     """Fault 22: killed in the middle of a training and started later: no point is missing, none is there twice."""
-    run = submit({**SHORT, "epochs": 1000, "max_steps": 1500, "eval_freq": 1000, "seed": 7})
+    run = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 7})
     run.wait_until_it_trains()
     platform.kill("mlflow")
     time.sleep(8)
     assert run.state["name"] == "Running"
     platform.start_mlflow()
-    run.wait_for_both("COMPLETED", "FINISHED", 240)
-    assert [point.step for point in run.losses] == list(range(1, 1501))
+    run.wait_for_both("COMPLETED", "FINISHED", 500)
+    assert [point.step for point in run.losses] == list(range(1, 1001))
 
 
 def test_mlflow_gone_to_the_end_is_a_failed_run(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
     """What was trained stays; MLflow learns of the end when it is back; the next run does not train again."""
-    parameters = {**SHORT, "epochs": 1000, "max_steps": 700, "eval_freq": 1000, "seed": 8}
+    parameters = {**SHORT, "epochs": 1000, "max_steps": 300, "eval_freq": 1000, "seed": 8}
     run = submit(parameters)
     run.wait_until_it_trains()
     platform.kill("mlflow")
@@ -365,18 +365,35 @@ def test_mlflow_gone_to_the_end_is_a_failed_run(
     run.wait_for_both("FAILED", "FAILED", 65)
     assert any(f"failed: {run.prefect['name']}" in text for text in webhook.texts)
     again = submit(parameters)
-    again.wait_for_both("COMPLETED", "FINISHED", 120)
-    assert [point.step for point in again.losses] == list(range(1, 701))
+    again.wait_for_both("COMPLETED", "FINISHED", 300)
+    assert [point.step for point in again.losses] == list(range(1, 301))
     assert max(point.timestamp for point in again.losses) < again.mlflow.info.start_time
 
 
 def test_a_run_outlives_its_worker(platform: Installation, submit: Callable[..., Run]) -> None:
     """kill -9 of the worker alone: the flow ends as if nothing had happened."""
-    run = submit({**SHORT, "epochs": 1000, "max_steps": 500, "seed": 9})
+    run = submit({**SHORT, "epochs": 1000, "max_steps": 300, "seed": 9})
     run.wait_until_it_trains()
     platform.kill("worker")
     try:
-        run.wait_for_both("COMPLETED", "FINISHED", 120)
+        run.wait_for_both("COMPLETED", "FINISHED", 300)
+    finally:
+        platform.start_worker()
+
+
+def test_a_cancellation_without_a_worker(platform: Installation, submit: Callable[..., Run]) -> None:
+    """Nobody is there to deliver it: the watcher asks the process to end, which saves what it has."""
+    run = submit({**LONG, "seed": 14})
+    run.wait_until_it_trains()
+    platform.kill("worker")
+    try:
+        platform.command(str(BIN / "prefect"), "flow-run", "cancel", run.id).communicate(timeout=60)
+        began = time.time()
+        wait_for("the end of the trainer", lambda: run.process.is_dead, 125)
+        print(f"the trainer is gone after {time.time() - began:.1f} s")
+        run.wait_for_both("CRASHED", "KILLED", 30)
+        step = max(int(path.name.removeprefix("step-")) for path in _training(platform, 14).glob("step-*"))
+        assert step > 0
     finally:
         platform.start_worker()
 
@@ -435,7 +452,7 @@ def test_a_restart_of_the_machine(platform: Installation, submit: Callable[..., 
     run.wait_for_both("CRASHED", "KILLED", 65)
     print(f"both sides after {time.time() - began:.1f} s")
     after = submit({**SHORT, "seed": 13})
-    after.wait_for_both("COMPLETED", "FINISHED", 150)
+    after.wait_for_both("COMPLETED", "FINISHED", 300)
 
 
 def test_the_doctor_is_content(platform: Installation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,9 @@ with exclusive(Path(sys.argv[1]), "cpu", "a run that dies", print) as held:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    (tmp_path / "mlflow").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "mlflow" / "mlflow.db")
     monkeypatch.setenv("FINETUNE_LOCKS", str(tmp_path / "device-locks"))
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow/mlflow.db")

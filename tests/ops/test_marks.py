@@ -13,6 +13,7 @@ from ops.marks import ProcessMark, mark_process
 def test_a_living_process_is_not_dead() -> None:
     """This one, and after a round trip through text."""
     mark = mark_process()
+    assert mark.is_alive
     assert not mark.is_dead
     assert ProcessMark.from_json(mark.to_json()) == mark
 
@@ -55,8 +56,12 @@ def test_a_restart_of_the_machine_ends_all() -> None:
 def test_what_cannot_be_seen_is_left_alone() -> None:
     """Another machine's process, and one of another container on this kernel, may well be alive."""
     mark = mark_process()
-    assert not replace(mark, machine="another", started="1").is_dead
-    assert not replace(mark, boot=mark.boot.split(" ")[0] + " pid:[1]", started="1").is_dead
+    for other in (
+        replace(mark, machine="another", started="1"),
+        replace(mark, boot=mark.boot.split(" ")[0] + " pid:[1]", started="1"),
+    ):
+        assert not other.is_dead
+        assert not other.is_alive
 
 
 def test_anything_else_is_no_mark() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +17,15 @@ import pytest
 
 from ops import reaper
 from ops.marks import ProcessMark, mark_process
-from ops.reaper import REASON_TAG, close_run, reap, runs_of, stale_runs
+from ops.reaper import REASON_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
 from ops.settings import Settings
 from ops.tracking import PROCESS_TAG, RunRef, client, set_tags, tracked_run
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path, mlflow_database: Path) -> Settings:
+    (tmp_path / "mlflow").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "mlflow" / "mlflow.db")
     return Settings(tmp_path, f"sqlite:///{tmp_path}/mlflow/mlflow.db")
 
 
@@ -69,12 +73,23 @@ def _flow_run(kind: str) -> Any:
     ],
 )
 def test_prefect_s_end_is_mlflow_s(
-    opened: Callable[..., RunRef], settings: Settings, kind: str, status: str, crashed: bool
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str, status: str, crashed: bool
 ) -> None:
-    """Even if the process lives: it may have been given up by Prefect, and closes its run itself if it goes on."""
-    run = opened(mark_process(), "one")
+    """Whatever is known of the process, if it cannot be seen alive."""
+    run = opened(dead if kind == "CRASHED" else None, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))
     assert (stale.run, stale.status, stale.crashed, stale.prefect_knows) == (run, status, crashed, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "closed"), [("CRASHED", False), ("CANCELLED", False), ("COMPLETED", True), ("FAILED", True)]
+)
+def test_who_was_given_up_and_lives_closes_its_own(
+    opened: Callable[..., RunRef], settings: Settings, kind: str, closed: bool
+) -> None:
+    """Heartbeats can be lost; but a flow that has come to its end has nothing more to say, process or not."""
+    opened(mark_process(), "one")
+    assert bool(stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))) == closed
 
 
 @pytest.mark.parametrize("kind", ["RUNNING", "PENDING", "CANCELLING", None])
@@ -181,6 +196,34 @@ def test_prefect_learns_of_a_dead_process(
             assert str(dead.pid) in str(found.state.message)
     status = {"COMPLETED": "FINISHED", "FAILED": "FAILED"}.get(after, "KILLED")
     assert client(run.tracking_uri).get_run(run.run_id).info.status == status
+
+
+def test_a_cancellation_that_nobody_delivered(
+    prefect_server: None, opened: Callable[..., RunRef], settings: Settings
+) -> None:
+    """The worker is gone: after a while the process is asked to end, and only then."""
+    from prefect import flow, states
+    from prefect.client.orchestration import get_client
+
+    @flow
+    def nothing() -> None:
+        return
+
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        with get_client(sync_client=True) as prefect:
+            flow_run = prefect.create_flow_run(nothing, state=states.Running())
+            opened(mark_process(process.pid), str(flow_run.id))
+            assert end_cancelled(settings.tracking_uri, prefect, 0) == []
+            prefect.set_flow_run_state(flow_run.id, states.Cancelling())
+            assert reap(settings.tracking_uri, prefect) == []
+            assert process.poll() is None
+            (line,) = end_cancelled(settings.tracking_uri, prefect, 0)
+            assert str(process.pid) in line
+            assert process.wait(10) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_run_that_prefect_does_not_know(
