@@ -13,7 +13,7 @@ HOST ?= 127.0.0.1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format bench prefect-server mlflow-server worker deploy rollback sample clean
+.PHONY: help install run test test-slow check format bench prefect-server mlflow-server worker doctor deploy rollback sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,11 @@ worker: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
 worker: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:5000
 worker: $(INSTALLED) ## Start a worker, which runs what is deployed
 	$(BIN)/prefect worker start --pool gpu
+
+doctor: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
+doctor: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:5000
+doctor: $(INSTALLED) ## Compare limits, leases, locks, states and processes; ARGS=--fix mends
+	@$(BIN)/python -m ops.doctor $(ARGS)
 
 # Without a server, prefect would start one for each command and deploy to nobody.
 deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false

@@ -11,21 +11,23 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from pydantic import AfterValidator, Field
 
+from flows.holding import hold_device, hold_training
+from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.night import Night, begin_night
 from model.config import PRESETS, normalize_size
-from model.device import device_key, resolve_device
+from model.device import resolve_device
 from model.evaluating import SamplingConfig
 from model.tokens import PrepareConfig
 from model.training import TrainConfig
 from ops.hub import DEFAULT_DATASET
 from ops.laps import Laps
-from ops.lock import exclusive
+from ops.limits import ensure_limit, gpu_count
 from ops.plan import check_disk, describe_plan
 from ops.promotion import Verdict
+from ops.reaper import FLOW_RUN_TAG, reap
 from ops.settings import Settings
 from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
 from tasks.download import download
@@ -70,7 +72,13 @@ class FinetuneResult:
     seconds: dict[str, float]
 
 
-@flow(name="finetune", log_prints=True)
+@flow(
+    name="finetune",
+    log_prints=True,
+    on_failure=[after_failure],
+    on_crashed=[after_crash],
+    on_cancellation=[after_cancellation],
+)
 def finetune(
     model_size: Size = "124m",
     dataset: str = DEFAULT_DATASET,
@@ -163,15 +171,13 @@ def finetune(
     laps = Laps()
     log = get_run_logger()
     settings = Settings.load()
-    place = resolve_device(device)
-    if place.type == "cpu" and device == "auto" and model_size != "tiny":
+    if resolve_device(device).type == "cpu" and device == "auto" and model_size != "tiny":
         log.warning("torch sees no GPU: a %s trains on the CPU", model_size)
-    if deployment.id and not gpu_limit():
-        log.warning("this Prefect server has no limit tag:gpu: `make deploy` creates it")
     if subset and subset_start:
         raise ValueError(
             f"subset_start {subset_start} is a place, and subset={subset} goes by content: leave one out"
         )
+    tidy_up(settings, log)
     train_config = TrainConfig(
         epochs=epochs,
         max_steps=max_steps,
@@ -208,7 +214,7 @@ def finetune(
     )
     window = f"{subset_start}:{subset_start + subset_count}" if subset_count else f"{subset_start}:"
     tags = {
-        "prefect.flow_run_id": str(flow_run.id),
+        FLOW_RUN_TAG: str(flow_run.id),
         "prefect.deployment": deployment.name or "none",
         "subset": window,
     }
@@ -263,16 +269,16 @@ def finetune(
         print(facts.text)
         check_disk(settings.data_root, facts.disk_bytes)
         laps.end("plan")
-        training = "training " + training_identity(tokens, model, plan, train_config, device)[:16]
-        with exclusive(settings.locks, training, name, log.info):
+        with hold_training(settings, training_identity(tokens, model, plan, train_config, device)):
             # Held over both, or another run's training would come between a training and its evaluation.
-            with exclusive(settings.locks, device_key(place), name, log.info):
+            with hold_device(settings, device) as held:
+                place = str(held)
                 laps.end("wait")
-                checkpoint = train(tokens, model, plan, train_config, device, run, trunk_cache_gb)
+                checkpoint = train(tokens, model, plan, train_config, place, run, trunk_cache_gb)
                 laps.end("train")
-                evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, device, trunk_cache_gb)
+                evaluation = evaluate(tokens, model, plan, checkpoint, train_config, sampling, place, trunk_cache_gb)
                 laps.end("evaluate")
-                rival = score_champion(tokens, model, plan, checkpoint, train_config, device) if promote else None
+                rival = score_champion(tokens, model, plan, checkpoint, train_config, place) if promote else None
             uri = publish(run, sources, model, plan, checkpoint, evaluation)
             verdict = promote_version(run, uri, evaluation, rival, promote_margin, seed) if rival else None
             samples = json.loads(Path(evaluation.samples).read_text())[:2]
@@ -283,13 +289,17 @@ def finetune(
     return FinetuneResult(run, uri, evaluation.metrics, samples, verdict, laps.seconds)
 
 
-def gpu_limit() -> int | None:
-    """How many tasks with the tag gpu Prefect lets run at a time; None if it would not limit them."""
+def tidy_up(settings: Settings, log: Any) -> None:
+    """Before a run: the limit tag:gpu exists, and no run of a dead process still says RUNNING."""
     with get_client(sync_client=True) as client:
+        gpus = gpu_count()
+        if ensure_limit(client, gpus):
+            log.warning("this Prefect server had no limit tag:gpu: created, %d task(s) at a time", gpus)
         try:
-            return client.read_global_concurrency_limit_by_name("tag:gpu").limit
-        except ObjectNotFound:
-            return None
+            for line in reap(settings.tracking_uri, client):
+                log.info(line)
+        except Exception as error:
+            log.warning("runs that died were not looked for: %s", error)
 
 
 def data_metrics(tokens: TokensRef) -> dict[str, float]:

@@ -31,6 +31,19 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def device_choices(device: str) -> list[torch.device]:
+    """The devices that would do, best first: ``auto`` and ``cuda`` mean any GPU of the host.
+
+    Raises:
+        ValueError: as resolve_device.
+    """
+    first = resolve_device(device)
+    if first.type != "cuda" or device not in ("auto", "cuda"):
+        return [first]
+    others = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [first, *(other for other in others if other != first)]
+
+
 def device_key(device: torch.device) -> str:
     """A name of the physical device, whatever number CUDA_VISIBLE_DEVICES gives it."""
     return f"gpu {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device)

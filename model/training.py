@@ -120,6 +120,10 @@ class TrainResult:
     trunk_hit_share: float
 
 
+class TrainingStoppedError(Exception):
+    """The caller asked to stop; a checkpoint of the last step is there to go on from."""
+
+
 class NonFiniteError(ArithmeticError):
     """Loss or gradient became NaN or infinite; the model is as it was before that step."""
 
@@ -170,6 +174,7 @@ def train(
     on_step: Callable[[StepReport], None] = lambda report: None,
     warn: Callable[[str], None] = lambda message: None,
     cache: TrunkCacheConfig = TrunkCacheConfig(),  # noqa: B008
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train a frozen-and-cast model, resuming from ``directory`` where an earlier try got to.
 
@@ -187,8 +192,10 @@ def train(
         on_step: called after every step and validation, in order; on a GPU a few steps late.
         warn: told of damaged checkpoints.
         cache: where the frozen blocks' outputs may be kept; a matter of speed only.
+        should_stop: asked between steps; true ends the training there, to be resumed later.
 
     Raises:
+        TrainingStoppedError: should_stop was true; a checkpoint of that very step was saved.
         NonFiniteError: no later step changed the model, and no checkpoint holds it.
         ValueError: an unknown precision.
     """
@@ -257,6 +264,11 @@ def train(
         if loss < best_loss:
             best_loss, best_step = loss, step
         journal.append(step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
+        save()
+        speed.restart()
+        return loss
+
+    def save() -> None:
         state = {
             "identity": identity,
             "base_eval_loss": base_loss,
@@ -266,8 +278,6 @@ def train(
         }
         save_checkpoint(directory, model, optimizer, step, state)
         prune_checkpoints(directory, keep={best_step, step})
-        speed.restart()
-        return loss
 
     def report(evaluate: bool) -> None:
         """Write the oldest pending step down; ``evaluate``: it is the newest too, and validation follows."""
@@ -303,6 +313,11 @@ def train(
     speed.restart()
     order, order_epoch = np.empty(0, dtype=np.int64), -1
     while step < total_steps:
+        if should_stop():
+            while pending:
+                report(evaluate=False)
+            save()
+            raise TrainingStoppedError(f"stopped on request after step {step} of {total_steps}")
         epoch, position = divmod(step, steps_per_epoch)
         if epoch != order_epoch:
             order, order_epoch = epoch_order(len(train_rows), config.seed, epoch), epoch

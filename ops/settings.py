@@ -78,8 +78,16 @@ class Settings:
 
     @property
     def locks(self) -> Path:
-        """Lock files of devices and trainings."""
+        """Lock files of trainings."""
         return self.data_root / "locks"
+
+    @property
+    def device_locks(self) -> Path:
+        """Lock files of devices, FINETUNE_LOCKS: one folder for all users and checkouts of a machine.
+
+        Not below TMPDIR, which may differ between them.
+        """
+        return Path(os.environ.get("FINETUNE_LOCKS") or "/tmp/finetune-locks").expanduser().resolve()
 
     @property
     def trusted_hashes(self) -> Path:

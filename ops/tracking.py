@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.files import sha256_file, write_json
 from model.journal import read_journal
+from ops.marks import mark_process
 from ops.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
+PROCESS_TAG = "process"  # which process has a run open, so that its death can be told from elsewhere
 _BATCH = 1000  # metrics per request, MLflow's limit
 # A server answers an upload only when it has written the file; the short limit of other requests does not fit.
 _UPLOAD_SECONDS = "1800"
@@ -100,7 +102,8 @@ def tracked_run(
 ) -> Iterator[RunRef]:
     """Open the MLflow run of a flow run, and close it with the flow's fate.
 
-    An exception makes it FAILED; a signal, a cancellation or an interrupt KILLED.
+    An exception makes it FAILED; a signal, a cancellation or an interrupt KILLED. Where MLflow is gone by then, the
+    flow's fate stays what it is, and the reaper closes the run later.
 
     Args:
         params: logged as they are; None is logged as "None".
@@ -114,6 +117,7 @@ def tracked_run(
         tags={
             **_user(),
             **tags,
+            PROCESS_TAG: mark_process().to_json(),
             **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {}),
         },
     )
@@ -129,7 +133,12 @@ def tracked_run(
         status = "FAILED"
         raise
     finally:
-        mlflow.set_terminated(ref.run_id, status)
+        try:
+            mlflow.set_terminated(ref.run_id, status)
+        except Exception as error:
+            if status == "FINISHED":
+                raise
+            logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", ref.run_id, error)
 
 
 def _user() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,10 +18,11 @@ from prefect.cache_policies import NO_CACHE
 from model.device import resolve_device, resolve_precision
 from model.files import sha256_json, write_json
 from model.freezing import FreezePlan
-from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig
+from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig, TrainResult
 from model.training import train as run_training
 from model.trunk import TrunkCacheConfig
 from ops.settings import Settings
+from ops.stopping import run_stoppable
 from ops.tracking import JournalShipper, RunRef, log_metrics
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, ModelRef, TokensRef
@@ -82,6 +84,8 @@ def train(
 ) -> CheckpointRef:
     """Train, resuming a training of the same data, base, freeze and settings that was cut short.
 
+    A cancellation or SIGTERM ends it between two steps, with a checkpoint of the last one.
+
     The caller holds the device and the training: two at once would overwrite each other's checkpoints.
 
     Raises:
@@ -106,7 +110,13 @@ def train(
         shipper.maybe_ship()
 
     cache = TrunkCacheConfig(settings.trunk_outputs, int(trunk_cache_gb * 1e9))
-    result = run_training(network, Path(tokens.directory), config, directory, identity, on_step, log.warning, cache)
+
+    def training(should_stop: Callable[[], bool]) -> TrainResult:
+        return run_training(
+            network, Path(tokens.directory), config, directory, identity, on_step, log.warning, cache, should_stop
+        )
+
+    result = run_stoppable(training)
     shipper.ship()
     log.info(result.trunk)
     measured = {

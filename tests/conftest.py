@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,23 @@ import torch
 NOUNS = ("price", "index", "counter", "offset", "score")
 CONTEXT = 96  # n_positions of the tiny model
 MAX_LENGTH = 80
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Device locks of the tests' own, in children too: a training on this machine is no reason for them to wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_LOCKS", str(tmp_path_factory.mktemp("device-locks")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """Prefect's own test harness: a temporary database and a server process."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callab
     assert own_tags - {"git_sha", "prefect.flow_run_url"} == {
         "prefect.flow_run_id",
         "prefect.deployment",
+        "process",
         "data_sha256",
         "subset",
     }
@@ -279,7 +281,7 @@ def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny:
     hold = "import sys, time; from pathlib import Path; from ops.lock import exclusive\n"
     hold += "with exclusive(Path(sys.argv[1]), 'cpu', 'somebody', print): print('held', flush=True); time.sleep(12)"
     holder = subprocess.Popen(
-        [sys.executable, "-c", hold, str(data_root / "locks")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", hold, os.environ["FINETUNE_LOCKS"]], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout is not None

@@ -38,7 +38,7 @@ from model.checkpoint import (
 )
 from model.files import sha256_file
 from model.journal import read_journal
-from model.training import StepReport, TrainConfig, TrainResult, build_optimizer, train
+from model.training import StepReport, TrainConfig, TrainingStoppedError, TrainResult, build_optimizer, train
 from model.trunk import TrunkCacheConfig
 
 CONFIG = TrainConfig(
@@ -477,6 +477,33 @@ def test_interrupted_anywhere(
     torch.rand(9)  # the random state is the checkpoint's, not the process's
     result = train(network, token_dir, config, tmp_path / "cut", "me")
     assert result.resumed_from == step // 4 * 4
+    want, whole = uninterrupted(config)
+    assert_same_end(tmp_path / "cut", whole)
+    assert same_tensors(parameters(network), parameters(want))
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
+def test_stopped_on_request(
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    step: int,
+) -> None:
+    """Fault 3: it ends at that very step, not at the last validation, loses nothing, and the end is bitwise equal."""
+    config = config_of(dropout=0.1)
+    reports: list[StepReport] = []
+
+    def asked() -> bool:
+        return reports[-1].step == step
+
+    with pytest.raises(TrainingStoppedError, match=f"after step {step} of 15"):
+        train(fresh(), token_dir, config, tmp_path / "cut", "me", reports.append, should_stop=asked)
+    assert len([metrics for _, metrics in record(tmp_path / "cut") if "train/loss" in metrics]) == step
+    network = fresh()
+    torch.rand(9)  # the random state is the checkpoint's, not the process's
+    result = train(network, token_dir, config, tmp_path / "cut", "me")
+    assert result.resumed_from == step
     want, whole = uninterrupted(config)
     assert_same_end(tmp_path / "cut", whole)
     assert same_tensors(parameters(network), parameters(want))

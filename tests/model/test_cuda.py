@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from model.attention import Documents
 from model.config import GPTConfig
 from model.cross_entropy import cross_entropy
-from model.device import cast_frozen
+from model.device import cast_frozen, device_choices, device_key
 from model.engine import Engine
 from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
@@ -20,8 +21,9 @@ from model.journal import read_journal
 from model.packing import pack
 from model.scoring import head_loss, padded_head
 from model.tokens import CodeAlpacaDataset
-from model.training import TrainConfig, train
+from model.training import TrainConfig, TrainingStoppedError, train
 from model.trunk import TrunkCacheConfig, TrunkOutputs
+from ops.lock import exclusive_any
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -220,6 +222,38 @@ def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path
         for d in ("whole", "cut")
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("step", [1, 7, 13])
+def test_stopped_on_request_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, step: int) -> None:
+    """The steps that were queued are waited for and written down, and the checkpoint is of the last of them."""
+    config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3, dropout=0.1)
+    asked = count()
+    whole, cut, again = small_model(), small_model(), small_model()
+    train(whole, token_dir, config, tmp_path / "whole", "x")
+    with pytest.raises(TrainingStoppedError, match=f"after step {step} of"):
+        train(cut, token_dir, config, tmp_path / "cut", "x", should_stop=lambda: next(asked) == step)
+    assert [p.name for p in (tmp_path / "cut").glob(f"step-{step:08d}")]
+    assert train(again, token_dir, config, tmp_path / "cut", "x").resumed_from == step
+    for (name, want), got in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(want, got), name
+    losses = [
+        [r["metrics"].get("train/loss") for r in read_journal(tmp_path / d / "metrics.jsonl")]
+        for d in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_two_devices_give_two_holders(tmp_path: Path) -> None:
+    """auto means any GPU, each under the name of its hardware; who finds the first one taken gets the second."""
+    names = [device_key(place) for place in device_choices("auto")]
+    assert len(set(names)) == torch.cuda.device_count()
+    assert device_choices("cuda:0") == [torch.device("cuda", 0)]
+    with exclusive_any(tmp_path, names, "one", print) as first:
+        assert first.what == names[0] == device_key(torch.device("cuda", 0))
+        if len(names) > 1:
+            with exclusive_any(tmp_path, names, "two", print) as second:
+                assert second.what == names[1]
 
 
 def test_step_that_is_not_finite_changes_nothing(

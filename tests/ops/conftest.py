@@ -26,3 +26,13 @@ def fakehub() -> ModuleType:
 def hub(fakehub: ModuleType) -> Iterator[Any]:
     with fakehub.FakeHub() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store of MLflow's, to be copied: its migrations take seconds."""
+    from ops.tracking import client
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client(f"sqlite:///{path}").search_experiments()
+    return path

@@ -1,0 +1,73 @@
+"""What Prefect calls when a flow run ends badly: MLflow's status follows, and people are told.
+
+The flow closes its own MLflow run; these are for when it could not. After kill -9 Prefect's worker calls them, in a
+process of its own. Prefect passes the arguments by these names.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.flows import Flow
+from prefect.logging.loggers import flow_run_logger
+from prefect.runtime import deployment
+from prefect.utilities.urls import url_for
+
+from ops.notify import notify
+from ops.reaper import REASON_TAG, close_run, runs_of
+from ops.settings import Settings
+from ops.tracking import RunRef
+
+_MLFLOW_SECONDS = 10.0  # then the reaper does it
+_MESSAGE = 500  # characters
+
+
+def after_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """An exception: FAILED, and a notice."""
+    _end(flow, flow_run, state, "FAILED", "failed")
+
+
+def after_crash(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A signal or a dead process: KILLED, and a notice."""
+    _end(flow, flow_run, state, "KILLED", "crashed")
+
+
+def after_cancellation(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Somebody wanted it so: KILLED, and no notice."""
+    _end(flow, flow_run, state, "KILLED", None)
+
+
+def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str, word: str | None) -> None:
+    log = flow_run_logger(flow_run, flow)
+    found: list[tuple[RunRef, bool]] = []
+
+    def close() -> None:
+        uri = Settings.load().tracking_uri
+        for run in runs_of(uri, str(flow_run.id)):
+            ref = RunRef(uri, run.info.experiment_id, run.info.run_id)
+            found.append((ref, REASON_TAG in run.data.tags))
+            close_run(ref, status, f"Prefect: {state.name}")
+
+    def attempt() -> None:
+        try:
+            close()
+        except Exception as error:
+            log.warning("MLflow's run is left to the reaper: %s", error)
+
+    thread = threading.Thread(target=attempt, name="close-mlflow-run", daemon=True)
+    thread.start()
+    thread.join(_MLFLOW_SECONDS)
+    # Whoever reaped the run has told already.
+    if word is None or any(reaped for _, reaped in found):
+        return
+    links = {"Prefect run": url_for(flow_run), "MLflow run": found[0][0].url if found else None}
+    name = f"{flow.name}/{deployment.name}" if deployment.name else flow.name
+    message = (state.message or "").strip()[:_MESSAGE]
+    notify(
+        f"{name} {word}: {flow_run.name}",
+        [message] if message else [],
+        {title: url for title, url in links.items() if url},
+        str(flow_run.id),
+    )

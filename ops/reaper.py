@@ -1,0 +1,203 @@
+"""One truth about states: closes the MLflow runs, and ends the Prefect runs, of processes that are no more.
+
+Whoever can, closes its own: the flow by ``tracked_run``, then Prefect's hooks. The reaper is for what both missed:
+kill -9 of the flow and its worker, a reboot, MLflow gone at the wrong moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from ops.marks import ProcessMark
+from ops.notify import notify
+from ops.tracking import EXPERIMENT, PROCESS_TAG, RunRef, client
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas import OrchestrationResult
+    from prefect.client.schemas.objects import FlowRun, State
+
+FLOW_RUN_TAG = "prefect.flow_run_id"
+REASON_TAG = "ended_by"
+_STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CRASHED": "KILLED", "CANCELLED": "KILLED"}
+_CANCEL_SECONDS = 60.0  # twice what Prefect's worker takes until it kills
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StaleRun:
+    """An MLflow run that says RUNNING and is not.
+
+    Attributes:
+        run: in MLflow.
+        name: for people.
+        flow_run_id: its Prefect run; empty if it has none.
+        status: what MLflow should say.
+        reason: why, for people.
+        prefect_knows: whether Prefect's run has ended too.
+        crashed: whether anybody should be told.
+    """
+
+    run: RunRef
+    name: str
+    flow_run_id: str
+    status: str
+    reason: str
+    prefect_knows: bool
+    crashed: bool
+
+
+def mlflow_status(state: State | None) -> str | None:
+    """MLflow's word for the end of a Prefect run; None while it has not ended."""
+    return _STATUS.get(state.type.value) if state else None
+
+
+def stale_runs(tracking_uri: str, flow_run: Callable[[str], FlowRun | None]) -> list[StaleRun]:
+    """The runs of the experiment that say RUNNING although their flow run has ended, or their process.
+
+    A run whose process may live on another machine, or in another container, is left alone. So is one that Prefect
+    gave up while its process lives: heartbeats were lost, or it is about to end, and closes its run itself.
+
+    Args:
+        flow_run: a Prefect run by its id; None if there is none, or no server.
+    """
+    found = []
+    for run in _running(tracking_uri):
+        tags = run.data.tags
+        flow_run_id = tags.get(FLOW_RUN_TAG, "")
+        prefect = flow_run(flow_run_id) if flow_run_id else None
+        status = mlflow_status(prefect.state) if prefect else None
+        process = ProcessMark.from_json(tags.get(PROCESS_TAG, ""))
+        given_up = prefect and prefect.state and (prefect.state.is_crashed() or prefect.state.is_cancelled())
+        if given_up and process and process.is_alive:
+            continue
+        if prefect and prefect.state and status:
+            reason, crashed = f"Prefect: {prefect.state.name}", prefect.state.is_crashed()
+        elif process and process.is_dead:
+            status, reason, crashed = "KILLED", f"process {process.pid} on {process.host} is gone", True
+        else:
+            continue
+        ref = RunRef(tracking_uri, run.info.experiment_id, run.info.run_id)
+        known = bool(prefect and prefect.state and prefect.state.is_final())
+        found.append(StaleRun(ref, run.info.run_name or run.info.run_id, flow_run_id, status, reason, known, crashed))
+    return found
+
+
+def close_run(run: RunRef, status: str, reason: str) -> bool:
+    """Close a run that is still RUNNING, and write down why. Returns whether it was."""
+    mlflow = client(run.tracking_uri)
+    if mlflow.get_run(run.run_id).info.status != "RUNNING":
+        return False
+    mlflow.set_tag(run.run_id, REASON_TAG, reason)
+    mlflow.set_terminated(run.run_id, status)
+    return True
+
+
+def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
+    """The MLflow runs of a Prefect run, newest first; a run that Prefect retried has several."""
+    mlflow = client(tracking_uri)
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return []
+    return list(mlflow.search_runs([experiment.experiment_id], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'"))
+
+
+def reap(tracking_uri: str, prefect: SyncPrefectClient | None) -> list[str]:
+    """Close every stale run, end its Prefect run where Prefect does not know yet, and tell people of crashes.
+
+    Args:
+        prefect: a client of a server; None if there is none, then dead processes alone count.
+
+    Returns:
+        A line for each run that was closed, or asked to end.
+    """
+    stale = stale_runs(tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id))
+    lines = [
+        f"MLflow run {run.name} was RUNNING: now {run.status} ({run.reason})"
+        for run in stale
+        if close_stale(run, prefect)
+    ]
+    return lines + (end_cancelled(tracking_uri, prefect) if prefect else [])
+
+
+def end_cancelled(tracking_uri: str, prefect: SyncPrefectClient, seconds: float = _CANCEL_SECONDS) -> list[str]:
+    """Ask processes of this machine to end (SIGTERM) whose cancellation nobody delivered: their worker is gone.
+
+    Args:
+        seconds: that a worker is given.
+
+    Returns:
+        A line for each.
+    """
+    lines = []
+    for run in _running(tracking_uri):
+        process = ProcessMark.from_json(run.data.tags.get(PROCESS_TAG, ""))
+        found = read_flow_run(prefect, run.data.tags.get(FLOW_RUN_TAG, ""))
+        if not (process and found and found.state and found.state.is_cancelling() and process.is_alive):
+            continue
+        if (datetime.now(UTC) - found.state.timestamp).total_seconds() > seconds:
+            os.kill(process.pid, signal.SIGTERM)
+            lines.append(f"nobody cancelled {run.info.run_name}: its process {process.pid} is asked to end")
+    return lines
+
+
+def close_stale(stale: StaleRun, prefect: SyncPrefectClient | None) -> bool:
+    """Do for one run what ``reap`` does for all. Returns whether it was still RUNNING."""
+    if not close_run(stale.run, stale.status, stale.reason):
+        return False
+    if prefect is not None and stale.flow_run_id and not stale.prefect_knows:
+        crash_flow_run(prefect, stale.flow_run_id, stale.reason)
+    if stale.crashed:
+        links = {"MLflow run": stale.run.url} if stale.run.url else {}
+        notify(f"{stale.name} crashed", [stale.reason], links, stale.flow_run_id or None)
+    return True
+
+
+def read_flow_run(prefect: SyncPrefectClient | None, flow_run_id: str) -> FlowRun | None:
+    """A Prefect run; None if the server has none of that id, or there is no server."""
+    from prefect.exceptions import ObjectNotFound
+
+    if prefect is None:
+        return None
+    try:
+        return prefect.read_flow_run(UUID(flow_run_id))
+    except (ObjectNotFound, ValueError):
+        return None
+
+
+def crash_flow_run(prefect: SyncPrefectClient, flow_run_id: str, reason: str) -> bool:
+    """Make a Prefect run whose process is gone Crashed. Returns whether Prefect agreed."""
+    from prefect.client.schemas.responses import SetStateStatus
+    from prefect.states import Cancelled, Crashed
+
+    run = read_flow_run(prefect, flow_run_id)
+    if run is None or run.state is None or run.state.is_final():
+        return False
+    # A cancellation that nobody was left to finish is one nonetheless.
+    end = Cancelled if run.state.is_cancelling() else Crashed
+    answer: OrchestrationResult[Any] = prefect.set_flow_run_state(run.id, end(message=reason))
+    return answer.status == SetStateStatus.ACCEPT
+
+
+def _running(tracking_uri: str) -> Iterator[Run]:
+    mlflow = client(tracking_uri)
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        return
+    token = None
+    while True:
+        page = mlflow.search_runs(
+            [experiment.experiment_id], "attributes.status = 'RUNNING'", max_results=1000, page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return

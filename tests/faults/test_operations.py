@@ -1,0 +1,468 @@
+"""The rows of the table in docs/operations.md: real servers and a worker, and what kill -9 and signals do to them.
+
+The device lock "cpu" plays the GPU's part. Prefect and MLflow must agree on every run's end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from installation import BIN, Installation, installed, wait_for
+
+from ops.marks import ProcessMark
+from ops.tracking import client
+from ops.zombies import HEARTBEAT_SECONDS, NAME
+
+pytestmark = pytest.mark.slow
+SHORT = {"max_steps": 30, "eval_freq": 20, "sample_rows": 1, "pass_rows": 0, "max_new_tokens": 4, "batch_size": 8}
+LONG = {**SHORT, "epochs": 1000, "max_steps": 1_000_000, "eval_freq": 1_000_000}
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from ops.lock import exclusive
+with exclusive(Path(sys.argv[1]), "cpu", "a run that dies", print) as held:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], pass_fds=[held.descriptor],
+        stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    time.sleep(300)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A flow run, seen from both sides."""
+
+    on: Installation
+    id: str
+
+    @property
+    def prefect(self) -> dict[str, Any]:
+        return dict(self.on.api(f"/flow_runs/{self.id}"))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return dict(self.prefect["state"])
+
+    @property
+    def mlflow(self) -> Any:
+        """Its MLflow run; None if there is none yet."""
+        mlflow = client(self.on.tracking)
+        experiment = mlflow.get_experiment_by_name("finetune")
+        if experiment is None:
+            return None
+        found = mlflow.search_runs([experiment.experiment_id], f"tags.`prefect.flow_run_id` = '{self.id}'")
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    @property
+    def both(self) -> tuple[str, str]:
+        """State type at Prefect, status at MLflow."""
+        return self.state["type"], self.mlflow.info.status
+
+    @property
+    def process(self) -> ProcessMark:
+        mark = ProcessMark.from_json(self.mlflow.data.tags["process"])
+        assert mark is not None
+        return mark
+
+    @property
+    def losses(self) -> list[Any]:
+        """The training's points that MLflow has."""
+        return list(client(self.on.tracking).get_metric_history(self.mlflow.info.run_id, "train/loss"))
+
+    @property
+    def logs(self) -> str:
+        query = {"logs": {"flow_run_id": {"any_": [self.id]}}, "limit": 200, "sort": "TIMESTAMP_DESC"}
+        return "\n".join(line["message"] for line in self.on.api("/logs/filter", query))
+
+    def artifact(self, key: str) -> str:
+        """The newest artifact of that key that the run has; empty if it has none."""
+        query = {"artifacts": {"flow_run_id": {"any_": [self.id]}, "key": {"any_": [key]}}}
+        found = self.on.api("/artifacts/filter", query)
+        return str(found[-1]["data"]) if found else ""
+
+    def kill(self, number: int = signal.SIGKILL) -> float:
+        """A signal to its process alone. Returns the time."""
+        os.kill(self.process.pid, number)
+        return time.time()
+
+    def wait_until_it_trains(self) -> None:
+        wait_for("a trained step", lambda: self.mlflow and "train/loss" in self.mlflow.data.metrics, 120)
+
+    def wait_for_state(self, name: str, seconds: float) -> dict[str, Any]:
+        return dict(wait_for(f"{name} of {self.id}", lambda: (s := self.state)["name"] == name and s, seconds))
+
+    def wait_for_both(self, prefect: str, mlflow: str, seconds: float) -> None:
+        wait_for(f"{prefect} and {mlflow}", lambda: self.mlflow and self.both == (prefect, mlflow), seconds)
+
+
+class Webhook(ThreadingHTTPServer):
+    """Takes notices and keeps them."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Webhook
+
+    def do_POST(self) -> None:
+        self.server.texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def webhook() -> Iterator[Webhook]:
+    server = Webhook()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iterator[Installation]:
+    settings = {
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        "FINETUNE_WEBHOOK_URL": f"http://127.0.0.1:{webhook.server_port}/s3cr3t-path",
+        "OMP_NUM_THREADS": "1",
+    }
+    with installed(tmp_path_factory.mktemp("platform"), **settings) as started:
+        # As make up does: one run more than devices may start, to say what it waits for.
+        automation = "from ops.zombies import ensure_zombie_automation as f; assert f(); assert not f()"
+        done = started.command(sys.executable, "-c", automation)
+        output, _ = done.communicate(timeout=60)
+        assert done.returncode == 0, output
+        started.start_watcher()
+        yield started
+
+
+@pytest.fixture
+def submit(platform: Installation) -> Iterator[Callable[..., Run]]:
+    """submit(parameters, deployment="tiny"): a run of the tiny model on the CPU, ended with the test."""
+    ids = {deployment["name"]: deployment["id"] for deployment in platform.api("/deployments/filter", {})}
+    tiny = next(d["parameters"] for d in platform.api("/deployments/filter", {}) if d["name"] == "tiny")
+    started: list[Run] = []
+
+    def start(parameters: dict[str, Any], deployment: str = "tiny") -> Run:
+        body = {"parameters": {**tiny, **parameters}, "state": {"type": "SCHEDULED"}}
+        made = wait_for("a run", lambda: platform.api(f"/deployments/{ids[deployment]}/create_flow_run", body), 30)
+        started.append(Run(platform, made["id"]))
+        return started[-1]
+
+    yield start
+    ended = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+    open_runs = {"flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}}
+    for run in [*started, *(Run(platform, made["id"]) for made in platform.api("/flow_runs/filter", open_runs))]:
+        for pid in platform.descendants("PREFECT__FLOW_RUN_ID", run.id):
+            os.kill(pid, signal.SIGKILL)
+        wait_for("the end", lambda run=run: run.state["type"] in ended, 120)
+
+
+def _training(platform: Installation, seed: int) -> Path:
+    """The directory of the training with that seed, while it is there."""
+    (found,) = [
+        path.parent
+        for path in (platform.base / "data" / "trainings").glob("*/training.json")
+        if json.loads(path.read_text())["config"]["seed"] == seed
+    ]
+    return found
+
+
+def test_kill_9_of_the_holder_lets_the_next_one_in(
+    platform: Installation, submit: Callable[..., Run], webhook: Webhook
+) -> None:
+    """Two deployments take turns; who waits is seen to wait, and for whom; states agree; no two trainers at once."""
+    first = submit({**LONG, "seed": 1})
+    first.wait_until_it_trains()
+    parameters = {**_tiny(platform), **SHORT, "seed": 2}
+    command = platform.run(*(f"{k}={json.dumps(v)}" for k, v in parameters.items()), deployment="finetune/124m")
+    try:
+        running = {"flow_runs": {"state": {"name": {"any_": ["WaitingForGpu"]}}}}
+        (found,) = wait_for("a waiting run", lambda: platform.api("/flow_runs/filter", running), 90)
+        second = Run(platform, found["id"])
+        message = second.state["message"]
+        assert message.startswith("waiting for cpu, held by ")
+        assert first.prefect["name"] in message
+        assert f"pid {first.process.pid}" in message
+        assert first.prefect["name"] in second.artifact("waiting-for-gpu")
+        wait_for("the log line", lambda: message in second.logs, 15)
+        assert second.state["type"] == "RUNNING"
+        time.sleep(3)
+        assert second.losses == []
+
+        killed = first.kill()
+        first.wait_for_state("Crashed", 20)
+        print(f"Crashed after {time.time() - killed:.1f} s")
+        first.wait_for_both("CRASHED", "KILLED", 45)
+        print(f"KILLED after {time.time() - killed:.1f} s")
+        wait_for(
+            "no process of it", lambda: not platform.descendants("PREFECT__FLOW_RUN_ID", first.id), 10
+        )  # fault 4
+        last = json.loads((_training(platform, 1) / "metrics.jsonl").read_text().splitlines()[-1])["time"]
+        wait_for("a step of the second", lambda: second.losses, 95)
+        began = second.losses[0].timestamp / 1000
+        print(f"the next one trains after {began - killed:.1f} s")
+        assert began - killed <= 90
+        assert began * 1000 > last
+        second.wait_for_both("COMPLETED", "FINISHED", 200)
+        assert re.fullmatch(r"Over: waited \d+ s\.", second.artifact("waiting-for-gpu"))
+        assert "cpu is free: going on" in second.logs
+    finally:
+        command.kill()
+    about = [text for text in webhook.texts if first.prefect["name"] in text]
+    assert len(about) == 1
+    assert "crashed" in about[0]
+    assert first.mlflow.info.run_id in about[0]
+    assert first.id in about[0]
+    assert "crashed" in first.artifact("notice")
+    assert platform.api("/v2/concurrency_limits/tag:gpu")["active_slots"] == 0
+    _links_lead_both_ways(second)
+
+
+def _tiny(platform: Installation) -> dict[str, Any]:
+    return next(d["parameters"] for d in platform.api("/deployments/filter", {}) if d["name"] == "tiny")
+
+
+def _links_lead_both_ways(run: Run) -> None:
+    assert run.id in run.mlflow.data.tags["prefect.flow_run_url"]
+    assert run.id in run.mlflow.data.tags["mlflow.note.content"]
+    assert run.mlflow.info.run_id in run.artifact("mlflow-run")
+
+
+def test_a_living_child_keeps_the_device(platform: Installation, submit: Callable[..., Run], tmp_path: Path) -> None:
+    """Its parent is dead, and it may still compute: the next run waits, through a restart of Prefect's server too."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, platform.environment["FINETUNE_LOCKS"]],
+        env=platform.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        holder.kill()
+        holder.wait()
+        run = submit({**SHORT, "seed": 3})
+        message = run.wait_for_state("WaitingForGpu", 90)["message"]
+        assert f"left behind when it died: pid {child}" in message
+        platform.kill("prefect")
+        time.sleep(5)
+        platform.start_prefect()
+        assert run.state["name"] == "WaitingForGpu"
+        assert "train/loss" not in run.mlflow.data.metrics
+
+        doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor")
+        output, _ = doctor.communicate(timeout=90)
+        assert doctor.returncode == 1
+        assert f"cpu is held by pid {child}" in output
+        assert "left behind by a run that dies" in output
+        os.kill(child, 0)  # told, and not touched
+        doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor", "--fix")
+        output, _ = doctor.communicate(timeout=90)
+        print(output)
+        assert "[mended]" in output
+        run.wait_for_both("COMPLETED", "FINISHED", 300)
+    finally:
+        for pid in (holder.pid, child):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, submit: Callable[..., Run]) -> None:
+    """Fault 25: away for 10 s in the middle of a training. Who waits goes on waiting, and gets its turn."""
+    first = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 4})
+    first.wait_until_it_trains()
+    second = submit({**SHORT, "seed": 5})
+    second.wait_for_state("WaitingForGpu", 90)
+    platform.kill("prefect")
+    time.sleep(10)
+    assert not first.process.is_dead
+    platform.start_prefect()
+    assert first.state["type"] == "RUNNING"
+    assert second.losses == []
+    first.wait_for_both("COMPLETED", "FINISHED", 500)
+    second.wait_for_both("COMPLETED", "FINISHED", 300)
+    assert [point.step for point in first.losses] == list(range(1, 1001))
+    assert second.losses[0].timestamp > first.losses[-1].timestamp
+
+
+def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
+    platform: Installation, submit: Callable[..., Run], webhook: Webhook
+) -> None:
+    """Fault 3: the trainer is gone within 30 s, both sides say so, and the next run goes on at that very step."""
+    parameters = {**SHORT, "epochs": 1000, "max_steps": 1200, "eval_freq": 1100, "seed": 6}
+    steps = []
+    for how, prefect in (("cancel", "CANCELLED"), ("SIGTERM", "CRASHED")):
+        run = submit(parameters)
+        run.wait_until_it_trains()
+        pid, began = run.process.pid, time.time()
+        if how == "cancel":
+            done = platform.command(str(BIN / "prefect"), "flow-run", "cancel", run.id)
+            output, _ = done.communicate(timeout=60)
+            assert done.returncode == 0, output
+            began = time.time()
+        else:
+            began = run.kill(signal.SIGTERM)
+        wait_for("the end of the trainer", lambda pid=pid: not Path(f"/proc/{pid}").exists(), 30)
+        print(f"{how}: the trainer is gone after {time.time() - began:.1f} s")
+        run.wait_for_both(prefect, "KILLED", 30)
+        print(f"{how}: both sides after {time.time() - began:.1f} s, {run.state['message']}")
+        step = max(int(path.name.removeprefix("step-")) for path in _training(platform, 6).glob("step-*"))
+        assert step not in (0, 1100)
+        steps.append(step)
+        assert any(run.prefect["name"] in text for text in webhook.texts) == (how == "SIGTERM")
+    assert 0 < steps[0] < steps[1] < 1200
+    run = submit(parameters)
+    run.wait_for_both("COMPLETED", "FINISHED", 500)
+    tasks = platform.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run.id]}}})
+    (train,) = [task for task in tasks if task["name"].startswith("train-")]
+    logs = platform.api("/logs/filter", {"logs": {"task_run_id": {"any_": [train["id"]]}}})
+    assert f"this training was taken over at step {steps[1]}" in [line["message"] for line in logs]
+    assert [point.step for point in run.losses] == list(range(1, 1201))
+
+
+def test_a_training_outlives_mlflow(platform: Installation, submit: Callable[..., Run]) -> None:
+    """Fault 22: killed in the middle of a training and started later: no point is missing, none is there twice."""
+    run = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 7})
+    run.wait_until_it_trains()
+    platform.kill("mlflow")
+    time.sleep(8)
+    assert run.state["name"] == "Running"
+    platform.start_mlflow()
+    run.wait_for_both("COMPLETED", "FINISHED", 500)
+    assert [point.step for point in run.losses] == list(range(1, 1001))
+
+
+def test_mlflow_gone_to_the_end_is_a_failed_run(
+    platform: Installation, submit: Callable[..., Run], webhook: Webhook
+) -> None:
+    """What was trained stays; MLflow learns of the end when it is back; the next run does not train again."""
+    parameters = {**SHORT, "epochs": 1000, "max_steps": 300, "eval_freq": 1000, "seed": 8}
+    run = submit(parameters)
+    run.wait_until_it_trains()
+    platform.kill("mlflow")
+    run.wait_for_state("Failed", 240)
+    platform.start_mlflow()
+    assert run.mlflow.info.status == "RUNNING"
+    run.wait_for_both("FAILED", "FAILED", 65)
+    assert any(f"failed: {run.prefect['name']}" in text for text in webhook.texts)
+    again = submit(parameters)
+    again.wait_for_both("COMPLETED", "FINISHED", 300)
+    assert [point.step for point in again.losses] == list(range(1, 301))
+    assert max(point.timestamp for point in again.losses) < again.mlflow.info.start_time
+
+
+def test_a_run_outlives_its_worker(platform: Installation, submit: Callable[..., Run]) -> None:
+    """kill -9 of the worker alone: the flow ends as if nothing had happened."""
+    run = submit({**SHORT, "epochs": 1000, "max_steps": 300, "seed": 9})
+    run.wait_until_it_trains()
+    platform.kill("worker")
+    try:
+        run.wait_for_both("COMPLETED", "FINISHED", 300)
+    finally:
+        platform.start_worker()
+
+
+def test_a_cancellation_without_a_worker(platform: Installation, submit: Callable[..., Run]) -> None:
+    """Nobody is there to deliver it: the watcher asks the process to end, which saves what it has."""
+    run = submit({**LONG, "seed": 14})
+    run.wait_until_it_trains()
+    platform.kill("worker")
+    try:
+        platform.command(str(BIN / "prefect"), "flow-run", "cancel", run.id).communicate(timeout=60)
+        began = time.time()
+        wait_for("the end of the trainer", lambda: run.process.is_dead, 125)
+        print(f"the trainer is gone after {time.time() - began:.1f} s")
+        run.wait_for_both("CRASHED", "KILLED", 30)
+        step = max(int(path.name.removeprefix("step-")) for path in _training(platform, 14).glob("step-*"))
+        assert step > 0
+    finally:
+        platform.start_worker()
+
+
+def test_the_watcher_ends_what_died_with_its_worker(
+    platform: Installation, submit: Callable[..., Run], webhook: Webhook
+) -> None:
+    """kill -9 of worker and flow: nobody is left to tell, but the watcher, within two of its rounds."""
+    run = submit({**LONG, "seed": 10})
+    run.wait_until_it_trains()
+    platform.kill("worker")
+    try:
+        killed = run.kill()
+        run.wait_for_both("CRASHED", "KILLED", 65)
+        print(f"both sides after {time.time() - killed:.1f} s")
+        assert "is gone" in run.state["message"]
+    finally:
+        platform.start_worker()
+    wait_for("the notice", lambda: [t for t in webhook.texts if run.prefect["name"] in t], 10)
+    wait_for("the slot", lambda: platform.api("/v2/concurrency_limits/tag:gpu")["active_slots"] == 0, 95)
+    print(f"the slot is free after {time.time() - killed:.1f} s")
+
+
+def test_heartbeats_end_what_died_with_everything(platform: Installation, submit: Callable[..., Run]) -> None:
+    """Fault 27: without worker and watcher Prefect's automation ends the run; the watcher, once back, MLflow's."""
+    run = submit({**LONG, "seed": 11})
+    run.wait_until_it_trains()
+    platform.kill("worker")
+    platform.kill("watch")
+    try:
+        killed = run.kill()
+        run.wait_for_state("Crashed", 3 * HEARTBEAT_SECONDS + 15)
+        print(f"Crashed after {time.time() - killed:.1f} s")
+        assert run.state["message"].startswith("No heartbeat for 90 s")
+        assert run.mlflow.info.status == "RUNNING"
+    finally:
+        platform.start_watcher()
+        platform.start_worker()
+    run.wait_for_both("CRASHED", "KILLED", 35)
+
+
+def test_a_restart_of_the_machine(platform: Installation, submit: Callable[..., Run]) -> None:
+    """Everything is killed at once; when servers, worker and watcher are back, both sides learn what happened."""
+    run = submit({**LONG, "seed": 12})
+    run.wait_until_it_trains()
+    pid = run.process.pid
+    for name in ("worker", "watch", "prefect", "mlflow"):
+        platform.kill(name)
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(3)
+    platform.start_prefect()
+    platform.start_mlflow()
+    began = time.time()
+    platform.start_worker()
+    platform.start_watcher()
+    run.wait_for_both("CRASHED", "KILLED", 65)
+    print(f"both sides after {time.time() - began:.1f} s")
+    after = submit({**SHORT, "seed": 13})
+    after.wait_for_both("COMPLETED", "FINISHED", 300)
+
+
+def test_the_doctor_is_content(platform: Installation) -> None:
+    """After all that nothing is wrong, and the webhook's address stands in no log and no database."""
+    doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor")
+    output, _ = doctor.communicate(timeout=90)
+    assert doctor.returncode == 0, output
+    assert "all is well" in output
+    (automation,) = [a for a in platform.api("/automations/filter", {}) if a["name"] == NAME]
+    assert automation["enabled"]
+    for path in platform.base.rglob("*"):
+        if path.is_file() and path.stat().st_size < 2**28:
+            assert b"s3cr3t-path" not in path.read_bytes(), path

@@ -1,0 +1,192 @@
+"""An installation for tests: real servers, a worker, the watcher, on free ports; nothing of it is left afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+FILE_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Two servers and a worker, started in a directory that has nothing to do with the checkout."""
+
+    cwd: Path
+    environment: dict[str, str]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def tracking(self) -> str:
+        return self.environment["MLFLOW_TRACKING_URI"]
+
+    @property
+    def base(self) -> Path:
+        """Where its data, logs and databases lie."""
+        return self.cwd.parent
+
+    def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Ask Prefect's REST API."""
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.environment["PREFECT_API_URL"] + path, data, {"Content-Type": "application/json"})
+        with urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def start(self, name: str, *command: str, **environment: str) -> None:
+        """Start a process that stays; its output goes to a log of its name, behind what is there."""
+        with (self.base / f"{name}.log").open("ab") as stream:
+            self.processes[name] = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:]],
+                cwd=self.cwd,
+                env=self.environment | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def start_prefect(self) -> None:
+        """Prefect's server, until it answers."""
+        port = self.environment["PREFECT_API_URL"].rsplit(":", 1)[1].split("/")[0]
+        self.start(
+            "prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port,
+            PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS="2",
+            PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=FILE_LEASES,
+        )  # fmt: skip
+        wait_for("Prefect's server", lambda: self.api("/health"), 90)
+
+    def start_mlflow(self) -> None:
+        """MLflow's server, until it answers."""
+        self.start(
+            "mlflow", "mlflow", "--env-file", str(ROOT / "mlflow" / "server.env"), "server",
+            MLFLOW_PORT=self.tracking.rsplit(":", 1)[1],
+            MLFLOW_BACKEND_STORE_URI=f"sqlite:///{self.base}/mlflow.db",
+            MLFLOW_ARTIFACTS_DESTINATION=str(self.base / "artifacts"),
+        )  # fmt: skip
+        wait_for("MLflow's server", lambda: urlopen(self.tracking + "/health", timeout=5).status == 200, 90)
+
+    def start_worker(self) -> None:
+        self.start("worker", "prefect", "worker", "start", "--pool", "gpu")
+
+    def start_watcher(self) -> None:
+        self.start("watch", "python", "-m", "ops.watch")
+
+    def kill(self, name: str) -> None:
+        """kill -9 of a process that was started, and of its group: servers have children."""
+        process = self.processes.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def command(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command that ends."""
+        return subprocess.Popen(
+            command, cwd=self.cwd, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def deploy(self) -> str:
+        """``make deploy``, from another directory, with this interpreter's environment as the installed one."""
+        made = self.command("make", "-C", str(ROOT), "-o", ".venv/.installed", f"BIN={BIN}", "deploy")
+        output, _ = made.communicate(timeout=120)
+        assert made.returncode == 0, output[-3000:]
+        return output
+
+    def run(self, *parameters: str, deployment: str = "finetune/tiny") -> subprocess.Popen[str]:
+        """``prefect deployment run DEPLOYMENT -p ... --watch``."""
+        options = [option for parameter in parameters for option in ("-p", parameter)]
+        return self.command(str(BIN / "prefect"), "deployment", "run", deployment, *options, "--watch")
+
+    def stop(self) -> None:
+        """End what was started and all that it started: a flow run would outlive its worker."""
+        for process in reversed(self.processes.values()):
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pid in self.descendants():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_for("the end of every process", lambda: not self.descendants(), 10)
+
+    def descendants(self, name: str = "PREFECT_HOME", value: str = "") -> list[int]:
+        """Whoever has a variable in its environment; by default all that belong to this installation."""
+        mark = f"{name}={value or self.environment[name]}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+            except OSError:  # another user's, or gone
+                continue
+        return found
+
+
+@contextlib.contextmanager
+def installed(base: Path, **settings: str) -> Iterator[Installation]:
+    """A fresh installation: both servers up, everything deployed, one worker. All of it is gone afterwards.
+
+    Args:
+        base: an empty folder.
+        settings: environment variables of all its processes.
+    """
+    cwd = base / "elsewhere"
+    cwd.mkdir()
+    foreign = ("PREFECT_", "MLFLOW_", "FINETUNE_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
+        "DO_NOT_TRACK": "true",
+        "PYTHONPATH": str(ROOT),
+        "FINETUNE_DATA_ROOT": str(base / "data"),
+        "FINETUNE_LOCKS": str(base / "locks"),
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}",
+        "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
+        "PREFECT_HOME": str(base / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # Ask twice in a second, not every ten, whether there is a run to start.
+        "PREFECT_WORKER_QUERY_SECONDS": "0.5",
+        **settings,
+    }
+    installation = Installation(cwd, environment)
+    try:
+        installation.start_prefect()
+        installation.start_mlflow()
+        installation.deploy()
+        installation.start_worker()
+        yield installation
+    finally:
+        installation.stop()
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(what: str, ready: Callable[[], Any], seconds: float) -> Any:
+    """Poll until something truthy comes back; to be refused a connection counts as not yet."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if answer := ready():
+                return answer
+        except OSError:
+            pass
+        time.sleep(0.25)
+    raise AssertionError(f"{what} did not come in {seconds:g} s")

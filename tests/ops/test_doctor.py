@@ -1,0 +1,310 @@
+"""The doctor: what it finds, on a real Prefect server, and that it mends what it can."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from ops import doctor
+from ops.doctor import Finding, examine, examine_slots, main
+from ops.limits import LIMIT, ensure_limit, gpu_count, read_slots, set_active, set_limit
+from ops.lock import exclusive
+from ops.marks import mark_process
+from ops.settings import Settings
+from ops.tracking import PROCESS_TAG, client, set_tags, tracked_run
+from ops.watch import Watcher
+
+LEFT = """
+import os, subprocess, sys
+from pathlib import Path
+from ops.lock import exclusive
+with exclusive(Path(sys.argv[1]), "cpu", "a run that dies", print) as held:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], pass_fds=[held.descriptor],
+        stdout=subprocess.DEVNULL, start_new_session=True)
+    print(child.pid, flush=True)
+    os._exit(1)
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    (tmp_path / "mlflow").mkdir()
+    shutil.copy(mlflow_database, tmp_path / "mlflow" / "mlflow.db")
+    monkeypatch.setenv("FINETUNE_LOCKS", str(tmp_path / "device-locks"))
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    monkeypatch.setattr("ops.reaper.notify", lambda *arguments: None)
+    return Settings.load()
+
+
+@pytest.fixture
+def prefect(prefect_server: None) -> Iterator[Any]:
+    """A client of a server with no limit tag:gpu."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as prefect:
+        with contextlib.suppress(ObjectNotFound):
+            prefect.delete_global_concurrency_limit_by_name(LIMIT)
+        yield prefect
+
+
+@pytest.fixture
+def lease(prefect: Any) -> Callable[[str], UUID]:
+    """lease(state): a slot leased by a task of a flow run in that state. Returns the flow run's id."""
+    from prefect import flow, states, task
+    from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+
+    @flow
+    def some_flow() -> None:
+        return
+
+    @task
+    def some_task() -> None:
+        return
+
+    def take(state: str) -> UUID:
+        run = prefect.create_flow_run(some_flow, state=states.Running())
+        made = prefect.create_task_run(some_task, flow_run_id=run.id, dynamic_key="0", state=states.Pending())
+        prefect.increment_concurrency_slots_with_lease(
+            names=[LIMIT],
+            slots=1,
+            mode="concurrency",
+            lease_duration=60,
+            holder=ConcurrencyLeaseHolder(type="task_run", id=made.id),
+        )
+        if state != "Running":
+            prefect.set_flow_run_state(run.id, getattr(states, state)(), force=True)
+        return UUID(str(run.id))
+
+    return take
+
+
+def _one(findings: Iterator[Finding]) -> Finding:
+    (finding,) = findings
+    return finding
+
+
+def test_a_missing_limit_is_created(prefect: Any) -> None:
+    """Without it Prefect would let everything start."""
+    finding = _one(examine_slots(prefect, 2))
+    assert "no limit tag:gpu" in finding.text
+    assert finding.mend
+    finding.mend()
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 2
+    assert list(examine_slots(prefect, 2)) == []
+    assert not ensure_limit(prefect, 5)  # one that is there is the user's
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 2
+
+
+def test_no_limit_is_made_on_a_temporary_server() -> None:
+    """Nobody collects a dead holder's lease there."""
+    from types import SimpleNamespace
+
+    from prefect.client.base import ServerType
+
+    assert not ensure_limit(SimpleNamespace(server_type=ServerType.EPHEMERAL), 1)  # type: ignore[arg-type]
+
+
+def test_slots_that_nobody_leased_are_freed(prefect: Any, lease: Callable[[str], UUID]) -> None:
+    """As a server that forgot its leases leaves them; what is leased stays counted."""
+    ensure_limit(prefect, 3)
+    lease("Running")
+    assert list(examine_slots(prefect, 3)) == []
+    set_active(prefect, 3)
+    finding = _one(examine_slots(prefect, 3))
+    assert "counts 3 slots as taken, and 1 have a lease" in finding.text
+    assert finding.mend
+    finding.mend()
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 1
+    assert list(examine_slots(prefect, 3)) == []
+
+
+@pytest.mark.parametrize("state", ["Crashed", "Cancelled", "Failed"])
+def test_a_dead_holder_s_lease_is_taken_from_it(prefect: Any, lease: Callable[[str], UUID], state: str) -> None:
+    """Its flow run has ended; the server would wait for the lease to run out."""
+    ensure_limit(prefect, 2)
+    lease(state)
+    finding = _one(examine_slots(prefect, 2))
+    assert f"({state})" in finding.text
+    assert finding.mend
+    finding.mend()
+    slots = read_slots(prefect)
+    assert slots is not None
+    assert (slots.active, slots.holders) == (0, {})
+
+
+def test_a_living_holder_s_lease_is_left(prefect: Any, lease: Callable[[str], UUID]) -> None:
+    """Leases are revoked all or none: beside a living one the dead one runs out by itself."""
+    ensure_limit(prefect, 2)
+    lease("Crashed")
+    living = lease("Running")
+    finding = _one(examine_slots(prefect, 2))
+    assert finding.mend is None
+    assert "by itself" in finding.text
+    slots = read_slots(prefect)
+    assert slots is not None
+    assert living in {run.id for run in slots.holders.values() if run}
+
+
+def test_the_watcher_mends_slots_at_the_second_look(
+    prefect: Any, settings: Settings, lease: Callable[[str], UUID]
+) -> None:
+    """A slot is counted a moment before its lease is there: once is no reason."""
+    ensure_limit(prefect, 2)
+    set_active(prefect, 2)
+    watcher = Watcher(settings, 2)
+    assert watcher.round() == []
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 2
+    (line,) = watcher.round()
+    assert line.endswith(": mended")
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
+    assert watcher.round() == []
+
+
+def test_the_watcher_leaves_the_limit_to_people(prefect: Any, settings: Settings) -> None:
+    """Somebody who sets it to 0, to stop trainings, has a reason."""
+    ensure_limit(prefect, 2)
+    set_limit(prefect, 0)
+    watcher = Watcher(settings, 2)
+    assert watcher.round() == watcher.round() == []
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 0
+
+
+def test_the_watcher_outlives_its_servers(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No Prefect, and an MLflow that does not answer: said once each."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    caplog.set_level("INFO", logger="watch")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        watcher = Watcher(Settings(settings.data_root, "http://127.0.0.1:9"), 1)
+        assert watcher.round() == watcher.round() == []
+    messages = [record.message for record in caplog.records if record.name == "watch"]
+    assert len([m for m in messages if "no Prefect server answers" in m]) == 1
+    assert len([m for m in messages if m.startswith("MLflow")]) == 1
+
+
+def test_a_device_left_to_a_child(settings: Settings) -> None:
+    """Named with the child's number and command, and ended with --fix: nobody waits for its result."""
+    left = subprocess.run(
+        [sys.executable, "-c", LEFT, str(settings.device_locks)], capture_output=True, text=True, check=False
+    )
+    child = int(left.stdout)
+    try:
+        finding = _one(iter(examine(settings, 1, None)))
+        assert finding.text.startswith(f"cpu is held by pid {child} (")
+        assert "time.sleep(100)" in finding.text
+        assert "left behind by a run that dies" in finding.text
+        assert finding.mend
+        finding.mend()
+        assert not Path(f"/proc/{child}").exists() or mark_process(child).started == ""
+        assert examine(settings, 1, None) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_s_old_text_is_no_finding(settings: Settings) -> None:
+    """A dead run's name in a file that nobody locks says nothing: the kernel has freed it."""
+    dead = "import sys; from pathlib import Path; from ops.lock import exclusive as e; import os\n"
+    dead += "with e(Path(sys.argv[1]), 'cpu', 'dead', print): os._exit(1)"
+    subprocess.run([sys.executable, "-c", dead, str(settings.device_locks)], check=False)
+    assert "dead" in (settings.device_locks / "cpu.lock").read_text()
+    assert examine(settings, 1, None) == []
+
+
+def test_a_trainer_that_prefect_gave_up(prefect: Any, settings: Settings, lease: Callable[[str], UUID]) -> None:
+    """Crashed for Prefect, alive for the kernel: told with the command that ends it well, and left alone."""
+    ensure_limit(prefect, 1)
+    run = lease("Crashed")
+    with exclusive(settings.device_locks, "cpu", "given up", print, flow_run_id=str(run)):
+        (finding,) = [f for f in examine(settings, 1, prefect) if "given up" in f.text]
+    assert "Crashed" in finding.text
+    assert f"kill {os.getpid()}" in finding.text
+    assert finding.mend is None
+
+
+def test_a_run_that_is_no_more(settings: Settings) -> None:
+    """RUNNING in MLflow, its process dead: closed."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mark = mark_process(process.pid)
+    with tracked_run(settings, "stale", {}, {}) as run:
+        set_tags(run, {PROCESS_TAG: mark.to_json()})
+        assert examine(settings, 1, None) == []
+        process.communicate(b"\n")
+        finding = _one(iter(examine(settings, 1, None)))
+        assert "MLflow run stale says RUNNING and should be KILLED" in finding.text
+        assert finding.mend
+        finding.mend()
+        assert client(run.tracking_uri).get_run(run.run_id).info.status == "KILLED"
+        assert examine(settings, 1, None) == []
+
+
+def test_the_server_s_settings(prefect: Any, settings: Settings) -> None:
+    """The automation is installed, once; leases in memory and a missing worker are told. The harness has both."""
+    from ops.zombies import NAME, ensure_zombie_automation
+
+    for automation in prefect.read_automations_by_name(NAME):
+        prefect.delete_automation(automation.id)
+    ensure_limit(prefect, 1)
+    found = {finding.text.split(" ")[1]: finding for finding in examine(settings, 1, prefect)}
+    texts = " | ".join(finding.text for finding in found.values())
+    assert "keeps leases in memory" in texts
+    assert "no worker of the pool gpu is online" in texts
+    (missing,) = [finding for finding in found.values() if NAME in finding.text]
+    assert missing.mend
+    missing.mend()
+    assert not ensure_zombie_automation()
+    assert not [finding for finding in examine(settings, 1, prefect) if NAME in finding.text]
+    (automation,) = prefect.read_automations_by_name(NAME)
+    prefect.pause_automation(automation.id)
+    assert [finding for finding in examine(settings, 1, prefect) if NAME in finding.text]
+    assert ensure_zombie_automation()
+    assert len(prefect.read_automations_by_name(NAME)) == 1
+
+
+def test_the_command_tells_and_mends(
+    prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line a finding; status 1 while something is wrong, 0 when all is well."""
+    monkeypatch.setattr(doctor, "_server", lambda prefect: iter(()))  # the harness keeps leases in memory
+    monkeypatch.setenv("FINETUNE_GPUS", "2")
+    ensure_limit(prefect, 1)
+    set_active(prefect, 1)
+    assert main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith("[--fix mends it]") for line in lines)
+    assert main(["--fix"]) == 0
+    assert "[mended]" in capsys.readouterr().out
+    limit = prefect.read_global_concurrency_limit_by_name(LIMIT)
+    assert (limit.limit, limit.active_slots) == (2, 0)
+    assert main([]) == 0
+    assert "all is well" in capsys.readouterr().out
+
+
+def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting, else what torch sees, at least one; nonsense is named."""
+    monkeypatch.delenv("FINETUNE_GPUS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert gpu_count() == 1
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert gpu_count() == 4
+    monkeypatch.setenv("FINETUNE_GPUS", "2")
+    assert gpu_count() == 2
+    for wrong in ("0", "-1", "two"):
+        monkeypatch.setenv("FINETUNE_GPUS", wrong)
+        with pytest.raises(ValueError, match="FINETUNE_GPUS"):
+            gpu_count()

@@ -1,0 +1,137 @@
+"""Notices: what is posted, and that no webhook, whatever it does, holds a run up or shows its address."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from ops import notify as module
+from ops.notify import notify
+
+SECRET = "T0K3N-of-the-hook"
+
+
+class Hook(HTTPServer):
+    """A webhook that keeps what it was sent; ``status`` is its answer, None: it never answers."""
+
+    def __init__(self) -> None:
+        self.status: int | None = 200
+        self.received: list[dict[str, Any]] = []
+        self.types: list[str | None] = []
+        self.stop = threading.Event()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{SECRET}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hook
+
+    def do_POST(self) -> None:
+        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.server.types.append(self.headers["Content-Type"])
+        if self.server.status is None:
+            # A byte now and then: no single read times out.
+            while not self.server.stop.wait(0.5):
+                self.wfile.write(b"H")
+            return
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
+    server = Hook()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("FINETUNE_WEBHOOK_URL", server.url)
+    yield server
+    server.stop.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def artifacts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What would be written to Prefect; the real way is shown with a real server."""
+    written: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(module, "_write_artifact", lambda *arguments: written.append(arguments))
+    return written
+
+
+def test_the_message_is_slack_s(hook: Hook, artifacts: list[tuple[Any, ...]]) -> None:
+    """One field, links in its syntax, and nothing in a line can be taken for a link or a mention."""
+    assert notify("run <@here> failed", ["loss & more", "x < y"], {"Prefect run": "http://127.0.0.1/1"})
+    assert hook.received == [
+        {"text": "*run &lt;@here&gt; failed*\nloss &amp; more\nx &lt; y\n<http://127.0.0.1/1|Prefect run>"}
+    ]
+    assert hook.types == ["application/json"]
+    assert len(artifacts) == 1
+
+
+def test_without_a_webhook_the_artifact_is_written(
+    monkeypatch: pytest.MonkeyPatch, artifacts: list[tuple[Any, ...]]
+) -> None:
+    """No setting, no post, no complaint."""
+    monkeypatch.delenv("FINETUNE_WEBHOOK_URL", raising=False)
+    assert not notify("a title", ["a line"])
+    assert [written[:2] for written in artifacts] == [("a title", ["a line"])]
+
+
+@pytest.mark.parametrize("fault", ["down", "500", "hangs", "no URL"])
+def test_a_bad_webhook_is_a_warning(
+    hook: Hook,
+    artifacts: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    """It returns in some five seconds, says so, keeps the artifact, and never shows the address."""
+    caplog.set_level(logging.DEBUG)
+    if fault == "down":
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        monkeypatch.setenv("FINETUNE_WEBHOOK_URL", f"http://127.0.0.1:{port}/{SECRET}")
+    elif fault == "500":
+        hook.status = 500
+    elif fault == "hangs":
+        hook.status = None
+    else:
+        monkeypatch.setenv("FINETUNE_WEBHOOK_URL", f"htp:/{SECRET}")
+    started = time.monotonic()
+    assert not notify("a title", [], {})
+    assert time.monotonic() - started < 6.5
+    assert "webhook" in caplog.text
+    assert SECRET not in caplog.text
+    assert len(artifacts) == 1
+
+
+def test_a_hanging_prefect_does_not_keep_the_webhook_waiting(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways are tried at once, and share the time."""
+    monkeypatch.setattr(module, "_write_artifact", lambda *arguments: time.sleep(30))
+    started = time.monotonic()
+    assert notify("a title", [], {})
+    assert time.monotonic() - started < 6.5
+    assert len(hook.received) == 1
+
+
+def test_a_long_text_is_cut(hook: Hook, artifacts: list[tuple[Any, ...]]) -> None:
+    """Slack would refuse it; the links stay."""
+    assert notify("a title", ["x" * 10_000], {"run": "http://127.0.0.1/1"})
+    (message,) = hook.received
+    assert len(message["text"]) < 3_100
+    assert message["text"].endswith("<http://127.0.0.1/1|run>")
