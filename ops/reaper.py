@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -103,6 +104,8 @@ def close_run(run: RunRef, status: str, reason: str) -> bool:
 
 def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
     """The MLflow runs of a Prefect run, newest first; a run that Prefect retried has several."""
+    if _is_absent(tracking_uri):
+        return []
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
@@ -187,7 +190,14 @@ def crash_flow_run(prefect: SyncPrefectClient, flow_run_id: str, reason: str) ->
     return answer.status == SetStateStatus.ACCEPT
 
 
+def _is_absent(tracking_uri: str) -> bool:
+    """Whether the store is a file that is not there yet; asking would create it."""
+    return tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists()
+
+
 def _running(tracking_uri: str) -> Iterator[Run]:
+    if _is_absent(tracking_uri):
+        return
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
