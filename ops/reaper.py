@@ -104,19 +104,13 @@ def close_run(run: RunRef, status: str, reason: str) -> bool:
 
 def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
     """The MLflow runs of a Prefect run, newest first; a run that Prefect retried has several."""
-    if not _has_runs(tracking_uri):
+    if _is_absent(tracking_uri):
         return []
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return []
     return list(mlflow.search_runs([experiment.experiment_id], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'"))
-
-
-def _has_runs(tracking_uri: str) -> bool:
-    """False for a sqlite file that nobody has made yet: to look into it would make it, which takes seconds."""
-    path = tracking_uri.removeprefix("sqlite:///")
-    return path == tracking_uri or Path(path).exists()
 
 
 def reap(tracking_uri: str, prefect: SyncPrefectClient | None) -> list[str]:
@@ -196,8 +190,13 @@ def crash_flow_run(prefect: SyncPrefectClient, flow_run_id: str, reason: str) ->
     return answer.status == SetStateStatus.ACCEPT
 
 
+def _is_absent(tracking_uri: str) -> bool:
+    """Whether the store is a file that is not there yet; asking would create it."""
+    return tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists()
+
+
 def _running(tracking_uri: str) -> Iterator[Run]:
-    if not _has_runs(tracking_uri):
+    if _is_absent(tracking_uri):
         return
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)

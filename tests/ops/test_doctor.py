@@ -30,7 +30,7 @@ from pathlib import Path
 from ops.lock import exclusive
 with exclusive(Path(sys.argv[1]), "cpu", "a run that dies", print) as held:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], pass_fds=[held.descriptor],
-        stdout=subprocess.DEVNULL, start_new_session=True)
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     print(child.pid, flush=True)
     os._exit(1)
 """

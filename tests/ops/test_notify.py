@@ -111,7 +111,7 @@ def test_a_bad_webhook_is_a_warning(
     elif fault == "hangs":
         hook.status = None
     else:
-        monkeypatch.setenv("FINETUNE_WEBHOOK_URL", f"htp:/{SECRET}")
+        monkeypatch.setenv("FINETUNE_WEBHOOK_URL", SECRET)
     started = time.monotonic()
     assert not notify("a title", [], {})
     assert time.monotonic() - started < 6.5
