@@ -54,6 +54,8 @@ class Engine:
         self.model = model
         self.dtype = dtype
         self.device = model.wte.weight.device
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where Triton launches kernels, and graphs are captured
         self._top = _Top(model)
         used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
