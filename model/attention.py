@@ -65,9 +65,11 @@ class Documents:
             ends = self.offsets
             y = varlen_attn(q, k, v, ends, ends, self.longest, self.longest, window_size=(-1, 0))
             return cast(Tensor, y)
-        rows = Rows()
+        rows, dtype = Rows(), q.dtype
+        if dtype == torch.bfloat16 and not q.is_cuda:  # the CPU's kernel is faster in fp32 where rows are short
+            q, k, v = q.float(), k.float(), v.float()
         parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts])
+        return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts]).to(dtype)
 
 
 class KVCache:
