@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     quiet_environment()
     options = parse(arguments)
+    model = model_config(options.tokenizer)
     costs: list[Cost] = []
 
     def say(message: str) -> None:
@@ -107,19 +108,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not attempt:
                     place.mkdir()
                     write_numbered_rows(source, rows, place / "rows.jsonl")
-                measure(tokenise, rows, place, options.tokenizer)
-                measure(train_steps, rows, place, options.tokenizer, options.steps, False)
+                measure(tokenise, rows, place, options.tokenizer, model)
+                measure(train_steps, rows, place, model, options.steps, False)
                 if rows <= options.trunk_rows:
                     if not attempt:
-                        measure(fill_trunk_file, rows, place, options.tokenizer)
-                    measure(train_steps, rows, place, options.tokenizer, options.steps, True)
+                        measure(fill_trunk_file, rows, place, model)
+                    measure(train_steps, rows, place, model, options.steps, True)
     results = summarise(costs)
     report = {
         "machine": describe_processor(),
         "dtype": str(resolve_precision("auto", CPU)),
         "versions": versions(),
         "data": options.data.name if options.data else "embedded",
-        "model": model_config(options.tokenizer).to_json(),
+        "model": model.to_json(),
         "num_unfrozen_layers": _UNFROZEN,
         "batch_size": _BATCH_SIZE,
         "steps": options.steps,
@@ -187,9 +188,9 @@ def model_config(tokenizer: Path) -> GPTConfig:
     return GPTConfig(vocab_size=vocabulary, n_positions=512, n_embd=192, n_layer=3, n_head=6)
 
 
-def tokenise(rows: int, place: Path, tokenizer: Path) -> Cost:
+def tokenise(rows: int, place: Path, tokenizer: Path, shape: GPTConfig) -> Cost:
     """In a child: rows.jsonl to token files."""
-    encoder = load_tokenizer(tokenizer, model_config(tokenizer).vocab_size)
+    encoder = load_tokenizer(tokenizer, shape.vocab_size)
     begin, cpu = time.perf_counter(), time.process_time()
     meta = prepare(find_splits(place / "rows.jsonl"), encoder, PrepareConfig(), place / "tokens")
     spent = time.process_time() - cpu, time.perf_counter() - begin
@@ -197,19 +198,19 @@ def tokenise(rows: int, place: Path, tokenizer: Path) -> Cost:
     return Cost(TOKENISE, rows, tokens, *spent, None, peak_memory(CPU), private_memory())
 
 
-def build_model(tokenizer: Path) -> GPTModel:
+def build_model(shape: GPTConfig) -> GPTModel:
     """Random weights, the same each time; sets the process to one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = GPTModel(model_config(tokenizer))
+    model = GPTModel(shape)
     freeze_bottom_layers(model, _UNFROZEN)
     cast_frozen(model, resolve_precision("auto", CPU))
     return model
 
 
-def train_steps(rows: int, place: Path, tokenizer: Path, steps: int, cached: bool) -> Cost:
+def train_steps(rows: int, place: Path, shape: GPTConfig, steps: int, cached: bool) -> Cost:
     """In a child: a few optimizer steps on the token files, from a full trunk file or without any."""
-    model = build_model(tokenizer)
+    model = build_model(shape)
     dataset = CodeAlpacaDataset(place / "tokens", "train")
     warm_up = max(1, steps // 4)
     config = TrainConfig(
@@ -248,9 +249,9 @@ def train_steps(rows: int, place: Path, tokenizer: Path, steps: int, cached: boo
     )
 
 
-def fill_trunk_file(rows: int, place: Path, tokenizer: Path) -> Cost:
+def fill_trunk_file(rows: int, place: Path, shape: GPTConfig) -> Cost:
     """In a child: the trunk's outputs of all rows, training and validation, into files."""
-    model = build_model(tokenizer)
+    model = build_model(shape)
     engine = Engine(model, resolve_precision("auto", CPU))
     at_a_time = default_micro_batch_tokens(model)
     tokens, begin, cpu = 0, time.perf_counter(), time.process_time()

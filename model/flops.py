@@ -69,9 +69,7 @@ def _factors(size: int, device: torch.device, dtype: torch.dtype) -> tuple[torch
     return a, b
 
 
-def _seconds(
-    a: torch.Tensor, b: torch.Tensor, repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def _seconds(a: torch.Tensor, b: torch.Tensor, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds that a number of products take; on a GPU by its own clock, so that no launch is counted.
 
     The second factor is transposed, as in a linear layer: without that, bf16 products of some processors are slow.
