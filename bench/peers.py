@@ -236,6 +236,7 @@ def hf_settings(job: Job) -> list[Setting]:
         options = [{"rows_per_pass": _divisor(full, 8)}]
         if 8 < full <= 32:
             options.append({"rows_per_pass": full})
+        options.append({"rows_per_pass": _divisor(full, 8), "compiled": True})
     else:
         options.append({"rows_per_pass": full, "compiled": True})
         options.append({"rows_per_pass": _divisor(full, 32)})

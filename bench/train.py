@@ -160,11 +160,11 @@ def describe_machine(device_name: str, precision: str) -> dict[str, Any]:
     """Name of the device, number format of the products, and how fast it multiplies matrices."""
     device = resolve_device(device_name)
     dtype = resolve_precision(precision, device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_processor()
     return {"name": name, "dtype": str(dtype), "matmul_ceiling_flops": matmul_ceiling(device, dtype)}
 
 
-def _processor() -> str:
+def describe_processor() -> str:
     """The processor's name where Linux tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -58,9 +58,11 @@ class Documents:
         return self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        rows = Rows()
+        rows, dtype = Rows(), q.dtype
+        if dtype == torch.bfloat16 and not q.is_cuda:  # the CPU's kernel is faster in fp32 where rows are short
+            q, k, v = q.float(), k.float(), v.float()
         parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts])
+        return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts]).to(dtype)
 
 
 class KVCache:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -45,19 +45,20 @@ def necessary_flops(
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second that a large square matrix product reaches now, the median of a few windows.
+    """Operations per second that a large square matrix product reaches, in the best of a few windows.
 
     8192^3 on a GPU, 1024^3 elsewhere (256^3 where the processor is too slow for that); takes some 0.2 s.
+    Work of other processes only ever slows a window down, and the smaller the product, the more.
     Random values: zeros draw less power and run faster than any training would.
     """
     size = 8192 if device.type == "cuda" else 256
     a, b = _factors(size, device, dtype)
     _seconds(a, b, 1)  # the first product loads the library
-    if device.type != "cuda" and _seconds(a, b, 1) * 4**3 < 0.05:
+    if device.type != "cuda" and _seconds(a, b, 1, clock=time.thread_time) * 4**3 < 0.5:
         size = 1024
         a, b = _factors(size, device, dtype)
     repeats = max(1, int(_WINDOW_SECONDS / _seconds(a, b, 1)))
-    seconds = statistics.median(_seconds(a, b, repeats) for _ in range(_WINDOWS))
+    seconds = min(_seconds(a, b, repeats) for _ in range(_WINDOWS))
     return 2 * size**3 * repeats / seconds
 
 
@@ -68,16 +69,16 @@ def _factors(size: int, device: torch.device, dtype: torch.dtype) -> tuple[torch
     return a, b
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
+def _seconds(a: torch.Tensor, b: torch.Tensor, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds that a number of products take; on a GPU by its own clock, so that no launch is counted.
 
     The second factor is transposed, as in a linear layer: without that, bf16 products of some processors are slow.
     """
     if not a.is_cuda:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             torch.mm(a, b.t())
-        return time.perf_counter() - start
+        return clock() - start
     with torch.cuda.device(a.device):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

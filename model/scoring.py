@@ -73,8 +73,7 @@ def token_losses(hidden: Tensor, head: Tensor, vocabulary: int, targets: Tensor)
     losses = torch.empty(len(targets), dtype=dtype, device=hidden.device)
     for start in range(0, len(targets), _CHUNK[hidden.device.type]):
         part = slice(start, start + _CHUNK[hidden.device.type])
-        logits = (hidden[part] @ head.t())[:, :vocabulary]
-        losses[part] = F.cross_entropy(logits.to(dtype), targets[part], reduction="none")
+        losses[part], _ = cross_entropy(hidden[part] @ head.t(), targets[part], vocabulary)
     return losses
 
 
