@@ -19,7 +19,7 @@ PACKAGES = ("flows", "tasks", "ops", "model")
 MAY_IMPORT = {
     "flows": {"tasks", "ops", "model", "prefect"},
     "tasks": {"ops", "model", "prefect"},
-    "ops": {"model", "mlflow"},
+    "ops": {"model", "prefect", "mlflow"},
     "model": set(),
 }
 
