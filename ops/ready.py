@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from http.client import HTTPException
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from ops.deploy import POOL, DeployError, deploy, set_up
-from ops.servers import Servers
+from ops.servers import USER, Servers
 
 SECONDS = 120.0  # for each of them; four times what they need together on two idle cores
 
@@ -35,9 +37,29 @@ def wait_for(what: str, log: object, ready: Callable[[], bool]) -> None:
     raise NotReadyError(f"{what} did not come up in {SECONDS:.0f} s: see {log}")
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str | Request) -> bool:
     with urlopen(url, timeout=5) as answer:
         return bool(answer.status == 200)
+
+
+def _takes_the_password(servers: Servers) -> bool:
+    """Whether MLflow answers a client that has what client.env gives.
+
+    Raises:
+        NotReadyError: it answers, and refuses.
+    """
+    ask = Request(f"{servers.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1")
+    if servers.secure:
+        ask.add_header("Authorization", "Basic " + b64encode(f"{USER}:{servers.password()}".encode()).decode())
+    try:
+        return _answers(ask)
+    except HTTPError as error:
+        if error.code != 401:
+            raise
+        raise NotReadyError(
+            f"MLflow does not know the password in {servers.password_file}: it keeps the one it was first started "
+            f"with. Put that one back, or remove {servers.home / 'basic_auth.db'}, and with it all users but {USER}"
+        ) from None
 
 
 def main() -> int:
@@ -56,12 +78,11 @@ def main() -> int:
         wait_for("Prefect's server", servers.logs / "prefect.log", lambda: _answers(health))
         with get_client(sync_client=True) as client:
             set_up(client, servers.gpus)
-            for name in ("worker", "watch"):
-                servers.supervisor().startProcess(name, False)
+            servers.supervisor().startProcess("worker", False)
             deploy()
-            health = f"{servers.mlflow_url}/health"
-            wait_for("MLflow's server", servers.logs / "mlflow.log", lambda: _answers(health))
+            wait_for("MLflow's server", servers.logs / "mlflow.log", lambda: _takes_the_password(servers))
             wait_for("the worker", servers.logs / "worker.log", works)
+            servers.supervisor().startProcess("watch", False)  # last, because nobody waits for it
     except (NotReadyError, DeployError) as error:
         print(error, file=sys.stderr)
         return 1

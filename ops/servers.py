@@ -157,7 +157,6 @@ class Servers:
             "FINETUNE_DATA_ROOT": str(self.home.parent),
             "FINETUNE_GPUS": str(self.gpus),  # who would count again would load torch for it
             "FINETUNE_SOCKET": str(self.socket),
-            "FINETUNE_LOGS": str(self.logs),
             "FINETUNE_MLFLOW_OPTIONS": "--app-name basic-auth" if self.secure else "",
             "DO_NOT_TRACK": "true",
             "PREFECT_HOME": str(self.home / "prefect"),
@@ -177,6 +176,8 @@ class Servers:
                 "MLFLOW_AUTH_CONFIG_PATH": str(PROJECT_ROOT / "mlflow" / "basic_auth.ini"),
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
             }
+        # Every 10 s by default; a run that was just submitted need not wait so long.
+        environment.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         # Other databases and stores may be named in the environment.
         environment.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{self.home / 'mlflow.db'}")
         environment.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(self.home / "artifacts"))

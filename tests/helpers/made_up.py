@@ -140,9 +140,10 @@ class MadeUp:
         return found[0]
 
     def make(self, *target: str) -> subprocess.CompletedProcess[str]:
-        """Another make command with the same settings."""
+        """Another make command with the same settings, and with client.env sourced if it is there."""
+        environment = self.client_environment if (self.home / "client.env").exists() else self.environment
         return subprocess.run(
-            [*MAKE, *target], cwd=self.cwd, env=self.environment, stdin=subprocess.DEVNULL,
+            [*MAKE, *target], cwd=self.cwd, env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
         )  # fmt: skip
 

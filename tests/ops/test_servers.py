@@ -171,6 +171,7 @@ def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.Mon
     servers.logs.mkdir(parents=True)
     for name, value in servers.environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.chdir(servers.home)
     options = ServerOptions()
     options.realize(["-c", str(Path(__file__).resolve().parents[2] / "ops" / "supervisord.conf")])
     programs = {group.name: group.process_configs[0] for group in options.process_group_configs}
@@ -178,8 +179,7 @@ def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.Mon
     assert max(programs.values(), key=lambda program: program.priority).name == "worker"  # ended first
     for program in programs.values():
         assert program.autorestart
-        assert program.directory == str(servers.home)
-        assert program.stdout_logfile == str(servers.logs / f"{program.name}.log")
+        assert program.stdout_logfile == f"log/{program.name}.log"  # in its working directory
         assert program.redirect_stderr
         assert 0 < program.stdout_logfile_maxbytes <= 10 * 2**20
 
