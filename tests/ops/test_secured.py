@@ -1,4 +1,4 @@
-"""``make up SECURE=1``: who has no password gets nothing, a run gets through, and the password is written nowhere else."""
+"""``make up SECURE=1``: without the password nothing, with it a run, and the password in no other place."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_without_credentials_nobody_gets_anything(credentials: str | None, secur
 
 
 def test_a_foreign_host_header(secured: MadeUp) -> None:
-    """MLflow refuses it even with the password. Prefect does not look at it, and asks for the password all the same."""
+    """MLflow refuses it even with the password. Prefect does not look at it, and wants the password as always."""
     right = f"admin:{secured.password}"
     assert _status(secured.mlflow + EXPERIMENTS, right, Host="evil.example") == 403
     assert _status(secured.mlflow + EXPERIMENTS, Host="evil.example") == 403
