@@ -23,11 +23,13 @@ class Process:
 
     Attributes:
         pid: its number.
+        parent: that of its parent.
         command: the beginning of its command line, for people.
         flow_run: the id of the Prefect flow run that it, or one of its ancestors, executes.
     """
 
     pid: int
+    parent: int
     command: str
     flow_run: str | None
 
@@ -39,9 +41,11 @@ def marked(name: str, value: str) -> list[Process]:
     """All living processes of this user that were started with the variable ``name`` set to ``value``."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        environment = _environment(int(folder.name))
-        if environment.get(name) == value and int(folder.name) != os.getpid():
-            found.append(Process(int(folder.name), _command(folder), environment.get(_FLOW_RUN)))
+        pid = int(folder.name)
+        environment = _environment(pid)
+        if environment.get(name) == value and pid != os.getpid():
+            with contextlib.suppress(OSError):  # gone meanwhile
+                found.append(Process(pid, _parent(folder), _command(folder), environment.get(_FLOW_RUN)))
     return sorted(found, key=lambda process: process.pid)
 
 
@@ -70,6 +74,7 @@ def end(
                 with contextlib.suppress(ProcessLookupError):
                     if _environment(process.pid).get(name) == value:
                         os.kill(process.pid, signal.SIGKILL if late else signal.SIGTERM)
+                        os.kill(process.pid, signal.SIGCONT)  # a halted one would not notice
         time.sleep(0.1)
     return list(asked.values())
 
@@ -83,10 +88,12 @@ def _environment(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
 
 
+def _parent(folder: Path) -> int:
+    # The name in parentheses may hold anything.
+    return int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+
+
 def _command(folder: Path) -> str:
-    try:
-        words = folder.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return "?"
+    words = folder.joinpath("cmdline").read_bytes().decode(errors="replace").split("\0")
     # Without the folders of interpreter and script, in which nobody is interested.
     return " ".join(os.path.basename(word) if word.startswith("/") else word for word in words if word)[:80]

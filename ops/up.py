@@ -14,13 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.client import HTTPException
 from pathlib import Path
 from threading import Event
 from typing import Any, TextIO
-from xmlrpc.client import Error
 
 from ops.processes import Process, end, marked
 from ops.servers import MARK, USER, Servers
@@ -60,8 +58,7 @@ def down(servers: Servers) -> int:
     while time.monotonic() < deadline:
         with _lock(servers) as lock:
             if lock:
-                ended = end(lambda: _strays(servers, runs=True), MARK, str(servers.home), SAVE_SECONDS)
-                ended += end(lambda: _strays(servers), MARK, str(servers.home), 15)
+                ended = _end_runs(servers) + end(lambda: _strays(servers), MARK, str(servers.home), 15)
                 for process in ended:
                     _say(f"ended {process}")
                 if not asked and not ended:
@@ -97,7 +94,13 @@ def _run(servers: Servers, lock: TextIO) -> int:
     ready: subprocess.Popen[bytes] | None = _start(environment, "ops.ready")
     status = 0
     try:
+        looked = began
         while not stop.wait(0.2):
+            if time.monotonic() - looked > 2:
+                # Such as MLflow's second process, when the first was killed: it would keep the port.
+                for orphan in end(lambda: _orphans(servers), MARK, str(servers.home), 1):
+                    _say(f"ended what a killed process had left: {orphan}")
+                looked = time.monotonic()
             if supervisor.poll() is not None:
                 _say(f"supervisord is gone (status {supervisor.returncode}): see {servers.logs / 'supervisord.log'}")
                 status = 1
@@ -125,14 +128,10 @@ def _stop(
 
     if ready:
         ready.terminate()
-    if supervisor.poll() is None:
-        # First of all, or it would take the next run. It waits for its runs to end.
-        with suppress(OSError, Error, HTTPException):
-            servers.supervisor().stopProcess("worker", False)
     runs = {process.flow_run for process in _strays(servers, runs=True)}
     if runs:
         _say(f"ending {len(runs)} flow run(s), each when it has saved its checkpoint; Ctrl-C again: at once")
-    end(lambda: _strays(servers, runs=True), MARK, str(servers.home), SAVE_SECONDS, hurry)
+    _end_runs(servers, hurry)
     supervisor.terminate()
     deadline = time.monotonic() + STOP_SECONDS - SAVE_SECONDS
     while supervisor.poll() is None and time.monotonic() < deadline and not hurry():
@@ -155,6 +154,30 @@ def _start(environment: dict[str, str], module: str, *arguments: str) -> subproc
         start_new_session=True,
         preexec_fn=lambda: ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM),
     )
+
+
+def _end_runs(servers: Servers, hurry: Callable[[], bool] = bool) -> list[Process]:
+    """End flow runs, then their worker. Returns those that were there.
+
+    The worker is halted meanwhile: awake it would take the next run, and ended first it would kill its runs, without
+    waiting for them.
+    """
+
+    def workers() -> list[Process]:
+        return [process for process in _strays(servers, runs=False) if "prefect worker start" in process.command]
+
+    for worker in workers():
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGSTOP)
+    ended = end(lambda: _strays(servers, runs=True), MARK, str(servers.home), SAVE_SECONDS, hurry)
+    return ended + end(workers, MARK, str(servers.home), 10, hurry)
+
+
+def _orphans(servers: Servers) -> list[Process]:
+    """What a killed program of supervisord has left behind; flow runs outlive their worker on purpose."""
+    everybody = _strays(servers)
+    parents = {os.getpid(), *(process.pid for process in everybody)}
+    return [process for process in everybody if process.flow_run is None and process.parent not in parents]
 
 
 def _strays(servers: Servers, runs: bool | None = None) -> list[Process]:

@@ -178,7 +178,7 @@ def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.Mon
     assert set(programs) == {"prefect", "mlflow", "worker", "watch"}
     assert max(programs.values(), key=lambda program: program.priority).name == "worker"  # ended first
     for program in programs.values():
-        assert program.autorestart
+        assert program.autorestart  # always, or unless it was asked to end
         assert program.stdout_logfile == f"log/{program.name}.log"  # in its working directory
         assert program.redirect_stderr
         assert 0 < program.stdout_logfile_maxbytes <= 10 * 2**20
@@ -231,7 +231,7 @@ def test_processes_are_found_by_their_mark(sleepers: dict[str, subprocess.Popen[
 
 def test_who_lost_its_mark_is_not_signalled(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
     """A pid that was found once may be somebody else's now."""
-    stale = [[Process(sleepers["other"].pid, "", None)], []]
+    stale = [[Process(sleepers["other"].pid, 1, "", None)], []]
     end(lambda: stale.pop(0), MARK, str(Servers.load().home), 0)
     with pytest.raises(subprocess.TimeoutExpired):
         sleepers["other"].wait(0.3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -36,9 +35,9 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
         made.stop()
 
 
-def test_it_is_ready_within_forty_seconds(up: MadeUp, record_property: pytest.RecordProperty) -> None:
+def test_it_is_ready_within_forty_seconds(up: MadeUp) -> None:
     seconds = up.seconds  # type: ignore[attr-defined]
-    record_property("seconds", seconds)
+    print(f"ready after {seconds:.1f} s")
     if seconds > 40 and up.load > 1:  # type: ignore[attr-defined]
         pytest.skip(f"{seconds:.0f} s, while others kept this machine busy: says nothing")
     assert seconds <= 40
@@ -51,13 +50,6 @@ def test_it_prints_two_urls_and_what_to_do_next(up: MadeUp) -> None:
     assert "prefect deployment run finetune/tiny --watch\n" in up.output
     assert up.client_environment["PREFECT_API_URL"] == f"{up.prefect}/api"
     assert up.client_environment["MLFLOW_TRACKING_URI"] == up.mlflow
-
-
-def test_idle_it_needs_less_than_a_gigabyte_and_a_half(up: MadeUp, record_property: pytest.RecordProperty) -> None:
-    memory = up.memory()
-    record_property("megabytes", json.dumps(memory))
-    assert len(memory) >= 6
-    assert sum(memory.values()) <= 1600, memory
 
 
 def test_everything_is_set_up(up: MadeUp) -> None:
@@ -131,16 +123,26 @@ def test_a_run_completes_and_both_sides_have_it(up: MadeUp) -> None:
     assert found.info.status == "FINISHED"
 
 
+def test_idle_it_needs_less_than_a_gigabyte_and_a_half(up: MadeUp) -> None:
+    """After a run has come and gone."""
+    memory = up.memory()
+    print("\n".join(f"{megabytes:6.0f} MB  {process}" for process, megabytes in memory.items()))
+    assert len(memory) >= 6
+    assert sum(memory.values()) <= 1536
+
+
 @pytest.mark.parametrize("server", ["prefect server", "mlflow"])
 def test_a_killed_server_is_started_again(server: str, up: MadeUp) -> None:
     """The worker outlives it."""
     worker = up.one("prefect worker").pid
-    killed = {process.pid for process in up.processes(server)}
-    for pid in killed:
-        os.kill(pid, signal.SIGKILL)
+    killed = up.one(server).pid
+    os.kill(killed, signal.SIGKILL)
     url = f"{up.prefect}/api/health" if "prefect" in server else f"{up.mlflow}/health"
+    wait_for("another process", lambda: up.processes(server) and up.one(server).pid != killed, 30)
+    # MLflow's has a child that listens, and would keep the port.
+    orphans = [process for process in up.processes("uvicorn") if process.parent != up.one("mlflow").pid]
+    wait_for("the end of orphans", lambda: set(orphans).isdisjoint(up.processes()), 30)
     wait_for(server, lambda: urlopen(url, timeout=5).status == 200, 60)
-    assert killed.isdisjoint(process.pid for process in up.processes(server))
     assert up.one("prefect worker").pid == worker
     output, _ = up.run(*FEW_STEPS).communicate(timeout=150)
     assert up.api(f"/flow_runs/{up.flow_run(output)}")["state"]["type"] == "COMPLETED", output[-3000:]
@@ -168,7 +170,7 @@ def test_ctrl_c_ends_everything_and_a_training_too(up: MadeUp) -> None:
     status = up.interrupt()
 
     assert up.processes() == []
-    assert status in (0, 2, 130)  # make's own, or that of an interrupt
+    assert status in (0, -signal.SIGINT)  # make's own habit
     assert "everything has ended" in up.output
     for port in (up.prefect, up.mlflow):
         with pytest.raises(ConnectionRefusedError):
@@ -180,15 +182,19 @@ def test_ctrl_c_ends_everything_and_a_training_too(up: MadeUp) -> None:
 
 
 def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
-    """kill -9 of supervisord and of `make up` itself; the same data root as before, so it is known to start."""
+    """kill -9 of supervisord and of `make up` itself; meanwhile a GPU was taken out."""
+    up.environment["FINETUNE_GPUS"] = "1"
     up.start()
+    assert up.api("/work_pools/gpu")["concurrency_limit"] == 3
+    assert up.api("/v2/concurrency_limits/tag:gpu")["limit"] == 1
+    assert len(up.api("/automations/filter", {})) == 1
     before = {process.pid for process in up.processes()}
     supervisor = up.one("supervisord")
     assert up.process
-    (parent,) = (int(p) for p in Path(f"/proc/{supervisor.pid}/stat").read_text().rpartition(")")[2].split()[1:2])
-    for pid in (supervisor.pid, parent):
+    for pid in (supervisor.pid, supervisor.parent):
         os.kill(pid, signal.SIGKILL)
     up.process.wait(timeout=20)
+    wait_for("its end", lambda: not up.processes("supervisord"), 10)
     strays = {process.pid for process in up.processes()}
     assert len(strays) >= 4
     assert strays < before
@@ -204,6 +210,21 @@ def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
     assert up.process.wait(timeout=10) is not None
     assert up.processes() == []
     assert "nothing to end" in up.make("down").stdout
+
+
+def test_make_up_alone_killed_ends_the_rest(up: MadeUp) -> None:
+    """And so does an interrupt before it is ready."""
+    up.begin()
+    wait_for("supervisord", lambda: up.processes("supervisord"), 20)
+    wait_for("both servers", lambda: up.processes("prefect server") and up.processes("mlflow"), 20)
+    os.kill(up.one("supervisord").parent, signal.SIGKILL)
+    wait_for("the end of all", lambda: not up.processes(), 60)
+
+    up.begin()
+    wait_for("both servers", lambda: up.processes("prefect server") and up.processes("mlflow"), 20)
+    up.interrupt()
+    assert "everything has ended" in up.output
+    assert up.processes() == []
 
 
 def test_supervisord_alone_killed_ends_the_rest(up: MadeUp) -> None:
