@@ -6,14 +6,10 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Trainings at a time, for the limit that make deploy creates.
-GPUS ?= 1
-# Where Prefect's server listens; 0.0.0.0 lets other machines in, and everybody on the network.
-HOST ?= 127.0.0.1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format bench prefect-server mlflow-server worker doctor deploy rollback sample clean
+.PHONY: help install run test test-slow check format bench up down doctor deploy worker rollback sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,23 +47,14 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Leases on disk, so that a restart of the server loses no slot; UI v2 loads settings from an outside service.
-prefect-server: export PREFECT_HOME := $(CURDIR)/.data/server/prefect
-prefect-server: export PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE := prefect.server.concurrency.lease_storage.filesystem
-prefect-server: export PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS := 2
-prefect-server: export PREFECT_SERVER_UI_V2_ENABLED := false
-prefect-server: export PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT := false
-prefect-server: $(INSTALLED) ## Start Prefect's server on port 4200 of HOST
-	@mkdir -p $(PREFECT_HOME)
-	env -u PREFECT_API_URL $(BIN)/prefect server start --host $(HOST) --port 4200
+ifdef SECURE
+up: export FINETUNE_SECURE := $(SECURE)
+endif
+up: $(INSTALLED) ## Start Prefect, MLflow, a worker and the watcher, until Ctrl-C; SECURE=1 asks for a password
+	@exec $(BIN)/python -m ops.up
 
-mlflow-server: $(INSTALLED) ## Start MLflow's server on 127.0.0.1:5000, as mlflow/server.env says
-	$(BIN)/mlflow --env-file mlflow/server.env server
-
-worker: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
-worker: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:5000
-worker: $(INSTALLED) ## Start a worker, which runs what is deployed
-	$(BIN)/prefect worker start --pool gpu
+down: $(INSTALLED) ## End make up, or what a crash left of it
+	@exec $(BIN)/python -m ops.up down
 
 doctor: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
 doctor: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:5000
@@ -76,13 +63,16 @@ doctor: $(INSTALLED) ## Compare limits, leases, locks, states and processes; ARG
 
 # Without a server, prefect would start one for each command and deploy to nobody.
 deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
-deploy: $(INSTALLED) ## Create work pool, gpu limit and all deployments on the server of PREFECT_API_URL
-	@$(BIN)/prefect work-pool ls >/dev/null 2>&1 || { \
-		echo "No Prefect server answers at PREFECT_API_URL ($${PREFECT_API_URL:-not set}): start one, then"; \
-		echo "  export PREFECT_API_URL=http://127.0.0.1:4200/api"; exit 1; }
-	$(BIN)/prefect work-pool inspect gpu >/dev/null 2>&1 || $(BIN)/prefect work-pool create gpu --type process
-	$(BIN)/prefect gcl update tag:gpu --limit $(GPUS) >/dev/null 2>&1 || $(BIN)/prefect gcl create tag:gpu --limit $(GPUS)
-	$(BIN)/prefect --no-prompt deploy --all
+deploy: $(INSTALLED) ## Set up the Prefect server of PREFECT_API_URL, where it is not that of make up
+	@exec $(BIN)/python -m ops.deploy
+
+# Three missed heartbeats make a run Crashed.
+worker: export PREFECT_FLOWS_HEARTBEAT_FREQUENCY ?= 30
+worker: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
+worker: $(INSTALLED) ## One more worker, on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI
+	@test -n "$$PREFECT_API_URL" -a -n "$$MLFLOW_TRACKING_URI" || { \
+		echo "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of make up does"; exit 1; }
+	@exec $(BIN)/prefect worker start --pool gpu
 
 rollback: $(INSTALLED) ## Make the champion before the present one champion again: SIZE=355m
 	@$(BIN)/python -m ops.rollback $(SIZE)

@@ -1,4 +1,4 @@
-"""The deployments as users meet them: real servers, a worker, ``make deploy``, ``prefect deployment run``."""
+"""The deployments as users meet them: real servers, a worker, ``make up``, ``prefect deployment run``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from installation import ROOT, Installation, installed, wait_for
+from made_up import ROOT, MadeUp, wait_for
 
 from ops.tracking import client
 
@@ -23,14 +23,18 @@ def _time(text: str) -> datetime:
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
     """A fresh installation: both servers up, everything deployed, one worker. All of it is gone afterwards."""
-    with installed(tmp_path_factory.mktemp("platform")) as started:
-        yield started
+    made = MadeUp(tmp_path_factory.mktemp("platform"), FINETUNE_GPUS="1")
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 @pytest.fixture(scope="module")
-def deployments(platform: Installation) -> dict[str, dict[str, Any]]:
+def deployments(platform: MadeUp) -> dict[str, dict[str, Any]]:
     """What the server knows of each deployment, by name."""
     return {deployment["name"]: deployment for deployment in platform.api("/deployments/filter", {})}
 
@@ -48,24 +52,38 @@ def test_deployments_are_those_of_prefect_yaml(deployments: dict[str, dict[str, 
         assert all(field["description"] for field in deployment["parameter_openapi_schema"]["properties"].values())
 
 
-def test_no_path_of_the_deploying_machine_is_stored(
-    platform: Installation, deployments: dict[str, dict[str, Any]]
-) -> None:
+def test_no_path_of_the_deploying_machine_is_stored(platform: MadeUp, deployments: dict[str, dict[str, Any]]) -> None:
     stored = json.dumps([deployments, platform.api("/work_pools/gpu")])
 
-    for path in (ROOT, platform.cwd.parent):
+    for path in (ROOT, platform.home.parent):
         assert str(path) not in stored
 
 
-def test_deploying_again_changes_nothing(platform: Installation, deployments: dict[str, dict[str, Any]]) -> None:
-    platform.deploy()
+def test_deploying_again_changes_nothing(platform: MadeUp, deployments: dict[str, dict[str, Any]]) -> None:
+    again = platform.make("deploy")
+    assert again.returncode == 0, again.stdout
 
     ids = {deployment["name"]: deployment["id"] for deployment in platform.api("/deployments/filter", {})}
     assert ids == {name: deployment["id"] for name, deployment in deployments.items()}
     assert platform.api("/v2/concurrency_limits/tag:gpu")["limit"] == 1
 
 
-def test_nightly_is_scheduled_at_two_utc(platform: Installation, deployments: dict[str, dict[str, Any]]) -> None:
+def test_a_schedule_that_was_switched_off_stays_off(platform: MadeUp, deployments: dict[str, dict[str, Any]]) -> None:
+    """`make up` deploys at each start; whoever paused the nightly run in Prefect's pages meant it."""
+    nightly = deployments["nightly"]
+    (schedule,) = nightly["schedules"]
+    path = f"/deployments/{nightly['id']}/schedules/{schedule['id']}"
+    platform.api(path, {"active": False}, "PATCH")
+    try:
+        again = platform.make("deploy")
+        assert again.returncode == 0, again.stdout
+        (kept,) = platform.api(f"/deployments/{nightly['id']}")["schedules"]
+        assert not kept["active"]
+    finally:
+        platform.api(path, {"active": True}, "PATCH")
+
+
+def test_nightly_is_scheduled_at_two_utc(platform: MadeUp, deployments: dict[str, dict[str, Any]]) -> None:
     """The schedule is stored, and the server acts on it: runs of the coming nights are planned."""
     (schedule,) = deployments["nightly"]["schedules"]
     assert schedule["active"]
@@ -83,7 +101,7 @@ def test_nightly_is_scheduled_at_two_utc(platform: Installation, deployments: di
 @pytest.mark.parametrize(
     ("parameter", "complaint"), [("epochs=0", "epochs"), ("top_p=2", "top_p"), ("nonsense=1", "nonsense")]
 )
-def test_a_wrong_parameter_is_refused_at_once(platform: Installation, parameter: str, complaint: str) -> None:
+def test_a_wrong_parameter_is_refused_at_once(platform: MadeUp, parameter: str, complaint: str) -> None:
     refused = platform.run(parameter)
     output, _ = refused.communicate(timeout=60)
 
@@ -92,7 +110,7 @@ def test_a_wrong_parameter_is_refused_at_once(platform: Installation, parameter:
     assert "UUID" not in output  # no flow run came into being
 
 
-def test_two_runs_take_turns_and_leave_everything_behind(platform: Installation) -> None:
+def test_two_runs_take_turns_and_leave_everything_behind(platform: MadeUp) -> None:
     """Both end Completed, one training after the other, each with its MLflow run and its registered version."""
     submitted = [platform.run(*FEW_STEPS, f"seed={seed}") for seed in (1, 2)]
     try:
@@ -107,7 +125,7 @@ def test_two_runs_take_turns_and_leave_everything_behind(platform: Installation)
         assert found
         ids.append(found[1])
 
-    mlflow = client(platform.tracking)
+    mlflow = client(platform.mlflow)
     experiment = mlflow.get_experiment_by_name("finetune")
     versions = []
     for flow_run in ids:

@@ -1,0 +1,93 @@
+"""``make up SECURE=1``: without the password nothing, with it a run, and the password in no other place."""
+
+from __future__ import annotations
+
+import base64
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from made_up import MadeUp
+
+pytestmark = pytest.mark.slow
+FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
+EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
+CANARY = "canary-5d41402abc4b2a76"  # in the environment of make up, like a key for a cloud
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
+    made = MadeUp(tmp_path_factory.mktemp("secured"), FINETUNE_SECURE="1", AWS_SECRET_ACCESS_KEY=CANARY)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def _status(url: str, credentials: str | None = None, **headers: str) -> int:
+    if credentials:
+        headers["Authorization"] = "Basic " + base64.b64encode(credentials.encode()).decode()
+    try:
+        with urlopen(Request(url, headers=headers), timeout=10) as answer:
+            return int(answer.status)
+    except HTTPError as refused:
+        return refused.code
+
+
+def test_it_says_where_the_password_is_and_not_what(secured: MadeUp) -> None:
+    assert str(secured.home / "password") in secured.output
+    for name in ("password", "client.env"):
+        assert stat.S_IMODE((secured.home / name).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("credentials", [None, "admin:wrong", "somebody:{password}"])
+def test_without_credentials_nobody_gets_anything(credentials: str | None, secured: MadeUp) -> None:
+    wrong = credentials and credentials.format(password=secured.password)
+    urls = [secured.mlflow + EXPERIMENTS, secured.mlflow + "/", secured.prefect + "/api/admin/settings"]
+    for url in urls:
+        assert _status(url, wrong) == 401
+        assert _status(url, f"admin:{secured.password}") == 200
+
+
+def test_a_foreign_host_header(secured: MadeUp) -> None:
+    """MLflow refuses it even with the password. Prefect does not look at it, and wants the password as always."""
+    right = f"admin:{secured.password}"
+    assert _status(secured.mlflow + EXPERIMENTS, right, Host="evil.example") == 403
+    assert _status(secured.mlflow + EXPERIMENTS, Host="evil.example") == 403
+    assert _status(secured.prefect + "/api/admin/settings", Host="evil.example") == 401
+    assert _status(secured.prefect + "/api/admin/settings", right, Host="evil.example") == 200
+
+
+def test_a_run_completes_and_the_secrets_are_written_nowhere(secured: MadeUp) -> None:
+    """No log, no database, no artifact has the password or another secret of the environment."""
+    output, _ = secured.run(*FEW_STEPS).communicate(timeout=240)
+    run = secured.flow_run(output)
+    assert secured.api(f"/flow_runs/{run}")["state"]["type"] == "COMPLETED", output[-3000:]
+
+    assert secured.password
+    encoded = base64.b64encode(f"admin:{secured.password}".encode()).decode()
+    places = [path for path in secured.home.parent.rglob("*") if path.is_file()] + [secured.log]
+    assert {"prefect.db", "mlflow.db", "basic_auth.db", "prefect.log", "worker.log"} <= {p.name for p in places}
+    allowed = {secured.home / "password", secured.home / "client.env"}
+    for secret in (secured.password, encoded, CANARY):
+        found = {path for path in places if secret.encode() in path.read_bytes()}
+        assert found == (allowed if secret == secured.password else set())
+        assert secret not in output
+        for process in secured.processes():
+            assert secret not in Path(f"/proc/{process.pid}/cmdline").read_text()
+
+
+def test_a_lost_password_is_noticed(secured: MadeUp) -> None:
+    """MLflow would refuse the new one for ever."""
+    secured.interrupt()
+    (secured.home / "password").unlink()
+    secured.begin()
+    assert secured.process
+    assert secured.process.wait(timeout=180) != 0
+    assert "MLflow does not know the password" in secured.output
+    assert "basic_auth.db" in secured.output
+    assert secured.processes() == []

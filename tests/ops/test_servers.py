@@ -1,0 +1,251 @@
+"""Settings of ``make up``, its credentials, its processes: no server is started here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ops.processes import Process, end, marked
+from ops.servers import MARK, Servers, count_gpus
+from ops.up import main
+
+NAMES = ("FINETUNE_HOST", "FINETUNE_SECURE", "FINETUNE_GPUS", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT")
+
+
+@pytest.fixture(autouse=True)
+def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "root" / "server").mkdir(parents=True)
+
+
+def test_defaults_are_this_machine_only_and_without_password() -> None:
+    servers = Servers.load()
+    assert (servers.host, servers.prefect_port, servers.mlflow_port) == ("127.0.0.1", 4200, 5000)
+    assert not servers.secure
+    assert servers.gpus == 1
+    assert servers.client_environment() == {
+        "PREFECT_API_URL": "http://127.0.0.1:4200/api",
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+    }
+    assert not servers.password_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FINETUNE_GPUS", "0"),
+        ("FINETUNE_GPUS", "two"),
+        ("FINETUNE_PREFECT_PORT", "65536"),
+        ("FINETUNE_MLFLOW_PORT", "-1"),
+        ("FINETUNE_MLFLOW_PORT", "4200"),
+        ("FINETUNE_SECURE", "maybe"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert name in said
+    assert value in said
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "secure"),
+    [
+        ("127.0.0.1", "", False),
+        ("localhost", "", False),
+        ("127.0.0.1", "1", True),
+        ("0.0.0.0", "", True),
+        ("10.1.2.3", "", True),
+        ("0.0.0.0", "0", False),
+    ],
+)
+def test_whoever_lets_others_in_asks_for_a_password_unless_told(
+    host: str, asked: str, secure: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE_HOST", host)
+    monkeypatch.setenv("FINETUNE_SECURE", asked)
+    servers = Servers.load()
+    assert servers.secure is secure
+    assert ("PREFECT_SERVER_API_AUTH_STRING" in servers.environment()) is secure
+    assert ("basic-auth" in servers.environment()["FINETUNE_MLFLOW_OPTIONS"]) is secure
+
+
+def test_the_password_is_made_once_and_for_its_owner_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_SECURE", "1")
+    servers = Servers.load()
+    servers.client_file.write_text("readable by all")
+    servers.client_file.chmod(0o644)
+    password = servers.password()
+    servers.write_client_file()
+
+    assert len(password) >= 32
+    assert Servers.load().password() == password
+    for path in (servers.password_file, servers.client_file):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert password in path.read_text()
+    servers.password_file.write_text("")
+    with pytest.raises(ValueError, match="is empty: remove it"):
+        servers.password()
+
+
+def test_servers_and_credentials_of_the_users_shell_are_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "https://elsewhere/api")
+    monkeypatch.setenv("PREFECT_API_KEY", "secret")
+    monkeypatch.setenv("PREFECT_PROFILE", "elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    environment = Servers.load().environment()
+    assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
+    assert environment["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    assert {"elsewhere", "secret"}.isdisjoint(environment.values())
+
+
+def test_another_database_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Servers.load().environment()["MLFLOW_BACKEND_STORE_URI"].startswith("sqlite:///")
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://db/mlflow")
+    assert Servers.load().environment()["MLFLOW_BACKEND_STORE_URI"] == "postgresql://db/mlflow"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1,3", 3), ("GPU-ab12, GPU-cd34", 2)]
+)
+def test_gpus_that_are_visible_count(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == count
+
+
+def test_gpus_are_counted_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert count_gpus() == 0
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-2)'\n"
+    )
+    program.chmod(0o755)
+    assert count_gpus() == 2
+    assert Servers.load().gpus == 2
+
+
+def test_a_long_path_has_a_socket_that_the_kernel_can_bind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / ("long" * 30)))
+    path = Servers.load().socket
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+    path.unlink()
+
+
+def test_a_taken_port_is_named_and_nothing_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("FINETUNE_MLFLOW_PORT", str(other.getsockname()[1]))
+        monkeypatch.setenv("FINETUNE_PREFECT_PORT", "4299")
+        assert main([]) == 1
+    said = capsys.readouterr().out
+    assert "FINETUNE_MLFLOW_PORT" in said
+    assert "FINETUNE_PREFECT_PORT" not in said
+    assert marked(MARK, str(Servers.load().home)) == []
+
+
+def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program has a log of its own that cannot grow without end; a blank and a % in a path are no matter."""
+    from supervisor.options import ServerOptions
+
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", os.environ["FINETUNE_DATA_ROOT"] + "/a %s b")
+    servers = Servers.load()
+    servers.logs.mkdir(parents=True)
+    for name, value in servers.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(servers.home)
+    options = ServerOptions()
+    options.realize(["-c", str(Path(__file__).resolve().parents[2] / "ops" / "supervisord.conf")])
+    programs = {group.name: group.process_configs[0] for group in options.process_group_configs}
+    assert set(programs) == {"prefect", "mlflow", "worker", "watch"}
+    assert max(programs.values(), key=lambda program: program.priority).name == "worker"  # ended first
+    for program in programs.values():
+        assert program.autorestart  # always, or unless it was asked to end
+        assert program.stdout_logfile == f"log/{program.name}.log"  # in its working directory
+        assert program.redirect_stderr
+        assert 0 < program.stdout_logfile_maxbytes <= 10 * 2**20
+
+
+def test_down_where_nothing_was_ever_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["down"]) == 0
+    assert "nothing to end" in capsys.readouterr().out
+    (tmp_path / "root" / "server" / "up.lock").unlink()
+    (tmp_path / "root" / "server").rmdir()
+    assert main(["down"]) == 0
+    assert not (tmp_path / "root" / "server").exists()
+
+
+@pytest.fixture
+def sleepers(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+    """Three processes alike but for their marks: ours, a flow run of ours that ignores SIGTERM, another's."""
+    code = {
+        "ours": "import time; print(flush=True); time.sleep(60)",
+        "run": "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)",
+        "other": "import time; print(flush=True); time.sleep(60)",
+    }
+    home = str(Servers.load().home)
+    environment = {
+        "ours": {MARK: home},
+        "run": {MARK: home, "PREFECT__FLOW_RUN_ID": "1234"},
+        "other": {MARK: home + "-of-another"},
+    }
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", code[name]], env=os.environ | environment[name], stdout=subprocess.PIPE
+        )
+        for name in code
+    }
+    for process in started.values():
+        assert process.stdout
+        process.stdout.readline()
+    yield started
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+def test_processes_are_found_by_their_mark(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
+    found = {process.pid: process for process in marked(MARK, str(Servers.load().home))}
+    assert set(found) == {sleepers["ours"].pid, sleepers["run"].pid}
+    assert found[sleepers["run"].pid].flow_run == "1234"
+    assert found[sleepers["ours"].pid].flow_run is None
+
+
+def test_who_lost_its_mark_is_not_signalled(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
+    """A pid that was found once may be somebody else's now."""
+    stale = [[Process(sleepers["other"].pid, 1, "", None)], []]
+    end(lambda: stale.pop(0), MARK, str(Servers.load().home), 0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        sleepers["other"].wait(0.3)
+
+
+def test_down_ends_what_was_left_and_says_so(
+    sleepers: dict[str, subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops.up.SAVE_SECONDS", 0.5)
+    assert main(["down"]) == 0
+    assert sleepers["ours"].wait(5) == -signal.SIGTERM
+    assert sleepers["run"].wait(5) == -signal.SIGKILL
+    assert sleepers["other"].poll() is None
+    said = capsys.readouterr().out
+    for name in ("ours", "run"):
+        assert f"pid {sleepers[name].pid} (" in said
+    assert f"pid {sleepers['other'].pid} (" not in said
