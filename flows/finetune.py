@@ -24,10 +24,11 @@ from model.tokens import PrepareConfig
 from model.training import TrainConfig
 from ops.hub import DEFAULT_DATASET
 from ops.laps import Laps
-from ops.limits import ensure_limit, gpu_count
+from ops.limits import ensure_limit
 from ops.plan import check_disk, describe_plan
 from ops.promotion import Verdict
 from ops.reaper import FLOW_RUN_TAG, reap
+from ops.servers import gpu_count
 from ops.settings import Settings
 from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
 from tasks.download import download

@@ -21,10 +21,11 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
-from ops.limits import LEASE_SECONDS, LIMIT, ensure_limit, gpu_count, read_slots, release_all, set_active, set_limit
+from ops.limits import LEASE_SECONDS, LIMIT, ensure_limit, read_slots, release_all, set_active, set_limit
 from ops.lock import LockState, read_locks
 from ops.marks import command_line, lock_holders
 from ops.reaper import close_stale, read_flow_run, stale_runs
+from ops.servers import gpu_count
 from ops.settings import Settings
 from ops.tracking import client as mlflow_client
 from ops.zombies import NAME as AUTOMATION

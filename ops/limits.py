@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -36,22 +35,6 @@ class Slots:
     def dead(self) -> list[FlowRun]:
         """Holders whose flow run has ended: their lease was left behind."""
         return [run for run in self.holders.values() if run and run.state and run.state.is_final()]
-
-
-def gpu_count() -> int:
-    """Trainings this host can run at once: FINETUNE_GPUS, else the GPUs that torch sees, at least one (the CPU).
-
-    Raises:
-        ValueError: FINETUNE_GPUS is no positive number.
-    """
-    text = os.environ.get("FINETUNE_GPUS", "")
-    if text:
-        if not text.isdigit() or not int(text):
-            raise ValueError(f"FINETUNE_GPUS is {text!r}: set it to the number of GPUs, 1 or more")
-        return int(text)
-    import torch
-
-    return max(1, torch.cuda.device_count())
 
 
 def read_slots(client: SyncPrefectClient) -> Slots | None:

@@ -67,7 +67,7 @@ class Servers:
             prefect_port=_number("FINETUNE_PREFECT_PORT", 4200, 65535),
             mlflow_port=_number("FINETUNE_MLFLOW_PORT", 5000, 65535),
             secure=asked in _YES if asked else not _is_loopback(host),
-            gpus=_number("FINETUNE_GPUS", max(1, count_gpus()), 1024),
+            gpus=gpu_count(),
         )
         if servers.prefect_port == servers.mlflow_port:
             raise ValueError(f"FINETUNE_PREFECT_PORT and FINETUNE_MLFLOW_PORT are both {servers.prefect_port}")
@@ -207,6 +207,15 @@ class Servers:
                 except OSError as error:
                     taken.append(f"cannot listen on {self.host}:{port} ({error.strerror}): set {name}")
         return taken
+
+
+def gpu_count() -> int:
+    """Trainings at a time: FINETUNE_GPUS, else the GPUs of this machine, at least one (the CPU).
+
+    Raises:
+        ValueError: FINETUNE_GPUS is no positive number.
+    """
+    return _number("FINETUNE_GPUS", max(1, count_gpus()), 1024)
 
 
 def count_gpus() -> int:

@@ -15,8 +15,8 @@ os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from ops.doctor import connect, examine_slots
-from ops.limits import gpu_count
 from ops.reaper import reap
+from ops.servers import gpu_count
 from ops.settings import Settings
 
 SECONDS = 30.0

@@ -17,9 +17,10 @@ import pytest
 
 from ops import doctor
 from ops.doctor import Finding, examine, examine_slots, main
-from ops.limits import LIMIT, ensure_limit, gpu_count, read_slots, set_active, set_limit
+from ops.limits import LIMIT, ensure_limit, read_slots, set_active, set_limit
 from ops.lock import exclusive
 from ops.marks import mark_process
+from ops.servers import gpu_count
 from ops.settings import Settings
 from ops.tracking import PROCESS_TAG, client, set_tags, tracked_run
 from ops.watch import Watcher
@@ -296,11 +297,11 @@ def test_the_command_tells_and_mends(
 
 
 def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting, else what torch sees, at least one; nonsense is named."""
+    """A setting, else the GPUs that are there, at least one; nonsense is named."""
     monkeypatch.delenv("FINETUNE_GPUS", raising=False)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("ops.servers.count_gpus", lambda: 0)
     assert gpu_count() == 1
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("ops.servers.count_gpus", lambda: 4)
     assert gpu_count() == 4
     monkeypatch.setenv("FINETUNE_GPUS", "2")
     assert gpu_count() == 2
