@@ -11,8 +11,8 @@ _DEFAULTS = {
     # MLflow's own default blocks 246 s a call when its server is gone.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    # Tokenizer threads and forked children do not mix.
-    "TOKENIZERS_PARALLELISM": "false",
+    # All cores: its threads would not survive a fork, but here nothing forks without starting another program.
+    "TOKENIZERS_PARALLELISM": "true",
     # Progress bars would fill the logs of a flow run.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
