@@ -38,7 +38,10 @@ def up(servers: Servers) -> int:
             _say(_running(servers).get("banner", f"{servers.prefect_url}\n{servers.mlflow_url}"))
             return 0
         _note(lock, {"pid": os.getpid()})
-        for process in end(lambda: _strays(servers, runs=False), MARK, str(servers.home), 15):
+        # The worker by force: asked to end, it would kill its flow runs.
+        left = end(lambda: _workers(servers), MARK, str(servers.home), -1)
+        left += end(lambda: _strays(servers, runs=False), MARK, str(servers.home), 15)
+        for process in left:
             _say(f"ended what a run before had left: {process}")
         for process in _strays(servers, runs=True):
             _say(f"left alone, a flow run that outlived the run before: {process}")
@@ -162,15 +165,15 @@ def _end_runs(servers: Servers, hurry: Callable[[], bool] = bool) -> list[Proces
     The worker is halted meanwhile: awake it would take the next run, and ended first it would kill its runs, without
     waiting for them.
     """
-
-    def workers() -> list[Process]:
-        return [process for process in _strays(servers, runs=False) if "prefect worker start" in process.command]
-
-    for worker in workers():
+    for worker in _workers(servers):
         with suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGSTOP)
     ended = end(lambda: _strays(servers, runs=True), MARK, str(servers.home), SAVE_SECONDS, hurry)
-    return ended + end(workers, MARK, str(servers.home), 10, hurry)
+    return ended + end(lambda: _workers(servers), MARK, str(servers.home), 10, hurry)
+
+
+def _workers(servers: Servers) -> list[Process]:
+    return [process for process in _strays(servers, runs=False) if "prefect worker start" in process.command]
 
 
 def _orphans(servers: Servers) -> list[Process]:

@@ -114,7 +114,7 @@ def test_two_runs_take_turns_and_leave_everything_behind(platform: MadeUp) -> No
     """Both end Completed, one training after the other, each with its MLflow run and its registered version."""
     submitted = [platform.run(*FEW_STEPS, f"seed={seed}") for seed in (1, 2)]
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in submitted]
+        outputs = [process.communicate(timeout=300)[0] for process in submitted]
     finally:
         for process in submitted:
             process.kill()

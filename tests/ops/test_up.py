@@ -154,17 +154,29 @@ def test_a_killed_worker_is_started_again(up: MadeUp) -> None:
     wait_for("a worker", lambda: [p for p in up.processes("prefect worker") if p.pid != killed], 30)
 
 
-def test_ctrl_c_ends_everything_and_a_training_too(up: MadeUp) -> None:
-    """The training's run is Crashed in Prefect: the servers live long enough to be told."""
-    watched = up.run("epochs=500", watch=False)
-    output, _ = watched.communicate(timeout=60)
+def _train(up: MadeUp) -> str:
+    """Start a run that will not end by itself, and wait until it trains. Returns its id."""
+    output, _ = up.run("epochs=500", watch=False).communicate(timeout=60)
     run = up.flow_run(output)
-    trainings = {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    running = {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
     wait_for(
         "a training",
-        lambda: [t for t in up.api("/task_runs/filter", trainings) if t["name"].startswith("train-")],
+        lambda: [task for task in up.api("/task_runs/filter", running) if task["name"].startswith("train-")],
         180,
     )
+    return run
+
+
+def _state(up: MadeUp, run: str) -> str:
+    """What Prefect has written down, after its server has ended."""
+    with sqlite3.connect(up.home / "prefect" / "prefect.db") as connection:
+        (state,) = connection.execute("select state_type from flow_run where id = ?", (run,)).fetchone()
+    return str(state)
+
+
+def test_ctrl_c_ends_everything_and_a_training_too(up: MadeUp) -> None:
+    """The training's run is Crashed in Prefect: the servers live long enough to be told."""
+    run = _train(up)
     assert any(process.flow_run == run for process in up.processes())
 
     status = up.interrupt()
@@ -175,10 +187,7 @@ def test_ctrl_c_ends_everything_and_a_training_too(up: MadeUp) -> None:
     for port in (up.prefect, up.mlflow):
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", int(port.rpartition(":")[2])), timeout=1)
-    database = up.home / "prefect" / "prefect.db"
-    query = f"select state_type from flow_run where id = '{run}'"
-    with sqlite3.connect(database) as connection:
-        assert connection.execute(query).fetchone() == ("CRASHED",)
+    assert _state(up, run) == "CRASHED"
 
 
 def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
@@ -188,27 +197,36 @@ def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
     assert up.api("/work_pools/gpu")["concurrency_limit"] == 3
     assert up.api("/v2/concurrency_limits/tag:gpu")["limit"] == 1
     assert len(up.api("/automations/filter", {})) == 1
-    before = {process.pid for process in up.processes()}
+    run = _train(up)
     supervisor = up.one("supervisord")
+    before = {process.pid for process in up.processes()}
     assert up.process
     for pid in (supervisor.pid, supervisor.parent):
         os.kill(pid, signal.SIGKILL)
     up.process.wait(timeout=20)
     wait_for("its end", lambda: not up.processes("supervisord"), 10)
-    strays = {process.pid for process in up.processes()}
+    training = {process.pid for process in up.processes() if process.flow_run == run}
+    strays = {process.pid for process in up.processes()} - training
     assert len(strays) >= 4
     assert strays < before
+    assert training
 
     up.start()
     for pid in strays:
         assert f"pid {pid} (" in up.output
     assert strays.isdisjoint(process.pid for process in up.processes())
 
+    # The training goes on, and Prefect's new server hears of it.
+    assert "left alone, a flow run" in up.output
+    assert training <= {process.pid for process in up.processes()}
+    assert up.api(f"/flow_runs/{run}")["state"]["type"] == "RUNNING"
+
     ended = up.make("down")
     assert ended.returncode == 0, ended.stdout
     assert "ending make up (pid" in ended.stdout
     assert up.process.wait(timeout=10) is not None
     assert up.processes() == []
+    assert _state(up, run) == "CRASHED"
     assert "nothing to end" in up.make("down").stdout
 
 
