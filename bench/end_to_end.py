@@ -121,6 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             record["runs"].append({"seconds": timing.seconds, **asdict(timing)})
             say(f"{side}: {timing.seconds:.1f} s, then {sum(timing.after.values()):.1f} s")
+        if options.profile:
+            python, *rest = command("pipeline", options, scratch)
+            profiled = [python, "-m", "cProfile", "-o", str(options.profile.resolve()), *rest]
+            status, lines = run_timed(profiled, environment(scratch, "pipeline"), options.timeout)
+            say(f"profiled, status {status}, {lines[-1].seconds:.1f} s")
     print("\n" + table(report["sides"]) + "\n", flush=True)
     if options.out:
         write_json(options.out, report)
@@ -146,6 +151,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="runs of each side; the table shows the fastest")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
     parser.add_argument("--log", type=Path, help="directory for the output of each run, with seconds")
+    parser.add_argument("--profile", type=Path, help="file for cProfile's statistics of one more run of the pipeline")
     parser.add_argument("--out", type=Path, help="file for the JSON, indented")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

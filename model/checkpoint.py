@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,6 +30,50 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of a training, on the CPU.
+
+    Attributes:
+        model: trained tensors by name.
+        trainer: moments of the optimizer by kind and name, and random states.
+    """
+
+    model: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+
+
+def take_snapshot(model: GPTModel, optimizer: torch.optim.Optimizer, copy: bool = False) -> Snapshot:
+    """The state of a training.
+
+    Args:
+        copy: take copies, which the training does not change; else tensors on the CPU are the training's own.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_cpu(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=copy).contiguous()
+
+    trainer: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if model.wte.weight.is_cuda:
+        trainer["rng.cuda"] = torch.cuda.get_rng_state(model.wte.weight.device)
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            trainer[f"{key}.{names[parameter]}"] = on_cpu(value)
+    return Snapshot({name: on_cpu(p) for p, name in names.items()}, trainer)
+
+
+def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict[str, Any]) -> Path:
+    """Write a snapshot as ``save_checkpoint`` does."""
+    target = checkpoint_path(directory, step)
+    with atomic_directory(target) as scratch:
+        save_file(snapshot.model, scratch / MODEL_FILE)
+        save_file(snapshot.trainer, scratch / TRAINER_FILE)
+        files = {name: sha256_file(scratch / name) for name in (MODEL_FILE, TRAINER_FILE)}
+        write_json(scratch / STATE_FILE, {**state, "step": step, "files": files})
+    return target
+
+
 def save_checkpoint(
     directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
 ) -> Path:
@@ -41,32 +88,83 @@ def save_checkpoint(
         step: optimizer steps done.
         state: JSON to go with it.
     """
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    trainer: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
-    if model.wte.weight.is_cuda:
-        trainer["rng.cuda"] = torch.cuda.get_rng_state(model.wte.weight.device)
-    for parameter, moments in optimizer.state.items():
-        for key, value in moments.items():
-            trainer[f"{key}.{names[parameter]}"] = value.detach().cpu()
-    target = checkpoint_path(directory, step)
-    with atomic_directory(target) as scratch:
-        save_file({name: p.detach().cpu().contiguous() for p, name in names.items()}, scratch / MODEL_FILE)
-        save_file(trainer, scratch / TRAINER_FILE)
-        files = {name: sha256_file(scratch / name) for name in (MODEL_FILE, TRAINER_FILE)}
-        write_json(scratch / STATE_FILE, {**state, "step": step, "files": files})
-    return target
+    return write_checkpoint(directory, take_snapshot(model, optimizer), step, state)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json, once both its files have proved to be what was written.
+class CheckpointWriter:
+    """Writes a training's checkpoints while it goes on, one at a time; to be used as a context manager.
+
+    A checkpoint takes seconds to write and a fraction of one to copy from a GPU. Each is whole or absent as ever; a
+    training that is killed while one is written resumes from the one before, which is deleted only afterwards. What
+    went wrong is raised by the next ``save``, or at the end.
+
+    Args:
+        directory: of the training.
+        behind: write in a thread of its own; by default for a model on a GPU, as on a CPU the copy would take up
+            memory that the training needs.
+    """
+
+    def __init__(
+        self, directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, behind: bool | None = None
+    ):
+        self.directory = directory
+        self.model = model
+        self.optimizer = optimizer
+        self.behind = model.wte.weight.is_cuda if behind is None else behind
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+
+    def save(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
+        """Write a checkpoint of the present state, then delete those of all steps but ``keep``.
+
+        Raises:
+            OSError: this one, or the one before it, could not be written.
+        """
+        self.wait()
+        snapshot = take_snapshot(self.model, self.optimizer, copy=self.behind)
+        if self.behind:
+            self.pending = self.thread.submit(self._write, snapshot, step, state, set(keep))
+        else:
+            self._write(snapshot, step, state, set(keep))
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, snapshot: Snapshot, step: int, state: dict[str, Any], keep: set[int]) -> None:
+        write_checkpoint(self.directory, snapshot, step, state)
+        prune_checkpoints(self.directory, keep)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.thread.shutdown()  # waits, also where the training failed: the checkpoint before it is worth having
+        if kind is None:
+            self.wait()
+
+
+def load_state(path: Path, names: Collection[str] = (MODEL_FILE, TRAINER_FILE)) -> dict[str, Any]:
+    """A checkpoint's state.json, once its files have proved to be what was written.
+
+    Args:
+        names: the files to verify.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged; the message names the file.
     """
     try:
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
-        for name, sha256 in state["files"].items():
-            if sha256_file(path / name) != sha256:
+        for name in names:
+            if sha256_file(path / name) != state["files"][name]:
                 raise ValueError(f"{path / name} is not what was written: its sha256 differs from {STATE_FILE}'s")
     except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"checkpoint {path} is not complete: {error}") from error
@@ -74,12 +172,16 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_trained(path: Path, model: GPTModel) -> None:
-    """Put a checkpoint's trained tensors into a model frozen in the same way, once its files are verified.
+    """Put a checkpoint's trained tensors into a model frozen in the same way, once their file is verified.
 
     Raises:
         ValueError: the checkpoint is damaged, or has other names or shapes than the model trains.
     """
-    load_state(path)
+    load_state(path, [MODEL_FILE])
+    _put_trained(path, model)
+
+
+def _put_trained(path: Path, model: GPTModel) -> None:
     tensors = load_file(path / MODEL_FILE)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if tensors.keys() != trained.keys():
@@ -96,7 +198,8 @@ def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimize
     Raises:
         ValueError: as load_trained.
     """
-    load_trained(path, model)
+    load_state(path)
+    _put_trained(path, model)
     trainer = load_file(path / TRAINER_FILE)
     torch.set_rng_state(trainer.pop("rng.cpu"))
     if "rng.cuda" in trainer:

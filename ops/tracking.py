@@ -306,5 +306,7 @@ def git_sha() -> str | None:
 
 def installed_packages() -> str:
     """Every installed package with its version, one ``name==version`` a line."""
-    pins = {f"{dist.metadata['Name']}=={dist.version}" for dist in distributions() if dist.metadata["Name"]}
+    # Each access to a distribution's metadata parses its file anew.
+    found = [dist.metadata for dist in distributions()]
+    pins = {f"{metadata['Name']}=={metadata['Version']}" for metadata in found if metadata["Name"]}
     return "\n".join(sorted(pins, key=str.lower)) + "\n"

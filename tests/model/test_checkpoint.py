@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -28,6 +29,7 @@ from torch import Tensor
 import model as package
 from model import GPTModel, freeze_bottom_layers
 from model.checkpoint import (
+    CheckpointWriter,
     checkpoint_path,
     load_checkpoint,
     load_state,
@@ -227,6 +229,73 @@ def test_full_disk_leaves_the_old_checkpoint(
             save_checkpoint(tmp_path, model, optimizer, step, {"identity": "me"})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
     assert load_state(tmp_path / "step-00000004")["step"] == 4
+
+
+def test_written_behind_is_what_it_was(
+    fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training goes on while a checkpoint is written, which holds the state that it was told to hold.
+
+    The one before it is there until the new one is whole.
+    """
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    released = threading.Event()
+
+    def slow(tensors: dict[str, Tensor], path: Path) -> None:
+        assert released.wait(60)
+        save_file(tensors, path)
+
+    before = {name: p.clone() for name, p in parameters(model).items()}
+    moments = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
+    with CheckpointWriter(tmp_path, model, optimizer, behind=True) as writer:
+        writer.save(4, {"identity": "me"}, keep=[4])
+        writer.wait()
+        monkeypatch.setattr("model.checkpoint.save_file", slow)
+        writer.save(8, {"identity": "me"}, keep=[8])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1
+            for state in optimizer.state.values():
+                state["exp_avg"] += 1
+        assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["step-00000004"]
+        released.set()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000008"]
+    other = fresh()
+    restored = build_optimizer(other, CONFIG)
+    load_checkpoint(tmp_path / "step-00000008", other, restored)
+    assert same_tensors(parameters(other), before)
+    originals = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        if parameter.requires_grad:
+            assert same_tensors(restored.state[parameter], moments[originals[name]])
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_failed_write_is_not_forgotten(
+    fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: bool
+) -> None:
+    """Fault 6: a full disk ends the training at the next save or at its end, and the checkpoint before is whole."""
+    model = fresh()
+    optimizer = trained_optimizer(model)
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    def fill_the_disk(saves: int) -> None:
+        with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
+            writer.save(4, {"identity": "me"}, keep=[4])
+            writer.wait()
+            monkeypatch.setattr("model.checkpoint.save_file", full)
+            for step in range(8, 8 + saves):
+                writer.save(step, {"identity": "me"}, keep=[step])
+                assert step == 8  # the second is told of the first
+
+    for saves in (1, 2):
+        with pytest.raises(OSError, match="No space left on device"):
+            fill_the_disk(saves)
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+        monkeypatch.undo()
 
 
 def save_for_ever(model: GPTModel, directory: Path) -> None:
