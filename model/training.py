@@ -15,13 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.checkpoint import (
-    checkpoint_path,
-    load_checkpoint,
-    newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from model.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, newest_checkpoint
 from model.device import peak_memory, resolve_precision
 from model.engine import Engine
 from model.flops import matmul_ceiling, necessary_flops
@@ -276,8 +270,7 @@ def train(
             "best_step": best_step,
             "journal_lines": journal.lines,
         }
-        save_checkpoint(directory, model, optimizer, step, state)
-        prune_checkpoints(directory, keep={best_step, step})
+        writer.save(step, state, keep={best_step, step})
 
     def report(evaluate: bool) -> None:
         """Write the oldest pending step down; ``evaluate``: it is the newest too, and validation follows."""
@@ -308,25 +301,27 @@ def train(
         on_step(StepReport(done.step, total_steps, loss, speed.tokens_per_second, eta, eval_loss))
 
     model.train()
-    if not found:
-        on_step(StepReport(0, total_steps, math.nan, 0.0, math.nan, validate()))
-    speed.restart()
-    order, order_epoch = np.empty(0, dtype=np.int64), -1
-    while step < total_steps:
-        if should_stop():
-            while pending:
-                report(evaluate=False)
-            save()
-            raise TrainingStoppedError(f"stopped on request after step {step} of {total_steps}")
-        epoch, position = divmod(step, steps_per_epoch)
-        if epoch != order_epoch:
-            order, order_epoch = epoch_order(len(train_rows), config.seed, epoch), epoch
-        rows = order[position * config.batch_size : (position + 1) * config.batch_size]
-        pending.append(stepper.step(step, rows, learning_rate_at(step, total_steps, config)))
-        step += 1
-        evaluate = step % config.eval_freq == 0 or step == total_steps
-        while len(pending) > (0 if evaluate or device.type != "cuda" else _LAG):
-            report(evaluate and len(pending) == 1)
+    with CheckpointWriter(directory, model, optimizer) as writer:
+        if not found:
+            on_step(StepReport(0, total_steps, math.nan, 0.0, math.nan, validate()))
+        speed.restart()
+        order, order_epoch = np.empty(0, dtype=np.int64), -1
+        while step < total_steps:
+            if should_stop():
+                while pending:
+                    report(evaluate=False)
+                save()
+                writer.wait()
+                raise TrainingStoppedError(f"stopped on request after step {step} of {total_steps}")
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(len(train_rows), config.seed, epoch), epoch
+            rows = order[position * config.batch_size : (position + 1) * config.batch_size]
+            pending.append(stepper.step(step, rows, learning_rate_at(step, total_steps, config)))
+            step += 1
+            evaluate = step % config.eval_freq == 0 or step == total_steps
+            while len(pending) > (0 if evaluate or device.type != "cuda" else _LAG):
+                report(evaluate and len(pending) == 1)
     return TrainResult(
         best=checkpoint_path(directory, best_step),
         last=checkpoint_path(directory, step),
