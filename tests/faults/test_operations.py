@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installation import BIN, Installation, installed, wait_for
+from installation import Installation, installed
+from made_up import BIN, wait_for
 
 from ops.marks import ProcessMark
 from ops.tracking import client

@@ -1,4 +1,4 @@
-"""An installation for tests: real servers, a worker, the watcher, on free ports; nothing of it is left afterwards."""
+"""Servers, worker and watcher for tests, each started and killed by itself; `make up` would start them again."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
+from made_up import BIN, FOREIGN, MAKE, ROOT, free_ports, wait_for
+
 FILE_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
@@ -99,7 +96,7 @@ class Installation:
 
     def deploy(self) -> str:
         """``make deploy``, from another directory, with this interpreter's environment as the installed one."""
-        made = self.command("make", "-C", str(ROOT), "-o", ".venv/.installed", f"BIN={BIN}", "deploy")
+        made = self.command(*MAKE, "deploy")
         output, _ = made.communicate(timeout=120)
         assert made.returncode == 0, output[-3000:]
         return output
@@ -147,14 +144,14 @@ def installed(base: Path, **settings: str) -> Iterator[Installation]:
     """
     cwd = base / "elsewhere"
     cwd.mkdir()
-    foreign = ("PREFECT_", "MLFLOW_", "FINETUNE_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
+    prefect_port, mlflow_port = free_ports(2)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)} | {
         "DO_NOT_TRACK": "true",
         "PYTHONPATH": str(ROOT),
         "FINETUNE_DATA_ROOT": str(base / "data"),
         "FINETUNE_LOCKS": str(base / "locks"),
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}",
-        "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}",
+        "PREFECT_API_URL": f"http://127.0.0.1:{prefect_port}/api",
         "PREFECT_HOME": str(base / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         # Ask twice in a second, not every ten, whether there is a run to start.
@@ -170,23 +167,3 @@ def installed(base: Path, **settings: str) -> Iterator[Installation]:
         yield installation
     finally:
         installation.stop()
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def wait_for(what: str, ready: Callable[[], Any], seconds: float) -> Any:
-    """Poll until something truthy comes back; to be refused a connection counts as not yet."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if answer := ready():
-                return answer
-        except OSError:
-            pass
-        time.sleep(0.25)
-    raise AssertionError(f"{what} did not come in {seconds:g} s")
