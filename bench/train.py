@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
 import time
@@ -26,7 +27,7 @@ from bench.peers import INSTALL, LIBRARIES, hf_settings, trl_settings
 from bench.processes import ChildError, import_all, quiet_environment, run_apart, show_one_gpu
 from bench.seed import BATCH_SIZE, LENGTH, run_seed
 from model.config import PRESETS
-from model.device import peak_memory, resolve_device, resolve_precision
+from model.device import PRODUCT_CACHES, peak_memory, resolve_device, resolve_precision
 from model.files import write_json
 from model.flops import matmul_ceiling, necessary_flops
 
@@ -221,6 +222,9 @@ def run_contestant(
 
 def run_setting(setting: Setting, job: Job) -> tuple[list[Measurement], int]:
     """In a child: what was measured, and the most memory that was held, in bytes."""
+    if setting.contestant != "engine":  # others run with their libraries' defaults
+        for name in PRODUCT_CACHES:
+            os.environ.pop(name, None)
     measurements = setting.run(job, **setting.options)
     return measurements, peak_memory(resolve_device(job.device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from contextlib import AbstractContextManager
@@ -11,6 +12,12 @@ import torch
 from model.gpt import GPTModel
 
 PRECISIONS = ("auto", "bf16", "fp32")
+
+# On a CPU, what oneDNN and PyTorch's layer over it build for a shape of bf16 products is kept, up to 4 MB of it for
+# each of 1,024 shapes, and packs seldom have one shape twice (pytorch#98688). Both read these at their first product.
+PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+for _cache in PRODUCT_CACHES:
+    os.environ.setdefault(_cache, "64")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +14,7 @@ from model import GPTModel
 from model.device import autocast, cast_frozen, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_device_names() -> None:
@@ -45,3 +51,30 @@ def test_autocast_acts_in_bf16_only() -> None:
         assert (x @ x).dtype == torch.float32
     with autocast(CPU, torch.bfloat16):
         assert (x @ x).dtype == torch.bfloat16
+
+
+_SHAPES = """
+import torch
+import model.training
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) / 1024
+weight, x = torch.randn(64, 64).bfloat16(), torch.randn(1000, 64).bfloat16()
+for rows in range(200, 1000):
+    torch.nn.functional.linear(x[:rows], weight)
+    if rows == 400:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what is resident")
+def test_memory_does_not_grow_with_the_shapes_of_products() -> None:
+    """600 more sizes of a pack take no 100 MB; without a limit they take nearly 400."""
+    if resolve_precision("auto", torch.device("cpu")) != torch.bfloat16:
+        pytest.skip("this processor has no bf16 products")
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_CACHE_CAPACITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", _SHAPES], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 100
