@@ -179,12 +179,18 @@ def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> Non
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
 
     origin = CodeDatasetSource(tags={"source": source, "revision": revision or "local", "sha256": sha256})
     # Short, as the run table shows it; the whole hash is the tag data_sha256.
     dataset = MetaDataset(origin, name=Path(source).name, digest=sha256[:12])  # type: ignore[abstract]
     inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
-    client(run.tracking_uri).log_inputs(run.run_id, [inputs])
+    mlflow = client(run.tracking_uri)
+    try:
+        mlflow.log_inputs(run.run_id, [inputs])
+    except MlflowException:
+        # MLflow looks for the data set, then inserts it: of two first runs on the same rows one may come too late.
+        mlflow.log_inputs(run.run_id, [inputs])
 
 
 class JournalShipper:

@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from model.journal import MetricsJournal
 from ops.settings import Settings
-from ops.tracking import JournalShipper, client, git_sha, installed_packages, log_model, tracked_run
+from ops.tracking import (
+    JournalShipper,
+    RunRef,
+    client,
+    git_sha,
+    installed_packages,
+    log_data,
+    log_model,
+    tracked_run,
+)
 
 
 @pytest.fixture
@@ -80,6 +91,28 @@ def test_a_dead_server_does_not_stop_the_training(settings: Settings, caplog: py
     JournalShipper(run, journal.path).ship()
     history = client(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
     assert [point.value for point in history] == [1.0]
+
+
+def test_runs_on_the_same_new_data_at_once(settings: Settings) -> None:
+    """Each gets it as its input, whoever of them is the first to enter it."""
+    mlflow = client(settings.tracking_uri)
+    experiment = mlflow.create_experiment("finetune")
+    together = Barrier(8)
+
+    def log(run: RunRef) -> None:
+        together.wait(60)
+        log_data(run, "rows.jsonl", None, "ab" * 32)
+
+    with ThreadPoolExecutor(together.parties) as pool:
+        runs = [
+            RunRef(settings.tracking_uri, experiment, mlflow.create_run(experiment).info.run_id)
+            for _ in range(together.parties)
+        ]
+        list(pool.map(log, runs))
+
+    for run in runs:
+        (entry,) = mlflow.get_run(run.run_id).inputs.dataset_inputs
+        assert entry.dataset.digest == "ab" * 6
 
 
 def test_two_models_are_two_versions(settings: Settings) -> None:
