@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.measure import Job, Measurement, read_clock, windows_of_reports
+from bench.measure import Job, Measurement, now, read_clock, windows_of_reports
 from model.device import cast_frozen, resolve_device, resolve_precision
 from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
@@ -45,7 +44,7 @@ def run_engine(job: Job) -> list[Measurement]:
 
     def on_step(report: StepReport) -> None:
         if report.step:
-            reports.append((report.step, time.perf_counter()))
+            reports.append((report.step, now()))
 
     start = read_clock(device)
     with tempfile.TemporaryDirectory() as directory:

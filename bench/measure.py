@@ -33,6 +33,7 @@ class Job:
         warm_up: optimizer steps ahead of the first window.
         steps: optimizer steps measured.
         epochs: of the engine, whose later epochs are measured apart.
+        processor_time: measure the processor time of one thread instead of the clock.
     """
 
     tokens: Path
@@ -45,6 +46,7 @@ class Job:
     warm_up: int
     steps: int
     epochs: int
+    processor_time: bool = False
 
     @property
     def config(self) -> GPTConfig:
@@ -111,11 +113,26 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+_clock = time.perf_counter
+
+
+def use_processor_time() -> None:
+    """Measure this process by the processor time it takes, on one thread, as other processes cannot disturb that."""
+    global _clock
+    _clock = time.process_time
+    torch.set_num_threads(1)
+
+
+def now() -> float:
+    """Seconds."""
+    return _clock()
+
+
 def read_clock(device: torch.device) -> float:
     """Seconds, once the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return now()
 
 
 class Meter:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench.engine import run_engine
-from bench.measure import Job, Measurement, Setting
+from bench.measure import Job, Measurement, Setting, use_processor_time
 from bench.peers import INSTALL, LIBRARIES, hf_settings, trl_settings
 from bench.processes import ChildError, import_all, quiet_environment, run_apart, show_one_gpu
 from bench.seed import BATCH_SIZE, LENGTH, run_seed
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         job, data = prepare_job(options, Path(scratch))
         say(f"{data['rows']} rows, {data['tokens']} tokens, {data['target_share']:.1%} of them targets")
-        machine = run_apart(describe_machine, job.device, job.precision, timeout=120)
+        machine = run_apart(describe_machine, job.device, job.precision, job.processor_time, timeout=120)
         say(f"{machine['name']}: {machine['matmul_ceiling_flops'] / 1e12:.3g} TFLOP/s in {machine['dtype']} products")
         results: list[dict[str, Any]] = []
         for name in options.peers:
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "batch_size": job.batch_size,
         "epochs": job.epochs,
         "steps": job.steps,
+        "clock": "processor time of one thread" if job.processor_time else "wall",
         "data": data,
         "results": results,
     }
@@ -97,6 +98,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings-limit", type=int, help="settings tried of each peer, best-known first")
     parser.add_argument("--skip", metavar="TEXT", help="leave out settings described so, such as torch_compile")
     parser.add_argument("--quick", action="store_true", help="the best-known setting of each peer only")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="processor time of one thread in place of the clock: for a CPU that others use too",
+    )
     parser.add_argument("--timeout", type=float, help="seconds a setting may take; 300, on a CPU 3600")
     parser.add_argument("--out", type=Path, help="file for the JSON, indented")
     options = parser.parse_args(arguments)
@@ -111,6 +117,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.settings_limit = 1
     if unknown := set(options.peers) - set(PEERS):
         parser.error(f"--peers: {', '.join(sorted(unknown))} is none of {', '.join(PEERS)}")
+    if options.processor_time and not on_cpu:
+        parser.error("--processor-time says nothing of a GPU: add --device cpu")
     if options.max_length > PRESETS[options.size].n_positions:
         parser.error(f"--max-length {options.max_length} is beyond the context of {options.size}")
     return options
@@ -140,6 +148,7 @@ def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[s
         warm_up=warm_up,
         steps=options.steps,
         epochs=options.epochs,
+        processor_time=options.processor_time,
     )
     config = PrepareConfig(max_length=options.max_length, subset_count=rows)
     tokenizer = load_tokenizer(job.tokenizer, job.config.vocab_size)
@@ -157,8 +166,10 @@ def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[s
     return job, data
 
 
-def describe_machine(device_name: str, precision: str) -> dict[str, Any]:
+def describe_machine(device_name: str, precision: str, processor_time: bool = False) -> dict[str, Any]:
     """Name of the device, number format of the products, and how fast it multiplies matrices."""
+    if processor_time:
+        torch.set_num_threads(1)
     device = resolve_device(device_name)
     dtype = resolve_precision(precision, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_processor()
@@ -225,6 +236,8 @@ def run_setting(setting: Setting, job: Job) -> tuple[list[Measurement], int]:
     if setting.contestant != "engine":  # others run with their libraries' defaults
         for name in PRODUCT_CACHES:
             os.environ.pop(name, None)
+    if job.processor_time:
+        use_processor_time()
     measurements = setting.run(job, **setting.options)
     return measurements, peak_memory(resolve_device(job.device))
 
