@@ -126,9 +126,8 @@ def main(arguments: list[str]) -> int:
         name, separator, value = argument.partition("=")
         if separator:
             parameters[name] = yaml.safe_load(value)
-    settings = Settings.load()
-    embed(settings)
-    start(settings)
+    embed(Settings.load())
+    start(Settings.load())  # anew: the tracking URI is another now
 
     from flows.finetune import finetune
 
