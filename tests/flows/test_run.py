@@ -1,0 +1,31 @@
+"""``make run`` as its users know it: no server, no account, and what it prints at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_a_run_without_servers(tmp_path: Path) -> None:
+    """Whatever servers the environment names are left alone; the times add up, and scripts find the run."""
+    environment = {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment |= {"PREFECT_API_URL": "http://127.0.0.1:9/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    small = ["max_steps=2", "sample_rows=1", "pass_rows=0", "eval_rows=20"]
+    command = [sys.executable, "-m", "flows", "tiny", *small]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[-2] == f"tracking: sqlite:///{tmp_path}/mlflow/mlflow.db"
+    assert re.fullmatch(r"run: [0-9a-f]{32}", lines[-1])
+    table = dict(re.findall(r"^(\w+) +(\d+\.\d\d) +\d+\.\d%$", done.stdout, re.MULTILINE))
+    total = float(table.pop("total"))
+    assert sum(map(float, table.values())) == pytest.approx(total, abs=0.1)
+    assert {"start", "prefect", "mlflow", "prepare", "train", "evaluate", "publish"} <= table.keys()
