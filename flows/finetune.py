@@ -27,7 +27,7 @@ from ops.laps import Laps
 from ops.limits import ensure_limit
 from ops.plan import check_disk, describe_plan
 from ops.promotion import Verdict
-from ops.reaper import FLOW_RUN_TAG, reap
+from ops.reaper import FLOW_RUN_TAG, HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
 from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
@@ -297,7 +297,7 @@ def tidy_up(settings: Settings, log: Any) -> None:
         if ensure_limit(client, gpus):
             log.warning("this Prefect server had no limit tag:gpu: created, %d task(s) at a time", gpus)
         try:
-            for line in reap(settings.tracking_uri, client):
+            for line in reap(settings.tracking_uri, client, HOOK_SECONDS):
                 log.info(line)
         except Exception as error:
             log.warning("runs that died were not looked for: %s", error)

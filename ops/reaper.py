@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FLOW_RUN_TAG = "prefect.flow_run_id"
 REASON_TAG = "ended_by"
 _STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CRASHED": "KILLED", "CANCELLED": "KILLED"}
+HOOK_SECONDS = 15.0  # that Prefect's hooks take at most, on a busy machine too
 _CANCEL_SECONDS = 60.0  # twice what Prefect's worker takes until it kills
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ def mlflow_status(state: State | None) -> str | None:
     return _STATUS.get(state.type.value) if state else None
 
 
-def stale_runs(tracking_uri: str, flow_run: Callable[[str], FlowRun | None]) -> list[StaleRun]:
+def stale_runs(
+    tracking_uri: str, flow_run: Callable[[str], FlowRun | None], grace_seconds: float = 0
+) -> list[StaleRun]:
     """The runs of the experiment that say RUNNING although their flow run has ended, or their process.
 
     A run whose process may live on another machine, or in another container, is left alone. So is one that Prefect
@@ -69,6 +72,7 @@ def stale_runs(tracking_uri: str, flow_run: Callable[[str], FlowRun | None]) -> 
 
     Args:
         flow_run: a Prefect run by its id; None if there is none, or no server.
+        grace_seconds: that Prefect's hooks are given to close what they can, and to tell of it.
     """
     found = []
     for run in _running(tracking_uri):
@@ -81,6 +85,8 @@ def stale_runs(tracking_uri: str, flow_run: Callable[[str], FlowRun | None]) -> 
         if given_up and process and process.is_alive:
             continue
         if prefect and prefect.state and status:
+            if (datetime.now(UTC) - prefect.state.timestamp).total_seconds() < grace_seconds:
+                continue
             reason, crashed = f"Prefect: {prefect.state.name}", prefect.state.is_crashed()
         elif process and process.is_dead:
             status, reason, crashed = "KILLED", f"process {process.pid} on {process.host} is gone", True
@@ -113,16 +119,17 @@ def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
     return list(mlflow.search_runs([experiment.experiment_id], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'"))
 
 
-def reap(tracking_uri: str, prefect: SyncPrefectClient | None) -> list[str]:
+def reap(tracking_uri: str, prefect: SyncPrefectClient | None, grace_seconds: float = 0) -> list[str]:
     """Close every stale run, end its Prefect run where Prefect does not know yet, and tell people of crashes.
 
     Args:
         prefect: a client of a server; None if there is none, then dead processes alone count.
+        grace_seconds: as in ``stale_runs``.
 
     Returns:
         A line for each run that was closed, or asked to end.
     """
-    stale = stale_runs(tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id))
+    stale = stale_runs(tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id), grace_seconds)
     lines = [
         f"MLflow run {run.name} was RUNNING: now {run.status} ({run.reason})"
         for run in stale

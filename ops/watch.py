@@ -15,7 +15,7 @@ os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from ops.doctor import connect, examine_slots
-from ops.reaper import reap
+from ops.reaper import HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
 
@@ -39,7 +39,7 @@ class Watcher:
             self._report("Prefect", missing)
             lines: list[str] = []
             try:
-                lines += reap(self.settings.tracking_uri, None if missing else prefect)
+                lines += reap(self.settings.tracking_uri, None if missing else prefect, HOOK_SECONDS)
                 self._report("MLflow", None)
             except Exception as error:
                 self._report("MLflow", f"MLflow: {type(error).__name__}")

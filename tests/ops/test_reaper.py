@@ -238,3 +238,11 @@ def test_a_run_that_prefect_does_not_know(
         assert reap(settings.tracking_uri, prefect) == []
         opened(dead, str(uuid4()))
         assert len(reap(settings.tracking_uri, prefect)) == 1
+
+
+def test_hooks_come_first(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
+    """Prefect's hooks have a moment to close the run and to tell of it; two notices would be one too many."""
+    run = opened(dead, "one")
+    assert stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("CRASHED"), grace_seconds=60) == []
+    (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("CRASHED"), grace_seconds=0)
+    assert stale.run == run
