@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Event
 from typing import Any, TextIO
 
 from ops.processes import Process, end, marked
@@ -80,11 +79,11 @@ def down(servers: Servers) -> int:
 
 def _run(servers: Servers, lock: TextIO) -> int:
     stops: list[int] = []
-    stop = Event()
 
+    # It takes no lock: a second signal may come within it (make passes on what the whole group got), and an Event's
+    # set() within its set() waits for ever.
     def handle(number: int, _: Any) -> None:
         stops.append(number)
-        stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handle)
@@ -98,7 +97,8 @@ def _run(servers: Servers, lock: TextIO) -> int:
     status = 0
     try:
         looked = began
-        while not stop.wait(0.2):
+        while not stops:
+            time.sleep(0.2)
             if time.monotonic() - looked > 2:
                 # Such as MLflow's second process, when the first was killed: it would keep the port.
                 for orphan in end(lambda: _orphans(servers), MARK, str(servers.home), 1):

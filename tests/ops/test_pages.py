@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -53,7 +52,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    """A page of the system's Chromium, 1400 x 900."""
+    """A page of the system's Chromium, high enough for lists that draw only what is in sight."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("Chromium is not installed (apt-get install chromium)")
@@ -65,7 +64,7 @@ def page() -> Iterator[Any]:
         sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=chromium, args=[*FLAGS, *sandbox])
         try:
-            opened = browser.new_page(viewport={"width": 1400, "height": 900})
+            opened = browser.new_page(viewport={"width": 1400, "height": 1600})
             opened.set_default_timeout(SECONDS * 1000)
             yield opened
         finally:
@@ -123,7 +122,7 @@ def _text(page: Any, wanted: str) -> None:
 
 def _check_curves(page: Any, runs: list[Seen]) -> None:
     """Exactly one curve for each run is drawn, and its points are those that were logged."""
-    page.locator(".scatterlayer path.js-line").first.wait_for(state="attached")
+    page.wait_for_function(f"() => {{ const p = ({DRAWN})(); return p.length === 1 && p[0].lines.length > 0; }}")
     (plot,) = page.evaluate(DRAWN)
     assert set(plot["curves"]) == {run.name for run in runs}
     for run in runs:
@@ -146,9 +145,9 @@ def test_compare_page_shows_three_runs_and_their_curves(page: Any, platform: Mad
     for run in runs:
         _text(page, run.name)
         assert page.get_by_role("link", name=run.run_id, exact=True).count() == 1
-    shown = page.inner_text("body")
+    shown = page.inner_text("body").split()
     for run in runs:
-        assert re.search(rf"^\s*{run.rate}\s*$", shown, re.MULTILINE)
+        assert str(run.rate) in shown
 
     page.get_by_role("link", name="eval/loss", exact=True).click()
     _text(page, "Completed Runs")
@@ -164,7 +163,6 @@ def test_chart_view_shows_three_curves(page: Any, platform: MadeUp, runs: list[S
     )
     _text(page, f"{len(RATES)} matching runs")
     page.get_by_placeholder("Search metric charts").fill("eval/loss")
-    _text(page, "eval (1)")
     _check_curves(page, runs)
 
 
