@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 POOL = "gpu"
-LIMIT = "tag:gpu"
 WAITING_RUNS = 2  # flow runs that start beyond the GPUs, so that they can say what they wait for
 
 
@@ -33,6 +32,7 @@ def set_up(client: SyncPrefectClient, gpus: int) -> None:
     from prefect.exceptions import ObjectNotFound
     from prefect.workers.process import ProcessWorker
 
+    from ops.limits import LIMIT
     from ops.zombies import ensure_zombie_automation
 
     runs = gpus + WAITING_RUNS

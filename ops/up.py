@@ -78,12 +78,12 @@ def down(servers: Servers) -> int:
 
 
 def _run(servers: Servers, lock: TextIO) -> int:
-    stops: list[int] = []
+    stops: list[float] = []
 
     # It takes no lock: a second signal may come within it (make passes on what the whole group got), and an Event's
     # set() within its set() waits for ever.
     def handle(number: int, _: Any) -> None:
-        stops.append(number)
+        stops.append(time.monotonic())
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handle)
@@ -122,12 +122,13 @@ def _run(servers: Servers, lock: TextIO) -> int:
 
 
 def _stop(
-    servers: Servers, supervisor: subprocess.Popen[bytes], ready: subprocess.Popen[bytes] | None, stops: list[int]
+    servers: Servers, supervisor: subprocess.Popen[bytes], ready: subprocess.Popen[bytes] | None, stops: list[float]
 ) -> None:
     """End everything in an order in which each can still tell the others: flow runs, worker, servers."""
 
+    # Signals of one moment are one: a group's processes pass on to each other what all of them got.
     def hurry() -> bool:
-        return len(stops) > 1
+        return bool(stops) and stops[-1] - stops[0] > 1
 
     if ready:
         ready.terminate()

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-import threading
+import time
 from types import FrameType
 
 # Without a server there is nothing to watch: none is to be started for it.
@@ -77,19 +77,22 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
     for noisy in ("httpx", "alembic", "mlflow", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    stop = threading.Event()
+    stops: list[int] = []
 
+    # It takes no lock, as an Event would: the signal may come while the main thread holds it.
     def end(number: int, frame: FrameType | None) -> None:
-        stop.set()
+        stops.append(number)
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
     watcher = Watcher(Settings.load(), gpu_count())
     _log.info("watching %s every %g s", watcher.settings.tracking_uri, SECONDS)
-    while not stop.is_set():
+    while not stops:
         for line in watcher.round():
             _log.info(line)
-        stop.wait(SECONDS)
+        next_round = time.monotonic() + SECONDS
+        while not stops and time.monotonic() < next_round:
+            time.sleep(0.2)
     return 0
 
 

@@ -174,15 +174,21 @@ def _state(up: MadeUp, run: str) -> str:
     return str(state)
 
 
-def test_ctrl_c_ends_everything_and_a_training_too(up: MadeUp) -> None:
-    """The training's run is Crashed in Prefect: the servers live long enough to be told."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_and_a_training_too(number: signal.Signals, up: MadeUp) -> None:
+    """The training's run is Crashed in Prefect: the servers live long enough to be told.
+
+    The signal goes to the group, and make passes SIGTERM on: the two that arrive are one.
+    """
+    if not up.processes():
+        up.start()
     run = _train(up)
     assert any(process.flow_run == run for process in up.processes())
 
-    status = up.interrupt()
+    status = up.interrupt(number)
 
     assert up.processes() == []
-    assert status in (0, -signal.SIGINT)  # make's own habit
+    assert status in (0, -number)  # make's own habit
     assert "everything has ended" in up.output
     for port in (up.prefect, up.mlflow):
         with pytest.raises(ConnectionRefusedError):
