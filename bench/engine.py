@@ -15,11 +15,14 @@ from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
 from model.tokens import CodeAlpacaDataset, epoch_order
 from model.training import StepReport, TrainConfig, train
+from model.trunk import TrunkCacheConfig
 
 _VALIDATION_ROWS = 64  # a validation before the first step and one after the last are part of every training
 
 
-def run_engine(job: Job) -> list[Measurement]:
+def run_engine(
+    job: Job, micro_batch_tokens: int | None = None, trunk_cache_bytes: int = TrunkCacheConfig.max_bytes
+) -> list[Measurement]:
     """Train for the job's epochs; the first epoch and the later ones are measured apart.
 
     The time to the first step ends with its report, which may come late, and includes the base's validation.
@@ -36,6 +39,7 @@ def run_engine(job: Job) -> list[Measurement]:
     config = TrainConfig(
         epochs=job.epochs,
         batch_size=job.batch_size,
+        micro_batch_tokens=micro_batch_tokens,
         eval_freq=job.epochs * steps_per_epoch + 1,
         eval_rows=_VALIDATION_ROWS,
         precision=job.precision,
@@ -46,9 +50,10 @@ def run_engine(job: Job) -> list[Measurement]:
         if report.step:
             reports.append((report.step, now()))
 
+    cache = TrunkCacheConfig(max_bytes=trunk_cache_bytes)
     start = read_clock(device)
     with tempfile.TemporaryDirectory() as directory:
-        train(model, job.tokens, config, Path(directory), "bench", on_step)
+        train(model, job.tokens, config, Path(directory), "bench", on_step, cache=cache)
     first_step = reports[0][1] - start
     loads = step_loads(rows, config)
     warm_up = min(job.warm_up, max(1, steps_per_epoch // 3))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from model.attention import Documents
 from model.gpt import Block, GPTModel
-from model.packing import choose
 
 
 def can_fuse(model: GPTModel, device: torch.device, dtype: torch.dtype) -> bool:
@@ -49,7 +48,7 @@ def run_blocks(
             qkv = F.linear(n, attention.c_attn.weight, attention.c_attn.bias)
         y = kernels.attention(qkv, documents.begins, documents.ends, attention.n_head)
         if chosen is not None and block is blocks[-1]:
-            x, y = choose(x, chosen), choose(y, chosen)
+            x, y = kernels.choose(x, chosen), kernels.choose(y, chosen)
         x, n = kernels.add_norm(x, F.linear(y, attention.c_proj.weight), attention.c_proj.bias, block.ln_2)
         if torch.is_grad_enabled():
             h = kernels.bias_gelu(F.linear(n, mlp.c_fc.weight), mlp.c_fc.bias)
@@ -57,7 +56,7 @@ def run_blocks(
             h = torch._addmm_activation(mlp.c_fc.bias, n, mlp.c_fc.weight.t(), use_gelu=True)
         y, bias = F.linear(h, mlp.c_proj.weight), mlp.c_proj.bias
     if y is None:
-        x = x if chosen is None else choose(x, chosen)
+        x = x if chosen is None else kernels.choose(x, chosen)
         return x if norm is None else norm(x)
     return x + (y + bias) if norm is None else kernels.add_norm(x, y, bias, norm)[1]
 

@@ -91,12 +91,14 @@ def _gelu(x):  # type: ignore[no-untyped-def]
     return gate, 0.7978845608028654 * (1.0 + 0.134145 * x * x)
 
 
-@triton.jit(do_not_specialize=["size"])  # type: ignore[untyped-decorator]
-def _bias_gelu_forward(x, bias, out, size, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < size
+@triton.jit  # type: ignore[untyped-decorator]
+def _bias_gelu_forward(x, bias, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some columns of a row."""
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < width
+    place = tl.program_id(0).to(tl.int64) * width + lanes
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(bias + place % width, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
     gate, _ = _gelu(value)
     tl.store(out + place, (value * gate).to(out.dtype.element_ty), mask=inside)
 
@@ -117,6 +119,15 @@ def _bias_gelu_backward(grad, x, bias, grad_x, partials, rows, width, BLOCK: tl.
         tl.store(grad_x + place, rounded, mask=inside)
         sums += rounded.to(tl.float32)
     tl.store(partials + tl.program_id(0) * width + lanes, sums, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _put_rows(values, index, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row, to its place."""
+    row, lanes = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = lanes < width
+    value = tl.load(values + row.to(tl.int64) * width + lanes, mask=inside)
+    tl.store(out + tl.load(index + row) * width + lanes, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
@@ -290,10 +301,9 @@ class _AddNorm(torch.autograd.Function):
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        rows, width = x.shape
         out = torch.empty_like(x)
-        _bias_gelu_forward[(triton.cdiv(x.numel(), 4096),)](
-            x, bias, out, x.numel(), x.size(1), BLOCK=4096, num_warps=8
-        )
+        _bias_gelu_forward[(rows, triton.cdiv(width, 4096))](x, bias, out, width, BLOCK=4096, num_warps=8)
         ctx.save_for_backward(x, bias)
         return out
 
@@ -310,6 +320,26 @@ class _BiasGelu(torch.autograd.Function):
             gradient.contiguous(), x, bias, grad_x, partials, rows, width, BLOCK=512, num_warps=4
         )
         return grad_x, partials.sum(0).to(bias.dtype)
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape)
+        rows, width = gradient.shape
+        if rows:
+            _put_rows[(rows,)](
+                gradient.contiguous(), index, whole, width, BLOCK=triton.next_power_of_2(width), num_warps=4
+            )
+        return whole, None
 
 
 class _Attention(torch.autograd.Function):
@@ -355,6 +385,11 @@ def add_norm(x: Tensor, y: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Te
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh approximation) of x + bias: (N, W) and (W,) -> (N, W)."""
     return _BiasGelu.apply(x, bias)
+
+
+def choose(x: Tensor, index: Tensor) -> Tensor:
+    """As ``model.packing.choose``; torch's deterministic way to write rows sorts them first."""
+    return _Choose.apply(x, index)
 
 
 def attention(qkv: Tensor, begins: Tensor, ends: Tensor, heads: int) -> Tensor:

@@ -103,21 +103,23 @@ def generate(
     done = [False] * len(texts)
     training = model.training
     model.eval()
-    cache: KVCache | None = None
+    decoder: _Decoder | None = None
+    new = torch.empty(0, dtype=torch.long)
     try:
-        for step in range(max_new_tokens):
+        for _ in range(max_new_tokens):
             if max(map(len, texts)) > context:
-                cache = None
-                hidden = _last_hidden(model, [text[-context:] for text in texts], None)
-            elif step == 0:
+                decoder = None
+                logits = _last_logits(model, [text[-context:] for text in texts], None)
+            elif decoder is None:
                 capacity = min(context, max(map(len, texts)) + max_new_tokens)
                 mixed = torch.is_autocast_enabled(device.type)
                 dtype = torch.get_autocast_dtype(device.type) if mixed else model.ln_f.weight.dtype
                 cache = KVCache(model.config, len(texts), capacity, device, dtype)
-                hidden = _last_hidden(model, texts, cache)
+                logits = _last_logits(model, texts, cache)
+                decoder = _Decoder(model, cache)
             else:
-                hidden = _last_hidden(model, [text[-1:] for text in texts], cache)
-            logits = filter_logits(model.lm_head(hidden), temperature, top_k, top_p)  # (B, V)
+                logits = decoder(new)
+            logits = filter_logits(logits, temperature, top_k, top_p)  # (B, V)
             if temperature == 0:
                 new = logits.argmax(dim=-1)
             else:
@@ -133,8 +135,38 @@ def generate(
     return [_until_eos(text[len(prompt) :], eos_token_id) for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def _last_hidden(model: GPTModel, texts: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Hidden state of each row's last token, (B, D); with a cache, ``texts`` are the tokens it lacks."""
+class _Decoder:
+    """One more token of each row through the cache: ids (B,) -> logits (B, V), overwritten by the next call.
+
+    On a GPU a CUDA graph from the second call on: launching a token's kernels takes longer than running them.
+    """
+
+    def __init__(self, model: GPTModel, cache: KVCache):
+        self.model = model
+        self.cache = cache
+        self.rehearsed = False  # kernels are loaded, weights cast
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if not (ids.is_cuda and self.rehearsed):
+            self.rehearsed = True
+            return self._compute(ids)
+        if self.graph is None:
+            self.ids, self.graph = ids.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._compute(self.ids)
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits
+
+    def _compute(self, ids: Tensor) -> Tensor:
+        hidden = self.model.hidden(ids[:, None], self.cache)
+        self.cache.lengths += 1
+        return self.model.lm_head(hidden[:, 0])
+
+
+def _last_logits(model: GPTModel, texts: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
+    """Logits behind each row's last token, (B, V); with a cache, which is filled."""
     device = model.wte.weight.device
     lengths = torch.tensor([len(text) for text in texts], device=device)
     ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
@@ -143,7 +175,7 @@ def _last_hidden(model: GPTModel, texts: Sequence[Sequence[int]], cache: KVCache
     hidden = model.hidden(ids.to(device), cache)
     if cache is not None:
         cache.lengths += lengths
-    return hidden[torch.arange(len(texts), device=device), lengths - 1]
+    return model.lm_head(hidden[torch.arange(len(texts), device=device), lengths - 1])
 
 
 def _until_eos(ids: list[int], eos_token_id: int | None) -> list[int]:

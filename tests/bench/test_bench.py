@@ -228,14 +228,15 @@ def test_failures_are_reported_and_never_compared(job: Job) -> None:
     results = [
         entry("engine", "as it comes", 1.0, "first epoch"),
         entry("engine", "as it comes", 0.5, "later epochs"),
+        entry("engine", "in small passes", 2.0, "first epoch"),
         entry("hf", "slow", 4.0),
         entry("hf", "fast", 2.0),
         {"contestant": "trl", "settings": "greedy", "error": "out of memory"},
     ]
     compare(results)
-    assert [result["best"] for result in results] == [True, True, False, True, False]
-    assert results[3]["engine_first_epoch_over_this"] == 2.0
-    assert results[3]["engine_later_epochs_over_this"] == 4.0
+    assert [result["best"] for result in results] == [True, True, False, False, True, False]
+    assert results[4]["engine_first_epoch_over_this"] == 2.0
+    assert results[4]["engine_later_epochs_over_this"] == 4.0
     assert results[0]["necessary_flops_per_token"] > results[1]["necessary_flops_per_token"]
     lines = table(results).splitlines()
     assert lines[-1] == "trl, greedy: out of memory"

@@ -19,6 +19,7 @@ from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
 from model.journal import read_journal
 from model.packing import pack
+from model.sampling import generate
 from model.scoring import head_loss, padded_head
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, TrainingStoppedError, train
@@ -121,6 +122,35 @@ def test_bias_gelu_agrees_with_fp32(width: int) -> None:
     want = torch.autograd.grad(plain, exact, upstream.float())
     for a, b in zip([out, *got], [plain, *want], strict=True):
         torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=1e-2 * b.abs().max().item())
+
+
+def test_chosen_rows_gradients_go_where_they_came_from() -> None:
+    """As indexing by torch, bit for bit; rows that were not chosen get zeros."""
+    from model import kernels
+
+    torch.manual_seed(0)
+    x = torch.randn(500, 192, device="cuda").bfloat16().requires_grad_()
+    index = torch.randperm(500, device="cuda")[:170]
+    upstream = torch.randn(170, 192, device="cuda").bfloat16()
+    chosen = kernels.choose(x, index)
+    assert torch.equal(chosen, x[index])
+    got = torch.autograd.grad(chosen, x, upstream)[0]
+    assert torch.equal(got, torch.autograd.grad(x[index], x, upstream)[0])
+    assert kernels.choose(x, index[:0]).shape == (0, 192)
+
+
+def test_generation_by_a_graph_is_the_plain_loop() -> None:
+    """Greedy, in fp32, rows of different lengths: what computing all tokens anew for each next one gives."""
+    model = small_model().float()
+    prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
+    want = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(30):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids], device="cuda"))[0, -1].argmax()))
+        want.append(ids[len(prompt) :])
+    assert generate(model, prompts, 30, temperature=0) == want
 
 
 def test_fused_blocks_are_the_models(token_dir: Path) -> None:
