@@ -91,4 +91,4 @@ def test_command_line_refuses_unknown_sides(capsys: pytest.CaptureFixture[str]) 
     """A name that is no side ends with a message."""
     with pytest.raises(SystemExit):
         parse(["--data", "rows", "--tokenizer", "gpt2", "--sides", "other"])
-    assert "other is none of pipeline, trl" in capsys.readouterr().err
+    assert "other is none of pipeline, pipeline-used, trl" in capsys.readouterr().err
