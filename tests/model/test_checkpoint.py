@@ -420,7 +420,7 @@ def assert_same_end(directory: Path, whole: Path) -> None:
             assert (directory / name / file).read_bytes() == (whole / name / file).read_bytes(), f"{name}/{file}"
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_killed_training_ends_as_if_it_had_not_been(
     gpt2_dir: Path,
     launch: Callable[..., subprocess.Popen[str]],
@@ -472,7 +472,9 @@ def test_training_killed_while_saving(
     assert_same_end(directory, uninterrupted(CONFIG)[1])
 
 
-@pytest.mark.parametrize("deleted", [False, True], ids=["cache kept", "cache deleted"])
+@pytest.mark.parametrize(
+    "deleted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cache kept", "cache deleted"]
+)
 def test_killed_training_with_trunk_outputs_in_a_file(
     launch: Callable[..., subprocess.Popen[str]],
     fresh: Callable[[], GPTModel],

@@ -8,6 +8,7 @@ import socket
 import sqlite3
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -121,6 +122,16 @@ def test_a_run_completes_and_both_sides_have_it(up: MadeUp) -> None:
         [mlflow.get_experiment_by_name("finetune").experiment_id], f"tags.`prefect.flow_run_id` = '{run}'"
     )
     assert found.info.status == "FINISHED"
+    computing = found.data.metrics["time/train_seconds"] + found.data.metrics["time/evaluate_seconds"]
+    facts = up.api(f"/flow_runs/{run}")
+    submitted, started, ended = (
+        datetime.fromisoformat(facts[moment]) for moment in ("expected_start_time", "start_time", "end_time")
+    )
+    around = (ended - started).total_seconds() - computing
+    print(
+        f"started {(started - submitted).total_seconds():.1f} s after it was submitted; "
+        f"{computing:.1f} s of training and evaluation, {around:.1f} s around them"
+    )
 
 
 def test_idle_it_needs_less_than_a_gigabyte_and_a_half(up: MadeUp) -> None:
