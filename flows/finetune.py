@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ from ops.laps import Laps
 from ops.limits import ensure_limit
 from ops.plan import check_disk, describe_plan
 from ops.promotion import Verdict
-from ops.reaper import FLOW_RUN_TAG, HOOK_SECONDS, reap
+from ops.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
 from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
@@ -216,6 +216,7 @@ def finetune(
     window = f"{subset_start}:{subset_start + subset_count}" if subset_count else f"{subset_start}:"
     tags = {
         FLOW_RUN_TAG: str(flow_run.id),
+        ATTEMPT_TAG: str(flow_run.run_count),
         "prefect.deployment": deployment.name or "none",
         "subset": window,
     }
@@ -237,43 +238,43 @@ def finetune(
     night: Night | None = None
     if subset == "next":
         due = flow_run.scheduled_start_time
-        begun = begin_night(settings, name, due, wanted, prepare_config, subset_count, replay_share, log)
+        begun = begin_night(settings, due, wanted, prepare_config, subset_count, replay_share)
         if isinstance(begun, State):
             return begun  # type: ignore[return-value]  # Prefect takes it for the flow's state, and returns None
         night = begun
         laps.end("choose")
         prepare_config = replace(prepare_config, subset_count=None, subset_keys=night.subset.keys)
-    with (
-        night.held if night else nullcontext(),
-        tracked_run(settings, f"{model_size} {name}", parameters, tags) as run,
-    ):
-        log.info("MLflow run %s", run.url or f"{run.run_id} in {run.tracking_uri}")
-        if run.url:
-            create_link_artifact(run.url, key="mlflow-run", description=f"MLflow run of {name}")
+    with ExitStack() as held:
         if night:
-            night.record(run, model_size)
-        laps.end("mlflow")
-        sources = night.sources if night else download(**wanted)
-        laps.end("download")
-        tokens = prepare(sources, prepare_config)
-        laps.end("prepare")
-        set_tags(run, {"data_sha256": tokens.data_sha256})
-        log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
-        log_metrics(run, data_metrics(tokens), step=0)
-        laps.end("mlflow")
-        model = load_weights(sources.weights, model_size)
-        laps.end("load_weights")
-        plan = freeze(model, freeze_layers, num_unfrozen_layers, train_head)
-        laps.end("freeze")
-        facts = describe_plan(tokens.counts, f"{model_size} from {model.source}", plan, train_config, device)
-        log_params(run, facts.params)
-        print(facts.text)
-        check_disk(settings.data_root, facts.disk_bytes)
-        laps.end("plan")
-        with hold_training(settings, training_identity(tokens, model, plan, train_config, device)):
+            held.enter_context(night.held)
+        with tracked_run(settings, f"{model_size} {name}", parameters, tags) as run:
+            log.info("MLflow run %s", run.url or f"{run.run_id} in {run.tracking_uri}")
+            if run.url:
+                create_link_artifact(run.url, key="mlflow-run", description=f"MLflow run of {name}")
+            if night:
+                night.record(run, model_size)
+            laps.end("mlflow")
+            sources = night.sources if night else download(**wanted)
+            laps.end("download")
+            tokens = prepare(sources, prepare_config)
+            laps.end("prepare")
+            set_tags(run, {"data_sha256": tokens.data_sha256})
+            log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
+            log_metrics(run, data_metrics(tokens), step=0)
+            laps.end("mlflow")
+            model = load_weights(sources.weights, model_size)
+            laps.end("load_weights")
+            plan = freeze(model, freeze_layers, num_unfrozen_layers, train_head)
+            laps.end("freeze")
+            facts = describe_plan(tokens.counts, f"{model_size} from {model.source}", plan, train_config, device)
+            log_params(run, facts.params)
+            print(facts.text)
+            check_disk(settings.data_root, facts.disk_bytes)
+            laps.end("plan")
+            held.enter_context(hold_training(settings, training_identity(tokens, model, plan, train_config, device)))
             # Held over both, or another run's training would come between a training and its evaluation.
-            with hold_device(settings, device) as held:
-                place = str(held)
+            with hold_device(settings, device) as chosen:
+                place = str(chosen)
                 laps.end("wait")
                 checkpoint = train(tokens, model, plan, train_config, place, run, trunk_cache_gb)
                 laps.end("train")
@@ -283,10 +284,11 @@ def finetune(
             uri = publish(run, sources, model, plan, checkpoint, evaluation)
             verdict = promote_version(run, uri, evaluation, rival, promote_margin, seed) if rival else None
             samples = json.loads(Path(evaluation.samples).read_text())[:2]
-            # MLflow has the model, the journal and the tables now; a later run of these settings trains afresh.
-            shutil.rmtree(checkpoint.directory, ignore_errors=True)
             laps.end("publish")
-        log_metrics(run, {f"time/{step}_seconds": seconds for step, seconds in laps.seconds.items()}, step=0)
+            log_metrics(run, {f"time/{step}_seconds": seconds for step, seconds in laps.seconds.items()}, step=0)
+        # MLflow has the model, the journal and the tables, and its run is closed; a later run of these settings
+        # trains afresh.
+        shutil.rmtree(checkpoint.directory, ignore_errors=True)
     return FinetuneResult(run, uri, evaluation.metrics, samples, verdict, laps.seconds)
 
 

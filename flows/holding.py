@@ -18,10 +18,12 @@ from prefect.runtime import flow_run
 from model.device import device_choices, device_key
 from ops.limits import LEASE_SECONDS, read_slots, release_all
 from ops.lock import exclusive, exclusive_any, shared_directory
+from ops.registry import shared_name
 from ops.settings import Settings
 
 WAITING_FOR_GPU = "WaitingForGpu"
 WAITING_FOR_TRAINING = "WaitingForTraining"
+WAITING_FOR_NIGHT = "WaitingForNight"
 _POLL_SECONDS = 2.0
 
 
@@ -53,6 +55,20 @@ def hold_training(settings: Settings, identity: str) -> Iterator[None]:
     name, run_id = str(flow_run.name), str(flow_run.id)
     what = f"training {identity[:16]}"
     with exclusive(settings.locks, what, name, log.info, show=waiting.show, flow_run_id=run_id):
+        yield
+
+
+@contextmanager
+def hold_nights(settings: Settings, size: str) -> Iterator[None]:
+    """Hold the nights of a size against every run of this machine with the same MLflow server.
+
+    Two at once would choose the same rows.
+    """
+    log = get_run_logger()
+    waiting = _Waiting(WAITING_FOR_NIGHT, "waiting-for-night")
+    directory = shared_directory(settings.device_locks)
+    what = shared_name(settings.tracking_uri, f"nights of {size}")
+    with exclusive(directory, what, str(flow_run.name), log.info, show=waiting.show, flow_run_id=str(flow_run.id)):
         yield
 
 

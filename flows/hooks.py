@@ -16,7 +16,7 @@ from prefect.runtime import deployment
 from prefect.utilities.urls import url_for
 
 from ops.notify import notify
-from ops.reaper import REASON_TAG, close_run, runs_of
+from ops.reaper import REASON_TAG, close_run, is_retried, runs_of
 from ops.settings import Settings
 from ops.tracking import RunRef
 
@@ -47,7 +47,7 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
         uri = Settings.load().tracking_uri
         for run in runs_of(uri, str(flow_run.id)):
             ref = RunRef(uri, run.info.experiment_id, run.info.run_id)
-            found.append((ref, REASON_TAG in run.data.tags))
+            found.append((ref, REASON_TAG in run.data.tags and not is_retried(run, flow_run)))
             close_run(ref, status, f"Prefect: {state.name}")
 
     def attempt() -> None:
@@ -59,7 +59,7 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
     thread = threading.Thread(target=attempt, name="close-mlflow-run", daemon=True)
     thread.start()
     thread.join(_MLFLOW_SECONDS)
-    # Whoever reaped the run has told already.
+    # Whoever reaped this attempt's run has told already.
     if word is None or any(reaped for _, reaped in found):
         return
     links = {"Prefect run": url_for(flow_run), "MLflow run": found[0][0].url if found else None}

@@ -1,7 +1,8 @@
 """Which rows nights have trained on, as MLflow's runs remember it, and which rows come next.
 
-The ledger is nothing but the runs of nights that FINISHED: what a night used and saw lies in its artifacts. A
-night that failed leaves nothing, so that the next one takes its rows again; deleting a run gives its rows back.
+The ledger is nothing but the runs of nights that FINISHED, or whose version became champion: what a night used and
+saw lies in its artifacts. A night that failed before leaves nothing, so that the next one takes its rows again;
+deleting a run gives its rows back.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ops.tracking import EXPERIMENT, RunRef, client, set_tags
+from ops.registry import CHAMPION
+from ops.tracking import EXPERIMENT, PROMOTION_TAG, RunRef, client, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NIGHT_TAG = "nightly"  # of a night's run: the registered model it works for
+_BEGUN_TAG = "nightly.begun"  # when it chose its rows
 _PAGE = 1000  # runs a request
 _FOLDER, _USED, _SEEN = "nightly", "used.npy", "seen.npy"
 
@@ -78,7 +81,10 @@ def no_keys() -> Keys:
 
 
 def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[Run]:
-    """The successful nights of a registered model, the last one last; with ``dataset``, those on it only."""
+    """The successful nights of a registered model, the last one last; with ``dataset``, those on it only.
+
+    A night that was cut between its promotion and its end counts: the next one starts from its model.
+    """
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     runs: list[Run] = []
@@ -86,7 +92,7 @@ def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[R
     while experiment is not None:
         page = mlflow.search_runs(
             [experiment.experiment_id],
-            f"tags.{NIGHT_TAG} = '{model}' and attributes.status = 'FINISHED'",
+            f"tags.{NIGHT_TAG} = '{model}'",
             max_results=_PAGE,
             order_by=["attributes.start_time ASC"],
             page_token=token,
@@ -95,13 +101,19 @@ def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[R
         token = page.token
         if not token:
             break
-    return [run for run in runs if dataset is None or run.data.params.get("dataset") == dataset]
+    return [
+        run
+        for run in runs
+        if (run.info.status == "FINISHED" or run.data.tags.get(PROMOTION_TAG) == CHAMPION)
+        and (dataset is None or run.data.params.get("dataset") == dataset)
+    ]
 
 
 def caught_up(tracking_uri: str, model: str, dataset: str, scheduled: datetime) -> bool:
     """Whether a night due at this time has been made up for: a successful one on its data began after that."""
     nights = _nights(tracking_uri, model, dataset)
-    return bool(nights) and scheduled < datetime.fromtimestamp(nights[-1].info.start_time / 1000, UTC)
+    begun = [run.data.tags[_BEGUN_TAG] for run in nights if _BEGUN_TAG in run.data.tags]
+    return any(scheduled < datetime.fromisoformat(moment) for moment in begun)
 
 
 def read_ledger(tracking_uri: str, model: str, dataset: str, copies: Path | None = None) -> Ledger:
@@ -126,7 +138,7 @@ def _read_used(tracking_uri: str, run_id: str, copies: Path | None) -> Keys:
     if copies is None:
         return _read(tracking_uri, run_id, _USED)
     copy = copies / f"{run_id}.npy"
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, EOFError):
         return np.load(copy, allow_pickle=False)
     keys = _read(tracking_uri, run_id, _USED)
     copies.mkdir(parents=True, exist_ok=True)
@@ -172,18 +184,19 @@ def choose_rows(present: Keys, ledger: Ledger, count: int | None, replay_share: 
     return Choice(fresh, replay, np.concatenate([still_there, present[~np.isin(present, still_there)]]))
 
 
-def record_night(run: RunRef, model: str, folder: Path, tags: dict[str, str]) -> None:
-    """Write a night into its run; it counts from the moment the run is FINISHED.
+def record_night(run: RunRef, model: str, folder: Path, begun: datetime, tags: dict[str, str]) -> None:
+    """Write a night into its run; it counts from the moment the run is FINISHED, or its version champion.
 
     Args:
         model: the registered model.
         folder: as ``write_choice`` filled it.
+        begun: when it looked at the data.
         tags: more to remember.
     """
     mlflow = client(run.tracking_uri)
     for name in (_USED, _SEEN):
         mlflow.log_artifact(run.run_id, str(folder / name), _FOLDER)
-    set_tags(run, {NIGHT_TAG: model, **tags})
+    set_tags(run, {NIGHT_TAG: model, _BEGUN_TAG: begun.isoformat(), **tags})
 
 
 def write_choice(choice: Choice, folder: Path) -> Path:

@@ -72,6 +72,7 @@ def check_disk(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
-            f"{directory} has {free / 1e9:.1f} GB free, the run may need {needed / 1e9:.1f} GB: free some, or set "
-            "FINETUNE_DATA_ROOT to another disk"
+            f"{directory} has {free / 1e9:.1f} GB free, the run may need {needed / 1e9:.1f} GB: free some "
+            "(trainings/ holds what was cut short and never resumed, tokens/ and trunk-outputs/ what can be made again), "
+            "or set FINETUNE_DATA_ROOT to another disk"
         )

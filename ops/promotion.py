@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.bootstrap import Improvement, paired_improvement
+from ops.lock import exclusive, shared_directory
 from ops.notify import notify
-from ops.registry import CHALLENGER, CHAMPION, version_of_alias, version_uri
-from ops.tracking import RunRef, client, log_metrics, set_tags
+from ops.registry import CHALLENGER, CHAMPION, shared_name, version_of_alias, version_uri
+from ops.settings import Settings
+from ops.tracking import PROMOTION_TAG, RunRef, client, log_metrics, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
+_log = logging.getLogger(__name__)
 MIN_ROWS = 30  # the bootstrap's intervals are too narrow for fewer: three lucky rows would do
 
 
@@ -87,11 +92,16 @@ def settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
     Returns:
         What was written.
     """
+    with _promoting(run.tracking_uri, version.name):
+        return _settle(run, version, verdict)
+
+
+def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
     mlflow = client(run.tracking_uri)
     current = version_of_alias(mlflow, version.name, CHAMPION)
     number = None if current is None else str(current.version)
     if number == str(version.version):  # an earlier call got so far
-        set_tags(run, {"promotion": CHAMPION, "promotion_reason": verdict.reason})
+        set_tags(run, {PROMOTION_TAG: CHAMPION, "promotion_reason": verdict.reason})
         return verdict
     if verdict.promoted and number != verdict.previous:
         reason = f"the champion became version {number} while this was compared with {verdict.previous}: run it again"
@@ -109,8 +119,16 @@ def settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
     # Last of all, so that a champion has its tags: rollback reads them.
     alias = CHAMPION if verdict.promoted else CHALLENGER
     mlflow.set_registered_model_alias(version.name, alias, str(version.version))
-    set_tags(run, {"promotion": alias, "promotion_reason": verdict.reason})
+    set_tags(run, {PROMOTION_TAG: alias, "promotion_reason": verdict.reason})
     return verdict
+
+
+@contextmanager
+def _promoting(tracking_uri: str, name: str) -> Iterator[None]:
+    """One at a time on this machine: between a look at the champion and its change nobody else changes it."""
+    directory = shared_directory(Settings.load().device_locks)
+    with exclusive(directory, shared_name(tracking_uri, f"promotion of {name}"), "another promotion", _log.info):
+        yield
 
 
 def announce(run: RunRef, version: ModelVersion, verdict: Verdict) -> None:
@@ -131,6 +149,11 @@ def roll_back(tracking_uri: str, name: str) -> tuple[str, str]:
     Raises:
         LookupError: there is no champion, or no version before it.
     """
+    with _promoting(tracking_uri, name):
+        return _roll_back(tracking_uri, name)
+
+
+def _roll_back(tracking_uri: str, name: str) -> tuple[str, str]:
     from mlflow.exceptions import MlflowException
 
     mlflow = client(tracking_uri)
@@ -139,7 +162,12 @@ def roll_back(tracking_uri: str, name: str) -> tuple[str, str]:
         raise LookupError(
             f"{name} has no champion at {tracking_uri}: if its runs are on another server, set MLFLOW_TRACKING_URI"
         )
-    previous = current.tags.get("previous_champion", "none")
+    previous = current.tags.get("previous_champion")
+    if previous is None:
+        raise LookupError(
+            f"{version_uri(current)} was made champion by hand: which version it replaced is not known. Set the "
+            "alias champion to another version on the model's page in MLflow"
+        )
     if previous == "none":
         raise LookupError(
             f"{version_uri(current)} is the first champion: there is none before it. To have none at all, remove the "

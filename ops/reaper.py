@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
+ATTEMPT_TAG = "prefect.run_count"  # a run that is retried in Prefect keeps its id, and is an MLflow run each time
 REASON_TAG = "ended_by"
 _STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CRASHED": "KILLED", "CANCELLED": "KILLED"}
 HOOK_SECONDS = 15.0  # that Prefect's hooks take at most, on a busy machine too
@@ -44,7 +45,7 @@ class StaleRun:
         flow_run_id: its Prefect run; empty if it has none.
         status: what MLflow should say.
         reason: why, for people.
-        prefect_knows: whether Prefect's run has ended too.
+        prefect_goes_on: whether Prefect's run is still that of the dead process, and should end too.
         crashed: whether anybody should be told.
     """
 
@@ -53,7 +54,7 @@ class StaleRun:
     flow_run_id: str
     status: str
     reason: str
-    prefect_knows: bool
+    prefect_goes_on: bool
     crashed: bool
 
 
@@ -79,23 +80,32 @@ def stale_runs(
         tags = run.data.tags
         flow_run_id = tags.get(FLOW_RUN_TAG, "")
         prefect = flow_run(flow_run_id) if flow_run_id else None
-        status = mlflow_status(prefect.state) if prefect else None
+        state = prefect.state if prefect else None
+        again = prefect is not None and is_retried(run, prefect)
+        status = None if again else mlflow_status(state)
         process = ProcessMark.from_json(tags.get(PROCESS_TAG, ""))
-        given_up = prefect and prefect.state and (prefect.state.is_crashed() or prefect.state.is_cancelled())
+        given_up = status == "KILLED"
         if given_up and process and process.is_alive:
             continue
-        if prefect and prefect.state and status:
-            if (datetime.now(UTC) - prefect.state.timestamp).total_seconds() < grace_seconds:
+        if state and status:
+            if (datetime.now(UTC) - state.timestamp).total_seconds() < grace_seconds:
                 continue
-            reason, crashed = f"Prefect: {prefect.state.name}", prefect.state.is_crashed()
+            reason, crashed = f"Prefect: {state.name}", state.is_crashed()
         elif process and process.is_dead:
-            status, reason, crashed = "KILLED", f"process {process.pid} on {process.host} is gone", True
+            status, reason, crashed = "KILLED", f"process {process.pid} on {process.host} is gone", not again
         else:
             continue
         ref = RunRef(tracking_uri, run.info.experiment_id, run.info.run_id)
-        known = bool(prefect and prefect.state and prefect.state.is_final())
-        found.append(StaleRun(ref, run.info.run_name or run.info.run_id, flow_run_id, status, reason, known, crashed))
+        goes_on = state is not None and not again and not state.is_final()
+        name = run.info.run_name or run.info.run_id
+        found.append(StaleRun(ref, name, flow_run_id, status, reason, goes_on, crashed))
     return found
+
+
+def is_retried(run: Run, prefect: FlowRun) -> bool:
+    """Whether Prefect's run is no longer the attempt that an MLflow run is of: a later one, or about to be one."""
+    about_to = prefect.state is not None and (prefect.state.is_scheduled() or prefect.state.is_pending())
+    return about_to or run.data.tags.get(ATTEMPT_TAG, "") not in ("", str(prefect.run_count))
 
 
 def close_run(run: RunRef, status: str, reason: str) -> bool:
@@ -163,7 +173,7 @@ def close_stale(stale: StaleRun, prefect: SyncPrefectClient | None) -> bool:
     """Do for one run what ``reap`` does for all. Returns whether it was still RUNNING."""
     if not close_run(stale.run, stale.status, stale.reason):
         return False
-    if prefect is not None and stale.flow_run_id and not stale.prefect_knows:
+    if prefect is not None and stale.prefect_goes_on:
         crash_flow_run(prefect, stale.flow_run_id, stale.reason)
     if stale.crashed:
         links = {"MLflow run": stale.run.url} if stale.run.url else {}

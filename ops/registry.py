@@ -32,6 +32,12 @@ def model_name(size: str) -> str:
     return MODEL_PREFIX + size
 
 
+def shared_name(tracking_uri: str, what: str) -> str:
+    """``what`` of one MLflow server, under the name that all users of the machine lock it by."""
+    server = re.sub(r"//[^/@]*@", "//", tracking_uri)  # whoever they are for it
+    return f"{what} {hashlib.sha256(server.encode()).hexdigest()[:8]}"
+
+
 def version_uri(version: ModelVersion) -> str:
     """``models:/NAME/VERSION``."""
     return f"models:/{version.name}/{version.version}"

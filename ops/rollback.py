@@ -13,13 +13,19 @@ from ops.settings import Settings
 
 def main(arguments: list[str] | None = None) -> int:
     """Move the alias back, and say from where to where. Returns the exit status."""
+    from mlflow.exceptions import MlflowException
+
     parser = argparse.ArgumentParser(prog="python -m ops.rollback", description=__doc__)
     parser.add_argument("size", help="tiny, 124m, 355m, 774m or 1558m")
+    uri = Settings.load().tracking_uri
     try:
         name = model_name(normalize_size(parser.parse_args(arguments).size))
-        before, now = roll_back(Settings.load().tracking_uri, name)
+        before, now = roll_back(uri, name)
     except (LookupError, ValueError) as error:
         print(error, file=sys.stderr)
+        return 1
+    except MlflowException as error:
+        print(f"MLflow at {uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}", file=sys.stderr)
         return 1
     print(f"{name}: the champion was version {before}, and is version {now} again")
     return 0

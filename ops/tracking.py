@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
+PROMOTION_TAG = "promotion"  # of a run: what became of its version, champion or challenger
 PROCESS_TAG = "process"  # which process has a run open, so that its death can be told from elsewhere
 _BATCH = 1000  # metrics per request, MLflow's limit
 # A server answers an upload only when it has written the file; the short limit of other requests does not fit.

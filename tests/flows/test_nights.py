@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from model import grammar
 from model.rows import fraction, normalize_row, prompt_key, row_key
 from ops import rollback
 from ops.ledger import read_ledger
+from ops.registry import shared_name
 from ops.tracking import client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,12 +246,12 @@ def test_two_nights_of_a_size_wait_for_one_another(world: World, monkeypatch: py
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(world.root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", world.tracking)
     hold = "import sys, time; from pathlib import Path; from ops.lock import exclusive\n"
-    hold += (
-        "with exclusive(Path(sys.argv[1]), 'nights of tiny', 'one', print): print('held', flush=True); time.sleep(4)"
-    )
+    hold += "with exclusive(Path(sys.argv[1]), sys.argv[2], 'one', print): print('held', flush=True); time.sleep(4)"
+    what = shared_name(world.tracking, "nights of tiny")
     first = subprocess.Popen(
-        [sys.executable, "-c", hold, str(world.root / "locks")], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", hold, os.environ["FINETUNE_LOCKS"], what],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"

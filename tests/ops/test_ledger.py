@@ -14,7 +14,7 @@ import pytest
 import ops.ledger
 from ops.ledger import Choice, Ledger, caught_up, choose_rows, no_keys, read_ledger, record_night, write_choice
 from ops.settings import Settings
-from ops.tracking import client, tracked_run
+from ops.tracking import client, set_tags, tracked_run
 
 DATA = "rows.jsonl"
 Nights = Callable[..., Any]
@@ -131,6 +131,7 @@ def night(settings: Settings, model: str, tmp_path: Path) -> Nights:
         error: type[BaseException] | None = None,
         other: str | None = None,
         dataset: str = DATA,
+        promoted: bool = False,
     ) -> str:
         name = other or model
         choice = choose_rows(keys(*present), read_ledger(settings.tracking_uri, name, dataset), count, 0.2, seed=1)
@@ -139,7 +140,9 @@ def night(settings: Settings, model: str, tmp_path: Path) -> Nights:
         write_choice(choice, folder)
         try:
             with tracked_run(settings, "a night", {"dataset": dataset}, {}) as ref:
-                record_night(ref, name, folder, {})
+                record_night(ref, name, folder, datetime.now(UTC), {})
+                if promoted:
+                    set_tags(ref, {"promotion": "champion"})
                 if error:
                     raise error
         except (OSError, KeyboardInterrupt):
@@ -183,6 +186,15 @@ def test_a_night_that_failed_or_was_killed_leaves_nothing(
     night([1, 2, 3], error=error)
     assert _used(settings, model) == [1, 2]
     assert read_ledger(settings.tracking_uri, model, DATA).seen.tolist() == keys(1, 2).tolist()
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_night_cut_behind_its_promotion_counts(
+    settings: Settings, model: str, night: Nights, error: type[BaseException]
+) -> None:
+    """The next one starts from its model, which knows the rows."""
+    night([1, 2], error=error, promoted=True)
+    assert _used(settings, model) == [1, 2]
 
 
 def test_sizes_keep_their_own_ledger(settings: Settings, model: str, night: Nights) -> None:
@@ -229,11 +241,24 @@ def test_copies_are_read_but_decide_nothing(
     assert used() == used() == [1, 2, 3]
     assert sorted(fetched) == sorted([(first, "used.npy"), (second, "used.npy"), *[(second, "seen.npy")] * 2])
     copy = tmp_path / "copies" / f"{first}.npy"
-    copy.write_bytes(copy.read_bytes()[:-3])
-    assert used() == [1, 2, 3]
-    assert fetched.count((first, "used.npy")) == 2
+    for damaged in (copy.read_bytes()[:-3], b""):
+        copy.write_bytes(damaged)
+        assert used() == [1, 2, 3]
+    assert fetched.count((first, "used.npy")) == 3
     client(settings.tracking_uri).delete_run(first)
     assert used() == [3]
+
+
+def test_a_night_submitted_while_another_begins_is_none_of_the_missed(
+    settings: Settings, model: str, tmp_path: Path
+) -> None:
+    """What counts is when the first one looked at the data, not when MLflow heard of it."""
+    begun = datetime.now(UTC)
+    write_choice(choose([1, 2]), tmp_path)
+    with tracked_run(settings, "a night", {"dataset": DATA}, {}) as ref:
+        record_night(ref, model, tmp_path, begun, {})
+    assert not caught_up(settings.tracking_uri, model, DATA, begun + timedelta(microseconds=1))
+    assert caught_up(settings.tracking_uri, model, DATA, begun - timedelta(microseconds=1))
 
 
 def test_missed_nights_are_made_up_for_once(settings: Settings, model: str, night: Nights) -> None:
@@ -242,7 +267,7 @@ def test_missed_nights_are_made_up_for_once(settings: Settings, model: str, nigh
     night([1], error=OSError)
     assert not caught_up(settings.tracking_uri, model, DATA, before)
     night([1])
-    now = datetime.now(UTC) + timedelta(seconds=1)
+    now = datetime.now(UTC)
     assert caught_up(settings.tracking_uri, model, DATA, before)
     assert caught_up(settings.tracking_uri, model, DATA, before - timedelta(days=3))
     assert not caught_up(settings.tracking_uri, model, DATA, now)

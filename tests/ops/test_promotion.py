@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
 
+import ops.promotion
 from ops.promotion import MIN_ROWS, Verdict, announce, judge, roll_back, settle
 from ops.settings import Settings
 from ops.tracking import RunRef, client, log_model, tracked_run
@@ -170,6 +174,20 @@ def test_the_champion_of_the_moment_counts(registry: Registry) -> None:
     assert (registry.alias("champion"), registry.alias("challenger")) == ("2", "3")
 
 
+def test_two_promotions_at_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were better than version 1: one becomes champion, the other hears of it, and rollback leads back to 1."""
+    registry.settle(True, None)
+    both = [registry.register() for _ in range(2)]
+    verdict = replace(_judge(_records(0.1)), previous="1")
+    real = ops.promotion.log_metrics
+    # Between the look at the champion and its change.
+    monkeypatch.setattr("ops.promotion.log_metrics", lambda *metrics: (time.sleep(0.5), real(*metrics)))
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(lambda registered: settle(*registered, verdict), both))
+    assert sorted(verdict.promoted for verdict in verdicts) == [False, True]
+    assert roll_back(registry.settings.tracking_uri, registry.name)[1] == "1"
+
+
 def test_settling_again_changes_nothing(registry: Registry) -> None:
     """A task that is tried again after half its work: the version does not become its own predecessor."""
     registry.settle(True, None)
@@ -245,3 +263,7 @@ def test_what_cannot_be_rolled_back(registry: Registry) -> None:
     with pytest.raises(LookupError, match=r"was version 2, which is no longer registered: set the alias"):
         roll_back(uri, registry.name)
     assert registry.alias("champion") == "3"
+    registry.mlflow.set_registered_model_alias(registry.name, "champion", "1")
+    with pytest.raises(LookupError, match="/1 was made champion by hand"):
+        roll_back(uri, registry.name)
+    assert registry.alias("champion") == "1"

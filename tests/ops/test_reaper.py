@@ -14,10 +14,13 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun, State, StateType
 
+from flows.finetune import finetune
+from flows.hooks import after_failure
 from ops import reaper
 from ops.marks import ProcessMark, mark_process
-from ops.reaper import REASON_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
+from ops.reaper import ATTEMPT_TAG, REASON_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
 from ops.settings import Settings
 from ops.tracking import PROCESS_TAG, RunRef, client, set_tags, tracked_run
 
@@ -56,11 +59,9 @@ def opened(settings: Settings) -> Callable[..., RunRef]:
     return start
 
 
-def _flow_run(kind: str) -> Any:
+def _flow_run(kind: str, run_count: int = 1) -> Any:
     """What stale_runs looks at of a Prefect run."""
-    from prefect.client.schemas.objects import State, StateType
-
-    return SimpleNamespace(state=State(type=StateType(kind), name=kind.title()))
+    return SimpleNamespace(state=State(type=StateType(kind), name=kind.title()), run_count=run_count)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_prefect_s_end_is_mlflow_s(
     """Whatever is known of the process, if it cannot be seen alive."""
     run = opened(dead if kind == "CRASHED" else None, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))
-    assert (stale.run, stale.status, stale.crashed, stale.prefect_knows) == (run, status, crashed, True)
+    assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, status, crashed, False)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +93,27 @@ def test_who_was_given_up_and_lives_closes_its_own(
     assert bool(stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))) == closed
 
 
-@pytest.mark.parametrize("kind", ["RUNNING", "PENDING", "CANCELLING", None])
+@pytest.mark.parametrize("kind", ["RUNNING", "CANCELLING", None])
 def test_a_dead_process_is_enough(
     opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str | None
 ) -> None:
     """Where Prefect does not know yet, or never will."""
     run = opened(dead, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind) if kind else None)
-    assert (stale.run, stale.status, stale.crashed, stale.prefect_knows) == (run, "KILLED", True, False)
+    assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", True, kind is not None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "run_count"), [("SCHEDULED", 1), ("PENDING", 1), ("RUNNING", 2), ("COMPLETED", 2), ("CANCELLING", 2)]
+)
+def test_a_retry_is_not_ended_for_the_attempt_before_it(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str, run_count: int
+) -> None:
+    """It has the same id in Prefect: the dead attempt's MLflow run is closed as killed, and no more than that."""
+    run = opened(dead, "one")
+    set_tags(run, {ATTEMPT_TAG: "1"})
+    (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind, run_count))
+    assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", False, False)
 
 
 def test_what_may_live_is_left_alone(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
@@ -238,6 +252,28 @@ def test_a_run_that_prefect_does_not_know(
         assert reap(settings.tracking_uri, prefect) == []
         opened(dead, str(uuid4()))
         assert len(reap(settings.tracking_uri, prefect)) == 1
+
+
+@pytest.mark.parametrize(("run_count", "notices"), [(1, 0), (2, 1)])
+def test_a_retry_that_fails_is_told_of(
+    opened: Callable[..., RunRef],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    dead: ProcessMark,
+    run_count: int,
+    notices: int,
+) -> None:
+    """Whoever reaped the attempt before it has told of that one only."""
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(settings.data_root))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking_uri)
+    told: list[Any] = []
+    monkeypatch.setattr("flows.hooks.notify", lambda *notice: told.append(notice))
+    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), name="a run", run_count=run_count)
+    run = opened(dead, str(flow_run.id))
+    set_tags(run, {ATTEMPT_TAG: "1"})
+    close_run(run, "KILLED", "its process is gone")
+    after_failure(finetune, flow_run, State(type=StateType.FAILED, name="Failed", message="an exception"))
+    assert len(told) == notices
 
 
 def test_hooks_come_first(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:

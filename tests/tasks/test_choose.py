@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_a_choice_is_handed_on_by_reference(
 
     def use(subset: Any) -> None:
         with tracked_run(settings, "a night", {"dataset": "rows"}, {}) as run:
-            record_night(run, "gpt2-code-tiny", Path(subset.folder), {})
+            record_night(run, "gpt2-code-tiny", Path(subset.folder), datetime.now(UTC), {})
 
     use(first)
     second = _choose(sources)
