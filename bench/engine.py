@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.measure import Job, Measurement, now, read_clock, windows_of_reports
+from bench.measure import FIRST_EPOCH, LATER_EPOCHS, Job, Measurement, now, read_clock, windows_of_reports
 from model.device import cast_frozen, resolve_device, resolve_precision
 from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
@@ -23,7 +23,9 @@ _VALIDATION_ROWS = 64  # a validation before the first step and one after the la
 def run_engine(
     job: Job, micro_batch_tokens: int | None = None, trunk_cache_bytes: int = TrunkCacheConfig.max_bytes
 ) -> list[Measurement]:
-    """Train for the job's epochs; the first epoch and the later ones are measured apart.
+    """Train for the job's epochs; the first epoch and the later ones are measured apart, if trunk outputs are kept.
+
+    They are kept as the pipeline does, which writes them into a file where reading is faster than computing.
 
     The time to the first step ends with its report, which may come late, and includes the base's validation.
     """
@@ -50,17 +52,19 @@ def run_engine(
         if report.step:
             reports.append((report.step, now()))
 
-    cache = TrunkCacheConfig(max_bytes=trunk_cache_bytes)
     start = read_clock(device)
     with tempfile.TemporaryDirectory() as directory:
-        train(model, job.tokens, config, Path(directory), "bench", on_step, cache=cache)
+        cache = TrunkCacheConfig(Path(directory) / "trunk-outputs", trunk_cache_bytes)
+        train(model, job.tokens, config, Path(directory) / "training", "bench", on_step, cache=cache)
     first_step = reports[0][1] - start
     loads = step_loads(rows, config)
     warm_up = min(job.warm_up, max(1, steps_per_epoch // 3))
     last = job.epochs * steps_per_epoch - 1  # the step after it is followed by a validation
-    phases = {"first epoch": (warm_up, min(steps_per_epoch, last))}
-    if job.epochs > 1:
-        phases["later epochs"] = (steps_per_epoch + warm_up, last)  # once more: they may need other code
+    phases = {FIRST_EPOCH: (warm_up, min(steps_per_epoch, last))}
+    if not trunk_cache_bytes:
+        phases = {"every epoch": (warm_up, last)}
+    elif job.epochs > 1:
+        phases[LATER_EPOCHS] = (steps_per_epoch + warm_up, last)  # once more: they may need other code
     return [
         Measurement(phase, windows_of_reports(reports, loads, first, last), first_step, str(dtype))
         for phase, (first, last) in phases.items()

@@ -14,6 +14,7 @@ import torch
 
 from model.config import GPTConfig
 
+FIRST_EPOCH, LATER_EPOCHS = "first epoch", "later epochs"  # phases of an engine that keeps the trunk's outputs
 WINDOWS = 4  # per measurement, where there are steps enough
 _TOGETHER = 1e-3  # seconds; reports that follow one another faster were handed over in one go
 
@@ -87,7 +88,12 @@ class Measurement:
 
     @property
     def tokens_per_second(self) -> float:
-        """Useful tokens per second, the median of the windows."""
+        """Useful tokens per second, the median of the windows; over all of them in an engine's first epoch.
+
+        There the trunk is computed for several steps' rows at once, so that windows are not alike.
+        """
+        if self.phase == FIRST_EPOCH:
+            return sum(window.tokens for window in self.windows) / sum(window.seconds for window in self.windows)
         return statistics.median(window.tokens / window.seconds for window in self.windows)
 
     @property

@@ -82,6 +82,7 @@ class KVCache:
         def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
             slots = self.lengths[:, None] + torch.arange(k.size(2), device=k.device)  # (B, T)
+            slots = slots.clamp(max=self.keys.size(3) - 1)  # of rows that nobody reads any more
             slot_index = slots[:, None, :, None].expand_as(k)
             self.keys[index].scatter_(2, slot_index, k.to(self.keys.dtype))
             self.values[index].scatter_(2, slot_index, v.to(self.values.dtype))

@@ -57,9 +57,12 @@ def device_key(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes this process held at most: on a GPU in torch's allocator, on a CPU resident."""
+    """Bytes this process held at most: on a GPU in torch's allocator, on a CPU resident.
+
+    Reserved, not allocated: what CUDA graphs compute with is not allocated any more once they are captured.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

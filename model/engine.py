@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +36,7 @@ class _Top(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, chosen: Tensor) -> Tensor:
         model = self.model
-        if can_fuse(model, x.device, x.dtype):
+        if model.config.dropout == 0 and can_fuse(model, x.device, x.dtype):
             return run_blocks(model.h[model.num_frozen :], model.ln_f, x, documents, chosen)
         return choose(model.top(x, documents), chosen)
 
@@ -61,6 +63,16 @@ class Engine:
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._buffers: _Buffers | None = None
+
+    @functools.cached_property
+    def trunk_sha256(self) -> str:
+        """Over the frozen weights, which nobody changes while the engine lives."""
+        model = self.model
+        digest = hashlib.sha256()
+        for module in (model.wte, model.wpe, *model.h[: model.num_frozen]):
+            for tensor in module.state_dict().values():
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def trunk(self, batch: Pack) -> Tensor:
         """Residual stream above the frozen blocks, (N, D); with gradients only where nothing is frozen."""
@@ -104,7 +116,8 @@ class Engine:
 
     def _replays(self, x: Tensor) -> bool:
         """Whether to replay CUDA graphs: where kernels need nothing from the host, and no gradient goes below."""
-        return not x.requires_grad and can_fuse(self.model, x.device, x.dtype)
+        can_capture = self.model.config.dropout == 0 and can_fuse(self.model, x.device, x.dtype)
+        return can_capture and not x.requires_grad
 
     def _replay(self, x: Tensor, batch: Pack, loss: Loss, first: bool) -> Tensor:
         tokens, predictors = x.size(0), len(batch.predictors)
@@ -216,6 +229,7 @@ class _Graph:
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """As ``Engine.forward_backward``."""
         buffers, tokens, predictors = self.buffers, x.size(0), len(batch.predictors)
+        assert tokens < self.size  # the last place belongs to no pack
         buffers.x[:tokens].copy_(x)
         for buffer, given, alone in (
             (buffers.begins, batch.documents.begins, buffers.alone[:-1]),

@@ -26,13 +26,13 @@ def necessary_flops(
     Matrix products of linear layers only, a multiply-add counted as two (Kaplan et al. 2020, section 2.1:
     12 D^2 weights a block, 2 operations a weight and token forward, 4 backward; Chowdhery et al. 2022, PaLM,
     appendix B). Not counted: attention's own scores, norms and activations, the optimizer, anything computed
-    twice, padding. A share of the hardware's peak that is made from this number is therefore conservative.
-    One saving is left out: the last block's MLP is counted at prompt positions too, where nothing reads it.
+    twice, padding; nor what nobody reads: in the last block all behind its attention (9 of its 12 D^2 weights) at
+    tokens that bear no loss, and the gradient of the lowest trained block's input.
 
     Args:
         config: the model's shape.
         num_frozen: blocks of the trunk.
-        tokens: real tokens that passed the trained blocks, forward and backward.
+        tokens: real tokens that passed the trained blocks, forward and backward; a row's last one is only predicted.
         target_tokens: those of them that bear loss: the head is needed there only.
         trunk_tokens: tokens whose trunk output had to be computed; 0 where all were remembered.
         train_head: an untied head trains, so that its weight gradient is needed too.
@@ -40,6 +40,10 @@ def necessary_flops(
     block = 12 * config.n_embd**2
     trunk = 2 * num_frozen * block * trunk_tokens
     trained = 6 * (config.n_layer - num_frozen) * block * tokens
+    if num_frozen < config.n_layer:
+        trained -= 6 * 9 * config.n_embd**2 * (tokens - target_tokens)
+        if num_frozen:
+            trained -= 2 * 3 * config.n_embd**2 * tokens
     head = (6 if train_head else 4) * config.n_embd * config.vocab_size * target_tokens
     return float(trunk + trained + head)
 

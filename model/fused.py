@@ -13,10 +13,10 @@ from model.gpt import Block, GPTModel
 
 
 def can_fuse(model: GPTModel, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``run_blocks`` can stand for the model's own blocks."""
+    """Whether ``run_blocks`` can stand for the model's own blocks where they drop nothing out."""
     width = model.config.n_embd // model.config.n_head
     half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and width in (16, 32, 64, 128) and model.config.dropout == 0
+    return device.type == "cuda" and half and width in (16, 32, 64, 128)
 
 
 def run_blocks(
@@ -32,8 +32,8 @@ def run_blocks(
 
     Args:
         norm: of the final hidden states, where they are wanted.
-        chosen: the tokens they are wanted of, (M,), none twice; the others leave the last block after its attention.
-            The result is (M, D) then.
+        chosen: the tokens they are wanted of, (M,), int64, none twice unless its gradient is zero; the others leave
+            the last block after its attention. The result is (M, D) then.
     """
     from model import kernels
 

@@ -9,7 +9,8 @@ for the backward pass), over tiles of the whole sequence: a query looks at the k
 to itself, so a tile of queries needs the keys from the first token of its first document on. All sums have a fixed
 order.
 
-Shapes: N tokens, D width, H heads, K width of a head. Imported only where there is a GPU, and triton with it.
+Shapes: N tokens, D width, H heads, K width of a head; all inputs contiguous. Imported only where there is a GPU, and
+triton with it.
 """
 
 from __future__ import annotations
@@ -388,7 +389,10 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def choose(x: Tensor, index: Tensor) -> Tensor:
-    """As ``model.packing.choose``; torch's deterministic way to write rows sorts them first."""
+    """As ``model.packing.choose``; torch's deterministic way to write rows sorts them first.
+
+    A row may be there twice if the gradient of all its copies is zero.
+    """
     return _Choose.apply(x, index)
 
 

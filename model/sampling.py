@@ -107,15 +107,17 @@ def generate(
     new = torch.empty(0, dtype=torch.long)
     try:
         for _ in range(max_new_tokens):
-            if max(map(len, texts)) > context:
+            # Rows that are done only keep the batch in shape, and may run out of the cache.
+            if max(len(text) for text, over in zip(texts, done, strict=True) if not over) > context:
                 decoder = None
                 logits = _last_logits(model, [text[-context:] for text in texts], None)
             elif decoder is None:
-                capacity = min(context, max(map(len, texts)) + max_new_tokens)
+                kept = [text[-context:] for text in texts]
+                capacity = min(context, max(map(len, kept)) + max_new_tokens)
                 mixed = torch.is_autocast_enabled(device.type)
                 dtype = torch.get_autocast_dtype(device.type) if mixed else model.ln_f.weight.dtype
                 cache = KVCache(model.config, len(texts), capacity, device, dtype)
-                logits = _last_logits(model, texts, cache)
+                logits = _last_logits(model, kept, cache)
                 decoder = _Decoder(model, cache)
             else:
                 logits = decoder(new)
@@ -153,10 +155,11 @@ class _Decoder:
             return self._compute(ids)
         if self.graph is None:
             self.ids, self.graph = ids.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
                 self.logits = self._compute(self.ids)
         self.ids.copy_(ids)
-        self.graph.replay()
+        with torch.cuda.device(ids.device):
+            self.graph.replay()
         return self.logits
 
     def _compute(self, ids: Tensor) -> Tensor:

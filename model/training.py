@@ -96,7 +96,7 @@ class TrainResult:
         steps: optimizer steps done.
         resumed_from: step at which this process took over; 0 for a fresh start.
         first_step_seconds: from the call to the end of this process's first step.
-        peak_memory_bytes: of the GPU's memory, at most allocated; on a CPU, of the process.
+        peak_memory_bytes: as model.device.peak_memory.
         trunk: where the trunk's outputs were kept, for people.
         trunk_hit_share: tokens whose trunk output was there when it was needed, over all.
     """
@@ -432,7 +432,7 @@ class _Stepper:
         flops = necessary_flops(
             engine.model.config,
             engine.model.num_frozen,
-            int(lengths.sum()),
+            int(lengths.sum()) - len(lengths),
             targets,
             self.trunk.computed - computed,
             self.head.requires_grad,

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from model.flops import necessary_flops
 from model.packing import Pack, pack
 from model.tokens import CodeAlpacaDataset
 
-_CODE_VERSION = 2  # to be raised when the same inputs would give other outputs
+_CODE_VERSION = 3  # to be raised when the same inputs would give other outputs
 _VALUES, _CHECKSUMS = "values.bin", "checksums.bin"
 _READ_BYTES = 1e9  # per second: what a file must at least deliver
 _TRUNK_FLOPS = {"cuda": 4e14, "cpu": 2e12}  # per second: what the trunk at most computes
@@ -32,7 +33,7 @@ _TRUNK_FLOPS = {"cuda": 4e14, "cpu": 2e12}  # per second: what the trunk at most
 
 @dataclass(frozen=True)
 class TrunkCacheConfig:
-    """Where outputs may be kept; it never changes a result.
+    """Where outputs may be kept; it changes a result by rounding at most.
 
     Attributes:
         directory: of files that later runs use again; None for none.
@@ -46,8 +47,9 @@ class TrunkCacheConfig:
 class TrunkOutputs:
     """The trunk's outputs of a data set's rows: (N, D) for a pack, from the cache or computed.
 
-    A row is always computed in the company of the same other rows, its group: rounding depends on the shape of
-    a matrix product, and a resumed training must repeat the original.
+    A row is computed in the company of the same other rows, its group: rounding depends on the shape of a matrix
+    product, and a resumed training must repeat the original. It does so to the bit unless a file that it read was
+    filled by a training with other groups, and removed since.
 
     Args:
         engine: with the trunk.
@@ -197,18 +199,15 @@ class _File:
 def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:
     """A sha256 over all that determines the outputs, the weights of the trunk among it, and of nothing else."""
     model = engine.model
-    digest = hashlib.sha256()
-    for module in (model.wte, model.wpe, *model.h[: model.num_frozen]):
-        for tensor in module.state_dict().values():
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return sha256_json(
         {
             "code": _CODE_VERSION,
-            "trunk": digest.hexdigest(),
+            "trunk": engine.trunk_sha256,
             "depth": model.num_frozen,
             "heads": model.config.n_head,
             "epsilon": model.config.layer_norm_epsilon,
             "dtype": str(engine.dtype),
+            "device": engine.device.type,
             "ids": sha256_file(dataset.ids_file),
             "lengths": hashlib.sha256(dataset.lengths[:, 0].tobytes()).hexdigest(),
         }
@@ -223,11 +222,14 @@ def _open_file(
     size = shape[0] * shape[1] * dtype.itemsize
     directory = config.directory / key
     config.directory.mkdir(parents=True, exist_ok=True)
-    others = [path for path in config.directory.iterdir() if path != directory and path.is_dir()]
-    others.sort(key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.glob(_VALUES)) for path in others}
+    used: dict[Path, float] = {}
+    sizes: dict[Path, int] = {}
+    for path in config.directory.iterdir():
+        with suppress(FileNotFoundError, NotADirectoryError):  # another run makes room too
+            if path != directory:
+                used[path], sizes[path] = path.stat().st_mtime, (path / _VALUES).stat().st_size
     total = sum(sizes.values())
-    for path in others:
+    for path in sorted(sizes, key=lambda path: used[path]):
         if total + size <= config.max_bytes:
             break
         shutil.rmtree(path, ignore_errors=True)  # whoever has it mapped keeps it until then

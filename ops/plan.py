@@ -73,6 +73,6 @@ def check_disk(directory: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             f"{directory} has {free / 1e9:.1f} GB free, the run may need {needed / 1e9:.1f} GB: free some "
-            "(trainings/ holds what was cut short and never resumed, tokens/ and trunk-outputs/ what can be made again), "
+            "(trainings/ has what was cut short and never resumed, tokens/ and trunk-outputs/ can be made again), "
             "or set FINETUNE_DATA_ROOT to another disk"
         )

@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel, filter_logits, generate
 from model.device import autocast, cast_frozen
+from model.sampling import _last_logits
 
 
 def logits_of(*rows: list[float]) -> Tensor:
@@ -231,6 +232,21 @@ def test_generation_ends_when_every_row_has(model: GPTModel, monkeypatch: pytest
     monkeypatch.setattr(model, "hidden", lambda *args: calls.append(1) or hidden(*args))
     assert generate(model, prompts_of(5), 50, eos_token_id=first, temperature=0) == [[first]]
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("length", [90, 120])
+def test_a_row_that_is_done_costs_the_others_nothing(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """It would have passed the context of 96: the others keep their cache, or get one once it is done."""
+    prompts = prompts_of(length, 10)
+    free = generate(model, prompts, 30, seed=5)
+    eos = next(token for token in free[0][:6] if token not in free[1][:8])
+    calls: list[int] = []
+    monkeypatch.setattr("model.sampling._last_logits", lambda *args: calls.append(1) or _last_logits(*args))
+    got = generate(model, prompts, 30, eos_token_id=eos, seed=5)
+    assert got == [row[: row.index(eos) + 1] if eos in row else row for row in free]
+    assert len(calls) == (1 if length < 96 else len(got[0]) + 1)
 
 
 def test_same_seed_same_text(model: GPTModel) -> None:
