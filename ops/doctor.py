@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,8 +23,8 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
 from ops.limits import LEASE_SECONDS, LIMIT, ensure_limit, read_slots, release_all, set_active, set_limit
-from ops.lock import LockState, read_locks
-from ops.marks import command_line, lock_holders
+from ops.lock import read_locks
+from ops.marks import ProcessMark, command_line, mark_process
 from ops.reaper import close_stale, read_flow_run, stale_runs
 from ops.servers import gpu_count
 from ops.settings import Settings
@@ -122,11 +123,14 @@ def _locks(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Fi
                 continue
             if lock.owner.is_dead:
                 # The kernel frees a dead process's lock: if it is held, a child inherited it and lives.
-                pids = lock.pids
-                left = ", ".join(f"pid {pid} ({command_line(pid)})" for pid in pids) or "not visible to this user"
+                left = [mark for mark in map(mark_process, lock.pids) if mark.started]
+                if lock not in read_locks(directory):  # freed meanwhile, and perhaps a run's that waited for it
+                    continue
+                named = ", ".join(f"pid {mark.pid} ({command_line(mark.pid)})" for mark in left)
                 yield Finding(
-                    f"{lock.what} is held by {left}, left behind by {lock.holder}, which died",
-                    partial(_end_children, lock) if pids else None,
+                    f"{lock.what} is held by {named or 'not visible to this user'}, "
+                    f"left behind by {lock.holder}, which died",
+                    partial(_end, left) if left else None,
                 )
                 continue
             run = read_flow_run(prefect, lock.flow_run_id) if lock.flow_run_id else None
@@ -159,18 +163,21 @@ def _server(prefect: SyncPrefectClient) -> Iterator[Finding]:
         yield Finding(f"no worker of the pool {POOL} is online: nothing that is deployed will run (`make up`)")
 
 
-def _end_children(lock: LockState) -> None:
+def _end(processes: list[ProcessMark]) -> None:
+    """End these and no others: who has taken the lock since is a run that waited for it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in lock_holders(lock.path):
-            os.kill(pid, number)
+        for process in processes:
+            if process.is_alive:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
         deadline = time.monotonic() + _KILL_SECONDS
-        while lock_holders(lock.path):
+        while left := [process.pid for process in processes if process.is_alive]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         else:
             return
-    raise RuntimeError(f"it does not end: {lock.path} is still held")
+    raise RuntimeError(f"it does not end: pid {', '.join(map(str, left))}")
 
 
 def main(arguments: list[str]) -> int:

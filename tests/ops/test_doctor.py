@@ -15,10 +15,10 @@ from uuid import UUID
 
 import pytest
 
-from ops import doctor
+from ops import doctor, lock
 from ops.doctor import Finding, examine, examine_slots, main
 from ops.limits import LIMIT, ensure_limit, read_slots, set_active, set_limit
-from ops.lock import exclusive
+from ops.lock import LockState, exclusive
 from ops.marks import mark_process
 from ops.servers import gpu_count
 from ops.settings import Settings
@@ -34,6 +34,14 @@ with exclusive(Path(sys.argv[1]), "cpu", "a run that dies", print) as held:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     print(child.pid, flush=True)
     os._exit(1)
+"""
+WAITS = """
+import sys, time
+from pathlib import Path
+from ops.lock import exclusive
+with exclusive(Path(sys.argv[1]), "cpu", "a run that waits", lambda line: print(line, flush=True)):
+    print("held", flush=True)
+    time.sleep(100)
 """
 
 
@@ -197,24 +205,74 @@ def test_the_watcher_outlives_its_servers(
     assert len([m for m in messages if m.startswith("MLflow")]) == 1
 
 
-def test_a_device_left_to_a_child(settings: Settings) -> None:
+@pytest.fixture
+def left(settings: Settings) -> Iterator[int]:
+    """The pid of a child that has a device's lock from a run that died."""
+    command = [sys.executable, "-c", LEFT, str(settings.device_locks)]
+    child = int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+    yield child
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.fixture
+def waiting(settings: Settings, left: int) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """waiting(): kill that child, and a run that waits for the device takes it. Returns the run's process."""
+    command = [sys.executable, "-c", WAITS, str(settings.device_locks)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert "waiting for cpu" in run.stdout.readline()
+
+    def take() -> subprocess.Popen[str]:
+        os.kill(left, signal.SIGKILL)
+        while run.stdout and run.stdout.readline() != "held\n":
+            assert run.poll() is None
+        return run
+
+    yield take
+    run.kill()
+    run.communicate()
+
+
+def test_a_device_left_to_a_child(settings: Settings, left: int) -> None:
     """Named with the child's number and command, and ended with --fix: nobody waits for its result."""
-    left = subprocess.run(
-        [sys.executable, "-c", LEFT, str(settings.device_locks)], capture_output=True, text=True, check=False
-    )
-    child = int(left.stdout)
-    try:
-        finding = _one(iter(examine(settings, 1, None)))
-        assert finding.text.startswith(f"cpu is held by pid {child} (")
-        assert "time.sleep(100)" in finding.text
-        assert "left behind by a run that dies" in finding.text
-        assert finding.mend
-        finding.mend()
-        assert not Path(f"/proc/{child}").exists() or mark_process(child).started == ""
-        assert examine(settings, 1, None) == []
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+    finding = _one(iter(examine(settings, 1, None)))
+    assert finding.text.startswith(f"cpu is held by pid {left} (")
+    assert "time.sleep(100)" in finding.text
+    assert "left behind by a run that dies" in finding.text
+    assert finding.mend
+    finding.mend()
+    assert not Path(f"/proc/{left}").exists() or mark_process(left).started == ""
+    assert examine(settings, 1, None) == []
+
+
+def test_who_has_taken_the_device_since_is_left_alone(
+    settings: Settings, waiting: Callable[[], subprocess.Popen[str]]
+) -> None:
+    """The child that was named is gone: there is nothing to end, and the run that waited has the device."""
+    finding = _one(iter(examine(settings, 1, None)))
+    run = waiting()
+    assert finding.mend
+    finding.mend()
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(0.5)
+
+
+def test_who_takes_the_device_meanwhile_is_not_named(
+    settings: Settings, waiting: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the lock and the one at its holders: they are not those that the dead run left."""
+    looks: list[int] = []
+
+    def read_locks(directory: Path) -> list[LockState]:
+        locks = lock.read_locks(directory)
+        if locks and not looks:
+            looks.append(waiting().pid)
+        return locks
+
+    monkeypatch.setattr(doctor, "read_locks", read_locks)
+    assert examine(settings, 1, None) == []
+    assert looks
 
 
 def test_a_lock_s_old_text_is_no_finding(settings: Settings) -> None:
