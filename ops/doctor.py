@@ -96,11 +96,13 @@ def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
 
 def _limit(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
     slots = read_slots(prefect)
-    if slots and slots.limit != gpus:
-        yield Finding(
-            f"the limit {LIMIT} is {slots.limit}, for {gpus} GPUs (FINETUNE_GPUS tells how many, over all machines)",
-            lambda: set_limit(prefect, gpus),
-        )
+    if slots is None or slots.limit == gpus:
+        return
+    text = f"the limit {LIMIT} is {slots.limit}, for {gpus} GPUs"
+    if os.environ.get("FINETUNE_GPUS"):
+        yield Finding(f"{text} (FINETUNE_GPUS)", lambda: set_limit(prefect, gpus))
+    else:  # other machines may have the others
+        yield Finding(f"{text} of this machine: FINETUNE_GPUS, as in client.env, tells how many there are on all")
 
 
 def _mlflow(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Finding]:

@@ -95,7 +95,7 @@ class Servers:
 
     @property
     def client_file(self) -> Path:
-        """For a shell to source: the addresses, and the credentials if there are any."""
+        """For a shell to source: the addresses, the number of GPUs, and the credentials if there are any."""
         return self.home / "client.env"
 
     @property
@@ -131,7 +131,11 @@ class Servers:
 
     def client_environment(self) -> dict[str, str]:
         """What every client of the two servers needs."""
-        needed = {"PREFECT_API_URL": f"{self.prefect_url}/api", "MLFLOW_TRACKING_URI": self.mlflow_url}
+        needed = {
+            "PREFECT_API_URL": f"{self.prefect_url}/api",
+            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            "FINETUNE_GPUS": str(self.gpus),  # who counts its own does not know those of other machines
+        }
         if self.secure:
             needed |= {
                 "PREFECT_API_AUTH_STRING": f"{USER}:{self.password()}",
@@ -155,7 +159,6 @@ class Servers:
             MARK: str(self.home),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "FINETUNE_DATA_ROOT": str(self.home.parent),
-            "FINETUNE_GPUS": str(self.gpus),  # who would count again would load torch for it
             "FINETUNE_SOCKET": str(self.socket),
             "FINETUNE_MLFLOW_OPTIONS": "--app-name basic-auth" if self.secure else "",
             "DO_NOT_TRACK": "true",

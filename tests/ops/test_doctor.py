@@ -354,6 +354,23 @@ def test_the_command_tells_and_mends(
     assert "all is well" in capsys.readouterr().out
 
 
+def test_a_limit_for_more_machines_is_left(
+    prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell without FINETUNE_GPUS knows this machine's GPUs only: it is told, and nothing is changed."""
+    monkeypatch.setattr(doctor, "_server", lambda prefect: iter(()))
+    monkeypatch.delenv("FINETUNE_GPUS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ensure_limit(prefect, 3)
+    assert main(["--fix"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("- the limit tag:gpu is 3, for 1 GPUs of this machine")
+    assert "mend" not in line
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 3
+    monkeypatch.setenv("FINETUNE_GPUS", "3")
+    assert main([]) == 0
+
+
 def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting, else the GPUs that are there, at least one; nonsense is named."""
     monkeypatch.delenv("FINETUNE_GPUS", raising=False)

@@ -37,6 +37,7 @@ def test_defaults_are_this_machine_only_and_without_password() -> None:
     assert servers.client_environment() == {
         "PREFECT_API_URL": "http://127.0.0.1:4200/api",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+        "FINETUNE_GPUS": "1",
     }
     assert not servers.password_file.exists()
 
@@ -82,6 +83,15 @@ def test_whoever_lets_others_in_asks_for_a_password_unless_told(
     assert servers.secure is secure
     assert ("PREFECT_SERVER_API_AUTH_STRING" in servers.environment()) is secure
     assert ("basic-auth" in servers.environment()["FINETUNE_MLFLOW_OPTIONS"]) is secure
+
+
+def test_everybody_is_told_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell by client.env, the watcher by its environment: this machine has none, all together have three."""
+    monkeypatch.setenv("FINETUNE_GPUS", "3")
+    servers = Servers.load()
+    servers.write_client_file()
+    assert "export FINETUNE_GPUS=3\n" in servers.client_file.read_text()
+    assert servers.environment()["FINETUNE_GPUS"] == "3"
 
 
 def test_the_password_is_made_once_and_for_its_owner_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,8 @@ def test_everything_is_set_up(up: MadeUp) -> None:
     assert not server["ui"]["v2_enabled"]
     worker = Path(f"/proc/{up.one('prefect worker').pid}/environ").read_text().split("\0")
     assert "PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30" in worker
+    watcher = Path(f"/proc/{up.one('ops.watch').pid}/environ").read_text().split("\0")
+    assert "FINETUNE_GPUS=2" in watcher
 
 
 def test_only_this_machine_reaches_it(up: MadeUp) -> None:
