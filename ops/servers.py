@@ -166,8 +166,6 @@ class Servers:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
             "PREFECT_SERVER_API_HOST": self.host,
             "PREFECT_SERVER_API_PORT": str(self.prefect_port),
-            # Any origin by default: whatever page the user's browser has open could then start runs here.
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self.prefect_url,
             "MLFLOW_HOST": self.host,
             "MLFLOW_PORT": str(self.mlflow_port),
         }
@@ -179,6 +177,10 @@ class Servers:
                 "MLFLOW_AUTH_CONFIG_PATH": str(PROJECT_ROOT / "mlflow" / "basic_auth.ini"),
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
             }
+        # Any origin by default: whatever page the user's browser has open could then start runs here.
+        environment.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", self.prefect_url)
+        # PREFECT_API_URL by default, which on another machine, or behind a proxy, is not the server that sent the page.
+        environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
         # Every 10 s by default; a run that was just submitted need not wait so long.
         environment.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         # Other databases and stores may be named in the environment.

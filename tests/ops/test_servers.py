@@ -130,6 +130,19 @@ def test_another_database_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Servers.load().environment()["MLFLOW_BACKEND_STORE_URI"] == "postgresql://db/mlflow"
 
 
+def test_pages_ask_the_server_that_sent_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a browser reaches it, another machine's too; what the user of a proxy has set is kept."""
+    monkeypatch.setenv("FINETUNE_HOST", "0.0.0.0")
+    environment = Servers.load().environment()
+    assert environment["PREFECT_SERVER_UI_API_URL"] == "/api"
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200"
+    monkeypatch.setenv("PREFECT_SERVER_UI_API_URL", "https://proxy.example/api")
+    monkeypatch.setenv("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "https://proxy.example")
+    environment = Servers.load().environment()
+    assert environment["PREFECT_SERVER_UI_API_URL"] == "https://proxy.example/api"
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "https://proxy.example"
+
+
 @pytest.mark.parametrize(
     ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,1,3", 3), ("GPU-ab12, GPU-cd34", 2)]
 )

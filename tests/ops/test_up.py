@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -103,6 +104,12 @@ def test_a_page_of_elsewhere_may_not_use_prefect(up: MadeUp) -> None:
         except HTTPError as refused:
             told = refused.headers.get("Access-Control-Allow-Origin")
         assert told == allowed
+
+
+def test_prefect_s_pages_ask_the_server_that_sent_them(up: MadeUp) -> None:
+    """By a path: an address of the loopback would be another machine's own."""
+    with urlopen(f"{up.prefect}/ui-settings", timeout=10) as answer:
+        assert json.load(answer)["api_url"] == "/api"
 
 
 def test_a_second_one_says_where_the_first_is(up: MadeUp) -> None:
