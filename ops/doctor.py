@@ -26,7 +26,7 @@ from ops.limits import LEASE_SECONDS, LIMIT, ensure_limit, read_slots, release_a
 from ops.lock import read_locks
 from ops.marks import ProcessMark, command_line, mark_process
 from ops.reaper import close_stale, read_flow_run, stale_runs
-from ops.servers import gpu_count
+from ops.servers import Servers, gpu_count
 from ops.settings import Settings
 from ops.tracking import client as mlflow_client
 from ops.zombies import NAME as AUTOMATION
@@ -67,9 +67,17 @@ def connect(prefect: SyncPrefectClient) -> str | None:
     url = PREFECT_API_URL.value()
     if not url:
         return "PREFECT_API_URL is not set: Prefect is not looked at"
-    if prefect.api_healthcheck() is not None:
-        return f"no Prefect server answers at {url}: `make up` starts one"
+    try:
+        prefect.hello()  # unlike /health it wants the password
+    except Exception as error:
+        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 401:
+            return f"Prefect at {url} {_wants_password()}"
+        return f"no Prefect server answers at {url} ({type(error).__name__}): `make up` starts one"
     return None
+
+
+def _wants_password() -> str:
+    return f"wants a password: `. {Servers.load().client_file}` first"
 
 
 def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
@@ -109,7 +117,9 @@ def _mlflow(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[F
     try:
         mlflow_client(settings.tracking_uri).search_experiments(max_results=1)
     except Exception as error:
-        yield Finding(f"MLflow does not answer at {settings.tracking_uri}: {type(error).__name__}")
+        refused = getattr(error, "error_code", "") == "UNAUTHENTICATED"
+        says = _wants_password() if refused else f"does not answer ({type(error).__name__})"
+        yield Finding(f"MLflow at {settings.tracking_uri} {says}")
         return
     for stale in stale_runs(settings.tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id)):
         yield Finding(

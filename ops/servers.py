@@ -179,7 +179,7 @@ class Servers:
             }
         # Any origin by default: whatever page the user's browser has open could then start runs here.
         environment.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", self.prefect_url)
-        # PREFECT_API_URL by default, which on another machine, or behind a proxy, is not the server that sent the page.
+        # PREFECT_API_URL by default, which on another machine or behind a proxy is not where the page came from.
         environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
         # Every 10 s by default; a run that was just submitted need not wait so long.
         environment.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")

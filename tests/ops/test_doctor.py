@@ -8,14 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+from made_up import MAKE
 
-from ops import doctor, lock
+from ops import deploy, doctor, lock
 from ops.doctor import Finding, examine, examine_slots, main
 from ops.limits import LIMIT, ensure_limit, read_slots, set_active, set_limit
 from ops.lock import LockState, exclusive
@@ -369,6 +372,60 @@ def test_a_limit_for_more_machines_is_left(
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 3
     monkeypatch.setenv("FINETUNE_GPUS", "3")
     assert main([]) == 0
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both servers of a secured profile, to one without the password: 401 to everything but the health check."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path.endswith("/health") else 401)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        monkeypatch.setenv("PREFECT_API_URL", f"{url}/api")
+        threading.Thread(target=server.serve_forever).start()
+        with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
+            yield url
+        server.shutdown()
+
+
+def test_a_password_is_asked_for(settings: Settings, locked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each server by a sentence that says where the password is; make deploy says the same."""
+    first = f"wants a password: `. {settings.data_root}/server/client.env` first"
+    assert main(["--fix"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"- Prefect at {locked}/api {first}", f"- MLflow at {locked} {first}"]
+    assert deploy.main() == 1
+    assert capsys.readouterr().err == f"Prefect at {locked}/api {first}\n"
+
+
+def test_make_doctor_knows_the_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of make up, unless addresses are set."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$PREFECT_API_URL $MLFLOW_TRACKING_URI"\n')
+    (tmp_path / "python").chmod(0o755)
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def told(*settings: str) -> str:
+        command = [*MAKE, f"BIN={tmp_path}", "doctor", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return next(line for line in done.stdout.splitlines() if line.startswith("http"))
+
+    assert told() == "http://127.0.0.1:4200/api http://127.0.0.1:5000"
+    monkeypatch.setenv("FINETUNE_PREFECT_PORT", "4201")
+    assert told("FINETUNE_MLFLOW_PORT=5001") == "http://127.0.0.1:4201/api http://127.0.0.1:5001"
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
+    assert told() == "http://elsewhere/api http://127.0.0.1:5000"
 
 
 def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
