@@ -56,8 +56,8 @@ up: $(INSTALLED) ## Start Prefect, MLflow, a worker and the watcher, until Ctrl-
 down: $(INSTALLED) ## End make up, or what a crash left of it
 	@exec $(BIN)/python -m ops.up down
 
-doctor: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
-doctor: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:5000
+doctor: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(FINETUNE_PREFECT_PORT),4200)/api
+doctor: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:$(or $(FINETUNE_MLFLOW_PORT),5000)
 doctor: $(INSTALLED) ## Compare limits, leases, locks, states and processes; ARGS=--fix mends
 	@$(BIN)/python -m ops.doctor $(ARGS)
 

@@ -22,7 +22,7 @@ WAITING_RUNS = 2  # flow runs that start beyond the GPUs, so that they can say w
 
 
 class DeployError(RuntimeError):
-    """The server does not answer, or refuses; the message says what."""
+    """The server does not answer, wants a password, or refuses; the message says what."""
 
 
 def set_up(client: SyncPrefectClient, gpus: int) -> None:
@@ -64,14 +64,15 @@ def main() -> int:
     """Set up the server of PREFECT_API_URL. Returns the exit status."""
     from prefect.client.orchestration import get_client
 
-    url = os.environ.get("PREFECT_API_URL")
-    if not url:
+    from ops.doctor import connect
+
+    if not os.environ.get("PREFECT_API_URL"):
         print("PREFECT_API_URL must name the server, as client.env of make up does", file=sys.stderr)
         return 2
     try:
         with get_client(sync_client=True) as client:
-            if error := client.api_healthcheck():
-                raise DeployError(f"no Prefect server answers at {url}: {error}")
+            if missing := connect(client):
+                raise DeployError(missing)
             set_up(client, Servers.load().gpus)
         deploy()
     except (ValueError, DeployError) as error:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,10 +23,10 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
 from ops.limits import LEASE_SECONDS, LIMIT, ensure_limit, read_slots, release_all, set_active, set_limit
-from ops.lock import LockState, read_locks
-from ops.marks import command_line, lock_holders
+from ops.lock import read_locks
+from ops.marks import ProcessMark, command_line, mark_process
 from ops.reaper import close_stale, read_flow_run, stale_runs
-from ops.servers import gpu_count
+from ops.servers import Servers, gpu_count
 from ops.settings import Settings
 from ops.tracking import client as mlflow_client
 from ops.zombies import NAME as AUTOMATION
@@ -66,9 +67,17 @@ def connect(prefect: SyncPrefectClient) -> str | None:
     url = PREFECT_API_URL.value()
     if not url:
         return "PREFECT_API_URL is not set: Prefect is not looked at"
-    if prefect.api_healthcheck() is not None:
-        return f"no Prefect server answers at {url}: `make up` starts one"
+    try:
+        prefect.hello()  # unlike /health it wants the password
+    except Exception as error:
+        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 401:
+            return f"Prefect at {url} {_wants_password()}"
+        return f"no Prefect server answers at {url} ({type(error).__name__}): `make up` starts one"
     return None
+
+
+def _wants_password() -> str:
+    return f"wants a password: `. {Servers.load().client_file}` first"
 
 
 def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
@@ -95,18 +104,22 @@ def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
 
 def _limit(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
     slots = read_slots(prefect)
-    if slots and slots.limit != gpus:
-        yield Finding(
-            f"the limit {LIMIT} is {slots.limit}, for {gpus} GPUs (FINETUNE_GPUS tells how many, over all machines)",
-            lambda: set_limit(prefect, gpus),
-        )
+    if slots is None or slots.limit == gpus:
+        return
+    text = f"the limit {LIMIT} is {slots.limit}, for {gpus} GPUs"
+    if os.environ.get("FINETUNE_GPUS"):
+        yield Finding(f"{text} (FINETUNE_GPUS)", lambda: set_limit(prefect, gpus))
+    else:  # other machines may have the others
+        yield Finding(f"{text} of this machine: FINETUNE_GPUS, as in client.env, tells how many there are on all")
 
 
 def _mlflow(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Finding]:
     try:
         mlflow_client(settings.tracking_uri).search_experiments(max_results=1)
     except Exception as error:
-        yield Finding(f"MLflow does not answer at {settings.tracking_uri}: {type(error).__name__}")
+        refused = getattr(error, "error_code", "") == "UNAUTHENTICATED"
+        says = _wants_password() if refused else f"does not answer ({type(error).__name__})"
+        yield Finding(f"MLflow at {settings.tracking_uri} {says}")
         return
     for stale in stale_runs(settings.tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id)):
         yield Finding(
@@ -122,11 +135,14 @@ def _locks(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Fi
                 continue
             if lock.owner.is_dead:
                 # The kernel frees a dead process's lock: if it is held, a child inherited it and lives.
-                pids = lock.pids
-                left = ", ".join(f"pid {pid} ({command_line(pid)})" for pid in pids) or "not visible to this user"
+                left = [mark for mark in map(mark_process, lock.pids) if mark.started]
+                if lock not in read_locks(directory):  # freed meanwhile, and perhaps a run's that waited for it
+                    continue
+                named = ", ".join(f"pid {mark.pid} ({command_line(mark.pid)})" for mark in left)
                 yield Finding(
-                    f"{lock.what} is held by {left}, left behind by {lock.holder}, which died",
-                    partial(_end_children, lock) if pids else None,
+                    f"{lock.what} is held by {named or 'not visible to this user'}, "
+                    f"left behind by {lock.holder}, which died",
+                    partial(_end, left) if left else None,
                 )
                 continue
             run = read_flow_run(prefect, lock.flow_run_id) if lock.flow_run_id else None
@@ -159,18 +175,21 @@ def _server(prefect: SyncPrefectClient) -> Iterator[Finding]:
         yield Finding(f"no worker of the pool {POOL} is online: nothing that is deployed will run (`make up`)")
 
 
-def _end_children(lock: LockState) -> None:
+def _end(processes: list[ProcessMark]) -> None:
+    """End these and no others: who has taken the lock since is a run that waited for it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in lock_holders(lock.path):
-            os.kill(pid, number)
+        for process in processes:
+            if process.is_alive:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
         deadline = time.monotonic() + _KILL_SECONDS
-        while lock_holders(lock.path):
+        while left := [process.pid for process in processes if process.is_alive]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         else:
             return
-    raise RuntimeError(f"it does not end: {lock.path} is still held")
+    raise RuntimeError(f"it does not end: pid {', '.join(map(str, left))}")
 
 
 def main(arguments: list[str]) -> int:

@@ -115,15 +115,22 @@ def lock_holders(path: Path) -> list[int]:
     Only those of users whose descriptors may be read; on other systems than Linux none.
     """
     try:
-        inode = path.stat().st_ino
+        file = path.stat()
     except OSError:
         return []
-    held = re.compile(rf"^lock:.*FLOCK.*:{inode} ", re.MULTILINE)
     found = []
     for process in _PROC.glob("[0-9]*"):
         try:
-            if any(held.search(entry.read_text()) for entry in (process / "fdinfo").iterdir()):
+            if any(_locks(entry, file) for entry in (process / "fdinfo").iterdir()):
                 found.append(int(process.name))
         except OSError:  # another user's, or gone
             continue
     return sorted(found)
+
+
+def _locks(fdinfo: Path, file: os.stat_result) -> bool:
+    """Whether a descriptor, given by its file in /proc/*/fdinfo, has the flock of a file."""
+    if not re.search(r"^lock:.*FLOCK", fdinfo.read_text(), re.MULTILINE):
+        return False
+    # Inodes repeat from device to device, and the device that fdinfo names is on btrfs not the one of stat.
+    return os.path.samestat((fdinfo.parents[1] / "fd" / fdinfo.name).stat(), file)

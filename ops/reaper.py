@@ -155,7 +155,7 @@ def end_cancelled(tracking_uri: str, prefect: SyncPrefectClient, seconds: float 
         seconds: that a worker is given.
 
     Returns:
-        A line for each.
+        A line for each, and for each that is another user's and cannot be asked.
     """
     lines = []
     for run in _running(tracking_uri):
@@ -164,8 +164,14 @@ def end_cancelled(tracking_uri: str, prefect: SyncPrefectClient, seconds: float 
         if not (process and found and found.state and found.state.is_cancelling() and process.is_alive):
             continue
         if (datetime.now(UTC) - found.state.timestamp).total_seconds() > seconds:
-            os.kill(process.pid, signal.SIGTERM)
-            lines.append(f"nobody cancelled {run.info.run_name}: its process {process.pid} is asked to end")
+            line = f"nobody cancelled {run.info.run_name}: its process {process.pid} "
+            try:
+                os.kill(process.pid, signal.SIGTERM)
+                lines.append(line + "is asked to end")
+            except PermissionError:
+                lines.append(line + "is another user's, who must end it")
+            except ProcessLookupError:  # it has just ended by itself
+                pass
     return lines
 
 

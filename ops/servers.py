@@ -95,7 +95,7 @@ class Servers:
 
     @property
     def client_file(self) -> Path:
-        """For a shell to source: the addresses, and the credentials if there are any."""
+        """For a shell to source: the addresses, the number of GPUs, and the credentials if there are any."""
         return self.home / "client.env"
 
     @property
@@ -131,7 +131,11 @@ class Servers:
 
     def client_environment(self) -> dict[str, str]:
         """What every client of the two servers needs."""
-        needed = {"PREFECT_API_URL": f"{self.prefect_url}/api", "MLFLOW_TRACKING_URI": self.mlflow_url}
+        needed = {
+            "PREFECT_API_URL": f"{self.prefect_url}/api",
+            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            "FINETUNE_GPUS": str(self.gpus),  # who counts its own does not know those of other machines
+        }
         if self.secure:
             needed |= {
                 "PREFECT_API_AUTH_STRING": f"{USER}:{self.password()}",
@@ -155,7 +159,6 @@ class Servers:
             MARK: str(self.home),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "FINETUNE_DATA_ROOT": str(self.home.parent),
-            "FINETUNE_GPUS": str(self.gpus),  # who would count again would load torch for it
             "FINETUNE_SOCKET": str(self.socket),
             "FINETUNE_MLFLOW_OPTIONS": "--app-name basic-auth" if self.secure else "",
             "DO_NOT_TRACK": "true",
@@ -163,8 +166,6 @@ class Servers:
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
             "PREFECT_SERVER_API_HOST": self.host,
             "PREFECT_SERVER_API_PORT": str(self.prefect_port),
-            # Any origin by default: whatever page the user's browser has open could then start runs here.
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self.prefect_url,
             "MLFLOW_HOST": self.host,
             "MLFLOW_PORT": str(self.mlflow_port),
         }
@@ -176,6 +177,10 @@ class Servers:
                 "MLFLOW_AUTH_CONFIG_PATH": str(PROJECT_ROOT / "mlflow" / "basic_auth.ini"),
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
             }
+        # Any origin by default: whatever page the user's browser has open could then start runs here.
+        environment.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", self.prefect_url)
+        # PREFECT_API_URL by default, which on another machine or behind a proxy is not where the page came from.
+        environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
         # Every 10 s by default; a run that was just submitted need not wait so long.
         environment.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         # Other databases and stores may be named in the environment.

@@ -8,17 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+from made_up import MAKE
 
-from ops import doctor
+from ops import deploy, doctor, lock
 from ops.doctor import Finding, examine, examine_slots, main
 from ops.limits import LIMIT, ensure_limit, read_slots, set_active, set_limit
-from ops.lock import exclusive
+from ops.lock import LockState, exclusive
 from ops.marks import mark_process
 from ops.servers import gpu_count
 from ops.settings import Settings
@@ -34,6 +37,14 @@ with exclusive(Path(sys.argv[1]), "cpu", "a run that dies", print) as held:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     print(child.pid, flush=True)
     os._exit(1)
+"""
+WAITS = """
+import sys, time
+from pathlib import Path
+from ops.lock import exclusive
+with exclusive(Path(sys.argv[1]), "cpu", "a run that waits", lambda line: print(line, flush=True)):
+    print("held", flush=True)
+    time.sleep(100)
 """
 
 
@@ -197,24 +208,74 @@ def test_the_watcher_outlives_its_servers(
     assert len([m for m in messages if m.startswith("MLflow")]) == 1
 
 
-def test_a_device_left_to_a_child(settings: Settings) -> None:
+@pytest.fixture
+def left(settings: Settings) -> Iterator[int]:
+    """The pid of a child that has a device's lock from a run that died."""
+    command = [sys.executable, "-c", LEFT, str(settings.device_locks)]
+    child = int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+    yield child
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.fixture
+def waiting(settings: Settings, left: int) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """waiting(): kill that child, and a run that waits for the device takes it. Returns the run's process."""
+    command = [sys.executable, "-c", WAITS, str(settings.device_locks)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert "waiting for cpu" in run.stdout.readline()
+
+    def take() -> subprocess.Popen[str]:
+        os.kill(left, signal.SIGKILL)
+        while run.stdout and run.stdout.readline() != "held\n":
+            assert run.poll() is None
+        return run
+
+    yield take
+    run.kill()
+    run.communicate()
+
+
+def test_a_device_left_to_a_child(settings: Settings, left: int) -> None:
     """Named with the child's number and command, and ended with --fix: nobody waits for its result."""
-    left = subprocess.run(
-        [sys.executable, "-c", LEFT, str(settings.device_locks)], capture_output=True, text=True, check=False
-    )
-    child = int(left.stdout)
-    try:
-        finding = _one(iter(examine(settings, 1, None)))
-        assert finding.text.startswith(f"cpu is held by pid {child} (")
-        assert "time.sleep(100)" in finding.text
-        assert "left behind by a run that dies" in finding.text
-        assert finding.mend
-        finding.mend()
-        assert not Path(f"/proc/{child}").exists() or mark_process(child).started == ""
-        assert examine(settings, 1, None) == []
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+    finding = _one(iter(examine(settings, 1, None)))
+    assert finding.text.startswith(f"cpu is held by pid {left} (")
+    assert "time.sleep(100)" in finding.text
+    assert "left behind by a run that dies" in finding.text
+    assert finding.mend
+    finding.mend()
+    assert not Path(f"/proc/{left}").exists() or mark_process(left).started == ""
+    assert examine(settings, 1, None) == []
+
+
+def test_who_has_taken_the_device_since_is_left_alone(
+    settings: Settings, waiting: Callable[[], subprocess.Popen[str]]
+) -> None:
+    """The child that was named is gone: there is nothing to end, and the run that waited has the device."""
+    finding = _one(iter(examine(settings, 1, None)))
+    run = waiting()
+    assert finding.mend
+    finding.mend()
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(0.5)
+
+
+def test_who_takes_the_device_meanwhile_is_not_named(
+    settings: Settings, waiting: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the lock and the one at its holders: they are not those that the dead run left."""
+    looks: list[int] = []
+
+    def read_locks(directory: Path) -> list[LockState]:
+        locks = lock.read_locks(directory)
+        if locks and not looks:
+            looks.append(waiting().pid)
+        return locks
+
+    monkeypatch.setattr(doctor, "read_locks", read_locks)
+    assert examine(settings, 1, None) == []
+    assert looks
 
 
 def test_a_lock_s_old_text_is_no_finding(settings: Settings) -> None:
@@ -294,6 +355,77 @@ def test_the_command_tells_and_mends(
     assert (limit.limit, limit.active_slots) == (2, 0)
     assert main([]) == 0
     assert "all is well" in capsys.readouterr().out
+
+
+def test_a_limit_for_more_machines_is_left(
+    prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell without FINETUNE_GPUS knows this machine's GPUs only: it is told, and nothing is changed."""
+    monkeypatch.setattr(doctor, "_server", lambda prefect: iter(()))
+    monkeypatch.delenv("FINETUNE_GPUS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ensure_limit(prefect, 3)
+    assert main(["--fix"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("- the limit tag:gpu is 3, for 1 GPUs of this machine")
+    assert "mend" not in line
+    assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 3
+    monkeypatch.setenv("FINETUNE_GPUS", "3")
+    assert main([]) == 0
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both servers of a secured profile, to one without the password: 401 to everything but the health check."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path.endswith("/health") else 401)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        monkeypatch.setenv("PREFECT_API_URL", f"{url}/api")
+        threading.Thread(target=server.serve_forever).start()
+        with temporary_settings({PREFECT_API_URL: f"{url}/api"}):
+            yield url
+        server.shutdown()
+
+
+def test_a_password_is_asked_for(settings: Settings, locked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each server by a sentence that says where the password is; make deploy says the same."""
+    first = f"wants a password: `. {settings.data_root}/server/client.env` first"
+    assert main(["--fix"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"- Prefect at {locked}/api {first}", f"- MLflow at {locked} {first}"]
+    assert deploy.main() == 1
+    assert capsys.readouterr().err == f"Prefect at {locked}/api {first}\n"
+
+
+def test_make_doctor_knows_the_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of make up, unless addresses are set."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$PREFECT_API_URL $MLFLOW_TRACKING_URI"\n')
+    (tmp_path / "python").chmod(0o755)
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def told(*settings: str) -> str:
+        command = [*MAKE, f"BIN={tmp_path}", "doctor", *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return next(line for line in done.stdout.splitlines() if line.startswith("http"))
+
+    assert told() == "http://127.0.0.1:4200/api http://127.0.0.1:5000"
+    monkeypatch.setenv("FINETUNE_PREFECT_PORT", "4201")
+    assert told("FINETUNE_MLFLOW_PORT=5001") == "http://127.0.0.1:4201/api http://127.0.0.1:5001"
+    monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
+    assert told() == "http://elsewhere/api http://127.0.0.1:5000"
 
 
 def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
-from ops.marks import ProcessMark, mark_process
+import pytest
+
+from ops import marks
+from ops.marks import ProcessMark, lock_holders, mark_process
 
 
 def test_a_living_process_is_not_dead() -> None:
@@ -68,3 +72,18 @@ def test_anything_else_is_no_mark() -> None:
     """Tags are written by anybody."""
     for text in ("", "null", "{}", '{"pid": 1}', "[1]", "not json"):
         assert ProcessMark.from_json(text) is None
+
+
+def test_the_same_inode_of_another_device_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up /proc, in which two processes hold locks of one inode number, one of them of this file."""
+    path, other = tmp_path / "cpu.lock", tmp_path / "elsewhere"
+    path.touch()
+    other.touch()
+    for pid, file in ((101, path), (102, other)):
+        for folder in ("fdinfo", "fd"):
+            (tmp_path / str(pid) / folder).mkdir(parents=True)
+        told = f"pos:\t0\nlock:\t1: FLOCK  ADVISORY  WRITE {pid} 00:{pid}:{path.stat().st_ino} 0 EOF\n"
+        (tmp_path / str(pid) / "fdinfo" / "3").write_text(told)
+        (tmp_path / str(pid) / "fd" / "3").symlink_to(file)
+    monkeypatch.setattr(marks, "_PROC", tmp_path)
+    assert lock_holders(path) == [101]

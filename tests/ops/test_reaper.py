@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -238,6 +240,32 @@ def test_a_cancellation_that_nobody_delivered(
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(("error", "said"), [(PermissionError, ["another user's"]), (ProcessLookupError, [])])
+def test_a_process_that_cannot_be_asked(
+    error: type[OSError],
+    said: list[str],
+    opened: Callable[..., RunRef],
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another user's is named, one that is gone is passed over; the round goes on to the next run."""
+    state = SimpleNamespace(is_cancelling=lambda: True, timestamp=datetime.now(UTC))
+    monkeypatch.setattr(reaper, "read_flow_run", lambda prefect, flow_run_id: SimpleNamespace(state=state))
+    asked: list[int] = []
+
+    def refuse(pid: int, number: int) -> None:
+        asked.append(pid)
+        raise error
+
+    monkeypatch.setattr("ops.reaper.os.kill", refuse)
+    opened(mark_process(), str(uuid4()))
+    opened(mark_process(), str(uuid4()))
+    lines = end_cancelled(settings.tracking_uri, None, 0)  # type: ignore[arg-type]
+    assert asked == [os.getpid()] * 2
+    assert len(lines) == 2 * len(said)
+    assert all(f"{os.getpid()} is {text}" in line for line in lines for text in said)
 
 
 def test_a_run_that_prefect_does_not_know(

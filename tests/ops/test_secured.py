@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from made_up import MadeUp
+from made_up import MAKE, MadeUp
 
 pytestmark = pytest.mark.slow
 FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
@@ -51,6 +52,16 @@ def test_without_credentials_nobody_gets_anything(credentials: str | None, secur
     for url in urls:
         assert _status(url, wrong) == 401
         assert _status(url, f"admin:{secured.password}") == 200
+
+
+@pytest.mark.parametrize("command", ["doctor", "deploy"])
+def test_without_the_password_a_command_says_where_it_is(command: str, secured: MadeUp) -> None:
+    environment = secured.environment | {"PREFECT_API_URL": f"{secured.prefect}/api"}
+    done = subprocess.run([*MAKE, command], env=environment, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert said.count(f"wants a password: `. {secured.home}/client.env` first") == (2 if command == "doctor" else 1)
+    assert "Traceback" not in said
 
 
 def test_a_foreign_host_header(secured: MadeUp) -> None:

@@ -37,6 +37,7 @@ def test_defaults_are_this_machine_only_and_without_password() -> None:
     assert servers.client_environment() == {
         "PREFECT_API_URL": "http://127.0.0.1:4200/api",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000",
+        "FINETUNE_GPUS": "1",
     }
     assert not servers.password_file.exists()
 
@@ -84,6 +85,15 @@ def test_whoever_lets_others_in_asks_for_a_password_unless_told(
     assert ("basic-auth" in servers.environment()["FINETUNE_MLFLOW_OPTIONS"]) is secure
 
 
+def test_everybody_is_told_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell by client.env, the watcher by its environment: this machine has none, all together have three."""
+    monkeypatch.setenv("FINETUNE_GPUS", "3")
+    servers = Servers.load()
+    servers.write_client_file()
+    assert "export FINETUNE_GPUS=3\n" in servers.client_file.read_text()
+    assert servers.environment()["FINETUNE_GPUS"] == "3"
+
+
 def test_the_password_is_made_once_and_for_its_owner_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_SECURE", "1")
     servers = Servers.load()
@@ -118,6 +128,19 @@ def test_another_database_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Servers.load().environment()["MLFLOW_BACKEND_STORE_URI"].startswith("sqlite:///")
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://db/mlflow")
     assert Servers.load().environment()["MLFLOW_BACKEND_STORE_URI"] == "postgresql://db/mlflow"
+
+
+def test_pages_ask_the_server_that_sent_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a browser reaches it, another machine's too; what the user of a proxy has set is kept."""
+    monkeypatch.setenv("FINETUNE_HOST", "0.0.0.0")
+    environment = Servers.load().environment()
+    assert environment["PREFECT_SERVER_UI_API_URL"] == "/api"
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "http://127.0.0.1:4200"
+    monkeypatch.setenv("PREFECT_SERVER_UI_API_URL", "https://proxy.example/api")
+    monkeypatch.setenv("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", "https://proxy.example")
+    environment = Servers.load().environment()
+    assert environment["PREFECT_SERVER_UI_API_URL"] == "https://proxy.example/api"
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "https://proxy.example"
 
 
 @pytest.mark.parametrize(

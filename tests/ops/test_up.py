@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -71,6 +72,8 @@ def test_everything_is_set_up(up: MadeUp) -> None:
     assert not server["ui"]["v2_enabled"]
     worker = Path(f"/proc/{up.one('prefect worker').pid}/environ").read_text().split("\0")
     assert "PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30" in worker
+    watcher = Path(f"/proc/{up.one('ops.watch').pid}/environ").read_text().split("\0")
+    assert "FINETUNE_GPUS=2" in watcher
 
 
 def test_only_this_machine_reaches_it(up: MadeUp) -> None:
@@ -101,6 +104,12 @@ def test_a_page_of_elsewhere_may_not_use_prefect(up: MadeUp) -> None:
         except HTTPError as refused:
             told = refused.headers.get("Access-Control-Allow-Origin")
         assert told == allowed
+
+
+def test_prefect_s_pages_ask_the_server_that_sent_them(up: MadeUp) -> None:
+    """By a path: an address of the loopback would be another machine's own."""
+    with urlopen(f"{up.prefect}/ui-settings", timeout=10) as answer:
+        assert json.load(answer)["api_url"] == "/api"
 
 
 def test_a_second_one_says_where_the_first_is(up: MadeUp) -> None:
