@@ -62,6 +62,7 @@ def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callab
     own_tags = {tag for tag in run.data.tags if not tag.startswith("mlflow.")}
     assert own_tags - {"git_sha", "prefect.flow_run_url"} == {
         "prefect.flow_run_id",
+        "prefect.run_count",
         "prefect.deployment",
         "process",
         "data_sha256",

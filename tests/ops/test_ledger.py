@@ -272,4 +272,4 @@ def test_missed_nights_are_made_up_for_once(settings: Settings, model: str, nigh
     assert caught_up(settings.tracking_uri, model, DATA, before - timedelta(days=3))
     assert not caught_up(settings.tracking_uri, model, DATA, now)
     assert not caught_up(settings.tracking_uri, model, "others.jsonl", before)
-    assert not caught_up(settings.tracking_uri, "gpt2-code-355m", DATA, before)
+    assert not caught_up(settings.tracking_uri, f"{model}-other", DATA, before)
