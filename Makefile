@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format bench up down doctor deploy worker rollback sample clean
+.PHONY: help install run test test-slow check format bench up down doctor deploy worker watch rollback sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,7 +40,7 @@ check: $(INSTALLED) ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## Training speed beside others; ARGS="--data rows --tokenizer gpt2 --size 355m"
+bench: $(INSTALLED) ## Training speed beside others; ARGS="--data rows --tokenizer DIR --size 355m"
 	$(BIN)/python -m bench.train $(ARGS)
 
 format: $(INSTALLED) ## Format the code
@@ -66,15 +66,22 @@ deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 deploy: $(INSTALLED) ## Set up the Prefect server of PREFECT_API_URL, where it is not that of make up
 	@exec $(BIN)/python -m ops.deploy
 
+NEEDS_SERVERS = test -n "$$PREFECT_API_URL" -a -n "$$MLFLOW_TRACKING_URI" || { \
+	echo "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of make up does"; exit 1; }
+
 # Three missed heartbeats make a run Crashed.
 worker: export PREFECT_FLOWS_HEARTBEAT_FREQUENCY ?= 30
 worker: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 worker: $(INSTALLED) ## One more worker, on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI
-	@test -n "$$PREFECT_API_URL" -a -n "$$MLFLOW_TRACKING_URI" || { \
-		echo "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of make up does"; exit 1; }
+	@$(NEEDS_SERVERS)
 	@exec $(BIN)/prefect worker start --pool gpu
 
+watch: $(INSTALLED) ## Beside such a worker: closes the runs of processes that died on this machine
+	@$(NEEDS_SERVERS)
+	@exec $(BIN)/python -m ops.watch
+
 rollback: $(INSTALLED) ## Make the champion before the present one champion again: SIZE=355m
+	@test -n "$(SIZE)" || { echo "which size? make rollback SIZE=355m"; exit 2; }
 	@$(BIN)/python -m ops.rollback $(SIZE)
 
 # As it was typed: make would expand a dollar sign.

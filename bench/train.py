@@ -25,13 +25,13 @@ from bench.engine import run_engine
 from bench.measure import FIRST_EPOCH, LATER_EPOCHS, Job, Measurement, Setting, use_processor_time
 from bench.peers import INSTALL, LIBRARIES, hf_settings, trl_settings
 from bench.processes import ChildError, import_all, quiet_environment, run_apart, show_one_gpu
-from bench.seed import BATCH_SIZE, LENGTH, run_seed
+from bench.tutorial import BATCH_SIZE, LENGTH, run_tutorial
 from model.config import PRESETS
 from model.device import PRODUCT_CACHES, peak_memory, resolve_device, resolve_precision
 from model.files import write_json
 from model.flops import matmul_ceiling, necessary_flops
 
-PEERS = ("engine", "seed", "hf", "trl")
+PEERS = ("engine", "tutorial", "hf", "trl")
 _LIBRARIES_SHOWN = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn")
 _SMALL_PASS = 4096  # tokens; of a peer's smallest passes
 
@@ -207,23 +207,30 @@ def settings_of(name: str, job: Job) -> list[Setting]:
             small = {"micro_batch_tokens": _SMALL_PASS, "trunk_cache_bytes": 0}
             settings.append(Setting(name, text, run_engine, small))
         return settings
-    if name == "seed":
-        return [Setting(name, f"fp32, {BATCH_SIZE} rows, padded to {LENGTH}", run_seed)]
+    if name == "tutorial":
+        return [Setting(name, f"fp32, {BATCH_SIZE} rows, padded to {LENGTH}", run_tutorial)]
     return hf_settings(job) if name == "hf" else trl_settings(job)
 
 
 def run_contestant(
     name: str, job: Job, options: argparse.Namespace, ceiling: float, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One record for each setting and phase; a failed setting gives one with ``error`` and no numbers."""
+    """One record for each setting and phase; one that failed or was left out has ``error`` and no numbers."""
     try:
         import_all(LIBRARIES.get(name, ()))
     except ImportError as error:
         say(f"{name}: not installed ({error}): {INSTALL}")
         return [{"contestant": name, "settings": None, "error": f"not installed ({error}): {INSTALL}"}]
     records: list[dict[str, Any]] = []
-    settings = [s for s in settings_of(name, job) if not any(text in s.text for text in options.skip)]
-    for setting in settings[: options.settings_limit]:
+    tried = 0
+    for setting in settings_of(name, job):
+        left_out = next((f"--skip {text}" for text in options.skip if text in setting.text), None)
+        if left_out is None and tried == options.settings_limit:
+            left_out = f"--settings-limit {tried}"
+        if left_out:
+            records.append({"contestant": name, "settings": setting.text, "error": f"not run: {left_out}"})
+            continue
+        tried += 1
         say(f"{name}: {setting.text} ...")
         try:
             measurements, memory = run_apart(run_setting, setting, job, timeout=options.timeout)

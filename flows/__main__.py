@@ -6,6 +6,7 @@ The parameters are those of a deployment in prefect.yaml, ``tiny`` unless named,
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import os
 import sys
@@ -45,7 +46,6 @@ def embed(settings: Settings) -> None:
         # A fresh database takes 23 s on two cores; the default limit is 20.
         PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
         PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        MPLCONFIGDIR=str(settings.data_root / "matplotlib"),
     )
 
 
@@ -81,6 +81,21 @@ def read_parameters(deployment: str) -> dict[str, Any]:
     if deployment not in parameters:
         raise LookupError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
     return dict(parameters[deployment])
+
+
+def complaint(parameters: Mapping[str, Any]) -> str | None:
+    """What is wrong with the flow's parameters, by name; None if nothing is."""
+    from prefect.exceptions import ParameterTypeError
+
+    from flows.finetune import finetune
+
+    if unknown := sorted(parameters.keys() - inspect.signature(finetune.fn).parameters):
+        return f"no parameter is called {', '.join(unknown)}: README.md lists them"
+    try:
+        finetune.validate_parameters(dict(parameters))
+    except ParameterTypeError as error:
+        return str(error)
+    return None
 
 
 def before_and_after(metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> str:
@@ -124,16 +139,26 @@ def main(arguments: list[str]) -> int:
         return 2
     for argument in arguments:
         name, separator, value = argument.partition("=")
-        if separator:
-            parameters[name] = yaml.safe_load(value)
+        try:
+            if separator:
+                parameters[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            print(f"{argument}: the value is not YAML; quote it", file=sys.stderr)
+            return 2
     embed(Settings.load())
     start(Settings.load())  # the environment is another now
 
     from flows.finetune import finetune
 
+    if wrong := complaint(parameters):
+        print(wrong, file=sys.stderr)
+        return 2
     started = time.perf_counter()
     state = finetune(**parameters, return_state=True)
-    result = state.result()  # raises what the flow raised
+    if state.is_failed():  # the log has the traceback
+        print(f"{state.name}: {state.message}", file=sys.stderr)
+        return 1
+    result = state.result()
     ended = time.perf_counter()
     # Prefect's farewell to its temporary server would come behind the two lines that scripts read.
     logging.getLogger("prefect").setLevel(logging.WARNING)

@@ -135,7 +135,7 @@ def finetune(
         subset_count: how many rows of train to use from there; all, if left out.
         subset: "next": instead, at most subset_count rows that no successful night has trained on, by content.
         replay_share: of all rows of a night, the share that was used before, so that it is not forgotten.
-        start_from: "base"; "champion" (the base if there is none yet); or a version, models:/NAME/VERSION.
+        start_from: "base"; "champion" (the base if there is none yet); or a version, models:/NAME/VERSION or @ALIAS.
         promote: make the result champion if it is surely better than the champion of this size, else challenger.
         promote_margin: nats per token by which it must at least be better.
         test_share: share of train that becomes test where the data set has no test split.
@@ -144,7 +144,7 @@ def finetune(
         max_length: tokens a row is cut at, prompt included.
         freeze_layers: freeze all but the top blocks and the final norm.
         num_unfrozen_layers: blocks that train, counted from the top.
-        train_head: also train an untied copy of the output head.
+        train_head: also train an untied copy of the output head; without freeze_layers the tied one trains anyway.
         epochs: passes over the training rows.
         max_steps: stop after this many optimizer steps.
         batch_size: rows per optimizer step.
@@ -172,6 +172,7 @@ def finetune(
     laps = Laps()
     log = get_run_logger()
     settings = Settings.load()
+    settings.claim_caches()
     if resolve_device(device).type == "cpu" and device == "auto" and model_size != "tiny":
         log.warning("torch sees no GPU: a %s trains on the CPU", model_size)
     if subset and subset_start:

@@ -13,7 +13,6 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import deployment
-from prefect.utilities.urls import url_for
 
 from ops.notify import notify
 from ops.reaper import REASON_TAG, close_run, is_retried, runs_of
@@ -62,12 +61,12 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
     # Whoever reaped this attempt's run has told already.
     if word is None or any(reaped for _, reaped in found):
         return
-    links = {"Prefect run": url_for(flow_run), "MLflow run": found[0][0].url if found else None}
+    url = found[0][0].url if found else None
     name = f"{flow.name}/{deployment.name}" if deployment.name else flow.name
     message = (state.message or "").strip()[:_MESSAGE]
     notify(
         f"{name} {word}: {flow_run.name}",
         [message] if message else [],
-        {title: url for title, url in links.items() if url},
+        {"MLflow run": url} if url else {},
         str(flow_run.id),
     )

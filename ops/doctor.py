@@ -26,7 +26,7 @@ from ops.limits import LEASE_SECONDS, LIMIT, ensure_limit, read_slots, release_a
 from ops.lock import read_locks
 from ops.marks import ProcessMark, command_line, mark_process
 from ops.reaper import close_stale, read_flow_run, stale_runs
-from ops.servers import Servers, gpu_count
+from ops.servers import Servers
 from ops.settings import Settings
 from ops.tracking import client as mlflow_client
 from ops.zombies import NAME as AUTOMATION
@@ -193,11 +193,15 @@ def _end(processes: list[ProcessMark]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is wrong, mend it with ``--fix``. Returns 1 while something is wrong."""
+    """Print what is wrong, mend it with ``--fix``. Returns 1 while something is wrong, 2 if a setting is."""
     parser = argparse.ArgumentParser(prog="python -m ops.doctor", description="What is wrong with the GPU's limits.")
     parser.add_argument("--fix", action="store_true", help="mend what can be mended")
     fix = parser.parse_args(arguments).fix
-    settings, gpus = Settings.load(), gpu_count()
+    try:
+        settings, gpus = Settings.load(), Servers.load().gpus
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
     with get_client(sync_client=True) as prefect:
         missing = connect(prefect)
         answering = None if missing else prefect

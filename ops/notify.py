@@ -28,14 +28,14 @@ def notify(
     Args:
         title: one line.
         lines: what there is to say, a few short lines.
-        links: title to URL.
+        links: title to URL, beside that of the Prefect run.
         flow_run_id: the Prefect run it is about; by default the one that calls.
 
     Returns:
         Whether the webhook took it; False also if there is none.
     """
-    links = links or {}
     run = UUID(flow_run_id) if flow_run_id else _current_flow_run()
+    links = {**_link_to(run), **(links or {})}
     _log.info("notice: %s", "; ".join([title, *lines]))
     posted: list[bool] = []
     ways = [
@@ -89,6 +89,13 @@ def _write_artifact(title: str, lines: Sequence[str], links: Mapping[str, str], 
     )
     with get_client(sync_client=True) as client:
         client.create_artifact(artifact)
+
+
+def _link_to(run: UUID | None) -> dict[str, str]:
+    from prefect.utilities.urls import url_for
+
+    url = url_for("flow-run", run) if run else None
+    return {"Prefect run": url} if url else {}
 
 
 def _current_flow_run() -> UUID | None:

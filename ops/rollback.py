@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         name = model_name(normalize_size(parser.parse_args(arguments).size))
         before, now = roll_back(uri, name)
-    except (LookupError, ValueError) as error:
+    except (LookupError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     except MlflowException as error:

@@ -46,23 +46,29 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.prompt.strip():
         parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
-    try:
-        version = latest_version(client(Settings.load().tracking_uri), given.model)
-    except LookupError as error:
-        print(error, file=sys.stderr)
-        return 1
-
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     from model.evaluating import SamplingConfig, complete
     from model.gpt import GPTModel
     from model.loading import load_tokenizer
+    from model.sampling import check_sampling
 
-    with TemporaryDirectory() as scratch:
-        uri = f"models:/{version.name}/{version.version}"
-        directory = mlflow.artifacts.download_artifacts(uri, dst_path=scratch)
-        network = GPTModel.from_pretrained(directory)
-        tokenizer = load_tokenizer(directory, network.config.vocab_size)
+    uri = Settings.load().tracking_uri
+    try:
+        check_sampling(given.temperature, given.top_k, given.top_p)
+        version = latest_version(client(uri), given.model)
+        with TemporaryDirectory() as scratch:
+            source = f"models:/{version.name}/{version.version}"
+            directory = mlflow.artifacts.download_artifacts(source, dst_path=scratch)
+            network = GPTModel.from_pretrained(directory)
+            tokenizer = load_tokenizer(directory, network.config.vocab_size)
+    except (LookupError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except MlflowException as error:
+        print(f"MLflow at {uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}", file=sys.stderr)
+        return 1
     sampling = SamplingConfig(
         max_new_tokens=given.max_new_tokens,
         temperature=given.temperature,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ from ops.settings import PROJECT_ROOT, Settings
 USER = "admin"
 MARK = "FINETUNE_UP"  # its value, the servers' folder, tells in the environment of a process who started it
 HEARTBEAT_SECONDS = 30  # of flow runs, Prefect's least; three missed ones make a run Crashed
+_PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)
+_HOST_WAY_OUT = "set FINETUNE_HOST to an address of this machine"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 # Of the user's shell: they would send the servers' own clients elsewhere, or with other credentials.
 _FOREIGN = (
@@ -201,7 +204,7 @@ class Servers:
         return _is_loopback(self.host)
 
     def taken_ports(self) -> list[str]:
-        """The ports that another program listens on, each with the setting that moves it."""
+        """The ports that cannot be listened on, each with the setting that helps."""
         taken = []
         for name, port in (("FINETUNE_PREFECT_PORT", self.prefect_port), ("FINETUNE_MLFLOW_PORT", self.mlflow_port)):
             family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -210,7 +213,8 @@ class Servers:
                 try:
                     probe.bind((self.host, port))
                 except OSError as error:
-                    taken.append(f"cannot listen on {self.host}:{port} ({error.strerror}): set {name}")
+                    way_out = f"set {name}" if error.errno in _PORT_ERRORS else _HOST_WAY_OUT
+                    taken.append(f"cannot listen on {self.host}:{port} ({error.strerror}): {way_out}")
         return taken
 
 

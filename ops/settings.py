@@ -34,6 +34,11 @@ class Settings:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
 
+    def claim_caches(self) -> None:
+        """Let libraries keep below the root what they would keep in the user's home; before they are used."""
+        for name, folder in (("MPLCONFIGDIR", "matplotlib"), ("TRITON_CACHE_DIR", "triton")):
+            os.environ.setdefault(name, str(self.data_root / folder))
+
     @property
     def hub_cache(self) -> Path | None:
         """Cache of hub downloads: Hugging Face's own where HF_HOME or HF_HUB_CACHE is set, else below the root."""

@@ -249,7 +249,7 @@ def main(arguments: list[str]) -> int:
     try:
         servers = Servers.load()
         return down(servers) if arguments else up(servers)
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
 

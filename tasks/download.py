@@ -183,7 +183,12 @@ def _trusted(settings: Settings, directory: Path) -> dict[str, str]:
     with (settings.data_root / ".trusted-weights.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = settings.trusted_hashes
-        known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+        try:
+            known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+        except ValueError as error:
+            raise ValueError(
+                f"{record} is not JSON any more ({error}): mend it, or remove it to trust the files as they are now"
+            ) from error
         for path in [directory / CONFIG_FILE, *weight_files(directory)]:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: weights_dir needs Hugging Face's GPT-2 layout")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from bench.engine import step_loads
 from bench.measure import Job, Measurement, Meter, Setting, Window, windows_of_reports
 from bench.peers import CountingCollator, PaddingCollator, build_model, hf_settings, trl_settings
 from bench.processes import ChildError, run_apart
-from bench.seed import LENGTH, NaiveGPT, pad
-from bench.train import compare, parse, record, table
+from bench.train import compare, parse, record, run_contestant, table
+from bench.tutorial import LENGTH, NaiveGPT, pad
 from model import GPTModel, freeze_bottom_layers
 from model.tokens import IGNORE, CodeAlpacaDataset
 from model.training import TrainConfig
@@ -254,6 +255,18 @@ def test_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str])
         assert message in capsys.readouterr().err
 
 
+def test_what_was_left_out_is_in_the_report(job: Job) -> None:
+    """A reader sees which settings might have been faster."""
+    options = Namespace(skip=["padded to"], settings_limit=None, timeout=60)
+    (record,) = run_contestant("tutorial", job, options, 1e12, print)
+    assert record["contestant"] == "tutorial"
+    assert record["error"] == "not run: --skip padded to"
+    assert "not run: --skip padded to" in table([record])
+    options = Namespace(skip=[], settings_limit=0, timeout=60)
+    (record,) = run_contestant("tutorial", job, options, 1e12, print)
+    assert record["error"] == "not run: --settings-limit 0"
+
+
 def test_a_quick_run(tmp_path: Path) -> None:
     """The command as users run it: progress, table, and a last line with finite numbers of everything measured."""
     command = [sys.executable, "-m", "bench.train", "--device", "cpu", "--quick", "--steps", "2", "--batch-size", "4"]
@@ -268,11 +281,11 @@ def test_a_quick_run(tmp_path: Path) -> None:
     assert report["data"]["rows"] > 0
     assert 0 < report["data"]["target_share"] < 1
     phases = [(result["contestant"], result["phase"]) for result in report["results"] if "error" not in result]
-    assert phases[:3] == [("engine", "first epoch"), ("engine", "later epochs"), ("seed", "steady")]
+    assert phases[:3] == [("engine", "first epoch"), ("engine", "later epochs"), ("tutorial", "steady")]
     for result in report["results"]:
         if "error" in result:  # transformers' Trainer needs accelerate, which the development tools do not
             assert result["contestant"] == "hf"
-            assert "pip install" in result["error"]
+            assert "pip install" in result["error"] or result["error"] == "not run: --settings-limit 1"
             continue
         numbers = [value for value in result.values() if isinstance(value, float | int)]
         assert len(numbers) >= 8

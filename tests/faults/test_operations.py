@@ -5,6 +5,7 @@ The device lock "cpu" plays the GPU's part. Prefect and MLflow must agree on eve
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import pytest
 from installation import Installation, installed
 from made_up import BIN, wait_for
 
+from ops.lock import read_locks
 from ops.marks import ProcessMark
 from ops.tracking import client
 from ops.zombies import HEARTBEAT_SECONDS, NAME
@@ -30,16 +32,7 @@ from ops.zombies import HEARTBEAT_SECONDS, NAME
 pytestmark = pytest.mark.slow
 SHORT = {"max_steps": 30, "eval_freq": 20, "sample_rows": 1, "pass_rows": 0, "max_new_tokens": 4, "batch_size": 8}
 LONG = {**SHORT, "epochs": 1000, "max_steps": 1_000_000, "eval_freq": 1_000_000}
-HOLD = """
-import subprocess, sys, time
-from pathlib import Path
-from ops.lock import exclusive
-with exclusive(Path(sys.argv[1]), "cpu", "a run that dies", print) as held:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], pass_fds=[held.descriptor],
-        stdout=subprocess.DEVNULL)
-    print(child.pid, flush=True)
-    time.sleep(300)
-"""
+_PIDFD_GETFD = 438  # the system call's number, on every architecture
 
 
 @dataclass(frozen=True)
@@ -146,7 +139,6 @@ def platform(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iter
         "OMP_NUM_THREADS": "1",
     }
     with installed(tmp_path_factory.mktemp("platform"), **settings) as started:
-        # As make up does: one run more than devices may start, to say what it waits for.
         automation = "from ops.zombies import ensure_zombie_automation as f; assert not f()"  # `make deploy` did
         done = started.command(sys.executable, "-c", automation)
         output, _ = done.communicate(timeout=60)
@@ -248,20 +240,20 @@ def _links_lead_both_ways(run: Run) -> None:
     assert run.mlflow.info.run_id in run.artifact("mlflow-run")
 
 
-def test_a_living_child_keeps_the_device(platform: Installation, submit: Callable[..., Run], tmp_path: Path) -> None:
-    """Its parent is dead, and it may still compute: the next run waits, through a restart of Prefect's server too."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, platform.environment["FINETUNE_LOCKS"]],
-        env=platform.environment, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
+def test_a_living_child_keeps_the_device(platform: Installation, submit: Callable[..., Run]) -> None:
+    """A flow is killed, and what it started may still compute: states agree, and the next run waits.
+
+    Through a restart of Prefect's server too, until the doctor ends the child.
+    """
+    first = submit({**LONG, "seed": 3})
+    first.wait_until_it_trains()
+    child = _start_with_its_lock(first.process.pid, Path(platform.environment["FINETUNE_LOCKS"]) / "cpu.lock")
     try:
-        holder.kill()
-        holder.wait()
+        first.kill()
+        first.wait_for_both("CRASHED", "KILLED", 45)
         run = submit({**SHORT, "seed": 3})
         message = run.wait_for_state("WaitingForGpu", 90)["message"]
-        assert f"left behind when it died: pid {child}" in message
+        assert f"left behind when it died: pid {child.pid}" in message
         platform.kill("prefect")
         time.sleep(5)
         platform.start_prefect()
@@ -271,20 +263,53 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
         doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor")
         output, _ = doctor.communicate(timeout=90)
         assert doctor.returncode == 1
-        assert f"cpu is held by pid {child}" in output
-        assert "left behind by a run that dies" in output
-        os.kill(child, 0)  # told, and not touched
+        assert f"cpu is held by pid {child.pid}" in output
+        assert f"left behind by {first.prefect['name']}" in output
+        assert child.poll() is None  # told, and not touched
         doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor", "--fix")
         output, _ = doctor.communicate(timeout=90)
         print(output)
         assert "[mended]" in output
+        child.wait(10)
         run.wait_for_both("COMPLETED", "FINISHED", 300)
     finally:
-        for pid in (holder.pid, child):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        child.kill()
+        child.wait()
+
+
+def _start_with_its_lock(pid: int, lock: Path) -> subprocess.Popen[bytes]:
+    """A process that has a running flow's lock as a child has that was forked with it."""
+    number = next(int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir() if _leads_to(link, lock))
+    flow = os.pidfd_open(pid)
+    descriptor = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, flow, number, 0)
+    assert descriptor >= 0, os.strerror(ctypes.get_errno())
+    try:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=[descriptor])
+    finally:
+        os.close(descriptor)
+        os.close(flow)
+
+
+def _leads_to(link: Path, file: Path) -> bool:
+    try:
+        return os.path.samefile(link, file)
+    except FileNotFoundError:  # closed meanwhile
+        return False
+
+
+def test_an_exception_ends_both_sides(platform: Installation, submit: Callable[..., Run], webhook: Webhook) -> None:
+    """In the middle of a training, which holds the device: it is free, both sides say so, and people are told."""
+    run = submit({**SHORT, "learning_rate": 1e30, "max_grad_norm": 1e30, "seed": 15})
+    run.wait_for_both("FAILED", "FAILED", 120)
+    print(run.state["message"])
+    assert "step" in run.state["message"]
+    wait_for("the notice", lambda: [t for t in webhook.texts if f"failed: {run.prefect['name']}" in t], 10)
+    (notice,) = [text for text in webhook.texts if run.prefect["name"] in text]
+    assert run.id in notice
+    assert run.mlflow.info.run_id in notice
+    (device,) = [lock for lock in read_locks(Path(platform.environment["FINETUNE_LOCKS"])) if lock.what == "cpu"]
+    assert not device.held
+    assert platform.api("/v2/concurrency_limits/tag:gpu")["active_slots"] == 0
 
 
 def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, submit: Callable[..., Run]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from flows.__main__ import complaint, main
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,3 +31,25 @@ def test_a_run_without_servers(tmp_path: Path) -> None:
     total = float(table.pop("total"))
     assert sum(map(float, table.values())) == pytest.approx(total, abs=0.1)
     assert {"start", "prefect", "mlflow", "prepare", "train", "evaluate", "publish"} <= table.keys()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"epoch": 1}, "no parameter is called epoch"),
+        ({"epochs": 0}, "epochs"),
+        ({"model_size": 124}, "model_size"),
+        ({"device": "tpu"}, "device"),
+    ],
+)
+def test_a_wrong_parameter_is_named(parameters: dict[str, object], named: str) -> None:
+    """In one message, not in a traceback; a deployment's own parameters are all right."""
+    assert named in (complaint(parameters) or "")
+    assert complaint({"model_size": "355m", "epochs": 1}) is None
+
+
+@pytest.mark.parametrize("argument", ["dataset=[x", "learning_rate={"])
+def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is started."""
+    assert main([argument]) == 2
+    assert capsys.readouterr().err.startswith(f"{argument}: ")

@@ -357,6 +357,15 @@ def test_the_command_tells_and_mends(
     assert "all is well" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["FINETUNE_GPUS", "FINETUNE_SECURE", "FINETUNE_MLFLOW_PORT"])
+def test_a_setting_that_cannot_be_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setenv(name, "many")
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith(f"{name}=many: ")
+
+
 def test_a_limit_for_more_machines_is_left(
     prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

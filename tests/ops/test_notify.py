@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_UI_URL, temporary_settings
 
 from ops import notify as module
 from ops.notify import notify
@@ -80,6 +81,15 @@ def test_the_message_is_slack_s(hook: Hook, artifacts: list[tuple[Any, ...]]) ->
     ]
     assert hook.types == ["application/json"]
     assert len(artifacts) == 1
+
+
+def test_the_run_s_page_is_linked(hook: Hook, artifacts: list[tuple[Any, ...]]) -> None:
+    """Whatever the notice is about, ahead of its other links."""
+    run = "0b7c6f5e-8a5d-4a39-9d6c-1f1f6f5d3c11"
+    with temporary_settings({PREFECT_UI_URL: "http://127.0.0.1:4200"}):
+        notify("crashed", [], {"MLflow run": "http://127.0.0.1/2"}, run)
+    pages = f"<http://127.0.0.1:4200/runs/flow-run/{run}|Prefect run>\n<http://127.0.0.1/2|MLflow run>"
+    assert hook.received == [{"text": f"*crashed*\n{pages}"}]
 
 
 def test_without_a_webhook_the_artifact_is_written(

@@ -63,6 +63,30 @@ def test_a_wrong_setting_is_named(
     assert value in said
 
 
+def test_an_address_of_another_machine_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another port would not help."""
+    monkeypatch.setenv("FINETUNE_HOST", "192.0.2.1")
+    assert main([]) == 1
+    said = capsys.readouterr().out
+    assert "192.0.2.1:4200" in said
+    assert "set FINETUNE_HOST" in said
+    assert "FINETUNE_PREFECT_PORT" not in said
+
+
+@pytest.mark.parametrize("arguments", [[], ["down"]])
+def test_a_data_root_that_cannot_be(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "file"))
+    status = main(arguments)
+    said = capsys.readouterr()
+    assert status == (0 if arguments else 2)
+    assert str(tmp_path / "file") in said.out + said.err
+
+
 @pytest.mark.parametrize(
     ("host", "asked", "secure"),
     [

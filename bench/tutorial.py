@@ -131,7 +131,7 @@ def pad(rows: CodeAlpacaDataset, indices: list[int]) -> tuple[Tensor, Tensor, in
     return ids, labels, tokens, int((labels[:, 1:] != IGNORE).sum())
 
 
-def run_seed(job: Job) -> list[Measurement]:
+def run_tutorial(job: Job) -> list[Measurement]:
     """Train two rows at a time in fp32, whatever batch and precision the job names."""
     device = resolve_device(job.device)
     torch.manual_seed(0)
