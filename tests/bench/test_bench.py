@@ -247,7 +247,7 @@ def test_failures_are_reported_and_never_compared(job: Job) -> None:
 def test_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     """Unknown contestants and rows beyond the context end with a message."""
     for arguments, message in (
-        (["--peers", "engine,other"], "other is none of engine, seed, hf, trl"),
+        (["--peers", "engine,other"], "other is none of engine, tutorial, hf, trl"),
         (["--size", "tiny", "--max-length", "1024"], "beyond the context of tiny"),
     ):
         with pytest.raises(SystemExit):
@@ -270,7 +270,7 @@ def test_what_was_left_out_is_in_the_report(job: Job) -> None:
 def test_a_quick_run(tmp_path: Path) -> None:
     """The command as users run it: progress, table, and a last line with finite numbers of everything measured."""
     command = [sys.executable, "-m", "bench.train", "--device", "cpu", "--quick", "--steps", "2", "--batch-size", "4"]
-    command += ["--peers", "engine,seed,hf", "--out", str(tmp_path / "report.json")]
+    command += ["--peers", "engine,tutorial,hf", "--out", str(tmp_path / "report.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
