@@ -36,7 +36,8 @@ from model.checkpoint import (
     load_trained,
     newest_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
+    take_snapshot,
+    write_checkpoint,
 )
 from model.files import sha256_file
 from model.journal import read_journal
@@ -72,6 +73,12 @@ def trained_optimizer(model: GPTModel, steps: int = 2) -> torch.optim.AdamW:
     return optimizer
 
 
+def write(
+    directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
+) -> Path:
+    return write_checkpoint(directory, take_snapshot(model, optimizer), step, state)
+
+
 def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
@@ -93,7 +100,7 @@ def record(directory: Path) -> list[tuple[int, dict[str, float]]]:
 def test_files_of_a_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
     """Safetensors and JSON, nothing pickled; the trained tensors only."""
     model = fresh()
-    path = save_checkpoint(tmp_path, model, trained_optimizer(model), 7, {"identity": "me"})
+    path = write(tmp_path, model, trained_optimizer(model), 7, {"identity": "me"})
     assert path == tmp_path / "step-00000007" == checkpoint_path(tmp_path, 7)
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "state.json", "trainer.safetensors"]
     for file in path.glob("*.safetensors"):
@@ -110,7 +117,7 @@ def test_round_trip_restores_weights_moments_and_rng(fresh: Callable[[], GPTMode
     """Each state whose loss shows in a resumed training."""
     model = fresh()
     optimizer = trained_optimizer(model)
-    path = save_checkpoint(tmp_path, model, optimizer, 2, {"identity": "me"})
+    path = write(tmp_path, model, optimizer, 2, {"identity": "me"})
     numbers = torch.rand(4)
     other = fresh()
     restored = build_optimizer(other, CONFIG)
@@ -130,7 +137,7 @@ def test_round_trip_restores_weights_moments_and_rng(fresh: Callable[[], GPTMode
 def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
     """Another freeze plan, or another shape, is named; a shape is never broadcast."""
     model = fresh()
-    path = save_checkpoint(tmp_path, model, build_optimizer(model, CONFIG), 0, {})
+    path = write(tmp_path, model, build_optimizer(model, CONFIG), 0, {})
     freeze_bottom_layers(model, 2)
     with pytest.raises(ValueError, match=r"trains other parameters: .*h\.1\."):
         load_trained(path, model)
@@ -168,7 +175,7 @@ def test_damaged_newest_is_passed_over(fresh: Callable[[], GPTModel], tmp_path: 
     model = fresh()
     optimizer = trained_optimizer(model)
     for step in (4, 8):
-        save_checkpoint(tmp_path, model, optimizer, step, {"identity": "me"})
+        write(tmp_path, model, optimizer, step, {"identity": "me"})
     DAMAGES[damage](tmp_path / "step-00000008")
     warnings: list[str] = []
     found = newest_checkpoint(tmp_path, "me", warnings.append)
@@ -184,7 +191,7 @@ def test_newest_is_by_number_and_identity(fresh: Callable[[], GPTModel], tmp_pat
     model = fresh()
     optimizer = build_optimizer(model, CONFIG)
     for step, identity in ((9, "me"), (10, "me"), (100, "other")):
-        save_checkpoint(tmp_path, model, optimizer, step, {"identity": identity})
+        write(tmp_path, model, optimizer, step, {"identity": identity})
     found = newest_checkpoint(tmp_path, "me")
     assert found is not None
     assert found[1]["step"] == 10
@@ -195,7 +202,7 @@ def test_newest_is_by_number_and_identity(fresh: Callable[[], GPTModel], tmp_pat
 def test_strays_of_a_killed_writer_are_removed(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
     """Half a checkpoint under its scratch name is neither read nor kept."""
     model = fresh()
-    save_checkpoint(tmp_path, model, build_optimizer(model, CONFIG), 4, {"identity": "me"})
+    write(tmp_path, model, build_optimizer(model, CONFIG), 4, {"identity": "me"})
     (tmp_path / "step-00000004").rename(tmp_path / ".step-00000008.0123.tmp")
     assert newest_checkpoint(tmp_path, "me") is None
     assert list(tmp_path.iterdir()) == []
@@ -205,7 +212,7 @@ def test_prune_keeps_the_named(fresh: Callable[[], GPTModel], tmp_path: Path) ->
     """The disk holds two checkpoints, and nothing that is no checkpoint is touched."""
     model = fresh()
     for step in (0, 4, 8, 12):
-        save_checkpoint(tmp_path, model, build_optimizer(model, CONFIG), step, {})
+        write(tmp_path, model, build_optimizer(model, CONFIG), step, {})
     (tmp_path / "metrics.jsonl").touch()
     prune_checkpoints(tmp_path, {4, 12})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000012"]
@@ -217,7 +224,7 @@ def test_full_disk_leaves_the_old_checkpoint(
     """A failed save leaves no scratch, and the one before it is whole."""
     model = fresh()
     optimizer = trained_optimizer(model)
-    save_checkpoint(tmp_path, model, optimizer, 4, {"identity": "me"})
+    write(tmp_path, model, optimizer, 4, {"identity": "me"})
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
         path.write_bytes(b"half")
@@ -226,7 +233,7 @@ def test_full_disk_leaves_the_old_checkpoint(
     monkeypatch.setattr("model.checkpoint.save_file", full)
     for step in (4, 8):
         with pytest.raises(OSError, match="No space left on device"):
-            save_checkpoint(tmp_path, model, optimizer, step, {"identity": "me"})
+            write(tmp_path, model, optimizer, step, {"identity": "me"})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
     assert load_state(tmp_path / "step-00000004")["step"] == 4
 
@@ -303,7 +310,7 @@ def save_for_ever(model: GPTModel, directory: Path) -> None:
     optimizer = trained_optimizer(model)
     for step in range(1, 100_000):
         model.ln_f.bias.data.fill_(step)
-        save_checkpoint(directory, model, optimizer, step, {"identity": "me"})
+        write(directory, model, optimizer, step, {"identity": "me"})
         prune_checkpoints(directory, {step})
 
 
