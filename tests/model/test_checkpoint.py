@@ -599,7 +599,7 @@ def test_finished_training_is_not_repeated(fresh: Callable[[], GPTModel], token_
     assert (first.resumed_from, again.resumed_from) == (0, 15)
     assert math.isnan(again.first_step_seconds)  # no step was made
     assert record(tmp_path) == before
-    last = load_file(first.last / "model.safetensors")
+    last = load_file(checkpoint_path(tmp_path, first.steps) / "model.safetensors")
     assert same_tensors({k: v for k, v in parameters(network).items() if k in last}, last)
 
 

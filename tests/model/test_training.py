@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from model import GPTModel, freeze_bottom_layers
-from model.checkpoint import load_trained
+from model.checkpoint import checkpoint_path, load_trained
 from model.device import cast_frozen
 from model.engine import Engine
 from model.journal import read_journal
@@ -149,11 +149,11 @@ def test_only_the_planned_parameters_change(run: Callable[..., Any], gpt2_dir: P
 
 def test_trained_head_moves_alone(run: Callable[..., Any], gpt2_dir: Path) -> None:
     """An untied head learns, the embedding does not."""
-    model, _, result = run(train_head=True)
+    model, directory, result = run(train_head=True)
     wte = GPTModel.from_pretrained(gpt2_dir).wte.weight
     assert torch.equal(model.wte.weight, wte)
     assert not torch.equal(model.lm_head.weight, wte)
-    assert "lm_head.weight" in load_file(result.last / "model.safetensors")
+    assert "lm_head.weight" in load_file(checkpoint_path(directory, result.steps) / "model.safetensors")
 
 
 def test_mixed_precision(gpt2_dir: Path, token_dir: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -293,8 +293,8 @@ def test_best_checkpoint_is_the_minimum(
     result = train(model, token_dir, config, tmp_path, "identity", watch)
     assert (result.best_step, result.best_eval_loss, result.base_eval_loss) == (4, 3.0, 5.0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000008"]
-    assert (result.best, result.last) == (tmp_path / "step-00000004", tmp_path / "step-00000008")
-    for path, step in ((result.best, 4), (result.last, 8)):
+    assert result.best == tmp_path / "step-00000004"
+    for path, step in ((result.best, 4), (tmp_path / "step-00000008", 8)):
         assert torch.equal(load_file(path / "model.safetensors")["ln_f.bias"], bias[step])
 
 
@@ -399,7 +399,8 @@ def test_step_without_targets_is_no_step(
     assert set(values(directory, "train/loss").values()) == {0.0}
     before = dict(GPTModel.from_pretrained(gpt2_dir).named_parameters())
     assert difference(dict(model.named_parameters()), before) == 0.0
-    assert list(load_file(result.last / "trainer.safetensors")) == ["rng.cpu"]  # AdamW has no state yet
+    moments = load_file(checkpoint_path(directory, result.steps) / "trainer.safetensors")
+    assert list(moments) == ["rng.cpu"]  # AdamW has no state yet
 
 
 def test_rows_without_targets_weigh_nothing(
