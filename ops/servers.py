@@ -20,7 +20,9 @@ from ops.settings import PROJECT_ROOT, Settings
 
 USER = "admin"
 MARK = "FINETUNE_UP"  # its value, the servers' folder, tells in the environment of a process who started it
-HEARTBEAT_SECONDS = 30  # of flow runs, Prefect's least; three missed ones make a run Crashed
+# What PREFECT_FLOWS_HEARTBEAT_FREQUENCY must be where flow runs are started, and Prefect's least; three missed beats
+# make a run Crashed.
+HEARTBEAT_SECONDS = 30
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 # Of the user's shell: they would send the servers' own clients elsewhere, or with other credentials.
 _FOREIGN = (
