@@ -49,7 +49,7 @@ class RunRef:
         if not self.tracking_uri.startswith("http"):
             return None
         # Without the type MLflow 3 opens its pages for language-model traces.
-        server = re.sub(r"//[^/@]*@", "//", self.tracking_uri).rstrip("/")  # no password in a link
+        server = without_credentials(self.tracking_uri).rstrip("/")  # no password in a link
         page = f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"{page}?workflowType=machine_learning"
 
@@ -59,6 +59,11 @@ class RunRef:
         if self.url:
             return f"[{self.run_id}]({self.url})"
         return f"`{self.run_id}` (show it with `mlflow ui --backend-store-uri {self.tracking_uri}`)"
+
+
+def without_credentials(uri: str) -> str:
+    """A URI without the user and the password that may stand before its host."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def client(tracking_uri: str) -> MlflowClient:
