@@ -23,6 +23,7 @@ from ops.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "finetune"
@@ -31,6 +32,7 @@ FILES_TAG = "files"  # of a version: its files' sha256, as JSON
 PROMOTION_TAG = "promotion"  # of a run: what became of its version, champion or challenger
 PROCESS_TAG = "process"  # which process has a run open, so that its death can be told from elsewhere
 _BATCH = 1000  # metrics per request, MLflow's limit
+_PAGE = 1000  # runs per request
 # A server answers an upload only when it has written the file; the short limit of other requests does not fit.
 _UPLOAD_SECONDS = "1800"
 
@@ -100,6 +102,21 @@ def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
             if found is None:
                 raise
     return str(found.experiment_id)
+
+
+def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = None) -> Iterator[Run]:
+    """The experiment's runs that meet a condition, however many; none where there is no experiment yet."""
+    mlflow = client(tracking_uri)
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    token = None
+    while experiment is not None:
+        page = mlflow.search_runs(
+            [experiment.experiment_id], condition, max_results=_PAGE, order_by=order_by, page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 @contextmanager
