@@ -64,7 +64,19 @@ def take_snapshot(model: GPTModel, optimizer: torch.optim.Optimizer, copy: bool 
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict[str, Any]) -> Path:
-    """Write a snapshot as ``save_checkpoint`` does."""
+    """Write what a resumed training needs: trained tensors, optimizer, random states, position.
+
+    The frozen rest is not written; ``state["identity"]`` is a hash over all that determines the training, the base's
+    sha256 among it. The directory appears under its name only when every file in it is on disk.
+
+    Args:
+        directory: of the training.
+        step: optimizer steps done.
+        state: JSON to go with it.
+
+    Returns:
+        The checkpoint's own directory.
+    """
     target = checkpoint_path(directory, step)
     with atomic_directory(target) as scratch:
         save_file(snapshot.model, scratch / MODEL_FILE)
@@ -72,23 +84,6 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict
         files = {name: sha256_file(scratch / name) for name in (MODEL_FILE, TRAINER_FILE)}
         write_json(scratch / STATE_FILE, {**state, "step": step, "files": files})
     return target
-
-
-def save_checkpoint(
-    directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
-) -> Path:
-    """Write what a resumed training needs: trained tensors, optimizer, random states, position.
-
-    The frozen rest is not written; ``state["identity"]`` is a hash over all that determines the
-    training, the base's sha256 among it. The directory
-    appears under its name only when every file in it is on disk.
-
-    Args:
-        directory: of the training.
-        step: optimizer steps done.
-        state: JSON to go with it.
-    """
-    return write_checkpoint(directory, take_snapshot(model, optimizer), step, state)
 
 
 class CheckpointWriter:

@@ -45,7 +45,8 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory: the single one, or the shards its index names.
 
     Raises:
-        FileNotFoundError: no safetensors weights; pickled ones (.bin, .pt) are never read.
+        FileNotFoundError: no safetensors weights, or a shard is missing; pickled ones (.bin, .pt) are never read.
+        ValueError: the index is damaged, or names a file outside its directory.
     """
     if (directory / WEIGHTS_FILE).is_file():
         return [directory / WEIGHTS_FILE]

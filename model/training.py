@@ -90,7 +90,6 @@ class TrainResult:
 
     Attributes:
         best: checkpoint with the lowest validation loss (step 0, the base itself, takes part).
-        last: checkpoint of the last step.
         best_step: its step.
         best_eval_loss, base_eval_loss: nats per response token.
         steps: optimizer steps done.
@@ -102,7 +101,6 @@ class TrainResult:
     """
 
     best: Path
-    last: Path
     best_step: int
     best_eval_loss: float
     base_eval_loss: float
@@ -324,7 +322,6 @@ def train(
                 report(evaluate and len(pending) == 1)
     return TrainResult(
         best=checkpoint_path(directory, best_step),
-        last=checkpoint_path(directory, step),
         best_step=best_step,
         best_eval_loss=best_loss,
         base_eval_loss=base_loss,

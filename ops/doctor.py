@@ -22,6 +22,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
+from ops.deploy import POOL
 from ops.limits import LEASE_SECONDS, LIMIT, ensure_limit, read_slots, release_all, set_active, set_limit
 from ops.lock import read_locks
 from ops.marks import ProcessMark, command_line, mark_process
@@ -32,7 +33,6 @@ from ops.tracking import client as mlflow_client
 from ops.zombies import NAME as AUTOMATION
 from ops.zombies import ensure_zombie_automation, zombie_automation_is_installed
 
-POOL = "gpu"
 _KILL_SECONDS = 10.0
 
 

@@ -69,7 +69,6 @@ class HubSnapshot:
     """Verified files of one commit: ``files`` maps each name in ``path`` to its sha256."""
 
     path: Path
-    repo_id: str
     commit: str
     files: dict[str, str]
 
@@ -88,7 +87,7 @@ def fetch_weights(
     """
     folder, hashes = _Repo(repo_id, "model", revision, cache_dir, local_option, _WEIGHTS).fetch()
     files = {name: known if len(known) == 64 else sha256_file(folder / name) for name, known in hashes.items()}
-    return HubSnapshot(folder, repo_id, folder.name, files)
+    return HubSnapshot(folder, folder.name, files)
 
 
 def fetch_dataset(

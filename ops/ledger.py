@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ops.registry import CHAMPION
-from ops.tracking import EXPERIMENT, PROMOTION_TAG, RunRef, client, set_tags
+from ops.tracking import PROMOTION_TAG, RunRef, client, search_runs, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NIGHT_TAG = "nightly"  # of a night's run: the registered model it works for
 _BEGUN_TAG = "nightly.begun"  # when it chose its rows
-_PAGE = 1000  # runs a request
 _FOLDER, _USED, _SEEN = "nightly", "used.npy", "seen.npy"
 
 Keys = np.ndarray[Any, Any]  # uint64, one for each row's content
@@ -85,22 +84,7 @@ def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[R
 
     A night that was cut between its promotion and its end counts: the next one starts from its model.
     """
-    mlflow = client(tracking_uri)
-    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-    runs: list[Run] = []
-    token = None
-    while experiment is not None:
-        page = mlflow.search_runs(
-            [experiment.experiment_id],
-            f"tags.{NIGHT_TAG} = '{model}'",
-            max_results=_PAGE,
-            order_by=["attributes.start_time ASC"],
-            page_token=token,
-        )
-        runs += page
-        token = page.token
-        if not token:
-            break
+    runs = search_runs(tracking_uri, f"tags.{NIGHT_TAG} = '{model}'", ["attributes.start_time ASC"])
     return [
         run
         for run in runs

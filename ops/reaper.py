@@ -18,7 +18,7 @@ from uuid import UUID
 
 from ops.marks import ProcessMark
 from ops.notify import notify
-from ops.tracking import EXPERIMENT, PROCESS_TAG, RunRef, client
+from ops.tracking import EXPERIMENT, PROCESS_TAG, RunRef, client, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -219,18 +219,5 @@ def _is_absent(tracking_uri: str) -> bool:
 
 
 def _running(tracking_uri: str) -> Iterator[Run]:
-    if _is_absent(tracking_uri):
-        return
-    mlflow = client(tracking_uri)
-    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return
-    token = None
-    while True:
-        page = mlflow.search_runs(
-            [experiment.experiment_id], "attributes.status = 'RUNNING'", max_results=1000, page_token=token
-        )
-        yield from page
-        token = page.token
-        if not token:
-            return
+    if not _is_absent(tracking_uri):
+        yield from search_runs(tracking_uri, "attributes.status = 'RUNNING'")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from model.files import atomic_directory, sha256_file, write_json
 from ops.lock import exclusive
 from ops.settings import Settings
-from ops.tracking import FILES_TAG, MODEL_PREFIX, client
+from ops.tracking import FILES_TAG, MODEL_PREFIX, client, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,7 +34,7 @@ def model_name(size: str) -> str:
 
 def shared_name(tracking_uri: str, what: str) -> str:
     """``what`` of one MLflow server, under the name that all users of the machine lock it by."""
-    server = re.sub(r"//[^/@]*@", "//", tracking_uri)  # whoever they are for it
+    server = without_credentials(tracking_uri)  # whoever they are for it
     return f"{what} {hashlib.sha256(server.encode()).hexdigest()[:8]}"
 
 

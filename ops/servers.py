@@ -21,7 +21,9 @@ from ops.settings import PROJECT_ROOT, Settings
 
 USER = "admin"
 MARK = "FINETUNE_UP"  # its value, the servers' folder, tells in the environment of a process who started it
-HEARTBEAT_SECONDS = 30  # of flow runs, Prefect's least; three missed ones make a run Crashed
+# What PREFECT_FLOWS_HEARTBEAT_FREQUENCY must be where flow runs are started, and Prefect's least; three missed beats
+# make a run Crashed.
+HEARTBEAT_SECONDS = 30
 _PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)
 _HOST_WAY_OUT = "set FINETUNE_HOST to an address of this machine"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

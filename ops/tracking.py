@@ -23,6 +23,7 @@ from ops.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "finetune"
@@ -31,6 +32,7 @@ FILES_TAG = "files"  # of a version: its files' sha256, as JSON
 PROMOTION_TAG = "promotion"  # of a run: what became of its version, champion or challenger
 PROCESS_TAG = "process"  # which process has a run open, so that its death can be told from elsewhere
 _BATCH = 1000  # metrics per request, MLflow's limit
+_PAGE = 1000  # runs per request
 # A server answers an upload only when it has written the file; the short limit of other requests does not fit.
 _UPLOAD_SECONDS = "1800"
 
@@ -49,7 +51,7 @@ class RunRef:
         if not self.tracking_uri.startswith("http"):
             return None
         # Without the type MLflow 3 opens its pages for language-model traces.
-        server = re.sub(r"//[^/@]*@", "//", self.tracking_uri).rstrip("/")  # no password in a link
+        server = without_credentials(self.tracking_uri).rstrip("/")  # no password in a link
         page = f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"{page}?workflowType=machine_learning"
 
@@ -59,6 +61,11 @@ class RunRef:
         if self.url:
             return f"[{self.run_id}]({self.url})"
         return f"`{self.run_id}` (show it with `mlflow ui --backend-store-uri {self.tracking_uri}`)"
+
+
+def without_credentials(uri: str) -> str:
+    """A URI without the user and the password that may stand before its host."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def client(tracking_uri: str) -> MlflowClient:
@@ -95,6 +102,21 @@ def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
             if found is None:
                 raise
     return str(found.experiment_id)
+
+
+def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = None) -> Iterator[Run]:
+    """The experiment's runs that meet a condition, however many; none where there is no experiment yet."""
+    mlflow = client(tracking_uri)
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    token = None
+    while experiment is not None:
+        page = mlflow.search_runs(
+            [experiment.experiment_id], condition, max_results=_PAGE, order_by=order_by, page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 @contextmanager

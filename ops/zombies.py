@@ -11,9 +11,9 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
+from ops.servers import HEARTBEAT_SECONDS
+
 NAME = "Crash zombie flow runs"
-# What PREFECT_FLOWS_HEARTBEAT_FREQUENCY must be where flow runs are started: three beats may be missed.
-HEARTBEAT_SECONDS = 30
 
 
 def ensure_zombie_automation() -> bool:

@@ -18,8 +18,9 @@ from model.freezing import FreezePlan
 from model.gpt import GPTModel
 from model.journal import read_journal
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS
+from ops.registry import model_name, version_uri
 from ops.sandbox import INSTALL
-from ops.tracking import MODEL_PREFIX, RunRef, client, log_metrics, log_model
+from ops.tracking import RunRef, client, log_metrics, log_model
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, Sources
 
@@ -57,18 +58,17 @@ def publish(
         mlflow.log_table(run.run_id, _columns(passes), "tables/pass_rate.json")
     mlflow.log_artifact(run.run_id, checkpoint.journal)
     mlflow.log_figure(run.run_id, _loss_curve(Path(checkpoint.journal)), "plots/loss.png")
-    name = MODEL_PREFIX + model.model_size
     directory = Path(checkpoint.directory) / "model"  # removed with the training
     export(model, plan, Path(checkpoint.best), directory, sources, evaluation.metrics)
     version = log_model(
         run,
         directory,
-        name,
+        model_name(model.model_size),
         {"model_size": model.model_size, "base": model.source, "best_step": checkpoint.best_step},
         headline,
         checkpoint.best_step,
     )
-    uri = f"models:/{name}/{version.version}"
+    uri = version_uri(version)
     log.info("registered %s", uri)
     create_markdown_artifact(
         sample_report(samples, evaluation.metrics, run, uri), key="samples", description=f"Samples of {uri}"

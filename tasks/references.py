@@ -124,7 +124,6 @@ class CheckpointRef:
     """
 
     directory: str
-    identity: str
     best: str
     best_step: int
     best_eval_loss: float

@@ -130,7 +130,6 @@ def train(
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
     return CheckpointRef(
         directory=str(directory),
-        identity=identity,
         best=str(result.best),
         best_step=result.best_step,
         best_eval_loss=result.best_eval_loss,

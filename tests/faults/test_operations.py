@@ -206,9 +206,7 @@ def test_kill_9_of_the_holder_lets_the_next_one_in(
         print(f"Crashed after {time.time() - killed:.1f} s")
         first.wait_for_both("CRASHED", "KILLED", 45)
         print(f"KILLED after {time.time() - killed:.1f} s")
-        wait_for(
-            "no process of it", lambda: not platform.descendants("PREFECT__FLOW_RUN_ID", first.id), 10
-        )  # fault 4
+        wait_for("no process of it", lambda: not platform.descendants("PREFECT__FLOW_RUN_ID", first.id), 10)
         last = json.loads((_training(platform, 1) / "metrics.jsonl").read_text().splitlines()[-1])["time"]
         wait_for("a step of the second", lambda: second.losses, 95)
         began = second.losses[0].timestamp / 1000
@@ -313,7 +311,7 @@ def test_an_exception_ends_both_sides(platform: Installation, submit: Callable[.
 
 
 def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Fault 25: away for 10 s in the middle of a training. Who waits goes on waiting, and gets its turn."""
+    """Away for 10 s in the middle of a training. Who waits goes on waiting, and gets its turn."""
     first = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 4})
     first.wait_until_it_trains()
     second = submit({**SHORT, "seed": 5})
@@ -333,7 +331,7 @@ def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, su
 def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
-    """Fault 3: the trainer is gone within 30 s, both sides say so, and the next run goes on at that very step."""
+    """The trainer is gone within 30 s, both sides say so, and the next run goes on at that very step."""
     parameters = {**SHORT, "epochs": 1000, "max_steps": 1200, "eval_freq": 1100, "seed": 6}
     steps = []
     for how, prefect in (("cancel", "CANCELLED"), ("SIGTERM", "CRASHED")):
@@ -366,7 +364,7 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
 
 
 def test_a_training_outlives_mlflow(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Fault 22: killed in the middle of a training and started later: no point is missing, none is there twice."""
+    """Killed in the middle of a training and started later: no point is missing, none is there twice."""
     run = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 7})
     run.wait_until_it_trains()
     platform.kill("mlflow")
@@ -444,7 +442,7 @@ def test_the_watcher_ends_what_died_with_its_worker(
 
 
 def test_heartbeats_end_what_died_with_everything(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Fault 27: without worker and watcher Prefect's automation ends the run; the watcher, once back, MLflow's."""
+    """Without worker and watcher Prefect's automation ends the run; the watcher, once back, MLflow's."""
     run = submit({**LONG, "seed": 11})
     run.wait_until_it_trains()
     platform.kill("worker")

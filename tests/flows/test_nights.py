@@ -242,7 +242,7 @@ def test_the_ledger_is_in_mlflow_alone(world: World, tmp_path: Path, monkeypatch
 
 
 def test_two_nights_of_a_size_wait_for_one_another(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fault 30: the second chooses when the first has written what it used, and finds nothing left."""
+    """The second chooses when the first has written what it used, and finds nothing left."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(world.root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", world.tracking)
     hold = "import sys, time; from pathlib import Path; from ops.lock import exclusive\n"
@@ -315,7 +315,7 @@ def _runs_due(timezone: str, first: datetime, days: int) -> list[datetime]:
 
 @pytest.mark.parametrize("change", [datetime(2026, 3, 29), datetime(2026, 10, 25)])
 def test_one_run_a_night_when_the_clocks_change(change: datetime) -> None:
-    """Fault 29: two o'clock is missing in March and comes twice in October; one run a night all the same."""
+    """Two o'clock is missing in March and comes twice in October; one run a night all the same."""
     berlin = ZoneInfo("Europe/Berlin")
     noon = (change - timedelta(days=2, hours=-12)).replace(tzinfo=berlin)
     due = _runs_due("Europe/Berlin", noon, 4)

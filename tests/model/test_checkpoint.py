@@ -36,7 +36,8 @@ from model.checkpoint import (
     load_trained,
     newest_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
+    take_snapshot,
+    write_checkpoint,
 )
 from model.files import sha256_file
 from model.journal import read_journal
@@ -72,6 +73,12 @@ def trained_optimizer(model: GPTModel, steps: int = 2) -> torch.optim.AdamW:
     return optimizer
 
 
+def write(
+    directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
+) -> Path:
+    return write_checkpoint(directory, take_snapshot(model, optimizer), step, state)
+
+
 def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
@@ -91,9 +98,9 @@ def record(directory: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def test_files_of_a_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Fault 31: safetensors and JSON, nothing pickled; the trained tensors only."""
+    """Safetensors and JSON, nothing pickled; the trained tensors only."""
     model = fresh()
-    path = save_checkpoint(tmp_path, model, trained_optimizer(model), 7, {"identity": "me"})
+    path = write(tmp_path, model, trained_optimizer(model), 7, {"identity": "me"})
     assert path == tmp_path / "step-00000007" == checkpoint_path(tmp_path, 7)
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "state.json", "trainer.safetensors"]
     for file in path.glob("*.safetensors"):
@@ -107,10 +114,10 @@ def test_files_of_a_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) ->
 
 
 def test_round_trip_restores_weights_moments_and_rng(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Fault 1: each state whose loss shows in a resumed training."""
+    """Each state whose loss shows in a resumed training."""
     model = fresh()
     optimizer = trained_optimizer(model)
-    path = save_checkpoint(tmp_path, model, optimizer, 2, {"identity": "me"})
+    path = write(tmp_path, model, optimizer, 2, {"identity": "me"})
     numbers = torch.rand(4)
     other = fresh()
     restored = build_optimizer(other, CONFIG)
@@ -128,9 +135,9 @@ def test_round_trip_restores_weights_moments_and_rng(fresh: Callable[[], GPTMode
 
 
 def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Fault 9: another freeze plan, or another shape, is named; a shape is never broadcast."""
+    """Another freeze plan, or another shape, is named; a shape is never broadcast."""
     model = fresh()
-    path = save_checkpoint(tmp_path, model, build_optimizer(model, CONFIG), 0, {})
+    path = write(tmp_path, model, build_optimizer(model, CONFIG), 0, {})
     freeze_bottom_layers(model, 2)
     with pytest.raises(ValueError, match=r"trains other parameters: .*h\.1\."):
         load_trained(path, model)
@@ -164,11 +171,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_newest_is_passed_over(fresh: Callable[[], GPTModel], tmp_path: Path, damage: str) -> None:
-    """Faults 2, 8: the one before it is taken, and a warning names the damaged one."""
+    """The one before it is taken, and a warning names the damaged one."""
     model = fresh()
     optimizer = trained_optimizer(model)
     for step in (4, 8):
-        save_checkpoint(tmp_path, model, optimizer, step, {"identity": "me"})
+        write(tmp_path, model, optimizer, step, {"identity": "me"})
     DAMAGES[damage](tmp_path / "step-00000008")
     warnings: list[str] = []
     found = newest_checkpoint(tmp_path, "me", warnings.append)
@@ -184,7 +191,7 @@ def test_newest_is_by_number_and_identity(fresh: Callable[[], GPTModel], tmp_pat
     model = fresh()
     optimizer = build_optimizer(model, CONFIG)
     for step, identity in ((9, "me"), (10, "me"), (100, "other")):
-        save_checkpoint(tmp_path, model, optimizer, step, {"identity": identity})
+        write(tmp_path, model, optimizer, step, {"identity": identity})
     found = newest_checkpoint(tmp_path, "me")
     assert found is not None
     assert found[1]["step"] == 10
@@ -193,9 +200,9 @@ def test_newest_is_by_number_and_identity(fresh: Callable[[], GPTModel], tmp_pat
 
 
 def test_strays_of_a_killed_writer_are_removed(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Fault 2: half a checkpoint under its scratch name is neither read nor kept."""
+    """Half a checkpoint under its scratch name is neither read nor kept."""
     model = fresh()
-    save_checkpoint(tmp_path, model, build_optimizer(model, CONFIG), 4, {"identity": "me"})
+    write(tmp_path, model, build_optimizer(model, CONFIG), 4, {"identity": "me"})
     (tmp_path / "step-00000004").rename(tmp_path / ".step-00000008.0123.tmp")
     assert newest_checkpoint(tmp_path, "me") is None
     assert list(tmp_path.iterdir()) == []
@@ -205,7 +212,7 @@ def test_prune_keeps_the_named(fresh: Callable[[], GPTModel], tmp_path: Path) ->
     """The disk holds two checkpoints, and nothing that is no checkpoint is touched."""
     model = fresh()
     for step in (0, 4, 8, 12):
-        save_checkpoint(tmp_path, model, build_optimizer(model, CONFIG), step, {})
+        write(tmp_path, model, build_optimizer(model, CONFIG), step, {})
     (tmp_path / "metrics.jsonl").touch()
     prune_checkpoints(tmp_path, {4, 12})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000012"]
@@ -214,10 +221,10 @@ def test_prune_keeps_the_named(fresh: Callable[[], GPTModel], tmp_path: Path) ->
 def test_full_disk_leaves_the_old_checkpoint(
     fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 6: a failed save leaves no scratch, and the one before it is whole."""
+    """A failed save leaves no scratch, and the one before it is whole."""
     model = fresh()
     optimizer = trained_optimizer(model)
-    save_checkpoint(tmp_path, model, optimizer, 4, {"identity": "me"})
+    write(tmp_path, model, optimizer, 4, {"identity": "me"})
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
         path.write_bytes(b"half")
@@ -226,7 +233,7 @@ def test_full_disk_leaves_the_old_checkpoint(
     monkeypatch.setattr("model.checkpoint.save_file", full)
     for step in (4, 8):
         with pytest.raises(OSError, match="No space left on device"):
-            save_checkpoint(tmp_path, model, optimizer, step, {"identity": "me"})
+            write(tmp_path, model, optimizer, step, {"identity": "me"})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
     assert load_state(tmp_path / "step-00000004")["step"] == 4
 
@@ -275,7 +282,7 @@ def test_written_behind_is_what_it_was(
 def test_a_failed_write_is_not_forgotten(
     fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: bool
 ) -> None:
-    """Fault 6: a full disk ends the training at the next save or at its end, and the checkpoint before is whole."""
+    """A full disk ends the training at the next save or at its end, and the checkpoint before is whole."""
     model = fresh()
     optimizer = trained_optimizer(model)
 
@@ -303,12 +310,12 @@ def save_for_ever(model: GPTModel, directory: Path) -> None:
     optimizer = trained_optimizer(model)
     for step in range(1, 100_000):
         model.ln_f.bias.data.fill_(step)
-        save_checkpoint(directory, model, optimizer, step, {"identity": "me"})
+        write(directory, model, optimizer, step, {"identity": "me"})
         prune_checkpoints(directory, {step})
 
 
 def test_twenty_kills_while_saving(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Fault 2: at whatever moment the writer dies, the newest checkpoint is whole, and no older than seen before."""
+    """At whatever moment the writer dies, the newest checkpoint is whole, and no older than seen before."""
     context = multiprocessing.get_context("fork")
     delays = random.Random(0)
     reached = 0
@@ -428,7 +435,7 @@ def test_killed_training_ends_as_if_it_had_not_been(
     tmp_path: Path,
     dropout: float,
 ) -> None:
-    """Fault 1: SIGKILL behind step 6, resumed from step 4: weights, losses, moments, all bitwise equal."""
+    """SIGKILL behind step 6, resumed from step 4: weights, losses, moments, all bitwise equal."""
     config = config_of(dropout=dropout)
     directory = tmp_path / "killed"
     victim = launch(directory, config, hold_at=7)
@@ -459,7 +466,7 @@ def test_training_killed_while_saving(
     tmp_path: Path,
     file: str,
 ) -> None:
-    """Fault 2: half of step 8's file is written: step 4 is resumed from, the stray is gone, the end is equal."""
+    """Half of step 8's file is written: step 4 is resumed from, the stray is gone, the end is equal."""
     directory = tmp_path / "killed"
     victim = launch(directory, CONFIG, die_in_save=f"step-00000008:{file}")
     victim.communicate(timeout=60)
@@ -483,7 +490,7 @@ def test_killed_training_with_trunk_outputs_in_a_file(
     monkeypatch: pytest.MonkeyPatch,
     deleted: bool,
 ) -> None:
-    """Fault 1: killed in the first epoch, the cache half full: read or computed again, the end is bitwise equal."""
+    """Killed in the first epoch, the cache half full: read or computed again, the end is bitwise equal."""
     config = config_of(eval_freq=2, micro_batch_tokens=100, dropout=0.1)
     directory, cache = tmp_path / "killed", tmp_path / "cache"
     victim = launch(directory, config, hold_at=4, cache=cache)
@@ -540,7 +547,7 @@ def test_interrupted_anywhere(
     uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
     step: int,
 ) -> None:
-    """Fault 1: in the first epoch, in the last, right behind a checkpoint, with dropout."""
+    """In the first epoch, in the last, right behind a checkpoint, with dropout."""
     config = config_of(dropout=0.1)
     with pytest.raises(Stop):
         train(fresh(), token_dir, config, tmp_path / "cut", "me", interrupt_at(step))
@@ -561,7 +568,7 @@ def test_stopped_on_request(
     uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
     step: int,
 ) -> None:
-    """Fault 3: it ends at that very step, not at the last validation, loses nothing, and the end is bitwise equal."""
+    """It ends at that very step, not at the last validation, loses nothing, and the end is bitwise equal."""
     config = config_of(dropout=0.1)
     reports: list[StepReport] = []
 
@@ -592,7 +599,7 @@ def test_finished_training_is_not_repeated(fresh: Callable[[], GPTModel], token_
     assert (first.resumed_from, again.resumed_from) == (0, 15)
     assert math.isnan(again.first_step_seconds)  # no step was made
     assert record(tmp_path) == before
-    last = load_file(first.last / "model.safetensors")
+    last = load_file(checkpoint_path(tmp_path, first.steps) / "model.safetensors")
     assert same_tensors({k: v for k, v in parameters(network).items() if k in last}, last)
 
 
@@ -603,7 +610,7 @@ def test_training_resumes_behind_a_damaged_checkpoint(
     uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fault 8: a flipped bit in the newest: the best one before it is taken, and the end is equal."""
+    """A flipped bit in the newest: the best one before it is taken, and the end is equal."""
     # The distance from the loss at step 4 is smallest there, so that checkpoints 4 and 8 are both kept.
     [at_step_4] = [m["eval/loss"] for step, m in record(uninterrupted(CONFIG)[1]) if step == 4 and "eval/loss" in m]
     monkeypatch.setattr(

@@ -33,13 +33,13 @@ def test_unknown_size_lists_the_known() -> None:
 
 
 def test_presets_have_gpt2_context_vocabulary_and_epsilon() -> None:
-    """#15: a config dict of one's own gets these wrong."""
+    """A config dict of one's own gets these wrong."""
     for size in ("124m", "355m", "774m", "1558m"):
         config = PRESETS[size]
         assert (config.n_positions, config.vocab_size) == (1024, 50257)
         assert config.layer_norm_epsilon == 1e-5
         assert config.tie_word_embeddings
-        assert config.dropout == 0.0  # #14
+        assert config.dropout == 0.0
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_presets_have_gpt2_context_vocabulary_and_epsilon() -> None:
     ],
 )
 def test_unsupported_setting_is_refused_by_name(tmp_path: Path, name: str, value: Any) -> None:
-    """#15: a setting that changes the computation is never ignored."""
+    """A setting that changes the computation is never ignored."""
     path = write(tmp_path / "config.json", **{name: value})
     with pytest.raises(ValueError, match=rf"config\.json: {name} = {value!r} is not supported"):
         GPTConfig.from_json(path)
@@ -103,7 +103,7 @@ def test_config_round_trip(tmp_path: Path) -> None:
 
 
 def test_dropout_of_the_file_is_not_taken_over(tmp_path: Path) -> None:
-    """#14: GPT-2's own config.json says 0.1; fine-tuning starts from 0."""
+    """GPT-2's own config.json says 0.1; fine-tuning starts from 0."""
     path = write(tmp_path / "config.json", attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1)
     assert GPTConfig.from_json(path).dropout == 0.0
 

@@ -27,7 +27,7 @@ def test_device_names() -> None:
 
 
 def test_precision_names() -> None:
-    """#16: named precisions are what they say; an unknown one is refused."""
+    """Named precisions are what they say; an unknown one is refused."""
     assert resolve_precision("fp32", CPU) == torch.float32
     assert resolve_precision("bf16", CPU) == torch.bfloat16
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
@@ -36,7 +36,7 @@ def test_precision_names() -> None:
 
 
 def test_cast_frozen_leaves_the_trained_in_fp32(tiny_model: GPTModel) -> None:
-    """#16, #13: the frozen rest is stored in bf16, and the tied head stays tied."""
+    """The frozen rest is stored in bf16, and the tied head stays tied."""
     cast_frozen(tiny_model, torch.bfloat16)
     for name, parameter in tiny_model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name

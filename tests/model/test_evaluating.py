@@ -35,7 +35,7 @@ def test_completions_start_where_training_did(gpt2_dir: Path, tokenizer: Any) ->
 def test_stop_is_told_from_the_cut(
     gpt2_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, ids: list[int], want: tuple[str, bool]
 ) -> None:
-    """#3: stopped means EOS before max_new_tokens; the text is without it."""
+    """Stopped means EOS before max_new_tokens; the text is without it."""
     monkeypatch.setattr("model.evaluating.generate", lambda *args: [ids])
     [(text, stopped)] = complete(GPTModel.from_pretrained(gpt2_dir), tokenizer, ["x"], SamplingConfig())
     assert stopped == want[1]
@@ -44,7 +44,7 @@ def test_stop_is_told_from_the_cut(
 
 
 def test_same_seed_same_completions(gpt2_dir: Path, tokenizer: Any) -> None:
-    """#22: base and tuned model draw with the same numbers; batches do not repeat each other's."""
+    """Base and tuned model draw with the same numbers; batches do not repeat each other's."""
     model = GPTModel.from_pretrained(gpt2_dir)
     config = SamplingConfig(max_new_tokens=16, temperature=1.0, top_k=None, top_p=None, batch_size=1)
     first = complete(model, tokenizer, ["same"] * 3, config)

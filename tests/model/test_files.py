@@ -36,7 +36,7 @@ def test_write_json_replaces_in_one_step(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
-    """Fault 2: under its name there is never half of it."""
+    """Under its name there is never half of it."""
     target = tmp_path / "deep" / "target"
     with atomic_directory(target) as scratch:
         (scratch / "sub").mkdir()
@@ -47,7 +47,7 @@ def test_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_failure_leaves_the_old_directory_and_nothing_else(tmp_path: Path) -> None:
-    """Fault 6: a full disk costs the new version, never the old one."""
+    """A full disk costs the new version, never the old one."""
     with atomic_directory(tmp_path / "target") as scratch:
         (scratch / "a").write_text("old")
 
@@ -72,7 +72,7 @@ def test_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_strays_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    """Fault 2: scratch files and directories of a killed writer go, whole ones stay."""
+    """Scratch files and directories of a killed writer go, whole ones stay."""
     (tmp_path / ".step-00000004.0123.tmp" / "sub").mkdir(parents=True)
     (tmp_path / ".step-00000004.0123.tmp" / "sub" / "half").touch()
     (tmp_path / ".state.json.0123").touch()

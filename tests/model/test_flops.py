@@ -59,7 +59,7 @@ def test_ceiling_is_quick_and_finite() -> None:
 
 
 def test_measuring_draws_nothing() -> None:
-    """Fault 1: how fast the processor is decides how much is drawn, and never what dropout draws next."""
+    """How fast the processor is decides how much is drawn, and never what dropout draws next."""
     state = torch.get_rng_state()
     matmul_ceiling(torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), state)

@@ -56,7 +56,7 @@ def trunk(model: GPTModel, ids: Tensor) -> Tensor:
     ],
 )
 def test_exact_counts_at_four_blocks(size: str, trainable: int, total: int) -> None:
-    """#12: pinned, and equal to the formula; embeddings or head left on would show."""
+    """Pinned, and equal to the formula; embeddings or head left on would show."""
     width = GPTConfig.preset(size).n_embd
     block = 12 * width**2 + 13 * width  # qkv, projection, two MLP matrices; their biases; two norms
     plan = plan_freeze(GPTConfig.preset(size), freeze_layers=True, num_unfrozen_layers=4)
@@ -67,7 +67,7 @@ def test_exact_counts_at_four_blocks(size: str, trainable: int, total: int) -> N
 
 
 def test_names_left_on() -> None:
-    """#12: the top blocks and the final norm, nothing below, no embedding, no head."""
+    """The top blocks and the final norm, nothing below, no embedding, no head."""
     plan = plan_freeze(GPTConfig(50, 16, 32, 3, 2), True, 2)
     assert {name.rsplit(".", 1)[0].split(".")[0] for name in plan.names} == {"h", "ln_f"}
     assert {name.split(".")[1] for name in plan.names if name.startswith("h.")} == {"1", "2"}
@@ -94,7 +94,7 @@ def test_impossible_number_of_blocks_is_refused(n: int) -> None:
 
 
 def test_frozen_parameters_stay_bitwise_and_have_no_gradient(tiny_model: GPTModel, token_dir: Path) -> None:
-    """#12, llama-cookbook#438: .grad is None below, every parameter above changes."""
+    """llama-cookbook#438: .grad is None below, every parameter above changes."""
     trained = freeze_bottom_layers(tiny_model, 1).names
     assert len(trained) == 12 + 2
     before = one_step(tiny_model, token_dir)
@@ -129,7 +129,7 @@ def test_trunk_stores_no_activations(tiny_model: GPTModel) -> None:
 
 
 def test_train_head_unties(tiny_model: GPTModel, token_dir: Path) -> None:
-    """#12: a trained head is a copy; the embedding stays frozen, bit for bit."""
+    """A trained head is a copy; the embedding stays frozen, bit for bit."""
     plan = freeze_bottom_layers(tiny_model, 1, train_head=True)
     width, vocabulary = tiny_model.config.n_embd, tiny_model.config.vocab_size
     assert plan.trainable == 12 * width**2 + 13 * width + 2 * width + vocabulary * width
@@ -144,7 +144,7 @@ def test_train_head_unties(tiny_model: GPTModel, token_dir: Path) -> None:
 
 
 def test_head_stays_tied_and_frozen_by_default(tiny_model: GPTModel) -> None:
-    """#13: freezing does not untie by itself."""
+    """Freezing does not untie by itself."""
     assert tiny_model.lm_head.weight is tiny_model.wte.weight
     assert not tiny_model.lm_head.weight.requires_grad
 
@@ -158,7 +158,7 @@ def test_freezing_again_replaces_the_plan(tiny_model: GPTModel) -> None:
 
 
 def test_dropout_never_acts_in_the_trunk(tiny_model: GPTModel) -> None:
-    """#14: model.train() noises the top blocks only, whether called before or after freezing."""
+    """Only the top blocks are noised, whether model.train() is called before or after freezing."""
     tiny_model.set_dropout(0.5)
     ids = torch.randint(300, (2, 30))
     for again in (False, True):

@@ -23,7 +23,7 @@ WIDTHS = [  # n_embd, n_head
 
 @pytest.mark.parametrize(("n_embd", "n_head"), WIDTHS)
 def test_logits_equal_transformers(random_hf: Callable[..., Any], tmp_path: Path, n_embd: int, n_head: int) -> None:
-    """#15: qkv bias, tanh-GELU, epsilon, head split, orientation; every bias and norm weight is random."""
+    """The qkv bias, tanh-GELU, epsilon, head split, orientation; every bias and norm weight is random."""
     reference = random_hf(n_embd=n_embd, n_head=n_head, n_layer=2, n_positions=64, vocab_size=500)
     reference.save_pretrained(tmp_path)
     model = GPTModel.from_pretrained(tmp_path)
@@ -34,7 +34,7 @@ def test_logits_equal_transformers(random_hf: Callable[..., Any], tmp_path: Path
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
 def test_layer_norm_epsilon_is_the_files(random_hf: Callable[..., Any], tmp_path: Path, epsilon: float) -> None:
-    """#15: embeddings so small that the epsilon decides."""
+    """Embeddings so small that the epsilon decides."""
     reference = random_hf(
         n_embd=32, n_head=2, n_layer=2, n_positions=16, vocab_size=50, noise=0.002, initializer_range=0.002,
         layer_norm_epsilon=epsilon,
@@ -47,7 +47,7 @@ def test_layer_norm_epsilon_is_the_files(random_hf: Callable[..., Any], tmp_path
 
 
 def test_parity_test_finds_a_transposed_square_weight(random_hf: Callable[..., Any], tmp_path: Path) -> None:
-    """Fault 10: attn.c_proj is square, so no shape check sees it transposed; the logits must."""
+    """The weight of attn.c_proj is square, so no shape check sees it transposed; the logits must."""
     reference = random_hf(n_embd=75, n_head=5, n_layer=2, n_positions=32, vocab_size=100)
     ids = torch.randint(100, (2, 32))
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_parity_test_finds_a_transposed_square_weight(random_hf: Callable[..., A
     [("124m", 124_439_808), ("355m", 354_823_168), ("774m", 774_030_080), ("1558m", 1_557_611_200)],
 )
 def test_every_size_has_transformers_shapes(size: str, total: int) -> None:
-    """#13, #15: names, shapes and totals, the tied head counted once (124M is not 163M)."""
+    """Names, shapes and totals, the tied head counted once (124M is not 163M)."""
     config = GPTConfig.preset(size)
     with torch.device("meta"):
         model = GPTModel(config)
@@ -76,7 +76,7 @@ def test_every_size_has_transformers_shapes(size: str, total: int) -> None:
 
 
 def test_no_token_sees_a_later_one() -> None:
-    """#5: with right padding and a causal mask, what follows a token never changes its logits."""
+    """With right padding and a causal mask, what follows a token never changes its logits."""
     model = GPTModel(GPTConfig(50, 16, 32, 2, 2)).eval()
     ids = torch.randint(50, (1, 12))
     changed = ids.clone()
@@ -88,7 +88,7 @@ def test_no_token_sees_a_later_one() -> None:
 
 
 def test_cache_equals_full_pass_for_rows_of_any_length(gpt2_dir: Path) -> None:
-    """#20: two chunks per row through the cache give the logits of the whole row at once."""
+    """Two chunks per row through the cache give the logits of the whole row at once."""
     model = GPTModel.from_pretrained(gpt2_dir)
     rows = [torch.randint(1, 300, (n,)) for n in (9, 4, 1)]
     more = torch.randint(1, 300, (3, 5))

@@ -26,7 +26,7 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_half_a_line_is_dropped(tmp_path: Path) -> None:
-    """Fault 1: a writer killed in the middle of a line leaves it; the next one does not glue its own to it."""
+    """A writer killed in the middle of a line leaves it; the next one does not glue its own to it."""
     journal = MetricsJournal(tmp_path / "metrics.jsonl")
     journal.append(1, {})
     with journal.path.open("a") as stream:
@@ -39,7 +39,7 @@ def test_half_a_line_is_dropped(tmp_path: Path) -> None:
 
 
 def test_truncate_keeps_the_first_lines(tmp_path: Path) -> None:
-    """Fault 1: what lies behind the checkpoint is written anew, without gap or duplicate."""
+    """What lies behind the checkpoint is written anew, without gap or duplicate."""
     journal = MetricsJournal(tmp_path / "metrics.jsonl")
     for step in range(5):
         journal.append(step, {"x": step})

@@ -75,7 +75,7 @@ def test_export_loads_in_transformers(gpt2_dir: Path, tmp_path: Path) -> None:
 
 
 def test_untied_export_loads_in_transformers(gpt2_dir: Path, tmp_path: Path) -> None:
-    """#12: a trained head is saved as a tensor of its own, and comes back untied on both sides."""
+    """A trained head is saved as a tensor of its own, and comes back untied on both sides."""
     model = GPTModel.from_pretrained(gpt2_dir)
     freeze_bottom_layers(model, 1, train_head=True)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_mask_buffers_of_old_files_are_ignored(gpt2_dir: Path, edited: Callable[
 
 
 def test_head_is_the_embedding_itself(gpt2_dir: Path) -> None:
-    """#13: one Parameter, not a copy that drifts, and counted once."""
+    """One Parameter, not a copy that drifts, and counted once."""
     model = GPTModel.from_pretrained(gpt2_dir)
     assert model.lm_head.weight is model.wte.weight
     assert model.lm_head.weight.data_ptr() == model.wte.weight.data_ptr()
@@ -170,7 +170,7 @@ def test_stored_head_that_contradicts_the_tie_is_refused(edited: Callable[..., P
 def test_wrong_keys_and_shapes_are_named(
     edited: Callable[..., Path], change: Callable[[Weights], object], message: str
 ) -> None:
-    """Fault 9: missing, extra, mis-shaped; never broadcast, which copy_ would do."""
+    """Missing, extra, mis-shaped; never broadcast, which copy_ would do."""
     directory = edited(change)
     with pytest.raises(ValueError, match=message):
         check_pretrained(directory)
@@ -192,7 +192,7 @@ def test_all_faults_are_named_at_once(edited: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("cut", ["half", "one byte", "in the header", "empty"])
 def test_truncated_file_is_refused_by_name(gpt2_dir: Path, tmp_path: Path, cut: str) -> None:
-    """Fault 7: an interrupted copy never loads."""
+    """An interrupted copy never loads."""
     shutil.copytree(gpt2_dir, tmp_path / "cut")
     path = tmp_path / "cut" / "model.safetensors"
     data = path.read_bytes()
@@ -232,7 +232,7 @@ def test_missing_shard_is_named(sharded: Path) -> None:
 
 
 def test_index_cannot_leave_its_directory(sharded: Path) -> None:
-    """Fault 32: a hostile index reads no file elsewhere."""
+    """A hostile index reads no file elsewhere."""
     (sharded / "model-00001-of-00002.safetensors").rename(sharded.parent / "x.safetensors")
     path = sharded / "model.safetensors.index.json"
     path.write_text(path.read_text().replace("model-00001-of-00002.safetensors", "../x.safetensors"))
@@ -251,7 +251,7 @@ class Canary:
 
 
 def test_pickled_weights_are_never_read(gpt2_dir: Path, tmp_path: Path) -> None:
-    """Fault 31: pytorch_model.bin is no substitute for safetensors, and what hides in it does not run."""
+    """A pytorch_model.bin is no substitute for safetensors, and what hides in it does not run."""
     shutil.copytree(gpt2_dir, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
@@ -295,7 +295,7 @@ def test_load_gpt_model(preset_dir: Path) -> None:
     assert next(n for n, p in model.named_parameters() if p.requires_grad) == "h.4.ln_1.weight"
     assert model.num_frozen == 4
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
-    assert {rate for block in model.h for rate in (block.attn.dropout, block.mlp.dropout)} == {0.0}  # #14
+    assert {rate for block in model.h for rate in (block.attn.dropout, block.mlp.dropout)} == {0.0}
 
 
 def test_load_gpt_model_unfrozen(preset_dir: Path) -> None:
@@ -335,7 +335,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, **settings: str) -> Pa
 
 
 def test_tokenizer_of_one_token_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """#23: what GPT2TokenizerFast(vocab_file=..., merges_file=...) gives in transformers 5."""
+    """What GPT2TokenizerFast(vocab_file=..., merges_file=...) gives in transformers 5."""
     Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).model.save(str(tmp_path))
     trap = GPT2TokenizerFast(vocab_file=str(tmp_path / "vocab.json"), merges_file=str(tmp_path / "merges.txt"))
     if len(trap) > 1:
@@ -346,7 +346,7 @@ def test_tokenizer_of_one_token_is_refused(tokenizer_dir: Path, tmp_path: Path) 
 
 
 def test_vocab_json_and_merges_load_in_full(tokenizer_dir: Path, gpt2_dir: Path, tmp_path: Path) -> None:
-    """#23: the same two files, beside config.json as OpenAI's upload has them, give the whole tokenizer."""
+    """The same two files, beside config.json as OpenAI's upload has them, give the whole tokenizer."""
     Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).model.save(str(tmp_path))
     shutil.copy(gpt2_dir / "config.json", tmp_path)
     tokenizer, whole = load_tokenizer(tmp_path, 320), load_tokenizer(tokenizer_dir, 320)
@@ -356,7 +356,7 @@ def test_vocab_json_and_merges_load_in_full(tokenizer_dir: Path, gpt2_dir: Path,
 
 
 def test_broken_vocabulary_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """#23: entries are gone, so text is lost in encoding."""
+    """Entries are gone, so text is lost in encoding."""
     raw = json.loads((tokenizer_dir / "tokenizer.json").read_text())
     vocab = {token: i for token, i in raw["model"]["vocab"].items() if token not in ("(", ")")}
     directory = save_tokenizer(byte_level(vocab, []), tmp_path)
@@ -365,7 +365,7 @@ def test_broken_vocabulary_is_refused(tokenizer_dir: Path, tmp_path: Path) -> No
 
 
 def test_full_size_tokenizer_must_encode_as_gpt2(tmp_path: Path) -> None:
-    """#23: 50,257 entries and a working round trip are not enough when the merges are not GPT-2's."""
+    """50,257 entries and a working round trip are not enough when the merges are not GPT-2's."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(alphabet)}
     vocab |= {f"<filler {i}>": i for i in range(len(vocab), 50256)} | {"<|endoftext|>": 50256}

@@ -76,7 +76,7 @@ def test_rows_without_target_are_left_out(dataset_of: Callable[..., CodeAlpacaDa
 def test_prompt_loss_weight_makes_every_token_but_the_first_a_target(
     dataset_of: Callable[..., CodeAlpacaDataset],
 ) -> None:
-    """#6: prompt tokens weigh as told, response tokens 1; now the row that is all prompt takes part."""
+    """Prompt tokens weigh as told, response tokens 1; now the row that is all prompt takes part."""
     dataset = dataset_of(weight=0.25)
     batch = pack(dataset, np.array([0, 1, 3, 4]), CPU)
     assert batch.rows.tolist() == [0, 1, 3]
@@ -89,7 +89,7 @@ def test_prompt_loss_weight_makes_every_token_but_the_first_a_target(
 
 
 def test_weights_sum_to_what_the_loss_is_divided_by(token_dir: Path) -> None:
-    """#9: on real rows, with and without weight on the prompt."""
+    """On real rows, with and without weight on the prompt."""
     rows = np.array([3, 0, 17])
     for weight in (0.0, 0.5):
         dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
@@ -133,7 +133,7 @@ def test_split_evenly_by_hand() -> None:
 
 @pytest.mark.parametrize("limit", [1, 50, 200, 800, 100_000])
 def test_split_evenly_keeps_order_and_every_row(limit: int) -> None:
-    """#5, #9: no row lost, none twice, none moved; groups differ by about a row, and none is empty."""
+    """No row lost, none twice, none moved; groups differ by about a row, and none is empty."""
     rng = np.random.default_rng(0)
     rows, lengths = rng.permutation(60), rng.integers(1, 90, 60)
     length_of = dict(zip(rows.tolist(), lengths.tolist(), strict=True))

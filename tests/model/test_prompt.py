@@ -26,7 +26,7 @@ def test_without_completion_it_ends_where_the_response_begins() -> None:
 
 
 def test_inference_ids_are_the_training_ids(tokenizer: Any) -> None:
-    """axolotl#834, #20: id for id, also where BPE would merge across the border."""
+    """axolotl#834: id for id, also where BPE would merge across the border."""
     examples = encode_examples(tokenizer, PROMPTS, COMPLETIONS)
     prompts, completions = encode_prompts(tokenizer, PROMPTS), encode(tokenizer, COMPLETIONS)
     for (ids, prompt_length), prompt, completion in zip(examples, prompts, completions, strict=True):
@@ -46,7 +46,7 @@ def test_example_decodes_to_its_text(tokenizer: Any) -> None:
 
 
 def test_eos_ends_every_example_once(tokenizer: Any) -> None:
-    """#3: completion + EOS, and no EOS elsewhere."""
+    """Completion + EOS, and no EOS elsewhere."""
     for ids, _ in encode_examples(tokenizer, PROMPTS, COMPLETIONS):
         assert ids[-1] == tokenizer.eos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1
@@ -58,7 +58,7 @@ def test_prompt_ends_without_eos(tokenizer: Any) -> None:
 
 
 def test_end_of_text_in_data_is_ordinary_text(tokenizer: Any) -> None:
-    """#21: the literal marker, in prompt or completion, never becomes the EOS id, and survives as text."""
+    """The literal marker, in prompt or completion, never becomes the EOS id, and survives as text."""
     text = "stop <|endoftext|> here<|endoftext|>"
     assert tokenizer.eos_token_id in tokenizer.encode(text)  # the trap: the plain call does it
     assert tokenizer.eos_token_id not in encode(tokenizer, [text])[0]

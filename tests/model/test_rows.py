@@ -33,7 +33,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
-    """#7: text stays text, in order: pandas would read NA as missing and 001 as 1."""
+    """Text stays text, in order: pandas would read NA as missing and 001 as 1."""
     assert [normalize_row(record) for record in read_records(write(tmp_path / f"rows{suffix}", ROWS))] == ROWS
 
 
@@ -67,7 +67,7 @@ def test_json_that_is_no_list_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_both_schemas(record: dict[str, Any], prompt: str) -> None:
-    """#7: the hub copy's prompt + completion, and instruction + input + output joined as it joins them."""
+    """The hub copy's prompt + completion, and instruction + input + output joined as it joins them."""
     assert normalize_row(record) == {"prompt": prompt, "completion": "c"}
 
 
@@ -93,7 +93,7 @@ def test_both_schemas(record: dict[str, Any], prompt: str) -> None:
     ],
 )
 def test_unusable_rows_have_a_reason(record: Any, reason: str) -> None:
-    """Faults 15, 16: never a crash, never the text "None"."""
+    """Never a crash, never the text "None"."""
     with pytest.raises(UnusableRow) as caught:
         normalize_row(record)
     assert caught.value.reason == reason
@@ -101,7 +101,7 @@ def test_unusable_rows_have_a_reason(record: Any, reason: str) -> None:
 
 
 def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
-    """Fault 15, 16: half a line, bytes that are no UTF-8, NaN for an object, blank lines; the rest is read."""
+    """Half a line, bytes that are no UTF-8, NaN for an object, blank lines; the rest is read."""
     path = tmp_path / "rows.jsonl"
     good = b'{"prompt": "p", "completion": "c"}'
     path.write_bytes(b"\n".join([good, good[:10], b'{"prompt": "\xff\xfe"}', b"", b"  ", b"NaN", good]))
@@ -115,7 +115,7 @@ def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
 
 
 def test_deeply_nested_line_is_one_bad_row(tmp_path: Path) -> None:
-    """Fault 16: a hostile line costs a row, not the run."""
+    """A hostile line costs a row, not the run."""
     path = tmp_path / "rows.jsonl"
     path.write_text("[" * 100_000 + '\n{"prompt": "p", "completion": "c"}\n')
     first, second = read_records(path)
@@ -124,7 +124,7 @@ def test_deeply_nested_line_is_one_bad_row(tmp_path: Path) -> None:
 
 
 def test_nul_is_text(tmp_path: Path) -> None:
-    """Fault 16: a NUL inside a string is a character like others."""
+    """A NUL inside a string is a character like others."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a\\u0000b", "completion": "c"}\n')
     [record] = read_records(tmp_path / "rows.jsonl")
     assert normalize_row(record)["prompt"] == "a\x00b"

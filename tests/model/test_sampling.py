@@ -25,7 +25,7 @@ def kept(logits: Tensor) -> list[list[int]]:
 
 
 def test_top_p_keeps_the_token_that_crosses() -> None:
-    """#17: 0.5 + 0.3 crosses 0.6, so both stay; the seed keeps one."""
+    """0.5 + 0.3 crosses 0.6, so both stay; the seed keeps one."""
     assert kept(filter_logits(logits_of([0.5, 0.3, 0.2]), top_p=0.6)) == [[0, 1]]
 
 
@@ -33,12 +33,12 @@ def test_top_p_keeps_the_token_that_crosses() -> None:
     ("p", "want"), [(0.05, [2]), (0.39, [2]), (0.41, [0, 2]), (0.69, [0, 2]), (0.71, [0, 2, 3]), (0.95, [0, 1, 2, 3])]
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, want: list[int]) -> None:
-    """#17: neither one token more nor one less, in any order of the vocabulary."""
+    """Neither one token more nor one less, in any order of the vocabulary."""
     assert kept(filter_logits(logits_of([0.3, 0.1, 0.4, 0.2]), top_p=p)) == [want]
 
 
 def test_first_token_above_p_is_kept_alone() -> None:
-    """#17: the seed removes everything, and multinomial fails."""
+    """The seed removes everything, and multinomial fails."""
     filtered = filter_logits(logits_of([0.05, 0.9, 0.05]), top_p=0.5)
     assert kept(filtered) == [[1]]
     assert torch.multinomial(filtered.softmax(-1), 1).item() == 1
@@ -50,7 +50,7 @@ def test_top_p_of_one_keeps_all() -> None:
 
 
 def test_rows_are_filtered_independently() -> None:
-    """#18: logits[0, ...] filters the first row only, with the other rows' indices."""
+    """Indexing with logits[0, ...] filters the first row only, with the other rows' indices."""
     rows = logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.3, 0.36, 0.34])
     assert kept(filter_logits(rows, top_p=0.6)) == [[0, 1], [2], [1, 2]]
     assert kept(filter_logits(rows, top_k=1)) == [[0], [2], [1]]
@@ -68,7 +68,7 @@ def test_temperature_divides() -> None:
 
 
 def test_temperature_zero_is_argmax() -> None:
-    """#19: T = 0 divides by zero in the seed; here it keeps the most probable token, whatever else is set."""
+    """T = 0 divides by zero in the seed; here it keeps the most probable token, whatever else is set."""
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 0.0]])
     for settings in ({}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.1}):
         filtered = filter_logits(logits, temperature=0.0, **settings)
@@ -77,14 +77,14 @@ def test_temperature_zero_is_argmax() -> None:
 
 
 def test_top_k_above_the_vocabulary_keeps_all() -> None:
-    """#19: torch.topk fails with k > V."""
+    """With k > V torch.topk fails."""
     logits = torch.randn(2, 5)
     assert torch.equal(filter_logits(logits, top_k=6), logits)
     assert torch.equal(filter_logits(logits, top_k=5), logits)
 
 
 def test_ties_keep_exactly_k() -> None:
-    """#19: logits < min keeps every token that ties with the k-th."""
+    """Comparing logits < min keeps every token that ties with the k-th."""
     assert [len(row) for row in kept(filter_logits(torch.zeros(3, 10), top_k=4))] == [4, 4, 4]
 
 
@@ -101,7 +101,7 @@ def test_order_is_temperature_then_top_k_then_top_p() -> None:
 
 
 def test_bf16_is_filtered_in_fp32() -> None:
-    """#19: a cumulated sum in bf16 stalls near 1, so that a long tail of 512 tokens is miscounted."""
+    """A cumulated sum in bf16 stalls near 1, so that a long tail of 512 tokens is miscounted."""
     logits = torch.zeros(2, 512, dtype=torch.bfloat16)
     filtered = filter_logits(logits, top_p=0.7)
     assert filtered.dtype == torch.float32
@@ -164,7 +164,7 @@ def plain_loop(model: GPTModel, prompt: list[int], steps: int) -> list[int]:
 
 
 def test_greedy_equals_transformers(model: GPTModel, reference: GPT2LMHeadModel) -> None:
-    """#18, #20: a batch of prompts of different lengths, token for token."""
+    """A batch of prompts of different lengths, token for token."""
     prompts = prompts_of(5, 17, 1, 30)
     got = generate(model, prompts, 40, temperature=0)
     for prompt, row in zip(prompts, got, strict=True):
@@ -177,26 +177,26 @@ def test_greedy_equals_transformers(model: GPTModel, reference: GPT2LMHeadModel)
 
 
 def test_cache_equals_the_plain_loop(model: GPTModel) -> None:
-    """#20: keys and values reused or computed anew, the tokens are the same."""
+    """Keys and values reused or computed anew, the tokens are the same."""
     prompts = prompts_of(3, 20, 9)
     assert generate(model, prompts, 30, temperature=0) == [plain_loop(model, p, 30) for p in prompts]
 
 
 def test_text_beyond_the_context_is_cropped(model: GPTModel) -> None:
-    """#20: the context is 96: one prompt crosses it at once, one on the way, one never."""
+    """The context is 96: one prompt crosses it at once, one on the way, one never."""
     prompts = prompts_of(120, 80, 10)
     assert generate(model, prompts, 30, temperature=0) == [plain_loop(model, p, 30) for p in prompts]
 
 
 @pytest.mark.parametrize("length", [95, 96, 97])
 def test_edge_of_the_context(model: GPTModel, length: int) -> None:
-    """#20: no position is off by one where the cache is full."""
+    """No position is off by one where the cache is full."""
     prompts = prompts_of(length)
     assert generate(model, prompts, 4, temperature=0) == [plain_loop(model, p, 4) for p in prompts]
 
 
 def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """#20: also at T = 1, each row's logits are those of its own text, to rounding."""
+    """Also at T = 1, each row's logits are those of its own text, to rounding."""
     seen: list[Tensor] = []
 
     def spy(logits: Tensor, *settings: Any) -> Tensor:
@@ -214,7 +214,7 @@ def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, monkeypatch: 
 
 
 def test_each_row_stops_at_its_own_eos(model: GPTModel) -> None:
-    """#20: EOS ends its row, is its last id, and changes nothing in the others."""
+    """EOS ends its row, is its last id, and changes nothing in the others."""
     prompts = prompts_of(5, 17, 1, 30)
     free = generate(model, prompts, 30, seed=5)
     eos = free[1][8]
@@ -250,7 +250,7 @@ def test_a_row_that_is_done_costs_the_others_nothing(
 
 
 def test_same_seed_same_text(model: GPTModel) -> None:
-    """#20, #22: the draw depends on the seed, and on nothing before it."""
+    """The draw depends on the seed, and on nothing before it."""
     prompts = prompts_of(4, 6)
     first = generate(model, prompts, 20, seed=7)
     torch.rand(5)
@@ -259,7 +259,7 @@ def test_same_seed_same_text(model: GPTModel) -> None:
 
 
 def test_global_generator_is_left_alone(model: GPTModel) -> None:
-    """#22: sampling during training must not move dropout's random numbers."""
+    """Sampling during training must not move dropout's random numbers."""
     before = torch.get_rng_state()
     generate(model, prompts_of(4), 10, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -301,7 +301,7 @@ def test_empty_prompt_is_refused(model: GPTModel) -> None:
 
 
 def test_generation_in_mixed_precision(tiny_model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """#16: a bf16 trunk under an fp32 top generates under autocast, near the fp32 logits."""
+    """A bf16 trunk under an fp32 top generates under autocast, near the fp32 logits."""
     seen: list[Tensor] = []
 
     def spy(logits: Tensor, *settings: Any) -> Tensor:

@@ -56,18 +56,18 @@ def dataset(token_dir: Path) -> CodeAlpacaDataset:
 
 
 def test_copying_the_input_scores_badly(dataset: CodeAlpacaDataset) -> None:
-    """#1: with unshifted labels this would be 0, and the model ruined."""
+    """With unshifted labels this would be 0, and the model ruined."""
     tokens = sum(dataset[i]["loss_weights"].sum() for i in range(8))
     assert loss_of(copying, dataset) / tokens > 0.7 * SURE
 
 
 def test_predicting_the_next_token_scores_zero(dataset: CodeAlpacaDataset) -> None:
-    """#1: position t predicts token t + 1."""
+    """Position t predicts token t + 1."""
     assert loss_of(foreseeing, dataset) < 1e-3
 
 
 def test_never_stopping_costs(dataset: CodeAlpacaDataset) -> None:
-    """#2, #3: a model that foresees all but the EOS pays for exactly one token a row."""
+    """A model that foresees all but the EOS pays for exactly one token a row."""
 
     def endless(ids: Tensor) -> Tensor:
         logits = foreseeing(ids)
@@ -92,7 +92,7 @@ def packed_loss(model: GPTModel, dataset: CodeAlpacaDataset, rows: list[int]) ->
 
 
 def test_padding_bears_no_loss(tiny_model: GPTModel, dataset: CodeAlpacaDataset) -> None:
-    """#2: pad = eos, and still a row's loss is the same alone, padded, and beside others."""
+    """With pad = eos a row's loss is still the same alone, padded, and beside others."""
     numbers = list(range(6))
     rows = [dataset[i] for i in numbers]
     shortest, longest = sorted(numbers, key=lambda i: len(rows[i]["input_ids"]))[:: len(rows) - 1]
@@ -119,7 +119,7 @@ def test_padding_bears_no_loss(tiny_model: GPTModel, dataset: CodeAlpacaDataset)
 
 
 def test_prompt_bears_no_loss_by_default(dataset: CodeAlpacaDataset) -> None:
-    """#6: nonsense on the prompt costs nothing; the first response token is predicted from its last token."""
+    """Nonsense on the prompt costs nothing; the first response token is predicted from its last token."""
     prompts = {tuple(dataset[i]["input_ids"].tolist()): int(dataset.lengths[i, 1]) for i in range(8)}
 
     def nonsense_on_prompt(ids: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_prompt_bears_no_loss_by_default(dataset: CodeAlpacaDataset) -> None:
 
 
 def test_prompt_loss_weight_weighs(tiny_model: GPTModel, token_dir: Path) -> None:
-    """#6: the sum is response + weight x prompt."""
+    """The sum is response + weight x prompt."""
 
     def loss(weight: float) -> float:
         weighted = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
@@ -142,7 +142,7 @@ def test_prompt_loss_weight_weighs(tiny_model: GPTModel, token_dir: Path) -> Non
 
 
 def test_batch_without_targets_is_zero(tiny_model: GPTModel, dataset: CodeAlpacaDataset) -> None:
-    """Fault 18, trl#6668: not NaN, and its gradient is 0."""
+    """trl#6668: not NaN, and its gradient is 0."""
     none = torch.empty(0, dtype=torch.long)
     empty = replace(pack(dataset, np.arange(8), CPU), predictors=none, targets=none)
     engine, head = Engine(tiny_model, torch.float32), padded_head(tiny_model.lm_head.weight, torch.float32)
@@ -154,7 +154,7 @@ def test_batch_without_targets_is_zero(tiny_model: GPTModel, dataset: CodeAlpaca
 
 
 def test_loss_is_computed_in_fp32(dataset: CodeAlpacaDataset) -> None:
-    """#16: bf16 logits are widened before the softmax."""
+    """Logits in bf16 are widened before the softmax."""
     batch: Pack = pack(dataset, np.arange(8), CPU)
     hidden = torch.randn(len(batch.targets), 32, dtype=torch.bfloat16)
     head = torch.randn(VOCABULARY, 32, dtype=torch.bfloat16)
@@ -241,7 +241,7 @@ def reference_losses(gpt2_dir: Path, dataset: CodeAlpacaDataset) -> list[tuple[f
 
 @pytest.mark.parametrize("max_tokens", [1, 200, 10_000])
 def test_row_losses_equal_transformers(gpt2_dir: Path, token_dir: Path, max_tokens: int) -> None:
-    """#8, #9: each row's loss is its own, in the rows' order, however the rows are grouped."""
+    """Each row's loss is its own, in the rows' order, however the rows are grouped."""
     dataset = CodeAlpacaDataset(token_dir, "validation")
     engine = Engine(GPTModel.from_pretrained(gpt2_dir), torch.float32)
     sums, counts = row_losses(engine, dataset, max_tokens)
@@ -251,12 +251,12 @@ def test_row_losses_equal_transformers(gpt2_dir: Path, token_dir: Path, max_toke
 
 
 def test_mean_is_over_tokens() -> None:
-    """#9, torchtitan#4167: 100 nats over 11 tokens, not the mean of the rows' means."""
+    """torchtitan#4167: 100 nats over 11 tokens, not the mean of the rows' means."""
     assert mean_loss(np.array([90.0, 10.0]), np.array([10, 1])) == pytest.approx(100 / 11)
 
 
 def test_scoring_restores_the_mode_and_ignores_dropout(tiny_model: GPTModel, token_dir: Path) -> None:
-    """#8, #14: validation in the midst of training is not noised, and changes nothing."""
+    """Validation in the midst of training is not noised, and changes nothing."""
     dataset = CodeAlpacaDataset(token_dir, "validation")
     want, _ = row_losses(Engine(tiny_model, torch.float32), dataset, 500)
     tiny_model.set_dropout(0.5)

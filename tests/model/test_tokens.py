@@ -110,7 +110,7 @@ def test_counts(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
 
 
 def test_eos_ends_every_whole_row(token_dir: Path, tokenizer: Any) -> None:
-    """#2, #3: EOS is there, and its label is EOS, not IGNORE, although pad = eos."""
+    """EOS is there, and its label is EOS, not IGNORE, although pad = eos."""
     dataset = CodeAlpacaDataset(token_dir, "train")
     for i in range(len(dataset)):
         assert dataset[i]["input_ids"][-1] == tokenizer.eos_token_id
@@ -121,7 +121,7 @@ def test_eos_ends_every_whole_row(token_dir: Path, tokenizer: Any) -> None:
 def test_truncated_row_has_no_eos_and_is_counted(
     make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any
 ) -> None:
-    """#4: a cut row never pretends to end; its beginning is kept."""
+    """A cut row never pretends to end; its beginning is kept."""
     meta, directory = run(make_rows(60), max_length=50)
     _, whole = run(make_rows(60))
     cut = [ids for split in SPLITS for ids, _ in examples(directory, split) if ids[-1] != tokenizer.eos_token_id]
@@ -141,7 +141,7 @@ def test_row_that_just_fits_is_not_truncated(run: Callable[..., Any], make_rows:
 
 
 def test_long_prompt_is_dropped_and_counted(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fault 17: a row of which only the prompt would be left has nothing to learn."""
+    """A row of which only the prompt would be left has nothing to learn."""
     long = [{"prompt": f"{i} " + "very " * 200, "completion": "x"} for i in range(3)]
     meta, directory = run(make_rows(60) + long, max_dropped_share=0)
     assert meta["counts"]["dropped"] == {"prompt_too_long": 3}
@@ -150,7 +150,7 @@ def test_long_prompt_is_dropped_and_counted(make_rows: Callable[..., Any], run: 
 
 
 def test_prompt_of_exactly_max_length_is_dropped(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fault 17: one token of room is enough, none is not."""
+    """One token of room is enough, none is not."""
     _, whole = run(make_rows(60))
     lengths = [prompt for split in SPLITS for _, prompt in examples(whole, split)]
     limit = max(n for n in lengths if n - 1 in lengths)
@@ -161,13 +161,13 @@ def test_prompt_of_exactly_max_length_is_dropped(make_rows: Callable[..., Any], 
 
 
 def test_all_prompts_too_long_fails_with_numbers(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fault 17: fails before training, and says why."""
+    """Fails before training, and says why."""
     with pytest.raises(ValueError, match=r"no training row is left .*max_length 10; .*60 prompt_too_long"):
         run(make_rows(60), max_length=10)
 
 
 def test_huge_row_is_cut(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fault 16: a response of 400,000 characters costs max_length tokens."""
+    """A response of 400,000 characters costs max_length tokens."""
     huge = [{"prompt": f"Huge {i}", "completion": "spam " * 80_000} for i in range(2)]
     meta, directory = run(make_rows(60) + huge)
     assert meta["counts"]["truncated"] == 2
@@ -177,7 +177,7 @@ def test_huge_row_is_cut(make_rows: Callable[..., Any], run: Callable[..., Any])
 def test_literal_end_of_text_is_never_eos(
     make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any
 ) -> None:
-    """#21, fault 16: across prepare, each row has one EOS, the appended one."""
+    """Across prepare, each row has one EOS, the appended one."""
     marked = [{"prompt": f"<|endoftext|> {i}", "completion": f"a<|endoftext|>b\n<|endoftext|>{i}"} for i in range(10)]
     _, directory = run(make_rows(60) + marked)
     rows = [ids for split in SPLITS for ids, _ in examples(directory, split)]
@@ -197,7 +197,7 @@ BAD = {
 
 
 def test_unusable_rows_are_counted_by_reason(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fault 15: each reason once, and the good rows all there."""
+    """Each reason once, and the good rows all there."""
     meta, _ = run(make_rows(60) + list(BAD.values()), max_dropped_share=0.2)
     assert meta["counts"]["dropped"] == dict.fromkeys(BAD, 1)
     assert meta["counts"]["seen"] == 67
@@ -205,7 +205,7 @@ def test_unusable_rows_are_counted_by_reason(make_rows: Callable[..., Any], run:
 
 
 def test_too_many_unusable_rows_name_the_first_five(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fault 15: over the threshold it fails, with file, row numbers and reasons."""
+    """Over the threshold it fails, with file, row numbers and reasons."""
     rows = make_rows(53)
     for position, bad in zip((2, 10, 11, 30, 45, 50, 52), BAD.values(), strict=True):
         rows.insert(position, bad)
@@ -235,7 +235,7 @@ def test_failed_prepare_leaves_nothing(
 
 
 def test_splits_share_no_prompt(make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any) -> None:
-    """#8: a held-out prompt is not trained on, not even as a second copy with another case and answer."""
+    """A held-out prompt is not trained on, not even as a second copy with another case and answer."""
     copies = [{"prompt": f"  {normalize_row(row)['prompt'].upper()}", "completion": "other"} for row in make_rows(60)]
     meta, directory = run(make_rows(60) + copies, max_length=512)
     assert sum(meta["counts"]["rows"].values()) == 120
@@ -257,7 +257,7 @@ def test_given_splits_are_used_and_leaks_dropped(make_rows: Callable[..., Any], 
 
 
 def test_splits_do_not_move_when_rows_are_added(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """#8: the held-out rows of yesterday are held out tomorrow, wherever the new rows stand."""
+    """The held-out rows of yesterday are held out tomorrow, wherever the new rows stand."""
     old, new = make_rows(60), make_rows(200)[60:]
     _, before = run(old)
     for grown in (old + new, new + old, new[:70] + list(reversed(old)) + new[70:]):
@@ -270,7 +270,7 @@ def test_splits_do_not_move_when_rows_are_added(make_rows: Callable[..., Any], r
 
 
 def test_split_seed(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """#22: the same seed draws the same held-out rows, another one others."""
+    """The same seed draws the same held-out rows, another one others."""
     first, again, other = (held_out(run(make_rows(60), seed=seed)[1], "test") for seed in (1, 1, 2))
     assert first == again
     assert first != other
@@ -304,7 +304,7 @@ def test_bad_rows_outside_the_subset_do_not_count(make_rows: Callable[..., Any],
 
 
 def test_empty_held_out_split_is_refused(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """#8: no blind training, and the setting to raise is named."""
+    """No blind training, and the setting to raise is named."""
     with pytest.raises(ValueError, match="raise validation_share"):
         run(make_rows(60), validation_share=0.0)
     with pytest.raises(ValueError, match="raise test_share"):
@@ -313,7 +313,7 @@ def test_empty_held_out_split_is_refused(make_rows: Callable[..., Any], run: Cal
 
 @pytest.mark.parametrize("field", ["prompt", "completion"])
 def test_data_sha256_is_over_all_rows(make_rows: Callable[..., Any], run: Callable[..., Any], field: str) -> None:
-    """#7: one character in any row, also a late one, gives another sha256; the same rows give the same."""
+    """One character in any row, also a late one, gives another sha256; the same rows give the same."""
     rows = [normalize_row(row) for row in make_rows(60)]
     shas = {run(rows)[0]["data_sha256"], run(rows)[0]["data_sha256"]}
     assert len(shas) == 1
@@ -335,7 +335,7 @@ def test_data_sha256_sees_text_that_is_cut(make_rows: Callable[..., Any], run: C
 def test_verify_tokens_finds_any_flipped_byte(
     make_rows: Callable[..., Any], run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Fault 8, for token files: each file, first and last byte; and a missing or half one."""
+    """Each token file, first and last byte; and a missing or half one."""
     meta, directory = run(make_rows(60))
     assert verify_tokens(directory) == meta
     for path in sorted(directory.iterdir()):
@@ -439,7 +439,7 @@ def test_unusable_rows_are_an_error_before_anything_is_chosen(
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_labels_and_weights(token_dir: Path, weight: float) -> None:
-    """#6: loss on the response by default; the prompt bears prompt_loss_weight; labels are the ids, unshifted."""
+    """Loss on the response by default; the prompt bears prompt_loss_weight; labels are the ids, unshifted."""
     dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
     for i in range(len(dataset)):
         row, prompt = dataset[i], int(dataset.lengths[i, 1])
@@ -452,7 +452,7 @@ def test_labels_and_weights(token_dir: Path, weight: float) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_loss_weight_is_the_sum_over_targets(token_dir: Path, weight: float) -> None:
-    """#9: the divisor equals the weights that the loss sums, the first token being no target."""
+    """The divisor equals the weights that the loss sums, the first token being no target."""
     dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
     rows = np.array([3, 0, 17])
     assert dataset.loss_weight(rows) == sum(dataset[int(i)]["loss_weights"][1:].sum().item() for i in rows)
@@ -466,12 +466,12 @@ def test_limit_takes_the_first_rows(token_dir: Path) -> None:
 
 
 def test_eos_bears_loss(token_dir: Path, tokenizer: Any) -> None:
-    """#2: the real EOS is a target, although its id would pad (here 0)."""
+    """The real EOS is a target, although its id would pad (here 0)."""
     assert tokenizer.eos_token_id == 0
     dataset = CodeAlpacaDataset(token_dir, "train")
     for i in range(6):
         row = dataset[i]
-        assert {len(row[key]) for key in row} == {int(dataset.lengths[i, 0])}  # #5: no padding to max_length
+        assert {len(row[key]) for key in row} == {int(dataset.lengths[i, 0])}  # no padding to max_length
         assert row["labels"][-1] == tokenizer.eos_token_id
         assert row["loss_weights"][-1] == 1
 
@@ -494,7 +494,7 @@ def test_large_vocabulary_is_stored_in_four_bytes(
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    """#22: a permutation that any process can compute anew, different in every epoch and for every seed."""
+    """A permutation that any process can compute anew, different in every epoch and for every seed."""
     orders = {(seed, epoch): tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}
     assert len(set(orders.values())) == 6
     for (seed, epoch), order in orders.items():

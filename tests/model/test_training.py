@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from model import GPTModel, freeze_bottom_layers
-from model.checkpoint import load_trained
+from model.checkpoint import checkpoint_path, load_trained
 from model.device import cast_frozen
 from model.engine import Engine
 from model.journal import read_journal
@@ -80,7 +80,7 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("prompt_loss_weight", [0.0, 0.5])
 def test_micro_batches_never_change_the_step(run: Callable[..., Any], prompt_loss_weight: float) -> None:
-    """#9: 1 x 8 == 8 x 1 == anything between, in float64 to 1e-10: losses and weights after six steps."""
+    """1 x 8 == 8 x 1 == anything between, in float64 to 1e-10: losses and weights after six steps."""
     settings = {"double": True, "prompt_loss_weight": prompt_loss_weight}
     results = [run(micro_batch_tokens=tokens, **settings) for tokens in (10_000, 1, 130, 250)]
     whole, directory, _ = results[0]
@@ -94,7 +94,7 @@ def test_micro_batches_never_change_the_step(run: Callable[..., Any], prompt_los
 def test_training_equals_a_plain_loop_over_transformers(
     run: Callable[..., Any], gpt2_dir: Path, token_dir: Path
 ) -> None:
-    """#1, #2, #6, #9, #11: transformers' model, torch's AdamW, one unpadded row at a time, in float64 to 1e-10."""
+    """Transformers' model, torch's AdamW, one unpadded row at a time, in float64 to 1e-10."""
     settings = {"epochs": 2, "max_steps": 8, "max_grad_norm": 0.3, "weight_decay": 0.1, "learning_rate": 3e-3}
     model, directory, _ = run(double=True, **settings)
 
@@ -139,7 +139,7 @@ def test_loss_falls(run: Callable[..., Any]) -> None:
 
 
 def test_only_the_planned_parameters_change(run: Callable[..., Any], gpt2_dir: Path) -> None:
-    """#12: after a whole training, weight decay included, the frozen ones are the file's, bit for bit."""
+    """After a whole training, weight decay included, the frozen ones are the file's, bit for bit."""
     model, _, _ = run(weight_decay=0.5)
     before = dict(GPTModel.from_pretrained(gpt2_dir).named_parameters())
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -148,16 +148,16 @@ def test_only_the_planned_parameters_change(run: Callable[..., Any], gpt2_dir: P
 
 
 def test_trained_head_moves_alone(run: Callable[..., Any], gpt2_dir: Path) -> None:
-    """#12, #13: an untied head learns, the embedding does not."""
-    model, _, result = run(train_head=True)
+    """An untied head learns, the embedding does not."""
+    model, directory, result = run(train_head=True)
     wte = GPTModel.from_pretrained(gpt2_dir).wte.weight
     assert torch.equal(model.wte.weight, wte)
     assert not torch.equal(model.lm_head.weight, wte)
-    assert "lm_head.weight" in load_file(result.last / "model.safetensors")
+    assert "lm_head.weight" in load_file(checkpoint_path(directory, result.steps) / "model.safetensors")
 
 
 def test_mixed_precision(gpt2_dir: Path, token_dir: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
-    """#16: bf16 trunk, fp32 trained weights and moments; losses near fp32's."""
+    """A bf16 trunk, fp32 trained weights and moments; losses near fp32's."""
     _, exact, _ = run()
     model = GPTModel.from_pretrained(gpt2_dir)
     freeze_bottom_layers(model, 1)
@@ -175,7 +175,7 @@ def test_mixed_precision(gpt2_dir: Path, token_dir: Path, tmp_path: Path, run: C
 
 
 def test_optimizer_holds_the_trainable_alone_in_two_groups(tiny_model: GPTModel) -> None:
-    """#11: frozen parameters are not even known to it; biases and norms do not decay."""
+    """Frozen parameters are not even known to it; biases and norms do not decay."""
     optimizer = build_optimizer(tiny_model, TrainConfig(weight_decay=0.1, learning_rate=3e-4))
     decayed, plain = optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
@@ -189,7 +189,7 @@ def test_optimizer_holds_the_trainable_alone_in_two_groups(tiny_model: GPTModel)
 
 
 def test_schedule() -> None:
-    """#10: three warm-up steps of a hundred, then a cosine from the peak towards zero."""
+    """Three warm-up steps of a hundred, then a cosine from the peak towards zero."""
     config = TrainConfig(learning_rate=1.0, warmup_ratio=0.03)
     lr = [learning_rate_at(step, 100, config) for step in range(100)]
     assert lr[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
@@ -208,7 +208,7 @@ def test_schedule_of_few_steps(steps: int, ratio: float) -> None:
 
 
 def test_schedule_is_applied(run: Callable[..., Any], gpt2_dir: Path) -> None:
-    """#10: what the journal says is what the optimizer used: a first step of AdamW moves by the learning rate."""
+    """What the journal says is what the optimizer used: a first step of AdamW moves by the learning rate."""
     model, directory, _ = run(max_steps=1, weight_decay=0.0, warmup_ratio=0.0, learning_rate=0.003)
     assert values(directory, "train/lr") == {1: 0.003}
     moved = (model.ln_f.bias - GPTModel.from_pretrained(gpt2_dir).ln_f.bias).abs()
@@ -226,7 +226,7 @@ def test_total_steps() -> None:
 
 
 def test_every_row_once_per_epoch_in_another_order(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """#22, litgpt#1712: all rows, none twice, and the second epoch does not repeat the first's order."""
+    """litgpt#1712: all rows, none twice, and the second epoch does not repeat the first's order."""
     seen: list[int] = []
 
     def spy(dataset: CodeAlpacaDataset, rows: np.ndarray, device: torch.device) -> Pack:
@@ -250,7 +250,7 @@ def test_every_row_once_per_epoch_in_another_order(run: Callable[..., Any], monk
 def test_validation_at_start_on_the_way_and_at_the_end(
     run: Callable[..., Any], gpt2_dir: Path, token_dir: Path
 ) -> None:
-    """#8: before step 0, every eval_freq steps, and after the last; the first is the untouched model's."""
+    """Before step 0, every eval_freq steps, and after the last; the first is the untouched model's."""
     _, directory, result = run(epochs=2, max_steps=10, eval_freq=4)
     found = values(directory, "eval/loss")
     assert list(found) == [0, 4, 8, 10]
@@ -262,7 +262,7 @@ def test_validation_at_start_on_the_way_and_at_the_end(
 
 
 def test_validation_is_on_the_response_whatever_the_training_loss(run: Callable[..., Any]) -> None:
-    """#6, #8: prompt_loss_weight changes training, never what is compared."""
+    """The prompt_loss_weight changes training, never what is compared."""
     results = [run(prompt_loss_weight=weight, max_steps=2) for weight in (0.0, 1.0)]
     assert results[0][2].base_eval_loss == results[1][2].base_eval_loss
     assert values(results[0][1], "train/loss") != values(results[1][1], "train/loss")
@@ -279,7 +279,7 @@ def test_eval_rows_limits(run: Callable[..., Any], gpt2_dir: Path, token_dir: Pa
 def test_best_checkpoint_is_the_minimum(
     gpt2_dir: Path, token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """#8: the best of five validations is kept with its weights, beside the last; the others are deleted."""
+    """The best of five validations is kept with its weights, beside the last; the others are deleted."""
     script = iter([5.0, 4.0, 3.0, 3.5, 3.25])
     monkeypatch.setattr("model.training.mean_loss", lambda sums, counts: next(script))
     model = GPTModel.from_pretrained(gpt2_dir)
@@ -293,13 +293,13 @@ def test_best_checkpoint_is_the_minimum(
     result = train(model, token_dir, config, tmp_path, "identity", watch)
     assert (result.best_step, result.best_eval_loss, result.base_eval_loss) == (4, 3.0, 5.0)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000008"]
-    assert (result.best, result.last) == (tmp_path / "step-00000004", tmp_path / "step-00000008")
-    for path, step in ((result.best, 4), (result.last, 8)):
+    assert result.best == tmp_path / "step-00000004"
+    for path, step in ((result.best, 4), (tmp_path / "step-00000008", 8)):
         assert torch.equal(load_file(path / "model.safetensors")["ln_f.bias"], bias[step])
 
 
 def test_base_may_be_the_best(run: Callable[..., Any], gpt2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """#8: a training that only does harm gives back the base itself."""
+    """A training that only does harm gives back the base itself."""
     script = iter([1.0, 2.0, 1.0])
     monkeypatch.setattr("model.training.mean_loss", lambda sums, counts: next(script))
     _, _, result = run(max_steps=4, eval_freq=2)
@@ -312,7 +312,7 @@ def test_base_may_be_the_best(run: Callable[..., Any], gpt2_dir: Path, monkeypat
 
 
 def test_best_checkpoint_scores_what_it_says(run: Callable[..., Any], gpt2_dir: Path, token_dir: Path) -> None:
-    """#8: base weights plus the checkpoint's give the loss that was reported."""
+    """Base weights plus the checkpoint's give the loss that was reported."""
     _, directory, result = run(epochs=2, eval_freq=3)
     assert result.best_eval_loss == min(values(directory, "eval/loss").values())
     model = GPTModel.from_pretrained(gpt2_dir)
@@ -341,7 +341,7 @@ def test_reports(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_same_seed_same_training(run: Callable[..., Any], dropout: float) -> None:
-    """#22: bit for bit, dropout included, whatever the global generators did before."""
+    """Bit for bit, dropout included, whatever the global generators did before."""
     first, one, _ = run(dropout=dropout)
     torch.rand(3)
     np.random.rand(3)
@@ -352,7 +352,7 @@ def test_same_seed_same_training(run: Callable[..., Any], dropout: float) -> Non
 
 
 def test_another_seed_another_training(run: Callable[..., Any]) -> None:
-    """#22: the seed decides the order, and dropout's noise."""
+    """The seed decides the order, and dropout's noise."""
     losses = [values(run(max_steps=2, seed=seed)[1], "train/loss") for seed in (1, 2)]
     assert losses[0] != losses[1]
     one_batch = [
@@ -362,7 +362,7 @@ def test_another_seed_another_training(run: Callable[..., Any]) -> None:
 
 
 def test_dropout_acts_and_is_off_by_default(run: Callable[..., Any]) -> None:
-    """#14: the rate of the config is the rate in force."""
+    """The rate of the config is the rate in force."""
     model, plain, _ = run(max_steps=1)
     assert model.h[2].attn.dropout == 0.0
     model, noised, _ = run(max_steps=1, dropout=0.3)
@@ -394,18 +394,19 @@ def without_targets(token_dir: Path, tmp_path: Path) -> Callable[[slice], Path]:
 def test_step_without_targets_is_no_step(
     run: Callable[..., Any], without_targets: Callable[[slice], Path], gpt2_dir: Path
 ) -> None:
-    """Fault 18, trl#6668: loss 0, finite; no optimizer step, not even a decay."""
+    """trl#6668: loss 0, finite; no optimizer step, not even a decay."""
     model, directory, result = run(tokens=without_targets(slice(None)), weight_decay=0.5)
     assert set(values(directory, "train/loss").values()) == {0.0}
     before = dict(GPTModel.from_pretrained(gpt2_dir).named_parameters())
     assert difference(dict(model.named_parameters()), before) == 0.0
-    assert list(load_file(result.last / "trainer.safetensors")) == ["rng.cpu"]  # AdamW has no state yet
+    moments = load_file(checkpoint_path(directory, result.steps) / "trainer.safetensors")
+    assert list(moments) == ["rng.cpu"]  # AdamW has no state yet
 
 
 def test_rows_without_targets_weigh_nothing(
     run: Callable[..., Any], without_targets: Callable[[slice], Path], gpt2_dir: Path
 ) -> None:
-    """#9: where half of the rows bear no loss, the mean is over the tokens of the other half."""
+    """Where half of the rows bear no loss, the mean is over the tokens of the other half."""
     tokens = without_targets(slice(0, 21))
     _, directory, _ = run(tokens=tokens, batch_size=42, max_steps=1)
     sums, counts = row_losses(engine_of(gpt2_dir), CodeAlpacaDataset(tokens, "train"), 500)
@@ -428,7 +429,7 @@ def poisoned(model: GPTModel, name: str, step: int) -> Callable[[StepReport], No
 
 @pytest.mark.parametrize("name", ["h.2.mlp.c_fc.weight", "h.0.attn.c_attn.bias", "ln_f.weight"])
 def test_nan_weight_stops_before_the_update(tiny_model: GPTModel, token_dir: Path, tmp_path: Path, name: str) -> None:
-    """Fault 19: in a trained or a frozen weight: no update is made, and no checkpoint holds a NaN."""
+    """A NaN in a trained or a frozen weight: no update is made, and no checkpoint holds it."""
     before: dict[str, Tensor] = {}
 
     def hook(report: StepReport) -> None:
@@ -449,7 +450,7 @@ def test_nan_weight_stops_before_the_update(tiny_model: GPTModel, token_dir: Pat
 def test_nan_before_a_validation_is_not_saved(
     tiny_model: GPTModel, token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 19: an update that itself makes a NaN is found by the validation, before the save."""
+    """An update that itself makes a NaN is found by the validation, before the save."""
     step = torch.optim.AdamW.step
 
     def bad_step(self: torch.optim.AdamW, *args: Any) -> None:
@@ -465,7 +466,7 @@ def test_nan_before_a_validation_is_not_saved(
 
 
 def test_nan_from_the_start_saves_nothing(tiny_model: GPTModel, token_dir: Path, tmp_path: Path) -> None:
-    """Fault 19: a broken base is found by the validation at step 0."""
+    """A broken base is found by the validation at step 0."""
     poisoned(tiny_model, "wpe.weight", 0)(StepReport(0, 1, 0.0, 0.0, 0.0, None))
     with pytest.raises(NonFiniteError, match="step 0"):
         train(tiny_model, token_dir, CONFIG, tmp_path, "identity")
@@ -473,7 +474,7 @@ def test_nan_from_the_start_saves_nothing(tiny_model: GPTModel, token_dir: Path,
 
 
 def test_infinite_gradient_stops_before_the_update(tiny_model: GPTModel, token_dir: Path, tmp_path: Path) -> None:
-    """Fault 19: the loss may be finite where a gradient is not; clipping would make all of them NaN."""
+    """The loss may be finite where a gradient is not; clipping would make all of them NaN."""
     tiny_model.h[2].attn.c_proj.bias.register_hook(lambda gradient: gradient * math.inf)
     before = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
     with pytest.raises(NonFiniteError, match="gradient norm"):
@@ -484,7 +485,7 @@ def test_infinite_gradient_stops_before_the_update(tiny_model: GPTModel, token_d
 
 @pytest.mark.parametrize("learning_rate", [1e3, 1e6, 1e20])
 def test_divergence_is_a_non_finite_error(run: Callable[..., Any], tmp_path: Path, learning_rate: float) -> None:
-    """Fault 19: an absurd learning rate ends with the advice to lower it, or survives; with no other error."""
+    """An absurd learning rate ends with the advice to lower it, or survives; with no other error."""
     with suppress(NonFiniteError):
         run(learning_rate=learning_rate, eval_freq=2)
     assert finite(tmp_path)

@@ -168,7 +168,7 @@ def test_successful_nights_add_up(
     settings: Settings, model: str, night: Nights, monkeypatch: pytest.MonkeyPatch, page: int
 ) -> None:
     """Keys come back bit for bit, from all pages of the answer."""
-    monkeypatch.setattr("ops.ledger._PAGE", page)
+    monkeypatch.setattr("ops.tracking._PAGE", page)
     for _ in range(5):
         night(range(12), count=2)
     assert _used(settings, model) == list(range(10))

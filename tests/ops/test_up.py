@@ -22,7 +22,6 @@ from ops.tracking import client
 
 pytestmark = pytest.mark.slow
 FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
-SERVED = ("prefect server", "mlflow", "prefect worker", "ops.watch")
 
 
 @pytest.fixture(scope="module")
