@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from model.files import atomic_directory, remove_strays, sha256_file, write_json
+from model.files import atomic_directory, remove_strays, save_tensors, sha256_file, write_json
 from model.gpt import GPTModel
 
 MODEL_FILE = "model.safetensors"
@@ -76,11 +76,14 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict
 
     Returns:
         The checkpoint's own directory.
+
+    Raises:
+        OSError: it could not be written; an older checkpoint of this step is as it was.
     """
     target = checkpoint_path(directory, step)
     with atomic_directory(target) as scratch:
-        save_file(snapshot.model, scratch / MODEL_FILE)
-        save_file(snapshot.trainer, scratch / TRAINER_FILE)
+        save_tensors(snapshot.model, scratch / MODEL_FILE)
+        save_tensors(snapshot.trainer, scratch / TRAINER_FILE)
         files = {name: sha256_file(scratch / name) for name in (MODEL_FILE, TRAINER_FILE)}
         write_json(scratch / STATE_FILE, {**state, "step": step, "files": files})
     return target

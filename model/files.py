@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: hashes, atomic directories, atomic JSON."""
+"""Files that are either whole or absent: hashes, atomic directories, atomic JSON, tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def sha256_file(path: Path) -> str:
@@ -33,6 +37,19 @@ def write_json(path: Path, value: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(scratch, path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, mostly for want of space; the message has its path and its size.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # which is no OSError, and does not name the file
+        size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+        raise OSError(f"cannot write {path}, {size:,} bytes ({free:,} are free there): {error}") from error
 
 
 @contextmanager

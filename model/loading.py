@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import GPTConfig
+from model.files import save_tensors
 from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
 
@@ -175,7 +175,7 @@ def write_pretrained(model: GPTModel, directory: Path, eos_token_id: int | None 
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config.to_json(eos_token_id)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(hf_state_dict(model), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(hf_state_dict(model), directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:

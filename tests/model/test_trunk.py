@@ -251,7 +251,7 @@ def test_other_depth_rows_ids_or_dtype_do_not_find_it(
 
 
 def test_second_training_computes_nothing(load: Callable[..., GPTModel], token_dir: Path, tmp_path: Path) -> None:
-    """End to end: the second night trains from the champion on the first one's trunk outputs, validation's too."""
+    """On the same rows, and from the champion: it finds the first one's outputs, validation's too."""
     cache = TrunkCacheConfig(tmp_path / "cache")
     champion = load()
     first = train(champion, token_dir, TRAIN, tmp_path / "one", "one", cache=cache)
