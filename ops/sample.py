@@ -7,6 +7,7 @@ import sys
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ops.registry import version_uri
 from ops.settings import Settings
 from ops.tracking import MODEL_PREFIX, client
 
@@ -59,8 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_sampling(given.temperature, given.top_k, given.top_p)
         version = latest_version(client(uri), given.model)
         with TemporaryDirectory() as scratch:
-            source = f"models:/{version.name}/{version.version}"
-            directory = mlflow.artifacts.download_artifacts(source, dst_path=scratch)
+            directory = mlflow.artifacts.download_artifacts(version_uri(version), dst_path=scratch)
             network = GPTModel.from_pretrained(directory)
             tokenizer = load_tokenizer(directory, network.config.vocab_size)
     except (LookupError, ValueError) as error:
