@@ -61,12 +61,11 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
     # Whoever reaped this attempt's run has told already.
     if word is None or any(reaped for _, reaped in found):
         return
-    url = found[0][0].url if found else None
     name = f"{flow.name}/{deployment.name}" if deployment.name else flow.name
     message = (state.message or "").strip()[:_MESSAGE]
     notify(
         f"{name} {word}: {flow_run.name}",
         [message] if message else [],
-        {"MLflow run": url} if url else {},
+        {"MLflow run": found[0][0].url if found else None},
         str(flow_run.id),
     )

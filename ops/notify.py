@@ -19,7 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 def notify(
-    title: str, lines: Sequence[str] = (), links: Mapping[str, str] | None = None, flow_run_id: str | None = None
+    title: str,
+    lines: Sequence[str] = (),
+    links: Mapping[str, str | None] | None = None,
+    flow_run_id: str | None = None,
 ) -> bool:
     """Post a notice to FINETUNE_WEBHOOK_URL, if that is set, and write it as Prefect's artifact ``notice``.
 
@@ -28,19 +31,20 @@ def notify(
     Args:
         title: one line.
         lines: what there is to say, a few short lines.
-        links: title to URL, beside that of the Prefect run.
+        links: title to URL, beside that of the Prefect run; None for a page that there is not.
         flow_run_id: the Prefect run it is about; by default the one that calls.
 
     Returns:
         Whether the webhook took it; False also if there is none.
     """
     run = UUID(flow_run_id) if flow_run_id else _current_flow_run()
-    links = {**_link_to(run), **(links or {})}
+    pages = {"Prefect run": _page(run), **(links or {})}
+    shown = {name: url for name, url in pages.items() if url}
     _log.info("notice: %s", "; ".join([title, *lines]))
     posted: list[bool] = []
     ways = [
-        _start("artifact", lambda: _write_artifact(title, lines, links, run)),
-        _start("webhook", lambda: posted.append(_post(title, lines, links))),
+        _start("artifact", lambda: _write_artifact(title, lines, shown, run)),
+        _start("webhook", lambda: posted.append(_post(title, lines, shown))),
     ]
     deadline = time.monotonic() + _SECONDS
     for name, thread in ways:
@@ -91,11 +95,10 @@ def _write_artifact(title: str, lines: Sequence[str], links: Mapping[str, str], 
         client.create_artifact(artifact)
 
 
-def _link_to(run: UUID | None) -> dict[str, str]:
+def _page(run: UUID | None) -> str | None:
     from prefect.utilities.urls import url_for
 
-    url = url_for("flow-run", run) if run else None
-    return {"Prefect run": url} if url else {}
+    return url_for("flow-run", run) if run else None
 
 
 def _current_flow_run() -> UUID | None:

@@ -137,7 +137,7 @@ def announce(run: RunRef, version: ModelVersion, verdict: Verdict) -> None:
     lines = [verdict.reason]
     if verdict.promoted and verdict.previous:
         lines.append(f"before: version {verdict.previous}; `make rollback` returns to it")
-    notify(title, lines, {"MLflow run": run.url} if run.url else {})
+    notify(title, lines, {"MLflow run": run.url})
 
 
 def roll_back(tracking_uri: str, name: str) -> tuple[str, str]:

@@ -182,7 +182,7 @@ def close_stale(stale: StaleRun, prefect: SyncPrefectClient | None) -> bool:
     if prefect is not None and stale.prefect_goes_on:
         crash_flow_run(prefect, stale.flow_run_id, stale.reason)
     if stale.crashed:
-        links = {"MLflow run": stale.run.url} if stale.run.url else {}
+        links = {"MLflow run": stale.run.url}
         notify(f"{stale.name} crashed", [stale.reason], links, stale.flow_run_id or None)
     return True
 

@@ -9,6 +9,7 @@ from model.config import normalize_size
 from ops.promotion import roll_back
 from ops.registry import model_name
 from ops.settings import Settings
+from ops.tracking import refusal
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except MlflowException as error:
-        print(f"MLflow at {uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}", file=sys.stderr)
+        print(refusal(uri, error), file=sys.stderr)
         return 1
     print(f"{name}: the champion was version {before}, and is version {now} again")
     return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ops.registry import version_uri
 from ops.settings import Settings
-from ops.tracking import MODEL_PREFIX, client
+from ops.tracking import MODEL_PREFIX, client, refusal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.prompt.strip():
         parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
+
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except MlflowException as error:
-        print(f"MLflow at {uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}", file=sys.stderr)
+        print(refusal(uri, error), file=sys.stderr)
         return 1
     sampling = SamplingConfig(
         max_new_tokens=given.max_new_tokens,

@@ -68,6 +68,11 @@ def without_credentials(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
+def refusal(tracking_uri: str, error: Exception) -> str:
+    """For people: MLflow did not do what was asked."""
+    return f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
+
+
 def client(tracking_uri: str) -> MlflowClient:
     """A client for this URI, for the registry too."""
     import mlflow
