@@ -130,7 +130,10 @@ def lock_holders(path: Path) -> list[int]:
 
 def _locks(fdinfo: Path, file: os.stat_result) -> bool:
     """Whether a descriptor, given by its file in /proc/*/fdinfo, has the flock of a file."""
-    if not re.search(r"^lock:.*FLOCK", fdinfo.read_text(), re.MULTILINE):
+    try:
+        if not re.search(r"^lock:.*FLOCK", fdinfo.read_text(), re.MULTILINE):
+            return False
+        # Inodes repeat from device to device, and the device that fdinfo names is on btrfs not the one of stat.
+        return os.path.samestat((fdinfo.parents[1] / "fd" / fdinfo.name).stat(), file)
+    except FileNotFoundError:  # closed meanwhile; the process may have the lock by another
         return False
-    # Inodes repeat from device to device, and the device that fdinfo names is on btrfs not the one of stat.
-    return os.path.samestat((fdinfo.parents[1] / "fd" / fdinfo.name).stat(), file)

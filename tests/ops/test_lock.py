@@ -177,6 +177,21 @@ def test_a_child_outlives_the_block(tmp_path: Path) -> None:
     assert [lock.held for lock in read_locks(tmp_path)] == [False]
 
 
+def test_a_holder_that_opens_and_closes_files_is_found(tmp_path: Path) -> None:
+    """Descriptors vanish while its list is read, as in every program that starts; the lock's own does not."""
+    busy = "import os, sys\nprint(flush=True)\nwhile True: [os.close(os.dup(0)) for _ in range(9)]"
+    with exclusive(tmp_path, "cpu", "me", print) as held:
+        child = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE, pass_fds=[held.descriptor])
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        (lock,) = read_locks(tmp_path)
+        assert [lock.pids for _ in range(100)] == [[child.pid]] * 100
+    finally:
+        child.kill()
+        child.communicate()
+
+
 def test_every_user_may_lock(tmp_path: Path) -> None:
     """The folder is made as /tmp is, the files can be locked by anybody, whatever the umask says."""
     before = os.umask(0o077)
