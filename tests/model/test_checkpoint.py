@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import count
 from pathlib import Path
@@ -219,26 +220,29 @@ def test_prune_keeps_the_named(fresh: Callable[[], GPTModel], tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000012"]
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[], None]]:
-    """Called, it has the system refuse whatever a file is to hold beyond 4 kB, as a full disk does."""
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """The system refuses whatever a file is to hold beyond 4 kB, as a full disk does.
+
+    The limit is the whole process's, pytest's report included where that goes to a file: hold it around the
+    write alone, never to the end of a test.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_full_disk_leaves_the_old_checkpoint(
-    fresh: Callable[[], GPTModel], tmp_path: Path, full_disk: Callable[[], None]
-) -> None:
+def test_full_disk_leaves_the_old_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
     """A failed save names file and size and leaves no scratch, and the one before it is whole."""
     model = fresh()
     optimizer = trained_optimizer(model)
     write(tmp_path, model, optimizer, 4, {"identity": "me"})
-    full_disk()
     for step in (4, 8):
-        with pytest.raises(
-            OSError, match=rf"cannot write .*step-0000000{step}.*safetensors, [\d,]+ bytes .*too large"
-        ):
+        message = rf"cannot write .*step-0000000{step}.*safetensors, [\d,]+ bytes .*too large"
+        with pytest.raises(OSError, match=message), full_disk():
             write(tmp_path, model, optimizer, step, {"identity": "me"})
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
     assert load_state(tmp_path / "step-00000004")["step"] == 4
@@ -285,15 +289,12 @@ def test_written_behind_is_what_it_was(
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_a_failed_write_is_not_forgotten(
-    fresh: Callable[[], GPTModel], tmp_path: Path, full_disk: Callable[[], None], behind: bool
-) -> None:
+def test_a_failed_write_is_not_forgotten(fresh: Callable[[], GPTModel], tmp_path: Path, behind: bool) -> None:
     """A full disk ends the training at the next save or at its end, and the checkpoint before is whole."""
     model = fresh()
     optimizer = trained_optimizer(model)
     with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
         writer.save(4, {"identity": "me"}, keep=[4])
-    full_disk()
 
     def save(times: int) -> None:
         with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
@@ -302,7 +303,7 @@ def test_a_failed_write_is_not_forgotten(
                 assert step == 8  # the second is told of the first
 
     for times in (1, 2):
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match="too large"), full_disk():
             save(times)
         assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
 
