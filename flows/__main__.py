@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from ops.lock import exclusive
 from ops.settings import PROJECT_ROOT, Settings
 
 _SERVERS = (
@@ -50,13 +51,16 @@ def embed(settings: Settings) -> None:
 
 
 def start(settings: Settings) -> None:
-    """Start Prefect's ephemeral server, and meanwhile load what the flow will need: the server takes seconds too."""
+    """Start Prefect's ephemeral server, and meanwhile load what the flow will need: the server takes seconds too.
+
+    One process at a time: neither Prefect nor MLflow survives that another makes the same sqlite database meanwhile.
+    """
     # The collector takes a quarter of the time of imports, and more at the process's end, for what stays anyway.
     gc.disable()
     import prefect.server.api.server  # noqa: F401  # here, as two threads must not import parts of one package
     from prefect.client.orchestration import get_client
 
-    with ThreadPoolExecutor(1) as thread:
+    with exclusive(settings.locks, "databases", "make run", print), ThreadPoolExecutor(1) as thread:
         server = thread.submit(get_client, sync_client=True)
         import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
         from transformers import AutoTokenizer  # noqa: F401

@@ -33,6 +33,22 @@ def test_a_run_without_servers(tmp_path: Path) -> None:
     assert {"start", "prefect", "mlflow", "prepare", "train", "evaluate", "publish"} <= table.keys()
 
 
+@pytest.mark.slow
+def test_two_first_runs_at_once(tmp_path: Path) -> None:
+    """One makes the databases, and the other waits for it."""
+    environment = {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
+    runs = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=400)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    assert sum("waiting for databases, held by make run" in output for output in outputs) == 1
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
