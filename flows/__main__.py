@@ -18,8 +18,11 @@ from typing import Any
 import yaml
 
 from ops.lock import exclusive
+from ops.marks import mark_process
+from ops.processes import end, left_behind
 from ops.settings import PROJECT_ROOT, Settings
 
+RUN = "FINETUNE_RUN"  # of which run a process is, for the next one if that is killed
 _SERVERS = (
     "PREFECT_API_URL",
     "PREFECT_API_KEY",
@@ -40,6 +43,7 @@ def embed(settings: Settings) -> None:
         os.environ.pop(name, None)
     home = settings.data_root / "prefect"
     home.mkdir(parents=True, exist_ok=True)  # the server does not make it, and then cannot open its database
+    os.environ[RUN] = mark_process().to_json()
     os.environ.update(
         PREFECT_HOME=str(home),
         PREFECT_PROFILES_PATH=str(home / "profiles.toml"),
@@ -61,6 +65,8 @@ def start(settings: Settings) -> None:
     from prefect.client.orchestration import get_client
 
     with exclusive(settings.locks, "databases", "make run", print), ThreadPoolExecutor(1) as thread:
+        for orphan in end(lambda: left_behind(RUN), 5):
+            print(f"ended what a killed run had left: {orphan}")
         server = thread.submit(get_client, sync_client=True)
         import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
         from transformers import AutoTokenizer  # noqa: F401

@@ -1,4 +1,4 @@
-"""Processes by what their environment says: whoever `make up` started, and all that they started, wherever they run.
+"""Processes by what their environment says: whoever `make up` or `make run` started, and all that they started.
 
 A name proves nothing, and a number is given to another process once its owner is gone; so the mark is looked at
 again at the moment of each signal. Linux only (/proc).
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.marks import ProcessMark
+
 _FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect's worker puts it into the environment of a flow run
 
 
@@ -26,12 +28,14 @@ class Process:
         parent: that of its parent.
         command: the beginning of its command line, for people.
         flow_run: the id of the Prefect flow run that it, or one of its ancestors, executes.
+        mark: the variable of its environment by which it was found, and its value.
     """
 
     pid: int
     parent: int
     command: str
     flow_run: str | None
+    mark: tuple[str, str]
 
     def __str__(self) -> str:
         return f"pid {self.pid} ({self.command})"
@@ -39,25 +43,36 @@ class Process:
 
 def marked(name: str, value: str) -> list[Process]:
     """All living processes of this user that were started with the variable ``name`` set to ``value``."""
+    return [process for process in _carriers(name) if process.mark[1] == value]
+
+
+def left_behind(name: str) -> list[Process]:
+    """Those whose variable ``name`` holds the mark of a process (``ProcessMark.to_json``) that has died since."""
+    found = []
+    for process in _carriers(name):
+        owner = ProcessMark.from_json(process.mark[1])
+        if owner and owner.is_dead:
+            found.append(process)
+    return found
+
+
+def _carriers(name: str) -> list[Process]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
         environment = _environment(pid)
-        if environment.get(name) == value and pid != os.getpid():
+        if name in environment and pid != os.getpid():
+            mark = name, environment[name]
             with contextlib.suppress(OSError):  # gone meanwhile
-                found.append(Process(pid, _parent(folder), _command(folder), environment.get(_FLOW_RUN)))
+                found.append(Process(pid, _parent(folder), _command(folder), environment.get(_FLOW_RUN), mark))
     return sorted(found, key=lambda process: process.pid)
 
 
-def end(
-    find: Callable[[], Iterable[Process]], name: str, value: str, seconds: float, hurry: Callable[[], bool] = bool
-) -> list[Process]:
+def end(find: Callable[[], Iterable[Process]], seconds: float, hurry: Callable[[], bool] = bool) -> list[Process]:
     """Ask the processes that ``find`` gives to end (SIGTERM), wait for them, and kill those that will not.
 
     Args:
         find: called again and again: what they start meanwhile ends with them.
-        name: of the mark that a process must carry at the moment it is signalled.
-        value: of the mark.
         seconds: to wait before SIGKILL. Ten seconds after that the rest is given up.
         hurry: true when there is no more time to wait.
 
@@ -72,7 +87,7 @@ def end(
             if late or process.pid not in asked:
                 asked[process.pid] = process
                 with contextlib.suppress(ProcessLookupError):
-                    if _environment(process.pid).get(name) == value:
+                    if process.mark in _environment(process.pid).items():
                         os.kill(process.pid, signal.SIGKILL if late else signal.SIGTERM)
                         os.kill(process.pid, signal.SIGCONT)  # a halted one would not notice
         time.sleep(0.1)

@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from flows.__main__ import complaint, main
+from flows.__main__ import RUN, complaint, main
+from ops.marks import mark_process
+from ops.processes import marked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,6 +34,30 @@ def test_a_run_without_servers(tmp_path: Path) -> None:
     total = float(table.pop("total"))
     assert sum(map(float, table.values())) == pytest.approx(total, abs=0.1)
     assert {"start", "prefect", "mlflow", "prepare", "train", "evaluate", "publish"} <= table.keys()
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_left_is_ended(tmp_path: Path) -> None:
+    """Its server, perhaps at work on the databases; the server of a run that lives stays."""
+    environment = {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
+    killed = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    mark = mark_process(killed.pid).to_json()
+    while not (servers := [process for process in marked(RUN, mark) if "uvicorn" in process.command]):
+        assert killed.poll() is None
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    living = subprocess.Popen(["sleep", "600"], env={**os.environ, RUN: mark_process().to_json()})
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"ended what a killed run had left: {servers[0]}" in done.stdout
+        assert marked(RUN, mark) == []
+        assert living.poll() is None
+    finally:
+        living.kill()
+        living.wait()
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ class MadeUp:
         """End it, however it stands, and all that it started."""
         if self.process and self.process.poll() is None:
             self.interrupt(signal.SIGTERM)
-        end(self.processes, MARK, str(self.home), 5)
+        end(self.processes, 5)
         assert not self.processes()
 
     def processes(self, *words: str) -> list[Process]:

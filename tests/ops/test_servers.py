@@ -278,8 +278,8 @@ def test_processes_are_found_by_their_mark(sleepers: dict[str, subprocess.Popen[
 
 def test_who_lost_its_mark_is_not_signalled(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
     """A pid that was found once may be somebody else's now."""
-    stale = [[Process(sleepers["other"].pid, 1, "", None)], []]
-    end(lambda: stale.pop(0), MARK, str(Servers.load().home), 0)
+    stale = [[Process(sleepers["other"].pid, 1, "", None, (MARK, str(Servers.load().home)))], []]
+    end(lambda: stale.pop(0), 0)
     with pytest.raises(subprocess.TimeoutExpired):
         sleepers["other"].wait(0.3)
 
