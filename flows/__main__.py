@@ -43,7 +43,6 @@ def embed(settings: Settings) -> None:
         os.environ.pop(name, None)
     home = settings.data_root / "prefect"
     home.mkdir(parents=True, exist_ok=True)  # the server does not make it, and then cannot open its database
-    os.environ[RUN] = mark_process().to_json()
     os.environ.update(
         PREFECT_HOME=str(home),
         PREFECT_PROFILES_PATH=str(home / "profiles.toml"),
@@ -67,6 +66,7 @@ def start(settings: Settings) -> None:
     with exclusive(settings.locks, "databases", "make run", print), ThreadPoolExecutor(1) as thread:
         for orphan in end(lambda: left_behind(RUN), 5):
             print(f"ended what a killed run had left: {orphan}")
+        os.environ[RUN] = mark_process().to_json()
         server = thread.submit(get_client, sync_client=True)
         import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
         from transformers import AutoTokenizer  # noqa: F401

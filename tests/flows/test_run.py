@@ -16,12 +16,18 @@ from ops.marks import mark_process
 from ops.processes import marked
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORTEST = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a run with a fresh data root, the test's folder."""
+    return {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
-def test_a_run_without_servers(tmp_path: Path) -> None:
+def test_a_run_without_servers(tmp_path: Path, environment: dict[str, str]) -> None:
     """Whatever servers the environment names are left alone; the times add up, and scripts find the run."""
-    environment = {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment |= {"PREFECT_API_URL": "http://127.0.0.1:9/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     small = ["max_steps=2", "sample_rows=1", "pass_rows=0", "eval_rows=20"]
     command = [sys.executable, "-m", "flows", "tiny", *small]
@@ -37,11 +43,9 @@ def test_a_run_without_servers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_killed_run_left_is_ended(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_ended(environment: dict[str, str]) -> None:
     """Its server, perhaps at work on the databases; the server of a run that lives stays."""
-    environment = {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
-    killed = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    killed = subprocess.Popen(SHORTEST, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     mark = mark_process(killed.pid).to_json()
     while not (servers := [process for process in marked(RUN, mark) if "uvicorn" in process.command]):
         assert killed.poll() is None
@@ -50,7 +54,7 @@ def test_what_a_killed_run_left_is_ended(tmp_path: Path) -> None:
     killed.wait()
     living = subprocess.Popen(["sleep", "600"], env={**os.environ, RUN: mark_process().to_json()})
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(SHORTEST, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"ended what a killed run had left: {servers[0]}" in done.stdout
         assert marked(RUN, mark) == []
@@ -61,13 +65,11 @@ def test_what_a_killed_run_left_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_first_runs_at_once(tmp_path: Path) -> None:
+def test_two_first_runs_at_once(environment: dict[str, str]) -> None:
     """One makes the databases, and the other waits for it."""
-    environment = {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
     runs = [
         subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            SHORTEST, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for _ in range(2)
     ]
