@@ -19,7 +19,7 @@ from model.freezing import freeze_bottom_layers
 from model.gpt import GPTModel
 from model.journal import read_journal
 from model.packing import pack
-from model.sampling import generate
+from model.sampling import _Decoder, generate
 from model.scoring import head_loss, padded_head
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, TrainingStoppedError, train
@@ -151,6 +151,25 @@ def test_generation_by_a_graph_is_the_plain_loop() -> None:
                 ids.append(int(model(torch.tensor([ids], device="cuda"))[0, -1].argmax()))
         want.append(ids[len(prompt) :])
     assert generate(model, prompts, 30, temperature=0) == want
+
+
+def test_sampling_by_a_graph_is_that_by_launched_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 as the evaluation samples, call after call: no call reads what the one before it has left behind."""
+    model = small_model()
+    prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
+
+    def sample() -> list[list[int]]:
+        with torch.autocast("cuda", torch.bfloat16):
+            return generate(model, prompts, 30, temperature=0.8, top_k=50, top_p=0.95, seed=3)
+
+    graphs = [sample(), sample()]
+    monkeypatch.setattr(_Decoder, "__call__", lambda self, ids: self._compute(ids))
+    assert graphs == [sample()] * 2
+    with torch.no_grad():
+        model.ln_f.weight.mul_(-1)
+    changed = sample()
+    monkeypatch.undo()
+    assert sample() == changed != graphs[0]
 
 
 def test_fused_blocks_are_the_models(token_dir: Path) -> None:
