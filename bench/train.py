@@ -33,7 +33,7 @@ from model.flops import matmul_ceiling, necessary_flops
 
 PEERS = ("engine", "tutorial", "hf", "trl")
 _LIBRARIES_SHOWN = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn")
-_SMALL_PASS = 4096  # tokens; of a peer's smallest passes
+_SMALL_PASS = 1024  # tokens; of a peer's smallest passes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -67,6 +67,23 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def let_memory_grow(device: torch.device) -> None:
+    """Have torch's allocator extend a GPU's segments in place, where the driver can and nobody chose otherwise.
+
+    Packs differ in size from step to step: a segment that cannot grow is left behind for the first that is larger.
+    """
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    # At run time, not by PYTORCH_ALLOC_CONF: some virtual GPUs and WSL fail at the first allocation (pytorch#192330).
+    choose = torch._C._accelerator_setAllocatorSettings
+    choose("expandable_segments:True")
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # where no memory is at hand already
+            torch.empty(1, device=device)
+    except RuntimeError:
+        choose("expandable_segments:False")
+
+
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 where the hardware multiplies it, else fp32.
 

@@ -17,6 +17,8 @@ from model.fused import can_fuse, run_blocks
 from model.gpt import GPTModel
 from model.packing import Pack, choose
 
+_REHEARSAL = 512  # tokens: enough to load and compile all that a graph will hold
+
 # From hidden states (M, D) to a loss and its gradient (M, D).
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -123,9 +125,7 @@ class Engine:
         tokens, predictors = x.size(0), len(batch.predictors)
         size = self._buffers.size_for(tokens, predictors) if self._buffers else None
         if size is None:
-            self._graphs.clear()
-            share = min(1.0, 1.06 * predictors / tokens)  # shares of large packs are alike
-            self._buffers = _Buffers(int(1.25 * _graph_size(tokens)), share, x)
+            self._make_room(tokens, predictors, x)
             size = _graph_size(tokens)
         assert self._buffers is not None
         if (size, first) not in self._graphs:
@@ -134,6 +134,20 @@ class Engine:
                     master.grad = torch.zeros_like(master)
             self._graphs[size, first] = _Graph(self._top, self._masters, size, first, self._buffers)
         return self._graphs[size, first].run(x, batch, loss)
+
+    def _make_room(self, tokens: int, predictors: int, x: Tensor) -> None:
+        """Buffers for packs somewhat larger than this one, and for all that the ones before were made for."""
+        size = _graph_size(int(1.25 * tokens))
+        # Shares of large packs are alike. In steps, so that a resumed training, whose first pack is another, mostly
+        # comes to the same: shapes decide how a matrix product rounds.
+        share = math.ceil(16 * 1.03 * predictors / tokens) / 16
+        if self._buffers is not None:
+            size, share = max(size, len(self._buffers.x)), max(share, self._buffers.share)
+            self._graphs.clear()
+            self._buffers = None
+            torch.cuda.synchronize()  # what runs still needs the memory that is given back next
+            torch.cuda.empty_cache()
+        self._buffers = _Buffers(size, min(1.0, share), x)
 
 
 class _Buffers:
@@ -149,7 +163,7 @@ class _Buffers:
         self.share = share
         self.x = example.new_zeros(tokens, example.size(1))
         self.chosen = torch.zeros(self.places(tokens), dtype=torch.long, device=example.device)
-        self.gradient = example.new_zeros(self.places(tokens), example.size(1))
+        self.hidden, self.gradient = (example.new_zeros(self.places(tokens), example.size(1)) for _ in range(2))
         # What a pack leaves unused is documents of one token each, of no consequence.
         self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
@@ -190,41 +204,43 @@ class _Graph:
         self.size = size
         self.places = buffers.places(size)
         self.buffers = buffers
-        x, gradient, chosen = buffers.x[:size], buffers.gradient[: self.places], buffers.chosen[: self.places]
-        documents = Documents([], buffers.begins[:size], buffers.ends[:size])
         totals = [master.grad for master in masters.values() if master.grad is not None]
 
-        def forward() -> tuple[list[Tensor], Tensor]:
-            copies = [torch.empty_like(master, dtype=x.dtype) for master in masters.values()]
+        def forward(size: int) -> tuple[list[Tensor], Tensor]:
+            copies = [torch.empty_like(master, dtype=buffers.x.dtype) for master in masters.values()]
             with torch.no_grad():
                 torch._foreach_copy_(copies, list(masters.values()))
             for copy in copies:
                 copy.requires_grad_()
             parameters = dict(zip(masters, copies, strict=True))
-            return copies, functional_call(top, parameters, (x, documents, chosen), tie_weights=False)
+            documents = Documents([], buffers.begins[:size], buffers.ends[:size])
+            inputs = (buffers.x[:size], documents, buffers.chosen[: buffers.places(size)])
+            hidden = functional_call(top, parameters, inputs, tie_weights=False)
+            buffers.hidden[: len(hidden)].copy_(hidden.detach())
+            return copies, hidden
 
         def backward(copies: list[Tensor], hidden: Tensor) -> None:
-            gradients = torch.autograd.grad(hidden, copies, gradient)
-            added = totals if first else [torch.empty_like(total) for total in totals]
-            torch._foreach_copy_(added, gradients)
-            if not first:
-                torch._foreach_add_(totals, added)  # type: ignore[arg-type]
+            gradients = torch.autograd.grad(hidden, copies, buffers.gradient[: len(hidden)])
+            if first:
+                torch._foreach_copy_(totals, gradients)
+            else:
+                for total, gradient in zip(totals, gradients, strict=True):
+                    total.add_(gradient)
 
         if not buffers.rehearsed:  # libraries set themselves up, kernels are compiled
-            gradient.zero_()  # so that it adds nothing to gradients accumulated so far
-            with buffers.aside(), deterministic():
-                backward(*forward())
+            buffers.gradient.zero_()  # so that it adds nothing to gradients accumulated so far
+            with deterministic():
+                backward(*forward(min(size, _REHEARSAL)))
             buffers.rehearsed = True
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Not torch.cuda.graph: it would wait for the device and empty the allocator's cache at every graph.
         with buffers.aside(), deterministic():
             self.forward.capture_begin(buffers.pool, "relaxed")
-            copies, hidden = forward()
+            copies, hidden = forward(size)
             self.forward.capture_end()
             self.backward.capture_begin(buffers.pool, "relaxed")
             backward(copies, hidden)
             self.backward.capture_end()
-        self.hidden = hidden.detach()
 
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """As ``Engine.forward_backward``."""
@@ -240,7 +256,7 @@ class _Graph:
         buffers.chosen[:predictors].copy_(batch.predictors)
         buffers.chosen[predictors : self.places].fill_(self.size - 1)  # of no pack: its gradient is nobody's
         self.forward.replay()
-        value, gradient = loss(self.hidden[:predictors])
+        value, gradient = loss(buffers.hidden[:predictors])
         buffers.gradient[:predictors].copy_(gradient)
         buffers.gradient[predictors : self.places].zero_()
         self.backward.replay()

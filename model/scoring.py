@@ -15,7 +15,7 @@ from model.packing import pack, split_evenly
 from model.tokens import CodeAlpacaDataset
 from model.trunk import TrunkOutputs
 
-_CHUNK = {"cuda": 8192, "cpu": 512}  # positions whose logits exist at a time
+_CHUNK = {"cuda": 4096, "cpu": 512}  # positions whose logits exist at a time
 _LANES = 64  # matrix products of odd width are slow: the vocabulary is padded to a multiple of this
 
 

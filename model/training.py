@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from model.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, newest_checkpoint
-from model.device import peak_memory, resolve_precision
+from model.device import let_memory_grow, peak_memory, resolve_precision
 from model.engine import Engine
 from model.flops import matmul_ceiling, necessary_flops
 from model.gpt import GPTModel
@@ -145,7 +145,7 @@ def build_optimizer(model: GPTModel, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def default_micro_batch_tokens(model: GPTModel) -> int:
-    """Tokens per pass: on a GPU as many as a quarter of its memory holds the activations of, 65,536 at most.
+    """Tokens per pass: on a GPU as many as a quarter of its memory holds the activations of, 32,768 at most.
 
     Some 40 bytes x D are kept per token and trained block. On a CPU 2,048: more is no faster.
     """
@@ -154,7 +154,7 @@ def default_micro_batch_tokens(model: GPTModel) -> int:
         return 2_048
     kept = 40 * model.config.n_embd * max(1, model.config.n_layer - model.num_frozen)
     memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1_024, min(65_536, int(memory / 4 / kept) // 1_024 * 1_024))
+    return max(1_024, min(32_768, int(memory / 4 / kept) // 1_024 * 1_024))
 
 
 def train(
@@ -199,6 +199,7 @@ def train(
     model.set_dropout(config.dropout)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
+        let_memory_grow(device)
         torch.cuda.reset_peak_memory_stats(device)
     train_rows = CodeAlpacaDataset(tokens, "train", prompt_loss_weight=config.prompt_loss_weight)
     validation = CodeAlpacaDataset(tokens, "validation", limit=config.eval_rows)

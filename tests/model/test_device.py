@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from model import GPTModel
-from model.device import autocast, cast_frozen, resolve_device, resolve_precision
+from model.device import autocast, cast_frozen, let_memory_grow, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,3 +79,31 @@ def test_memory_does_not_grow_with_the_shapes_of_products() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 100
+
+
+@pytest.mark.parametrize(("variable", "fails", "chosen"), [
+    (None, False, ["expandable_segments:True"]),
+    (None, True, ["expandable_segments:True", "expandable_segments:False"]),
+    ("PYTORCH_ALLOC_CONF", False, []),
+    ("PYTORCH_CUDA_ALLOC_CONF", False, []),
+])  # fmt: skip
+def test_segments_grow_where_the_driver_can(
+    variable: str | None, fails: bool, chosen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mocks a GPU, with a driver that lacks virtual memory management in one case: neither exists here."""
+    settings: list[str] = []
+
+    def allocate(*_: object, **__: object) -> None:
+        if fails:
+            raise RuntimeError("CUDA driver error: operation not supported")
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:64")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "empty", allocate)
+    let_memory_grow(torch.device("cuda", 0))
+    assert settings == chosen
