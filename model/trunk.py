@@ -89,18 +89,28 @@ class TrunkOutputs:
         shape = (int(inputs.sum()), width)
         if engine.model.num_frozen == 0 or self.bytes > config.max_bytes - beside:
             return
-        flops = necessary_flops(engine.model.config, engine.model.num_frozen, 0, 0, trunk_tokens=1)
-        reads_faster = flops / _TRUNK_FLOPS[engine.device.type] > width * engine.dtype.itemsize / _READ_BYTES
-        if config.directory is not None and reads_faster:
-            self.file = _open_file(config, _key(engine, dataset), shape, len(dataset), engine.dtype)
-        if uses <= 1 and self.file is None:
+        on_gpu = engine.device.type == "cuda"
+        if on_gpu and uses <= 1:
             return
-        if engine.device.type == "cuda" and self.bytes < 0.5 * torch.cuda.mem_get_info(engine.device)[0]:
+        # No file beside memory: a first epoch of 1558M that writes one takes 1.8 times as long, and a later training
+        # spares less than that.
+        if on_gpu and self.bytes < 0.5 * torch.cuda.mem_get_info(engine.device)[0]:
             self.place, self.values = "device", torch.empty(shape, dtype=engine.dtype, device=engine.device)
-        elif self.file is not None:
-            self.place, self.values = "file", self.file.values
-        elif self.bytes < 0.5 * available_memory():
+        elif on_gpu and self.bytes < 0.5 * available_memory():
             self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
+        elif (file := self._find_file(config, shape)) is not None:
+            self.place, self.file, self.values = "file", file, file.values
+        elif uses > 1 and self.bytes < 0.5 * available_memory():
+            self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
+
+    def _find_file(self, config: TrunkCacheConfig, shape: tuple[int, int]) -> _File | None:
+        """A file of these outputs, if reading it is faster than computing them, and there is room."""
+        engine = self.engine
+        flops = necessary_flops(engine.model.config, engine.model.num_frozen, 0, 0, trunk_tokens=1)
+        reads_faster = flops / _TRUNK_FLOPS[engine.device.type] > shape[1] * engine.dtype.itemsize / _READ_BYTES
+        if config.directory is None or not reads_faster:
+            return None
+        return _open_file(config, _key(engine, self.dataset), shape, len(self.dataset), engine.dtype)
 
     def __call__(self, batch: Pack) -> Tensor:
         """Outputs (N, D) on the device for the tokens of a pack."""
@@ -132,12 +142,8 @@ class TrunkOutputs:
         """Size, place and use so far, for people."""
         if self.values is None:
             return "trunk outputs are computed anew each time"
-        kept = f"{self.bytes / 1e9:.2f} GB on the {self.place}" + (" and in a file" if self._copies_to_file else "")
+        kept = f"{self.bytes / 1e9:.2f} GB on the {self.place}"
         return f"trunk outputs: {kept}, {self.hit_share:.0%} of {self.requested:,} tokens from there"
-
-    @property
-    def _copies_to_file(self) -> bool:
-        return self.file is not None and self.place != "file"
 
     def _part(self, row: int) -> slice:
         """Where a row's outputs lie."""
@@ -148,10 +154,7 @@ class TrunkOutputs:
         assert self.values is not None
         if self.file is not None:
             for row in group[~self.ready[group]]:
-                part = self._part(row)
-                if self.file.holds(row, part):
-                    if self._copies_to_file:
-                        self.values[part] = self.file.values[part].to(self.values.device)
+                if self.file.holds(row, self._part(row)):
                     self.ready[row] = True
             if self.ready[group].all():
                 return
@@ -165,8 +168,6 @@ class TrunkOutputs:
         place = self.values.device
         self.values[slots.to(place, non_blocking=True)] = outputs.to(place)
         if self.file is not None:
-            if self._copies_to_file:
-                self.file.values[slots] = outputs.cpu()
             for row in batch.rows[missing]:
                 self.file.seal(row, self._part(row))
         self.ready[group] = True  # rows without a target among them: nobody asks for those

@@ -334,13 +334,16 @@ def test_step_that_is_not_finite_changes_nothing(
         assert torch.equal(parameter, state[name]), name
 
 
-def test_outputs_kept_on_the_device_are_the_models(token_dir: Path) -> None:
-    """From the device, and from the host where the budget of the device is out, the same bits as computed."""
+def test_outputs_kept_on_the_device_are_the_models(
+    token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the device, and from the host where that of the device is out, the same bits as computed; without a file."""
+    monkeypatch.setattr("model.trunk._READ_BYTES", 1e30)
     dataset = CodeAlpacaDataset(token_dir, "train")
     engine = Engine(small_model(), torch.bfloat16)
     order = np.arange(len(dataset))
-    kept = TrunkOutputs(engine, dataset, order, 512, 3, TrunkCacheConfig())
-    assert kept.place == "device"
+    kept = TrunkOutputs(engine, dataset, order, 512, 3, TrunkCacheConfig(tmp_path))
+    assert (kept.place, [*tmp_path.iterdir()]) == ("device", [])
     first = pack(dataset, order[:20], engine.device)
     mixed = pack(dataset, order[[3, 30, 1]], engine.device)
     want = engine.trunk(first)
