@@ -337,7 +337,7 @@ def test_step_that_is_not_finite_changes_nothing(
 def test_outputs_kept_on_the_device_are_the_models(
     token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the device, and from the host where that of the device is out, the same bits as computed; without a file."""
+    """From the device, and from the host where that is full, the same bits as computed; without a file."""
     monkeypatch.setattr("model.trunk._READ_BYTES", 1e30)
     dataset = CodeAlpacaDataset(token_dir, "train")
     engine = Engine(small_model(), torch.bfloat16)
