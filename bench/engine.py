@@ -25,7 +25,7 @@ def run_engine(
 ) -> list[Measurement]:
     """Train for the job's epochs; the first epoch and the later ones are measured apart, if trunk outputs are kept.
 
-    They are kept as the pipeline does, which writes them into a file where reading is faster than computing.
+    They are kept where the pipeline keeps them.
 
     The time to the first step ends with its report, which may come late, and includes the base's validation.
     """

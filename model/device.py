@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import sys
@@ -67,12 +68,13 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@functools.cache
 def let_memory_grow(device: torch.device) -> None:
     """Have torch's allocator extend a GPU's segments in place, where the driver can and nobody chose otherwise.
 
     Packs differ in size from step to step: a segment that cannot grow is left behind for the first that is larger.
     """
-    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+    if any(name.startswith("PYTORCH_") and name.endswith("ALLOC_CONF") for name in os.environ):
         return
     # At run time, not by PYTORCH_ALLOC_CONF: some virtual GPUs and WSL fail at the first allocation (pytorch#192330).
     choose = torch._C._accelerator_setAllocatorSettings

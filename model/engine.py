@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,7 +16,7 @@ from model.fused import can_fuse, run_blocks
 from model.gpt import GPTModel
 from model.packing import Pack, choose
 
-_REHEARSAL = 512  # tokens: enough to load and compile all that a graph will hold
+_REHEARSAL = 512  # tokens: Triton's kernels are compiled for any number of them
 
 # From hidden states (M, D) to a loss and its gradient (M, D).
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -63,7 +62,7 @@ class Engine:
         self._top = _Top(model)
         used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._buffers: _Buffers | None = None
 
     @functools.cached_property
@@ -122,67 +121,50 @@ class Engine:
         return can_capture and not x.requires_grad
 
     def _replay(self, x: Tensor, batch: Pack, loss: Loss, first: bool) -> Tensor:
-        tokens, predictors = x.size(0), len(batch.predictors)
-        size = self._buffers.size_for(tokens, predictors) if self._buffers else None
-        if size is None:
-            self._make_room(tokens, predictors, x)
-            size = _graph_size(tokens)
+        # A graph's shapes follow from its pack alone: they decide how a matrix product rounds, and a resumed training
+        # must repeat the original though it begins with another pack.
+        size = _graph_size(x.size(0))
+        places = -(-4 * len(batch.predictors) // size) * size // 4  # in quarters of it
+        if self._buffers is None or size > len(self._buffers.x):
+            self._make_room(size, x)
         assert self._buffers is not None
-        if (size, first) not in self._graphs:
+        key = size, places, first
+        if key not in self._graphs:
             for master in self._masters.values():
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
-            self._graphs[size, first] = _Graph(self._top, self._masters, size, first, self._buffers)
-        return self._graphs[size, first].run(x, batch, loss)
+            self._graphs[key] = _Graph(self._top, self._masters, size, places, first, self._buffers)
+        return self._graphs[key].run(x, batch, loss)
 
-    def _make_room(self, tokens: int, predictors: int, x: Tensor) -> None:
-        """Buffers for packs somewhat larger than this one, and for all that the ones before were made for."""
-        size = _graph_size(int(1.25 * tokens))
-        # Shares of large packs are alike. In steps, so that a resumed training, whose first pack is another, mostly
-        # comes to the same: shapes decide how a matrix product rounds.
-        share = math.ceil(16 * 1.03 * predictors / tokens) / 16
+    def _make_room(self, size: int, x: Tensor) -> None:
+        """Buffers for graphs of up to a quarter more than ``size`` tokens."""
         if self._buffers is not None:
-            size, share = max(size, len(self._buffers.x)), max(share, self._buffers.share)
             self._graphs.clear()
             self._buffers = None
             torch.cuda.synchronize()  # what runs still needs the memory that is given back next
             torch.cuda.empty_cache()
-        self._buffers = _Buffers(size, min(1.0, share), x)
+        self._buffers = _Buffers(int(1.25 * size), x)
 
 
 class _Buffers:
-    """Where graphs of all sizes read their inputs; each takes the beginning.
+    """What graphs of all sizes read, and the hidden states that they leave; each takes the beginning.
 
     Args:
         tokens: of the largest graph.
-        share: of a graph's tokens for which there is a place among those that predict.
         example: of the trunk's outputs.
     """
 
-    def __init__(self, tokens: int, share: float, example: Tensor):
-        self.share = share
+    def __init__(self, tokens: int, example: Tensor):
         self.x = example.new_zeros(tokens, example.size(1))
-        self.chosen = torch.zeros(self.places(tokens), dtype=torch.long, device=example.device)
-        self.hidden, self.gradient = (example.new_zeros(self.places(tokens), example.size(1)) for _ in range(2))
+        self.chosen = torch.zeros(tokens, dtype=torch.long, device=example.device)
+        # Zero, so that the rehearsal adds nothing to gradients accumulated so far.
+        self.hidden, self.gradient = torch.zeros_like(self.x), torch.zeros_like(self.x)
         # What a pack leaves unused is documents of one token each, of no consequence.
         self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(example.device)
         self.rehearsed = False
-
-    def places(self, size: int) -> int:
-        """Predicting tokens that a graph of this size has room for."""
-        return min(size, math.ceil(self.share * size / 64) * 64)
-
-    def size_for(self, tokens: int, predictors: int) -> int | None:
-        """The smallest graph with room for a pack; None if there is none, or much of it would be empty."""
-        size = first = _graph_size(tokens)
-        while size <= min(len(self.x), 1.1 * first):
-            if self.places(size) >= predictors:
-                return size
-            size = _graph_size(size)
-        return None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -196,17 +178,19 @@ class _Buffers:
 class _Graph:
     """Forward and backward pass of the top as two CUDA graphs, for packs of fewer than ``size`` tokens.
 
-    Parameters are cast, and gradients added (of a step's first pack: written), all in a few kernels: by autograd it
-    would be three for each parameter.
+    ``places`` of them may predict. Parameters are cast, and the gradients of a step's first pack written, in a few
+    kernels: by autograd it would be three for each parameter.
     """
 
-    def __init__(self, top: _Top, masters: Mapping[str, Tensor], size: int, first: bool, buffers: _Buffers):
+    def __init__(
+        self, top: _Top, masters: Mapping[str, Tensor], size: int, places: int, first: bool, buffers: _Buffers
+    ):
         self.size = size
-        self.places = buffers.places(size)
+        self.places = places
         self.buffers = buffers
         totals = [master.grad for master in masters.values() if master.grad is not None]
 
-        def forward(size: int) -> tuple[list[Tensor], Tensor]:
+        def forward(size: int, places: int) -> tuple[list[Tensor], Tensor]:
             copies = [torch.empty_like(master, dtype=buffers.x.dtype) for master in masters.values()]
             with torch.no_grad():
                 torch._foreach_copy_(copies, list(masters.values()))
@@ -214,9 +198,9 @@ class _Graph:
                 copy.requires_grad_()
             parameters = dict(zip(masters, copies, strict=True))
             documents = Documents([], buffers.begins[:size], buffers.ends[:size])
-            inputs = (buffers.x[:size], documents, buffers.chosen[: buffers.places(size)])
+            inputs = (buffers.x[:size], documents, buffers.chosen[:places])
             hidden = functional_call(top, parameters, inputs, tie_weights=False)
-            buffers.hidden[: len(hidden)].copy_(hidden.detach())
+            buffers.hidden[:places].copy_(hidden.detach())
             return copies, hidden
 
         def backward(copies: list[Tensor], hidden: Tensor) -> None:
@@ -228,15 +212,14 @@ class _Graph:
                     total.add_(gradient)
 
         if not buffers.rehearsed:  # libraries set themselves up, kernels are compiled
-            buffers.gradient.zero_()  # so that it adds nothing to gradients accumulated so far
             with deterministic():
-                backward(*forward(min(size, _REHEARSAL)))
+                backward(*forward(min(size, _REHEARSAL), min(places, _REHEARSAL)))
             buffers.rehearsed = True
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Not torch.cuda.graph: it would wait for the device and empty the allocator's cache at every graph.
         with buffers.aside(), deterministic():
             self.forward.capture_begin(buffers.pool, "relaxed")
-            copies, hidden = forward(size)
+            copies, hidden = forward(size, places)
             self.forward.capture_end()
             self.backward.capture_begin(buffers.pool, "relaxed")
             backward(copies, hidden)

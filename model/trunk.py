@@ -92,15 +92,16 @@ class TrunkOutputs:
         on_gpu = engine.device.type == "cuda"
         if on_gpu and uses <= 1:
             return
+        fits_host = self.bytes + beside < 0.5 * available_memory()  # the other cache may have taken its part or not
         # No file beside memory: a first epoch of 1558M that writes one takes 1.8 times as long, and a later training
         # spares less than that.
         if on_gpu and self.bytes < 0.5 * torch.cuda.mem_get_info(engine.device)[0]:
             self.place, self.values = "device", torch.empty(shape, dtype=engine.dtype, device=engine.device)
-        elif on_gpu and self.bytes < 0.5 * available_memory():
+        elif on_gpu and fits_host:
             self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
         elif (file := self._find_file(config, shape)) is not None:
             self.place, self.file, self.values = "file", file, file.values
-        elif uses > 1 and self.bytes < 0.5 * available_memory():
+        elif uses > 1 and fits_host:
             self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
 
     def _find_file(self, config: TrunkCacheConfig, shape: tuple[int, int]) -> _File | None:
@@ -240,10 +241,33 @@ def _open_file(
     return _File(directory, shape, rows, dtype)
 
 
-def available_memory() -> int:
-    """Bytes of main memory that the system could give now; a container's limit is not seen."""
-    with suppress(OSError), open("/proc/meminfo") as lines:  # free pages leave out what files are cached in
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that can be had now, by the system's account and by that of a container with a limit.
+
+    Args:
+        root: above ``proc`` and ``sys``.
+    """
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError):  # free pages leave out what files are cached in
+        available = _field(root / "proc" / "meminfo", "MemAvailable:") * 1024
+    groups = root / "sys" / "fs" / "cgroup"
+    for group, limit, used in (  # cgroup v2 and v1
+        (groups, "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):  # "max" is no number, and no limit
+            room = int((group / limit).read_text()) - int((group / used).read_text())
+            available = min(available, room + _field(group / "memory.stat", "inactive_file"))
+    return max(0, available)
+
+
+def _field(file: Path, name: str) -> int:
+    """The number behind a name in a file of the kernel's.
+
+    Raises:
+        OSError: there is no such file or name.
+    """
+    for words in map(str.split, file.read_text().splitlines()):
+        if words[0] == name:
+            return int(words[1])
+    raise OSError(f"{file} has no line {name}")

@@ -244,6 +244,24 @@ def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
         torch.testing.assert_close(got[name], gradient, rtol=2e-2, atol=2e-2 * scale)
 
 
+def test_replayed_gradients_do_not_depend_on_earlier_packs(token_dir: Path) -> None:
+    """A training that resumes with some pack gets the bits that the uninterrupted one gets from it."""
+    dataset = CodeAlpacaDataset(token_dir, "train")
+    results = []
+    for earlier in ([], [[0]], [[1, 2], list(range(40, 70)), [5]]):
+        model = small_model()
+        engine = Engine(model, torch.bfloat16)
+        head = padded_head(model.lm_head.weight, torch.bfloat16)
+        for rows in (*earlier, list(range(10, 40))):
+            batch = pack(dataset, np.array(rows), engine.device)
+            engine.forward_backward(
+                engine.trunk(batch), batch, lambda h, b=batch, w=head: head_loss(h, w, 320, b.targets), first=True
+            )
+        results.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("max_bytes", [0, 10**9])
 def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, max_bytes: int) -> None:
     """Killed between two checkpoints, with the outputs on the device lost, the same losses and weights come out."""

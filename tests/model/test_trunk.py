@@ -19,7 +19,7 @@ from model.packing import Pack, pack
 from model.scoring import row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, train
-from model.trunk import TrunkCacheConfig, TrunkOutputs
+from model.trunk import TrunkCacheConfig, TrunkOutputs, available_memory
 
 CPU = torch.device("cpu")
 ROWS = 42
@@ -448,3 +448,25 @@ def test_describe(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> No
         tokens = 2 * inputs_of(outputs, list(range(ROWS)))
         size = f"{outputs.bytes / 1e9:.2f} GB"
         assert outputs.describe() == f"trunk outputs: {size} on the {place}, 50% of {tokens:,} tokens from there"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8000 * 1024),
+        ({"memory.max": "max", "memory.current": "900"}, 8000 * 1024),
+        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 3\ninactive_file 50\n"}, 150),
+        ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "400",
+          "memory/memory.stat": "cache 90\ninactive_file 20\n"}, 620),
+        ({"memory.max": "1000", "memory.current": "1900", "memory.stat": "inactive_file 0\n"}, 0),
+    ],
+)  # fmt: skip
+def test_available_memory_heeds_a_containers_limit(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    """By the kernel's files of both cgroup versions; what files are cached in can be taken."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert available_memory(tmp_path) == available
