@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -216,14 +216,11 @@ class _Graph:
                 backward(*forward(min(size, _REHEARSAL), min(places, _REHEARSAL)))
             buffers.rehearsed = True
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph: it would wait for the device and empty the allocator's cache at every graph.
         with buffers.aside(), deterministic():
-            self.forward.capture_begin(buffers.pool, "relaxed")
-            copies, hidden = forward(size, places)
-            self.forward.capture_end()
-            self.backward.capture_begin(buffers.pool, "relaxed")
-            backward(copies, hidden)
-            self.backward.capture_end()
+            with _capturing(self.forward, buffers.pool):
+                copies, hidden = forward(size, places)
+            with _capturing(self.backward, buffers.pool):
+                backward(copies, hidden)
 
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """As ``Engine.forward_backward``."""
@@ -244,6 +241,19 @@ class _Graph:
         buffers.gradient[predictors : self.places].zero_()
         self.backward.replay()
         return value
+
+
+@contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+    """Not torch.cuda.graph: it would wait for the device and empty the allocator's cache at every graph."""
+    graph.capture_begin(pool, "relaxed")
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # what failed counts, memory that ran out above all
+            graph.capture_end()  # else all that follows on the stream would be captured
+        raise
+    graph.capture_end()
 
 
 @contextmanager

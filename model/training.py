@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import time
@@ -27,6 +28,7 @@ from model.tokens import CodeAlpacaDataset, epoch_order
 from model.trunk import TrunkCacheConfig, TrunkOutputs
 
 JOURNAL_FILE = "metrics.jsonl"
+_FEWEST_TOKENS = 1_024  # of a pass that is chosen for want of memory
 _LAG = 4  # steps a GPU may be behind: the host reads a step's loss only when the next ones are queued
 
 
@@ -38,7 +40,8 @@ class TrainConfig:
         epochs: passes over the training rows.
         max_steps: stop after this many optimizer steps, if that is sooner.
         batch_size: rows per optimizer step; micro-batches never change the step.
-        micro_batch_tokens: tokens per forward and backward pass, about; None chooses by device.
+        micro_batch_tokens: tokens per forward and backward pass, about; None chooses by device. Halved where a GPU's
+            memory does not hold them.
         learning_rate: peak of the schedule.
         weight_decay: on matrices only, not on biases and norms.
         warmup_ratio: share of the steps over which the learning rate rises from 0.
@@ -154,7 +157,7 @@ def default_micro_batch_tokens(model: GPTModel) -> int:
         return 2_048
     kept = 40 * model.config.n_embd * max(1, model.config.n_layer - model.num_frozen)
     memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1_024, min(32_768, int(memory / 4 / kept) // 1_024 * 1_024))
+    return max(_FEWEST_TOKENS, min(32_768, int(memory / 4 / kept) // 1_024 * 1_024))
 
 
 def train(
@@ -175,6 +178,8 @@ def train(
     seed and step alone and are restored with the checkpoint: a resumed training equals an uninterrupted one
     bit for bit on the same hardware and versions.
 
+    Where a GPU's memory does not hold a pass, the training goes on from its last checkpoint with passes half as long.
+
     Args:
         model: on its device, frozen parameters cast; trained in place.
         tokens: directory written by ``model.tokens.prepare``.
@@ -182,7 +187,7 @@ def train(
         directory: of this training alone: checkpoints ``step-*`` and the journal ``metrics.jsonl``.
         identity: sha256 over everything that determines the training; a checkpoint of another is ignored.
         on_step: called after every step and validation, in order; on a GPU a few steps late.
-        warn: told of damaged checkpoints.
+        warn: told of damaged checkpoints, and of passes that memory did not hold.
         cache: where the frozen blocks' outputs may be kept; a matter of speed only.
         should_stop: asked between steps; true ends the training there, to be resumed later.
 
@@ -190,7 +195,47 @@ def train(
         TrainingStoppedError: should_stop was true; a checkpoint of that very step was saved.
         NonFiniteError: no later step changed the model, and no checkpoint holds it.
         ValueError: an unknown precision.
+        torch.OutOfMemoryError: memory does not hold the shortest passes either.
     """
+    tokens_per_pass = config.micro_batch_tokens or default_micro_batch_tokens(model)
+    while True:
+        try:
+            return _train(
+                model, tokens, config, directory, identity, on_step, warn, cache, should_stop, tokens_per_pass
+            )
+        except torch.OutOfMemoryError as error:
+            trouble = str(error).splitlines()[0]
+            if tokens_per_pass <= _FEWEST_TOKENS:
+                raise torch.OutOfMemoryError(
+                    f"memory does not hold passes of {tokens_per_pass:,} tokens (micro_batch_tokens): end what "
+                    f"else is in it, lower num_unfrozen_layers or trunk_cache_gb, or take a smaller model ({trouble})"
+                ) from error
+        # Not above: the error holds on to all that the failed try had made.
+        fewer = max(_FEWEST_TOKENS, tokens_per_pass // 2)
+        warn(
+            f"memory does not hold passes of {tokens_per_pass:,} tokens: going on from the last checkpoint with "
+            f"{fewer:,} (micro_batch_tokens), which changes no step ({trouble})"
+        )
+        tokens_per_pass = fewer
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if model.wte.weight.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _train(
+    model: GPTModel,
+    tokens: Path,
+    config: TrainConfig,
+    directory: Path,
+    identity: str,
+    on_step: Callable[[StepReport], None],
+    warn: Callable[[str], None],
+    cache: TrunkCacheConfig,
+    should_stop: Callable[[], bool],
+    micro_batch_tokens: int,
+) -> TrainResult:
+    """One try of ``train``, with passes of about ``micro_batch_tokens``."""
     begun = time.perf_counter()
     device = model.wte.weight.device
     dtype = resolve_precision(config.precision, device)
@@ -203,7 +248,6 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     train_rows = CodeAlpacaDataset(tokens, "train", prompt_loss_weight=config.prompt_loss_weight)
     validation = CodeAlpacaDataset(tokens, "validation", limit=config.eval_rows)
-    micro_batch_tokens = config.micro_batch_tokens or default_micro_batch_tokens(model)
     total_steps = config.total_steps(len(train_rows))
     steps_per_epoch = math.ceil(len(train_rows) / config.batch_size)
     optimizer = build_optimizer(model, config)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,63 @@ def test_step_without_targets_is_no_step(
     assert difference(dict(model.named_parameters()), before) == 0.0
     moments = load_file(checkpoint_path(directory, result.steps) / "trainer.safetensors")
     assert list(moments) == ["rng.cpu"]  # AdamW has no state yet
+
+
+@pytest.mark.parametrize("fails_at", [0, 3, 7])
+def test_passes_that_memory_does_not_hold_are_halved(
+    gpt2_dir: Path, token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """The training goes on from its last checkpoint with the same steps. Mocks memory that runs out some time."""
+    monkeypatch.setattr("model.training._FEWEST_TOKENS", 60)
+    config = replace(CONFIG, epochs=2, eval_freq=2, micro_batch_tokens=300)
+    forward_backward = Engine.forward_backward
+    warnings: list[str] = []
+    lengths: list[int] = []
+    failed: list[int] = []  # how many passes there had been
+
+    def scarce(self: Engine, x: Tensor, batch: Pack, loss: Any, first: bool = False) -> Tensor:
+        result = forward_backward(self, x, batch, loss, first)  # so that a part of a step has been done
+        lengths.append(len(batch.ids))
+        if len(lengths) > fails_at and len(batch.ids) > 220:
+            failed.append(len(lengths))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nMore of it.")
+        return result
+
+    results = []
+    for enough in (True, False):
+        model = GPTModel.from_pretrained(gpt2_dir)
+        freeze_bottom_layers(model, 1)
+        model.double()
+        directory = tmp_path / f"training{enough}"
+        if not enough:
+            monkeypatch.setattr(Engine, "forward_backward", scarce)
+        result = train(model, token_dir, config, directory, "identity", warn=warnings.append)
+        results.append((values(directory, "train/loss"), load_file(result.best / "model.safetensors"), result.steps))
+    (want, weights, steps), (got, other_weights, other_steps) = results
+    assert got == pytest.approx(want, abs=1e-10)
+    assert steps == other_steps == config.total_steps(42)
+    assert difference(weights, other_weights) < 1e-10
+    assert warnings == [
+        "memory does not hold passes of 300 tokens: going on from the last checkpoint with 150 (micro_batch_tokens), "
+        "which changes no step (CUDA out of memory. Tried to allocate 1.00 GiB.)"
+    ]
+    assert len(failed) == 1
+    assert len(lengths) > failed[0]
+
+
+def test_memory_that_holds_no_pass_is_a_sentence(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names what to lower. Mocks memory that is too small."""
+    monkeypatch.setattr("model.training._FEWEST_TOKENS", 60)
+    tries = []
+
+    def none_left(*arguments: Any, **named: Any) -> Any:
+        tries.append(arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Engine, "forward_backward", none_left)
+    with pytest.raises(torch.OutOfMemoryError, match=r"hold passes of 60 tokens .* lower num_unfrozen_layers"):
+        run(micro_batch_tokens=200)
+    assert len(tries) == 3  # 200, 100, 60
 
 
 def test_rows_without_targets_weigh_nothing(
