@@ -217,9 +217,9 @@ class _Graph:
             buffers.rehearsed = True
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with buffers.aside(), deterministic():
-            with _capturing(self.forward, buffers.pool):
+            with _capturing(self.forward, buffers):
                 copies, hidden = forward(size, places)
-            with _capturing(self.backward, buffers.pool):
+            with _capturing(self.backward, buffers):
                 backward(copies, hidden)
 
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
@@ -244,9 +244,9 @@ class _Graph:
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+def _capturing(graph: torch.cuda.CUDAGraph, buffers: _Buffers) -> Iterator[None]:
     """Not torch.cuda.graph: it would wait for the device and empty the allocator's cache at every graph."""
-    graph.capture_begin(pool, "relaxed")
+    graph.capture_begin(buffers.pool, "relaxed")
     try:
         yield
     except BaseException:
