@@ -86,6 +86,16 @@ def let_memory_grow(device: torch.device) -> None:
         choose("expandable_segments:False")
 
 
+def give_memory_back() -> None:
+    """Return to the GPU what torch's allocator holds unused.
+
+    Not before all that was queued has run: a graph's memory counts as unused once the graph is gone, though it runs.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """``auto`` is bf16 where the hardware multiplies it, else fp32.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model.attention import Documents
+from model.device import give_memory_back
 from model.fused import can_fuse, run_blocks
 from model.gpt import GPTModel
 from model.packing import Pack, choose
@@ -141,8 +142,7 @@ class Engine:
         if self._buffers is not None:
             self._graphs.clear()
             self._buffers = None
-            torch.cuda.synchronize()  # what runs still needs the memory that is given back next
-            torch.cuda.empty_cache()
+            give_memory_back()
         self._buffers = _Buffers(int(1.25 * size), x)
 
 

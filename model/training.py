@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, newest_checkpoint
-from model.device import let_memory_grow, peak_memory, resolve_precision
+from model.device import give_memory_back, let_memory_grow, peak_memory, resolve_precision
 from model.engine import Engine
 from model.flops import matmul_ceiling, necessary_flops
 from model.gpt import GPTModel
@@ -219,8 +219,7 @@ def train(
         tokens_per_pass = fewer
         model.zero_grad(set_to_none=True)
         gc.collect()
-        if model.wte.weight.is_cuda:
-            torch.cuda.empty_cache()
+        give_memory_back()
 
 
 def _train(

@@ -92,16 +92,18 @@ class TrunkOutputs:
         on_gpu = engine.device.type == "cuda"
         if on_gpu and uses <= 1:
             return
-        fits_host = self.bytes + beside < 0.5 * available_memory()  # the other cache may have taken its part or not
-        # No file beside memory: a first epoch of 1558M that writes one takes 1.8 times as long, and a later training
-        # spares less than that.
         if on_gpu and self.bytes < 0.5 * torch.cuda.mem_get_info(engine.device)[0]:
             self.place, self.values = "device", torch.empty(shape, dtype=engine.dtype, device=engine.device)
-        elif on_gpu and fits_host:
-            self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
-        elif (file := self._find_file(config, shape)) is not None:
-            self.place, self.file, self.values = "file", file, file.values
-        elif uses > 1 and fits_host:
+            return
+        # The other cache may have taken its part of what is available, or not yet.
+        fits_host = uses > 1 and self.bytes + beside < 0.5 * available_memory()
+        # On a GPU no file beside memory: a first epoch of 1558M that writes one takes 1.8 times as long, and a later
+        # training spares less than that.
+        if not (on_gpu and fits_host):
+            self.file = self._find_file(config, shape)
+        if self.file is not None:
+            self.place, self.values = "file", self.file.values
+        elif fits_host:
             self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
 
     def _find_file(self, config: TrunkCacheConfig, shape: tuple[int, int]) -> _File | None:

@@ -47,7 +47,11 @@ def run(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., tuple[
     calls = count()
 
     def start(
-        double: bool = False, train_head: bool = False, tokens: Path = token_dir, **settings: Any
+        double: bool = False,
+        train_head: bool = False,
+        tokens: Path = token_dir,
+        warn: Callable[[str], None] = lambda message: None,
+        **settings: Any,
     ) -> tuple[GPTModel, Path, TrainResult]:
         model = GPTModel.from_pretrained(gpt2_dir)
         freeze_bottom_layers(model, 1, train_head)
@@ -55,7 +59,7 @@ def run(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., tuple[
             model.double()
         directory = tmp_path / f"training{next(calls)}"
         config = TrainConfig(**{**vars(CONFIG), **settings})
-        return model, directory, train(model, tokens, config, directory, "identity")
+        return model, directory, train(model, tokens, config, directory, "identity", warn=warn)
 
     return start
 
@@ -406,11 +410,11 @@ def test_step_without_targets_is_no_step(
 
 @pytest.mark.parametrize("fails_at", [0, 3, 7])
 def test_passes_that_memory_does_not_hold_are_halved(
-    gpt2_dir: Path, token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     """The training goes on from its last checkpoint with the same steps. Mocks memory that runs out some time."""
     monkeypatch.setattr("model.training._FEWEST_TOKENS", 60)
-    config = replace(CONFIG, epochs=2, eval_freq=2, micro_batch_tokens=300)
+    settings = {"epochs": 2, "eval_freq": 2, "micro_batch_tokens": 300}
     forward_backward = Engine.forward_backward
     warnings: list[str] = []
     lengths: list[int] = []
@@ -426,17 +430,13 @@ def test_passes_that_memory_does_not_hold_are_halved(
 
     results = []
     for enough in (True, False):
-        model = GPTModel.from_pretrained(gpt2_dir)
-        freeze_bottom_layers(model, 1)
-        model.double()
-        directory = tmp_path / f"training{enough}"
         if not enough:
             monkeypatch.setattr(Engine, "forward_backward", scarce)
-        result = train(model, token_dir, config, directory, "identity", warn=warnings.append)
+        _, directory, result = run(double=True, warn=warnings.append, **settings)
         results.append((values(directory, "train/loss"), load_file(result.best / "model.safetensors"), result.steps))
     (want, weights, steps), (got, other_weights, other_steps) = results
     assert got == pytest.approx(want, abs=1e-10)
-    assert steps == other_steps == config.total_steps(42)
+    assert steps == other_steps == replace(CONFIG, **settings).total_steps(42)
     assert difference(weights, other_weights) < 1e-10
     assert warnings == [
         "memory does not hold passes of 300 tokens: going on from the last checkpoint with 150 (micro_batch_tokens), "
