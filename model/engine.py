@@ -146,6 +146,12 @@ class Engine:
         self._buffers = _Buffers(int(1.25 * size), x)
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a process: cuBLAS keeps 32 MiB for each stream that it ever ran on, twice with autograd."""
+    return torch.cuda.Stream(device)
+
+
 class _Buffers:
     """What graphs of all sizes read, and the hidden states that they leave; each takes the beginning.
 
@@ -163,7 +169,7 @@ class _Buffers:
         self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(example.device)
+        self.stream = _capture_stream(example.device)
         self.rehearsed = False
 
     @contextmanager

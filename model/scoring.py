@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,6 +23,14 @@ _LANES = 64  # matrix products of odd width are slow: the vocabulary is padded t
 def padded_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The head's weight (V, D) in ``dtype``, with rows of zeros up to a multiple of 64."""
     return F.pad(weight.detach().to(dtype), (0, 0, 0, -weight.size(0) % _LANES))
+
+
+def _parts(count: int, device: torch.device) -> Iterator[slice]:
+    """As few parts as ``_CHUNK`` allows, of one size: a short rest would want a kernel of its own, to be loaded first."""
+    few = max(1, -(-count // _CHUNK[device.type]))
+    size = max(1, -(-count // few))
+    for start in range(0, count, size):
+        yield slice(start, start + size)
 
 
 @torch.no_grad()
@@ -52,8 +61,7 @@ def head_loss(
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     if weights is not None:
         weights = weights.to(torch.promote_types(hidden.dtype, torch.float32))
-    for start in range(0, len(targets), _CHUNK[hidden.device.type]):
-        part = slice(start, start + _CHUNK[hidden.device.type])
+    for part in _parts(len(targets), hidden.device):
         h = hidden[part]
         losses, logit_gradient = cross_entropy(h @ head.t(), targets[part], vocabulary)
         if weights is not None:
@@ -71,8 +79,7 @@ def token_losses(hidden: Tensor, head: Tensor, vocabulary: int, targets: Tensor)
     """Losses in nats (M,) of targets (M,) given hidden states (M, D), in fp32 at least."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     losses = torch.empty(len(targets), dtype=dtype, device=hidden.device)
-    for start in range(0, len(targets), _CHUNK[hidden.device.type]):
-        part = slice(start, start + _CHUNK[hidden.device.type])
+    for part in _parts(len(targets), hidden.device):
         losses[part], _ = cross_entropy(hidden[part] @ head.t(), targets[part], vocabulary)
     return losses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import count
 from pathlib import Path
 
@@ -248,7 +249,7 @@ def test_replayed_gradients_do_not_depend_on_earlier_packs(token_dir: Path) -> N
     """A training that resumes with some pack gets the bits that the uninterrupted one gets from it."""
     dataset = CodeAlpacaDataset(token_dir, "train")
     results = []
-    for earlier in ([], [[0]], [[1, 2], list(range(40, 70)), [5]]):
+    for earlier in ([], [[0]], [[1, 2], list(range(42)), [5]]):
         model = small_model()
         engine = Engine(model, torch.bfloat16)
         head = padded_head(model.lm_head.weight, torch.bfloat16)
@@ -260,6 +261,40 @@ def test_replayed_gradients_do_not_depend_on_earlier_packs(token_dir: Path) -> N
         results.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))  # type: ignore[arg-type]
+
+
+def test_passes_that_memory_does_not_hold_are_halved(token_dir: Path, tmp_path: Path) -> None:
+    """Capped between what long and short passes take, the training goes on in shorter ones, to the same losses."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    said: list[str] = []
+
+    def run(name: str, tokens_per_pass: int | None) -> tuple[int, list[float]]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=768, n_layer=6, n_head=12))
+        freeze_bottom_layers(model, 5)
+        cast_frozen(model, torch.bfloat16)
+        config = TrainConfig(epochs=3, batch_size=42, precision="bf16", micro_batch_tokens=tokens_per_pass)
+        losses: list[float] = []
+        result = train(
+            model, token_dir, config, tmp_path / name, "x", lambda report: losses.append(report.loss), said.append
+        )
+        return result.peak_memory_bytes, losses[1:]
+
+    (short, want), (long, _) = run("short", 1_024), run("long", None)
+    assert not said
+    cap = (short + long) // 2
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+    try:
+        took, got = run("capped", None)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said
+    assert all("does not hold passes of" in message for message in said)
+    assert took <= cap
+    assert got == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize("max_bytes", [0, 10**9])
