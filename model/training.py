@@ -204,7 +204,7 @@ def train(
                 model, tokens, config, directory, identity, on_step, warn, cache, should_stop, tokens_per_pass
             )
         except torch.OutOfMemoryError as error:
-            trouble = str(error).splitlines()[0]
+            trouble = ". ".join(str(error).split(". ")[:2])  # that memory ran out, and what for
             if tokens_per_pass <= _FEWEST_TOKENS:
                 raise torch.OutOfMemoryError(
                     f"memory does not hold passes of {tokens_per_pass:,} tokens (micro_batch_tokens): end what "
