@@ -186,7 +186,8 @@ def train(
         config: hyper-parameters.
         directory: of this training alone: checkpoints ``step-*`` and the journal ``metrics.jsonl``.
         identity: sha256 over everything that determines the training; a checkpoint of another is ignored.
-        on_step: called after every step and validation, in order; on a GPU a few steps late.
+        on_step: called after every step and validation, in order; on a GPU a few steps late. Steps repeated after
+            memory ran out are reported again.
         warn: told of damaged checkpoints, and of passes that memory did not hold.
         cache: where the frozen blocks' outputs may be kept; a matter of speed only.
         should_stop: asked between steps; true ends the training there, to be resumed later.

@@ -277,11 +277,9 @@ def test_passes_that_memory_does_not_hold_are_halved(token_dir: Path, tmp_path: 
         freeze_bottom_layers(model, 5)
         cast_frozen(model, torch.bfloat16)
         config = TrainConfig(epochs=3, batch_size=42, precision="bf16", micro_batch_tokens=tokens_per_pass)
-        losses: list[float] = []
-        result = train(
-            model, token_dir, config, tmp_path / name, "x", lambda report: losses.append(report.loss), said.append
-        )
-        return result.peak_memory_bytes, losses[1:]
+        result = train(model, token_dir, config, tmp_path / name, "x", warn=said.append)
+        metrics = [record["metrics"] for record in read_journal(tmp_path / name / "metrics.jsonl")]
+        return result.peak_memory_bytes, [of["train/loss"] for of in metrics if "train/loss" in of]
 
     (short, want), (long, _) = run("short", 1_024), run("long", None)
     assert not said
@@ -294,6 +292,7 @@ def test_passes_that_memory_does_not_hold_are_halved(token_dir: Path, tmp_path: 
     assert said
     assert all("does not hold passes of" in message for message in said)
     assert took <= cap
+    assert len(got) == 3
     assert got == pytest.approx(want, rel=1e-3)
 
 
