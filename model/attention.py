@@ -11,8 +11,13 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import GPTConfig
+
+# Without cuDNN's, PyTorch's first choice on some GPUs: it plans anew for every length that it meets, up to half a
+# second each (FunASR#3704), and is not deterministic (pytorch, sdp_utils.cpp).
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Attend(Protocol):
@@ -62,7 +67,8 @@ class Documents:
         if dtype == torch.bfloat16 and not q.is_cuda:  # the CPU's kernel is faster in fp32 where rows are short
             q, k, v = q.float(), k.float(), v.float()
         parts = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts]).to(dtype)
+        with sdpa_kernel(_KERNELS):
+            return torch.cat([rows(q[None], k[None], v[None], dropout)[0] for q, k, v in parts]).to(dtype)
 
 
 class KVCache:

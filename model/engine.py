@@ -38,7 +38,8 @@ class _Top(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, chosen: Tensor) -> Tensor:
         model = self.model
-        if model.config.dropout == 0 and can_fuse(model, x.device, x.dtype):
+        drops = model.training and model.config.dropout > 0
+        if not drops and can_fuse(model, x.device, x.dtype):
             return run_blocks(model.h[model.num_frozen :], model.ln_f, x, documents, chosen)
         return choose(model.top(x, documents), chosen)
 
@@ -148,7 +149,7 @@ class Engine:
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a process: cuBLAS keeps 32 MiB for each stream that it ever ran on, twice with autograd."""
+    """One for all graphs of a process: cuBLAS keeps 32 MiB for each stream it ever ran on, twice with autograd."""
     return torch.cuda.Stream(device)
 
 

@@ -26,7 +26,7 @@ def padded_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(count: int, device: torch.device) -> Iterator[slice]:
-    """As few parts as ``_CHUNK`` allows, of one size: a short rest would want a kernel of its own, to be loaded first."""
+    """As few parts as ``_CHUNK`` allows, of one size: a short rest would want another kernel, to be loaded first."""
     few = max(1, -(-count // _CHUNK[device.type]))
     size = max(1, -(-count // few))
     for start in range(0, count, size):

@@ -21,7 +21,7 @@ from model.gpt import GPTModel
 from model.journal import read_journal
 from model.packing import pack
 from model.sampling import _Decoder, generate
-from model.scoring import head_loss, padded_head
+from model.scoring import head_loss, padded_head, row_losses
 from model.tokens import CodeAlpacaDataset
 from model.training import TrainConfig, TrainingStoppedError, train
 from model.trunk import TrunkCacheConfig, TrunkOutputs
@@ -343,6 +343,16 @@ def test_stopped_on_request_equals_uninterrupted_bit_for_bit(token_dir: Path, tm
         for d in ("whole", "cut")
     ]
     assert losses[0] == losses[1]
+
+
+def test_dropout_does_not_touch_scores(token_dir: Path) -> None:
+    """Rows are scored by the kernels that know no dropout, to the same bits, and the model still trains with it."""
+    dataset = CodeAlpacaDataset(token_dir, "validation")
+    model = small_model()
+    want = row_losses(Engine(model, torch.bfloat16), dataset, 512)[0]
+    model.set_dropout(0.5)
+    assert np.array_equal(row_losses(Engine(model, torch.bfloat16), dataset, 512)[0], want)
+    assert model.training
 
 
 def test_two_devices_give_two_holders(tmp_path: Path) -> None:

@@ -425,7 +425,7 @@ def test_passes_that_memory_does_not_hold_are_halved(
         lengths.append(len(batch.ids))
         if len(lengths) > fails_at and len(batch.ids) > 220:
             failed.append(len(lengths))
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity.")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has no more.")
         return result
 
     results = []
