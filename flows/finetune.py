@@ -148,7 +148,7 @@ def finetune(
         epochs: passes over the training rows.
         max_steps: stop after this many optimizer steps.
         batch_size: rows per optimizer step.
-        micro_batch_tokens: tokens per forward pass; a matter of memory and speed only, halved where they do not fit.
+        micro_batch_tokens: tokens per pass: a matter of memory, speed and dropout's noise; halved if too many.
         trunk_cache_gb: GB of the frozen blocks' outputs to keep at most; a matter of speed only, 0 keeps none.
         learning_rate: peak of warm-up and cosine.
         weight_decay: AdamW's decay of matrices; biases and norms have none.

@@ -216,7 +216,8 @@ def newest_checkpoint(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of this very training, or None; what a killed writer left is removed.
 
-    A damaged one is passed over with a warning, and the one before it is taken.
+    A damaged one is passed over with a warning, and the one before it is taken; so is one whose best checkpoint so
+    far is damaged, as nothing would be better in the end.
     """
     if not directory.is_dir():
         return None
@@ -226,6 +227,8 @@ def newest_checkpoint(
             state = load_state(path)
             if state.get("identity") != identity:
                 raise ValueError(f"{path} belongs to another training")
+            if (best := state.get("best_step", state["step"])) != state["step"]:
+                load_state(checkpoint_path(directory, best), [MODEL_FILE])
         except ValueError as error:
             warn(f"{error}; an earlier checkpoint is tried")
             continue

@@ -86,6 +86,13 @@ def let_memory_grow(device: torch.device) -> None:
         choose("expandable_segments:False")
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that a GPU's memory is full: torch's allocator, or CUDA, a library or Triton beside it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in ("CUDA error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED")
+    )
+
+
 def give_memory_back() -> None:
     """Return to the GPU what torch's allocator holds unused.
 

@@ -66,6 +66,7 @@ class Engine:
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._buffers: _Buffers | None = None
+        self.latest_tokens = 0  # of the pass that was begun last
 
     @functools.cached_property
     def trunk_sha256(self) -> str:
@@ -79,7 +80,7 @@ class Engine:
 
     def trunk(self, batch: Pack) -> Tensor:
         """Residual stream above the frozen blocks, (N, D); with gradients only where nothing is frozen."""
-        model = self.model
+        model, self.latest_tokens = self.model, len(batch.ids)
         if model.num_frozen and can_fuse(model, self.device, self.dtype):
             with torch.no_grad():
                 x = (model.wte(batch.ids) + model.wpe(batch.positions)).to(self.dtype)
@@ -88,6 +89,7 @@ class Engine:
 
     def top(self, x: Tensor, batch: Pack) -> Tensor:
         """Final hidden states of the predicting tokens (M, D) from the trunk's outputs (N, D)."""
+        self.latest_tokens = len(batch.ids)
         copies = {name: master.to(self.dtype) for name, master in self._masters.items()}
         # No tied weight is among the copies; to look for one would mean a walk over the whole model each time.
         inputs = (x, batch.documents, batch.predictors)
@@ -104,6 +106,7 @@ class Engine:
         Returns:
             The loss as ``loss`` gave it.
         """
+        self.latest_tokens = len(batch.ids)
         if self._replays(x):
             return self._replay(x, batch, loss, first)
         hidden = self.top(x, batch)

@@ -9,7 +9,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, newest_checkpoint
-from model.device import give_memory_back, let_memory_grow, peak_memory, resolve_precision
+from model.device import give_memory_back, let_memory_grow, peak_memory, ran_out_of_memory, resolve_precision
 from model.engine import Engine
 from model.flops import matmul_ceiling, necessary_flops
 from model.gpt import GPTModel
@@ -39,7 +39,7 @@ class TrainConfig:
     Attributes:
         epochs: passes over the training rows.
         max_steps: stop after this many optimizer steps, if that is sooner.
-        batch_size: rows per optimizer step; micro-batches never change the step.
+        batch_size: rows per optimizer step; micro-batches never change the step, but for the noise of dropout.
         micro_batch_tokens: tokens per forward and backward pass, about; None chooses by device. Halved where a GPU's
             memory does not hold them.
         learning_rate: peak of the schedule.
@@ -97,6 +97,7 @@ class TrainResult:
         best_eval_loss, base_eval_loss: nats per response token.
         steps: optimizer steps done.
         resumed_from: step at which this process took over; 0 for a fresh start.
+        micro_batch_tokens: tokens per pass in the end.
         first_step_seconds: from the call to the end of this process's first step.
         peak_memory_bytes: as model.device.peak_memory.
         trunk: where the trunk's outputs were kept, for people.
@@ -109,6 +110,7 @@ class TrainResult:
     base_eval_loss: float
     steps: int
     resumed_from: int
+    micro_batch_tokens: int
     first_step_seconds: float
     peak_memory_bytes: int
     trunk: str
@@ -178,7 +180,8 @@ def train(
     seed and step alone and are restored with the checkpoint: a resumed training equals an uninterrupted one
     bit for bit on the same hardware and versions.
 
-    Where a GPU's memory does not hold a pass, the training goes on from its last checkpoint with passes half as long.
+    Where a GPU's memory does not hold a pass, the training goes on from its last checkpoint with passes half as long,
+    and so does one that resumes it. That rounds differently, and draws other dropout.
 
     Args:
         model: on its device, frozen parameters cast; trained in place.
@@ -198,45 +201,6 @@ def train(
         ValueError: an unknown precision.
         torch.OutOfMemoryError: memory does not hold the shortest passes either.
     """
-    tokens_per_pass = config.micro_batch_tokens or default_micro_batch_tokens(model)
-    while True:
-        try:
-            return _train(
-                model, tokens, config, directory, identity, on_step, warn, cache, should_stop, tokens_per_pass
-            )
-        except torch.OutOfMemoryError as error:
-            trouble = ". ".join(str(error).split(". ")[:2])  # that memory ran out, and what for
-            if tokens_per_pass <= _FEWEST_TOKENS:
-                raise torch.OutOfMemoryError(
-                    f"memory does not hold passes of {tokens_per_pass:,} tokens (micro_batch_tokens): end what "
-                    f"else is in it, lower num_unfrozen_layers or trunk_cache_gb, or take a smaller model ({trouble})"
-                ) from error
-        # Not above: the error holds on to all that the failed try had made.
-        fewer = max(_FEWEST_TOKENS, tokens_per_pass // 2)
-        warn(
-            f"memory does not hold passes of {tokens_per_pass:,} tokens: going on from the last checkpoint with "
-            f"{fewer:,} (micro_batch_tokens), which changes no step ({trouble})"
-        )
-        tokens_per_pass = fewer
-        model.zero_grad(set_to_none=True)
-        gc.collect()
-        give_memory_back()
-
-
-def _train(
-    model: GPTModel,
-    tokens: Path,
-    config: TrainConfig,
-    directory: Path,
-    identity: str,
-    on_step: Callable[[StepReport], None],
-    warn: Callable[[str], None],
-    cache: TrunkCacheConfig,
-    should_stop: Callable[[], bool],
-    micro_batch_tokens: int,
-) -> TrainResult:
-    """One try of ``train``, with passes of about ``micro_batch_tokens``."""
-    begun = time.perf_counter()
     device = model.wte.weight.device
     dtype = resolve_precision(config.precision, device)
     if model.ln_f.weight.dtype == torch.float64:
@@ -246,12 +210,66 @@ def _train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
         let_memory_grow(device)
         torch.cuda.reset_peak_memory_stats(device)
+    tokens_per_pass = config.micro_batch_tokens or default_micro_batch_tokens(model)
+    resumed_from: int | None = None
+    while True:
+        found = newest_checkpoint(directory, identity, warn)
+        if found:
+            tokens_per_pass = min(tokens_per_pass, found[1].get("micro_batch_tokens", tokens_per_pass))
+        if resumed_from is None:
+            resumed_from = int(found[1]["step"]) if found else 0
+        engine = Engine(model, dtype)
+        try:
+            result = _train(
+                engine, tokens, config, directory, identity, on_step, warn, cache, should_stop, tokens_per_pass, found
+            )
+            return replace(result, resumed_from=resumed_from)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            trouble = ". ".join(str(error).split(". ")[:2])  # that memory ran out, and what for
+            if _FEWEST_TOKENS < engine.latest_tokens < tokens_per_pass:
+                tokens_per_pass = engine.latest_tokens  # no pass need be as long as it may be
+            if tokens_per_pass <= _FEWEST_TOKENS:
+                raise torch.OutOfMemoryError(
+                    f"memory does not hold passes of {tokens_per_pass:,} tokens (micro_batch_tokens): end what "
+                    f"else is in it, lower num_unfrozen_layers or trunk_cache_gb, or take a smaller model ({trouble})"
+                ) from error
+        # Not above: the error holds on to all that the failed try had made.
+        fewer = max(_FEWEST_TOKENS, tokens_per_pass // 2)
+        noise = " but for the noise of dropout" if config.dropout else ""
+        warn(
+            f"memory does not hold passes of {tokens_per_pass:,} tokens: going on from the last checkpoint with "
+            f"{fewer:,} (micro_batch_tokens), which changes no step{noise} ({trouble})"
+        )
+        tokens_per_pass = fewer
+        del engine
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        give_memory_back()
+
+
+def _train(
+    engine: Engine,
+    tokens: Path,
+    config: TrainConfig,
+    directory: Path,
+    identity: str,
+    on_step: Callable[[StepReport], None],
+    warn: Callable[[str], None],
+    cache: TrunkCacheConfig,
+    should_stop: Callable[[], bool],
+    micro_batch_tokens: int,
+    found: tuple[Path, dict[str, Any]] | None,
+) -> TrainResult:
+    """One try of ``train``, with passes of about ``micro_batch_tokens``, from the checkpoint that was found."""
+    begun = time.perf_counter()
+    model, device = engine.model, engine.device
     train_rows = CodeAlpacaDataset(tokens, "train", prompt_loss_weight=config.prompt_loss_weight)
     validation = CodeAlpacaDataset(tokens, "validation", limit=config.eval_rows)
     total_steps = config.total_steps(len(train_rows))
     steps_per_epoch = math.ceil(len(train_rows) / config.batch_size)
     optimizer = build_optimizer(model, config)
-    engine = Engine(model, dtype)
     trunk = TrunkOutputs(
         engine,
         train_rows,
@@ -274,7 +292,6 @@ def _train(
     journal = MetricsJournal(directory / JOURNAL_FILE)
     torch.manual_seed(config.seed)
 
-    found = newest_checkpoint(directory, identity, warn)
     if found:
         path, state = found
         load_checkpoint(path, model, optimizer)
@@ -286,7 +303,7 @@ def _train(
         base_loss = best_loss = math.inf
         journal.truncate(0)
 
-    ceiling = _ceiling(device, dtype)
+    ceiling = _ceiling(device, engine.dtype)
     speed = _Speed()
     pending: deque[_PendingStep] = deque()
     first_step_seconds = math.nan
@@ -312,6 +329,7 @@ def _train(
             "best_eval_loss": best_loss,
             "best_step": best_step,
             "journal_lines": journal.lines,
+            "micro_batch_tokens": micro_batch_tokens,
         }
         writer.save(step, state, keep={best_step, step})
 
@@ -372,6 +390,7 @@ def _train(
         base_eval_loss=base_loss,
         steps=step,
         resumed_from=resumed_from,
+        micro_batch_tokens=micro_batch_tokens,
         first_step_seconds=first_step_seconds,
         peak_memory_bytes=peak_memory(device),
         trunk=trunk.describe(),

@@ -18,7 +18,7 @@ from model.files import write_json
 from model.freezing import FreezePlan
 from model.scoring import mean_loss, perplexity, row_losses
 from model.tokens import CodeAlpacaDataset
-from model.training import TrainConfig, default_micro_batch_tokens
+from model.training import TrainConfig
 from model.trunk import TrunkCacheConfig, TrunkOutputs
 from ops.sandbox import run_tests
 from ops.settings import Settings
@@ -52,7 +52,7 @@ def evaluate(
     greedy = replace(sampling, temperature=0.0)
     network, tokenizer = load_frozen(model, plan, place, dtype)
     engine = Engine(network, dtype)
-    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(network)
+    max_tokens = checkpoint.micro_batch_tokens
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache)
     base = row_losses(engine, test, max_tokens, trunk)

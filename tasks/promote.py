@@ -15,7 +15,7 @@ from model.freezing import FreezePlan
 from model.prompt import encode_examples
 from model.scoring import row_losses
 from model.tokens import CodeAlpacaDataset
-from model.training import TrainConfig, default_micro_batch_tokens
+from model.training import TrainConfig
 from ops.promotion import Verdict, announce, judge, settle
 from ops.registry import champion, find_version, version_uri
 from ops.settings import Settings
@@ -60,7 +60,7 @@ def score_champion(
         if ids[: len(own)] != own:
             trouble = f"{uri} has another tokenizer: losses per token of two tokenizers say nothing about each other"
             return RivalRef(rival.name, rival.champion, trouble=trouble)
-    max_tokens = config.micro_batch_tokens or default_micro_batch_tokens(network)
+    max_tokens = checkpoint.micro_batch_tokens
     sums, counts = row_losses(Engine(network.eval(), dtype), test, max_tokens)
     rows = Path(checkpoint.directory) / "champion_rows.json"
     write_json(rows, (sums / counts).tolist())

@@ -120,6 +120,7 @@ class CheckpointRef:
     Attributes:
         directory: of the training.
         best: checkpoint directory with the lowest validation loss.
+        micro_batch_tokens: tokens that one pass of it took in the end.
         journal: the metrics, one JSON line a step.
     """
 
@@ -130,6 +131,7 @@ class CheckpointRef:
     base_eval_loss: float
     steps: int
     resumed_from: int
+    micro_batch_tokens: int
     journal: str
 
 

@@ -136,6 +136,7 @@ def train(
         base_eval_loss=result.base_eval_loss,
         steps=result.steps,
         resumed_from=result.resumed_from,
+        micro_batch_tokens=result.micro_batch_tokens,
         journal=str(directory / JOURNAL_FILE),
     )
 

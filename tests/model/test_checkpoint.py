@@ -630,6 +630,22 @@ def test_training_resumes_behind_a_damaged_checkpoint(
     assert_same_end(tmp_path / "cut", uninterrupted(CONFIG)[1])
 
 
+def test_damaged_best_checkpoint_is_made_again(
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped bit in the best, not the newest: the training is repeated, or no retry would get past it."""
+    monkeypatch.setattr("model.training.mean_loss", lambda sums, counts: 1.0)  # the base stays the best
+    first = train(fresh(), token_dir, CONFIG, tmp_path, "me")
+    whole = {name: value.clone() for name, value in load_file(first.best / "model.safetensors").items()}
+    assert first.best_step == 0 < first.steps
+    flip(first.best / "model.safetensors", -1)
+    warnings: list[str] = []
+    again = train(fresh(), token_dir, CONFIG, tmp_path, "me", warn=warnings.append)
+    assert again.resumed_from == 0
+    assert "step-00000000" in warnings[0]
+    assert same_tensors(load_file(again.best / "model.safetensors"), whole)
+
+
 def test_another_training_does_not_resume_from_it(
     fresh: Callable[[], GPTModel],
     token_dir: Path,

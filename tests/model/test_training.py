@@ -21,7 +21,7 @@ from transformers import GPT2LMHeadModel
 
 from model import GPTModel, freeze_bottom_layers
 from model.checkpoint import checkpoint_path, load_trained
-from model.device import cast_frozen
+from model.device import cast_frozen, ran_out_of_memory
 from model.engine import Engine
 from model.journal import read_journal
 from model.loading import hf_state_dict
@@ -408,42 +408,82 @@ def test_step_without_targets_is_no_step(
     assert list(moments) == ["rng.cpu"]  # AdamW has no state yet
 
 
+class ScarceMemory:
+    """Mocks memory that holds no pass of more than 300 tokens, from some pass on."""
+
+    def __init__(self, fails_at: int = 0):
+        self.fails_at = fails_at
+        self.lengths: list[int] = []  # of all passes
+        self.failed: list[int] = []  # of those that failed
+        self.plain = Engine.forward_backward
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forward_backward(engine: Engine, x: Tensor, batch: Pack, loss: Any, first: bool = False) -> Tensor:
+            result = self.plain(engine, x, batch, loss, first)  # so that a part of a step has been done
+            self.lengths.append(len(batch.ids))
+            if len(self.lengths) > self.fails_at and len(batch.ids) > 300:
+                self.failed.append(len(batch.ids))
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has no more.")
+            return result
+
+        monkeypatch.setattr(Engine, "forward_backward", forward_backward)
+
+
 @pytest.mark.parametrize("fails_at", [0, 3, 7])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_passes_that_memory_does_not_hold_are_halved(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fails_at: int
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fails_at: int, dropout: float
 ) -> None:
-    """The training goes on from its last checkpoint with the same steps. Mocks memory that runs out some time."""
+    """From the pass that failed; the training goes on from its last checkpoint with the same steps."""
     monkeypatch.setattr("model.training._FEWEST_TOKENS", 60)
-    settings = {"epochs": 2, "eval_freq": 2, "micro_batch_tokens": 300}
-    forward_backward = Engine.forward_backward
+    settings = {"epochs": 2, "eval_freq": 2, "micro_batch_tokens": 10_000, "dropout": dropout}
     warnings: list[str] = []
-    lengths: list[int] = []
-    failed: list[int] = []  # how many passes there had been
-
-    def scarce(self: Engine, x: Tensor, batch: Pack, loss: Any, first: bool = False) -> Tensor:
-        result = forward_backward(self, x, batch, loss, first)  # so that a part of a step has been done
-        lengths.append(len(batch.ids))
-        if len(lengths) > fails_at and len(batch.ids) > 220:
-            failed.append(len(lengths))
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has no more.")
-        return result
-
-    results = []
-    for enough in (True, False):
-        if not enough:
-            monkeypatch.setattr(Engine, "forward_backward", scarce)
-        _, directory, result = run(double=True, warn=warnings.append, **settings)
-        results.append((values(directory, "train/loss"), load_file(result.best / "model.safetensors"), result.steps))
-    (want, weights, steps), (got, other_weights, other_steps) = results
-    assert got == pytest.approx(want, abs=1e-10)
-    assert steps == other_steps == replace(CONFIG, **settings).total_steps(42)
-    assert difference(weights, other_weights) < 1e-10
+    _, directory, result = run(double=True, **settings)
+    want, weights, steps = values(directory, "train/loss"), load_file(result.best / "model.safetensors"), result.steps
+    memory = ScarceMemory(fails_at)
+    memory.patch(monkeypatch)
+    _, directory, result = run(double=True, warn=warnings.append, **settings)
+    assert result.steps == steps == replace(CONFIG, **settings).total_steps(42)
+    assert result.resumed_from == 0
+    if not dropout:  # its noise differs
+        assert values(directory, "train/loss") == pytest.approx(want, abs=1e-10)
+        assert difference(load_file(result.best / "model.safetensors"), weights) < 1e-10
+    [failed] = memory.failed
+    assert 300 < failed < 1000
+    assert result.micro_batch_tokens == failed // 2
     assert warnings == [
-        "memory does not hold passes of 300 tokens: going on from the last checkpoint with 150 (micro_batch_tokens), "
-        "which changes no step (CUDA out of memory. Tried to allocate 1.00 GiB)"
+        f"memory does not hold passes of {failed} tokens: going on from the last checkpoint with {failed // 2} "
+        f"(micro_batch_tokens), which changes no step{' but for the noise of dropout' if dropout else ''} "
+        "(CUDA out of memory. Tried to allocate 1.00 GiB)"
     ]
-    assert len(failed) == 1
-    assert len(lengths) > failed[0]
+
+
+def test_resumed_training_takes_the_passes_that_memory_held(
+    token_dir: Path, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though memory would hold longer ones again: only so it repeats the uninterrupted one bit for bit."""
+    monkeypatch.setattr("model.training._FEWEST_TOKENS", 60)
+    config = replace(CONFIG, epochs=2, eval_freq=2, micro_batch_tokens=10_000, dropout=0.1)
+
+    def start(name: str, on_step: Callable[[StepReport], None] = lambda report: None) -> TrainResult:
+        model = GPTModel.from_pretrained(gpt2_dir)
+        freeze_bottom_layers(model, 1)
+        return train(model, token_dir, config, tmp_path / name, "identity", on_step)
+
+    def kill(report: StepReport) -> None:
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as scarce:
+        ScarceMemory().patch(scarce)
+        whole = start("whole")
+        with pytest.raises(KeyboardInterrupt):
+            start("cut", kill)
+    cut = start("cut")
+    assert (cut.resumed_from, cut.micro_batch_tokens) == (4, whole.micro_batch_tokens)
+    assert values(tmp_path / "cut", "train/loss") == values(tmp_path / "whole", "train/loss")
+    weights = [load_file(result.best / "model.safetensors") for result in (whole, cut)]
+    assert difference(*weights) == 0.0
 
 
 def test_memory_that_holds_no_pass_is_a_sentence(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,6 +499,22 @@ def test_memory_that_holds_no_pass_is_a_sentence(run: Callable[..., Any], monkey
     with pytest.raises(torch.OutOfMemoryError, match=r"hold passes of 60 tokens .* lower num_unfrozen_layers"):
         run(micro_batch_tokens=200)
     assert len(tries) == 3  # 200, 100, 60
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+    ],
+)
+def test_full_memory_of_a_gpu_is_known_by_all_its_names(error: RuntimeError, full: bool) -> None:
+    """Beside torch's allocator, CUDA, its libraries and Triton take memory too. Mocks what they say."""
+    assert ran_out_of_memory(error) is full
 
 
 def test_rows_without_targets_weigh_nothing(

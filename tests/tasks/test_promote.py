@@ -107,7 +107,7 @@ def _score(data: Path, start_from: str = "base") -> tuple[RivalRef, Any]:
         sources = _download(data, start_from=start_from)
         tokens = prepare.fn(sources, config)
         model = load_weights.fn(sources.weights, "tiny")
-        checkpoint = CheckpointRef(str(data.with_name("training")), "", 0, 0.0, 0.0, 0, 0, "")
+        checkpoint = CheckpointRef(str(data.with_name("training")), "", 0, 0.0, 0.0, 0, 0, 2_048, "")
         plan = plan_freeze(GPTConfig(**model.config), True, 2)
         rival = score_champion.fn(tokens, model, plan, checkpoint, TrainConfig(precision="fp32"), "cpu")
     return rival, json.loads(Path(rival.rows).read_text()) if rival.rows else None
