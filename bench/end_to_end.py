@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from bench.processes import quiet_environment, run_apart, show_one_gpu
+from bench.processes import in_one_sentence, positive, quiet_environment, run_apart, show_one_gpu
 from bench.train import describe_machine, versions
 from model.config import PRESETS
 from model.files import write_json
@@ -151,12 +151,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=[*PRESETS], default="355m")
     parser.add_argument("--data", type=Path, required=True, help="file or folder of rows")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of the tokenizer")
-    parser.add_argument("--rows", type=int, default=20_000, help="training rows; the data's are repeated up to it")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=128, help="rows per optimizer step")
+    parser.add_argument(
+        "--rows", type=positive, default=20_000, help="training rows; the data's are repeated up to it"
+    )
+    parser.add_argument("--epochs", type=positive, default=3)
+    parser.add_argument("--batch-size", type=positive, default=128, help="rows per optimizer step")
     parser.add_argument("--num-unfrozen-layers", type=int, default=4, help="blocks that train, from the top")
     parser.add_argument("--sides", default=",".join(READERS), help=f"any of {', '.join(READERS)}")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each side; the table shows the fastest")
+    parser.add_argument("--repeats", type=positive, default=1, help="runs of each side; the table shows the fastest")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one run may take")
     parser.add_argument("--log", type=Path, help="directory for the output of each run, with seconds")
     parser.add_argument("--profile", type=Path, help="file for cProfile's statistics of one more run of the pipeline")
@@ -371,4 +373,5 @@ def table(sides: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with in_one_sentence():
+        sys.exit(main())

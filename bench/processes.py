@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,23 @@ import torch
 
 class ChildError(RuntimeError):
     """A function that was run apart failed, and in which way."""
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """What is wrong with the command line, its files or the device ends the benchmark with a sentence."""
+    try:
+        yield
+    except (ValueError, OSError, ChildError) as error:
+        sys.exit(str(error))
+
+
+def positive(text: str) -> int:
+    """An argument of the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def quiet_environment() -> None:

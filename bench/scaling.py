@@ -26,7 +26,7 @@ import torch
 
 from bench.engine import step_loads
 from bench.measure import windows_of_reports
-from bench.processes import quiet_environment, run_apart
+from bench.processes import in_one_sentence, positive, quiet_environment, run_apart
 from bench.train import describe_processor, versions
 from model.config import GPTConfig
 from model.device import cast_frozen, peak_memory, resolve_precision
@@ -150,9 +150,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trunk-rows", type=int, default=10_000, help="with a full trunk file up to this size; 10000"
     )
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps measured, after a quarter as many; 40")
     parser.add_argument(
-        "--tries", type=int, default=3, help=f"measurements of each; one above {_MEASURED_ONCE:,} rows; 3"
+        "--steps", type=positive, default=40, help="optimizer steps measured, after a quarter as many; 40"
+    )
+    parser.add_argument(
+        "--tries", type=positive, default=3, help=f"measurements of each; one above {_MEASURED_ONCE:,} rows; 3"
     )
     parser.add_argument("--timeout", type=float, default=7200, help="seconds a measurement may take; 7200")
     parser.add_argument("--out", type=Path, help="file for the JSON, indented")
@@ -330,4 +332,5 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

@@ -24,7 +24,15 @@ import torch
 from bench.engine import run_engine
 from bench.measure import FIRST_EPOCH, LATER_EPOCHS, Job, Measurement, Setting, use_processor_time
 from bench.peers import INSTALL, LIBRARIES, hf_settings, trl_settings
-from bench.processes import ChildError, import_all, quiet_environment, run_apart, show_one_gpu
+from bench.processes import (
+    ChildError,
+    import_all,
+    in_one_sentence,
+    positive,
+    quiet_environment,
+    run_apart,
+    show_one_gpu,
+)
 from bench.tutorial import BATCH_SIZE, LENGTH, run_tutorial
 from model.config import PRESETS
 from model.device import PRODUCT_CACHES, peak_memory, resolve_device, resolve_precision
@@ -87,13 +95,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=[*PRESETS], help="355m; without --data tiny")
     parser.add_argument("--data", type=Path, help="file or folder of rows; the embedded ones, if left out")
     parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer; the embedded one, if left out")
-    parser.add_argument("--rows", type=int, help="training rows; all, on a CPU as many as are measured in an epoch")
+    parser.add_argument(
+        "--rows", type=positive, help="training rows; all, on a CPU as many as are measured in an epoch"
+    )
     parser.add_argument("--num-unfrozen-layers", type=int, default=4, help="blocks that train, from the top")
-    parser.add_argument("--batch-size", type=int, help="rows per optimizer step; 128, on a CPU 16")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens a row is cut at")
+    parser.add_argument("--batch-size", type=positive, help="rows per optimizer step; 128, on a CPU 16")
+    parser.add_argument("--max-length", type=positive, default=512, help="tokens a row is cut at")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
-    parser.add_argument("--steps", type=int, help="optimizer steps measured, after a quarter as many; 40, on a CPU 8")
-    parser.add_argument("--epochs", type=int, default=3, help="of the engine: the first is measured apart")
+    parser.add_argument(
+        "--steps", type=positive, help="optimizer steps measured, after a quarter as many; 40, on a CPU 8"
+    )
+    parser.add_argument("--epochs", type=positive, default=3, help="of the engine: the first is measured apart")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"any of {','.join(PEERS)}")
     parser.add_argument("--settings-limit", type=int, help="settings tried of each peer, best-known first")
     skip = "leave out settings described so, such as torch_compile; may be given more than once"
@@ -345,4 +357,5 @@ def _times(ratio: float | None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_sentence():
+        main()

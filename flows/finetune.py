@@ -157,7 +157,7 @@ def finetune(
         prompt_loss_weight: weight of the loss on prompt tokens; 0 trains on responses only.
         dropout: dropout rate in the trained blocks.
         eval_freq: steps between validations; each saves a checkpoint.
-        eval_rows: rows of validation and of test that are scored at most.
+        eval_rows: rows of validation and of test that are used at most, for scores and completions.
         sample_rows: prompts of the test split that both models complete.
         pass_rows: rows of the test split with tests whose greedy completions are run in a sandbox.
         max_new_tokens: length limit of a completion.

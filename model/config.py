@@ -64,6 +64,8 @@ class GPTConfig:
             raw = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if type(raw) is not dict:
+            raise ValueError(f"{path} is no JSON object with a model's settings")
         if raw.get("model_type", "gpt2") != "gpt2":
             raise ValueError(f"{path} describes a {raw['model_type']!r}, not a gpt2")
         for name, values in _SUPPORTED.items():
@@ -72,6 +74,9 @@ class GPTConfig:
         missing = [name for name in ("vocab_size", "n_embd", "n_layer", "n_head") if name not in raw]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
+        for name in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx"):
+            if name in raw and (type(raw[name]) is not int or raw[name] < 1):
+                raise ValueError(f"{path}: {name} = {raw[name]!r} is no positive integer")
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
             raise ValueError(f"{path}: n_inner = {raw['n_inner']} is not supported, only 4 * n_embd")
         return cls(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from model.attention import Documents
-from model.device import give_memory_back
+from model.device import capture_stream, give_memory_back
 from model.fused import can_fuse, run_blocks
 from model.gpt import GPTModel
 from model.packing import Pack, choose
@@ -150,12 +150,6 @@ class Engine:
         self._buffers = _Buffers(int(1.25 * size), x)
 
 
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a process: cuBLAS keeps 32 MiB for each stream it ever ran on, twice with autograd."""
-    return torch.cuda.Stream(device)
-
-
 class _Buffers:
     """What graphs of all sizes read, and the hidden states that they leave; each takes the beginning.
 
@@ -173,7 +167,7 @@ class _Buffers:
         self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = _capture_stream(example.device)
+        self.stream = capture_stream(example.device)
         self.rehearsed = False
 
     @contextmanager

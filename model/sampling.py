@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import KVCache
+from model.device import capture_stream
 from model.gpt import GPTModel
 
 
@@ -37,7 +38,8 @@ def filter_logits(
         top_p: probability mass to keep, in (0, 1].
 
     Returns:
-        (B, V) in float32, logits / temperature with removed tokens at -inf; the argument is not changed.
+        (B, V) in float32, logits / temperature but for a shift that changes no probability, with removed tokens at
+        -inf; the argument is not changed.
 
     Raises:
         ValueError: a setting is out of range.
@@ -46,8 +48,9 @@ def filter_logits(
     logits = logits.float()
     if temperature == 0:
         top_k, top_p = 1, None
-    else:
-        logits = logits / temperature
+    elif temperature != 1:
+        # Less the largest: however low the temperature, that one stays finite.
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     if top_k is not None and top_k < logits.size(-1):
         values, indices = torch.topk(logits, top_k, dim=-1)
         logits = torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
@@ -155,7 +158,7 @@ class _Decoder:
             return self._compute(ids)
         if self.graph is None:
             self.ids, self.graph = ids.clone(), torch.cuda.CUDAGraph()
-            with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+            with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device)):
                 self.logits = self._compute(self.ids)
         self.ids.copy_(ids)
         with torch.cuda.device(ids.device):

@@ -353,7 +353,7 @@ class CodeAlpacaDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def loss_weight(self, rows: np.ndarray[Any, Any]) -> float:
         """Sum of the loss weights of rows: what their summed loss is divided by. The first token is no target."""
-        lengths, prompts = self.lengths[rows, 0], self.lengths[rows, 1]
+        lengths, prompts = self.lengths[rows, 0], np.maximum(1, self.lengths[rows, 1])
         return float((lengths - prompts).sum() + self.prompt_loss_weight * (prompts - 1).sum())
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

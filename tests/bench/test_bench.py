@@ -249,10 +249,19 @@ def test_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str])
     for arguments, message in (
         (["--peers", "engine,other"], "other is none of engine, tutorial, hf, trl"),
         (["--size", "tiny", "--max-length", "1024"], "beyond the context of tiny"),
+        (["--epochs", "0"], "0 is not at least 1"),
     ):
         with pytest.raises(SystemExit):
             parse(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_the_input_is_one_sentence() -> None:
+    """A missing file is named, without a traceback."""
+    command = [sys.executable, "-m", "bench.train", "--peers", "engine", "--data", "missing.jsonl"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "dataset missing.jsonl does not exist: give a file or folder, or a hub id like owner/name\n"
 
 
 def test_what_was_left_out_is_in_the_report(job: Job) -> None:

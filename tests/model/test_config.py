@@ -81,6 +81,24 @@ def test_other_model_type_is_refused(tmp_path: Path) -> None:
         GPTConfig.from_json(write(tmp_path / "config.json", model_type="llama"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_head", 0), ("n_embd", "8"), ("n_embd", None), ("n_layer", -1), ("vocab_size", 2.0), ("n_positions", True)],
+)
+def test_sizes_that_are_no_positive_integers_are_named(tmp_path: Path, name: str, value: Any) -> None:
+    """With what the file says."""
+    path = write(tmp_path / "config.json", **{name: value})
+    with pytest.raises(ValueError, match=rf"config\.json: {name} = {value!r} is no positive integer"):
+        GPTConfig.from_json(path)
+
+
+def test_json_that_is_no_object_is_named(tmp_path: Path) -> None:
+    """A list is no configuration."""
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+        GPTConfig.from_json(tmp_path / "config.json")
+
+
 def test_missing_keys_are_named(tmp_path: Path) -> None:
     """Nothing that decides the shape is guessed."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8}))

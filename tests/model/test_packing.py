@@ -88,6 +88,16 @@ def test_prompt_loss_weight_makes_every_token_but_the_first_a_target(
     assert batch.weights.sum().item() == dataset.loss_weight(np.array([0, 1, 3]))
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_first_token_of_a_row_without_a_prompt_weighs_nothing(tmp_path: Path, weight: float) -> None:
+    """Two rows of five tokens, prompts of none and of one: four targets each, whatever a prompt weighs."""
+    (tmp_path / "meta.json").write_text(json.dumps({"dtype": "<u2"}))
+    np.arange(10, dtype="<u2").tofile(tmp_path / "train.ids.bin")
+    np.save(tmp_path / "train.lengths.npy", np.array([(5, 0), (5, 1)], dtype=np.int32))
+    dataset = CodeAlpacaDataset(tmp_path, "train", prompt_loss_weight=weight)
+    assert len(pack(dataset, np.array([0, 1]), CPU).targets) == dataset.loss_weight(np.array([0, 1])) == 8
+
+
 def test_weights_sum_to_what_the_loss_is_divided_by(token_dir: Path) -> None:
     """On real rows, with and without weight on the prompt."""
     rows = np.array([3, 0, 17])

@@ -67,6 +67,13 @@ def test_temperature_divides() -> None:
     torch.testing.assert_close(got, torch.tensor([[0.36, 0.09, 0.01]]) / 0.46)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+def test_any_low_temperature_is_nearly_argmax(temperature: float) -> None:
+    """Logits that fp32 could not divide by it: the most probable tokens share all of the mass."""
+    got = filter_logits(torch.tensor([[50.0, 80.0, 80.0], [-70.0, -80.0, -90.0]]), temperature, top_p=0.9)
+    assert got.softmax(-1).tolist() == [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
+
+
 def test_temperature_zero_is_argmax() -> None:
     """T = 0 divides by zero in the seed; here it keeps the most probable token, whatever else is set."""
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 0.0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -399,6 +400,27 @@ def test_no_file_where_computing_is_faster_than_reading(
     monkeypatch.setattr("model.trunk._READ_BYTES", 1.0)
     assert outputs_of(tmp_path / "cache").place == "host"
     assert not files(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_room_is_taken_when_a_file_is_opened(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """A map of a sparse file ends the process where the disk is full later. Mocks a disk that is full by then."""
+    if known:
+        first = outputs_of(tmp_path)
+        ask(first, [0])
+        blocks = sum(path.stat().st_blocks for path in tmp_path.rglob("*.bin"))
+        assert 512 * blocks >= first.bytes  # not sparse, though few rows are in it
+
+    def no_room(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", no_room)
+    later = outputs_of(tmp_path)
+    assert later.place == "host"
+    assert same_bits(ask(later), ask(outputs_of()))
+    assert {path.name for path in tmp_path.rglob("*.bin")} == ({"values.bin", "checksums.bin"} if known else set())
 
 
 def test_no_file_on_a_full_disk(
