@@ -64,7 +64,7 @@ class GPTConfig:
             raw = json.loads(path.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if type(raw) is not dict:
+        if not isinstance(raw, dict):
             raise ValueError(f"{path} is no JSON object with a model's settings")
         if raw.get("model_type", "gpt2") != "gpt2":
             raise ValueError(f"{path} describes a {raw['model_type']!r}, not a gpt2")
@@ -79,9 +79,10 @@ class GPTConfig:
                 raise ValueError(f"{path}: {name} = {raw[name]!r} is no positive integer")
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
             raise ValueError(f"{path}: n_inner = {raw['n_inner']} is not supported, only 4 * n_embd")
+        context: int = raw.get("n_ctx", 1024)  # its older name
         return cls(
             vocab_size=raw["vocab_size"],
-            n_positions=raw.get("n_positions", raw.get("n_ctx", 1024)),
+            n_positions=raw.get("n_positions", context),
             n_embd=raw["n_embd"],
             n_layer=raw["n_layer"],
             n_head=raw["n_head"],
