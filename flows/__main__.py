@@ -9,10 +9,15 @@ import gc
 import inspect
 import logging
 import os
+import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -60,14 +65,26 @@ def start(settings: Settings) -> None:
     """
     # The collector takes a quarter of the time of imports, and more at the process's end, for what stays anyway.
     gc.disable()
-    import prefect.server.api.server  # noqa: F401  # here, as two threads must not import parts of one package
+    import prefect.server.api.server as prefect_server  # here, as two threads must not import parts of one package
     from prefect.client.orchestration import get_client
 
-    with exclusive(settings.locks, "databases", "make run", print), ThreadPoolExecutor(1) as thread:
+    # Out of the terminal's reach: a server that Ctrl-C ends too cannot be told how the run ended, and is asked for
+    # two minutes.
+    apart = partial(subprocess.Popen, start_new_session=True)
+    prefect_server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": apart})  # type: ignore[attr-defined]
+    server: Future[Any] = Future()
+
+    def start_server() -> None:
+        try:
+            server.set_result(get_client(sync_client=True))
+        except BaseException as error:
+            server.set_exception(error)
+
+    with exclusive(settings.locks, "databases", "make run", print):
         for orphan in end(lambda: left_behind(RUN), 5):
             print(f"ended what a killed run had left: {orphan}")
         os.environ[RUN] = mark_process().to_json()
-        server = thread.submit(get_client, sync_client=True)
+        threading.Thread(target=start_server, daemon=True).start()  # no exit waits for it
         import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
         from transformers import AutoTokenizer  # noqa: F401
 
@@ -185,5 +202,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def end_in_order() -> None:
+    """Have SIGTERM, and a terminal that is closed, run what is to be done at exit: the temporary server ends then.
+
+    In a flow run Prefect's handler comes first, and hands on to this one when the run is closed.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_in_order()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where the training stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

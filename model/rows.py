@@ -23,6 +23,7 @@ UNUSABLE = (
     "null_field",
     "not_a_string",
     "empty_field",
+    "tests_not_strings_in_a_list",
 )
 # Reasons that say nothing against the data: longer than the context, or kept out of training.
 PROMPT_TOO_LONG = "prompt_too_long"
@@ -140,7 +141,7 @@ def normalize_row(record: Any) -> dict[str, Any]:
     tests = record.get("tests")
     if tests is not None:
         if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-            raise UnusableRow("not_a_string")
+            raise UnusableRow("tests_not_strings_in_a_list")
         row["tests"] = tests
         row["family"] = str(record.get("family") or "all")
     return row

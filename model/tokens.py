@@ -224,9 +224,15 @@ def _too_long(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) 
 
 @dataclass(frozen=True)
 class _Routed:
-    """A record on its way: where it stood, the split it belongs to, or the reason why it is dropped."""
+    """A record on its way: where it stood, the split it belongs to, or the reason why it is dropped.
+
+    Attributes:
+        number: in the source split, counted over its files from 0.
+        in_file: in its file, from 0.
+    """
 
     number: int
+    in_file: int
     path: Path
     split: str
     row: dict[str, Any]
@@ -235,7 +241,7 @@ class _Routed:
     def note(self, first_bad: list[str]) -> None:
         """Add the record to the first five that cannot be used, if it is one."""
         if self.reason in UNUSABLE and len(first_bad) < 5:
-            first_bad.append(f"{self.path.name} row {self.number} ({self.reason})")
+            first_bad.append(f"{self.path.name} row {self.in_file} ({self.reason})")
 
 
 def _route(
@@ -246,16 +252,16 @@ def _route(
     Args:
         held_out: prompts of held-out files so far; those of this split are added.
     """
-    for number, path, record in _numbered(sources.get(source_split, [])):
+    for number, (in_file, path, record) in enumerate(_records(sources.get(source_split, []))):
         try:
             row = normalize_row(record)
         except UnusableRow as error:
-            yield _Routed(number, path, source_split, {}, error.reason)
+            yield _Routed(number, in_file, path, source_split, {}, error.reason)
             continue
         key = prompt_key(row["prompt"])
         split = source_split
         if split != "test" and key in held_out:
-            yield _Routed(number, path, split, row, IN_HELD_OUT)
+            yield _Routed(number, in_file, path, split, row, IN_HELD_OUT)
             continue
         if split != "train":
             held_out.add(key)
@@ -263,16 +269,14 @@ def _route(
             split = "test"
         elif "validation" not in sources and fraction(key, config.seed, "validation") < config.validation_share:
             split = "validation"
-        yield _Routed(number, path, split, row)
+        yield _Routed(number, in_file, path, split, row)
 
 
-def _numbered(paths: Sequence[Path]) -> Iterator[tuple[int, Path, Any]]:
-    """Records with their position in the split, counted over its files from 0."""
-    number = 0
+def _records(paths: Sequence[Path]) -> Iterator[tuple[int, Path, Any]]:
+    """Records with their position in their file, from 0."""
     for path in paths:
-        for record in read_records(path):
-            yield number, path, record
-            number += 1
+        for in_file, record in enumerate(read_records(path)):
+            yield in_file, path, record
 
 
 def _subset(config: PrepareConfig) -> Callable[[_Routed], bool]:
@@ -294,7 +298,8 @@ def _check_unusable(
     if seen and unusable / seen > config.max_dropped_share:
         raise ValueError(
             f"{unusable} of {seen} rows of {_names(sources)} cannot be used, more than max_dropped_share "
-            f"{config.max_dropped_share:g} allows; the first: {'; '.join(first_bad)}"
+            f"{config.max_dropped_share:g} allows; the first, counted from 0: {'; '.join(first_bad)}. Rows have "
+            "prompt and completion, or instruction and output"
         )
 
 
@@ -311,7 +316,11 @@ def _check_counts(counts: Counts, first_bad: list[str], config: PrepareConfig, s
         )
     for split, setting in (("validation", "validation_share"), ("test", "test_share")):
         if not counts.rows[split]:
-            raise ValueError(f"the {split} split of {names} is empty: raise {setting} or add rows ({dropped})")
+            enough = min(0.5, 5 / counts.seen)  # five are expected then, and 0.7 % of all draws give none
+            raise ValueError(
+                f"the {split} split of {names} is empty: raise {setting}, {enough:.2g} will do, or add rows "
+                f"({dropped})"
+            )
 
 
 def verify_tokens(directory: Path) -> dict[str, Any] | None:

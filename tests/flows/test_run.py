@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from flows.__main__ import RUN, complaint, main
 from ops.marks import mark_process
-from ops.processes import marked
+from ops.processes import end, marked
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORTEST = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
@@ -62,6 +65,48 @@ def test_what_a_killed_run_left_is_ended(environment: dict[str, str]) -> None:
     finally:
         living.kill()
         living.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["starting", "training"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
+    tmp_path: Path, environment: dict[str, str], number: signal.Signals, moment: str
+) -> None:
+    """As from a terminal, to the whole group: its server hears how the run ended, and ends too."""
+    run = subprocess.Popen(
+        [*SHORTEST, "max_steps=2000"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    mark = mark_process(run.pid).to_json()
+    lines: list[str] = []
+    assert run.stdout is not None
+    try:
+        if moment == "training":
+            while "step 1" not in (line := run.stdout.readline()):
+                assert line, "".join(lines)
+                lines.append(line)
+        else:
+            while not marked(RUN, mark):
+                time.sleep(0.1)
+            time.sleep(1)
+        os.killpg(run.pid, number)
+        output, _ = run.communicate(timeout=30)
+        assert run.returncode == 128 + (signal.SIGTERM if number == signal.SIGHUP else number), output[-3000:]
+        assert "Traceback" not in output, output[-3000:]
+        assert marked(RUN, mark) == []
+    finally:
+        end(lambda: marked(RUN, mark), 0)
+    if moment == "training":
+        [(state,)] = rows(tmp_path / "prefect" / "prefect.db", "select state_type from flow_run")
+        [(status,)] = rows(tmp_path / "mlflow" / "mlflow.db", "select status from runs")
+        assert (state, status) == ("CRASHED", "KILLED")
+
+
+def rows(database: Path, query: str) -> list[tuple[str, ...]]:
+    """What sqlite answers."""
+    with closing(sqlite3.connect(database)) as connection:
+        return connection.execute(query).fetchall()
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_tests_and_family_are_kept() -> None:
     assert normalize_row(row) == {key: row[key] for key in ("prompt", "completion", "tests", "family")}
     assert normalize_row({**row, "family": None})["family"] == "all"
     for bad in ("assert True", [1], {"a": "b"}):
-        with pytest.raises(UnusableRow, match="not_a_string"):
+        with pytest.raises(UnusableRow, match="tests_not_strings_in_a_list"):
             normalize_row({**row, "tests": bad})
 
 

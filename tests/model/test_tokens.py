@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -193,6 +194,7 @@ BAD = {
     "not_a_string": {"prompt": "p", "completion": 3},
     "empty_field": {"prompt": "p", "completion": " "},
     "invalid_unicode": '{"prompt": "\\ud800", "completion": "c"}',
+    "tests_not_strings_in_a_list": {"prompt": "p", "completion": "c", "tests": "assert True"},
 }
 
 
@@ -200,21 +202,42 @@ def test_unusable_rows_are_counted_by_reason(make_rows: Callable[..., Any], run:
     """Each reason once, and the good rows all there."""
     meta, _ = run(make_rows(60) + list(BAD.values()), max_dropped_share=0.2)
     assert meta["counts"]["dropped"] == dict.fromkeys(BAD, 1)
-    assert meta["counts"]["seen"] == 67
+    assert meta["counts"]["seen"] == 68
     assert sum(meta["counts"]["rows"].values()) == 60
 
 
 def test_too_many_unusable_rows_name_the_first_five(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
     """Over the threshold it fails, with file, row numbers and reasons."""
     rows = make_rows(53)
-    for position, bad in zip((2, 10, 11, 30, 45, 50, 52), BAD.values(), strict=True):
+    for position, bad in zip((2, 10, 11, 30, 45, 50, 52, 53), BAD.values(), strict=True):
         rows.insert(position, bad)
-    with pytest.raises(ValueError, match="7 of 60 rows") as caught:
+    with pytest.raises(ValueError, match="8 of 61 rows") as caught:
         run(rows)
     first = [(2, "invalid_json"), (10, "not_an_object"), (11, "missing_field"), (30, "null_field")]
     first.append((45, "not_a_string"))
     assert "; ".join(f"train.jsonl row {n} ({reason})" for n, reason in first) in str(caught.value)
     assert "row 50" not in str(caught.value)
+
+
+def test_rows_are_named_by_their_place_in_their_file(
+    make_rows: Callable[..., Any], write_jsonl: Callable[..., Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Of several files of a split, too; and what a row needs is said."""
+    for name, rows in (("a", make_rows(40)), ("b", [*make_rows(3), {"text": "t"}])):
+        write_jsonl(tmp_path / f"train-{name}.jsonl", rows)
+    with pytest.raises(ValueError, match="Rows have prompt and completion") as caught:
+        prepare(find_splits(tmp_path), tokenizer, PrepareConfig(max_dropped_share=0.0), tmp_path / "tokens")
+    assert "train-b.jsonl row 3 (missing_field)" in str(caught.value)
+
+
+def test_an_empty_split_names_a_share_that_fills_it(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
+    """Few rows, of which a small share is none."""
+    rows = make_rows(20)
+    with pytest.raises(ValueError, match=r"the test split of .* is empty: raise test_share, 0\.25 will do") as caught:
+        run(rows, test_share=0.0)
+    share = float(re.search(r"([0-9.]+) will do", str(caught.value))[1])  # type: ignore[index]
+    meta, _ = run(rows, test_share=share, validation_share=share)
+    assert meta["counts"]["rows"]["test"] > 0
 
 
 def test_threshold_is_a_share(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
