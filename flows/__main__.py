@@ -71,7 +71,7 @@ def start(settings: Settings) -> None:
     # Out of the terminal's reach: a server that Ctrl-C ends too cannot be told how the run ended, and is asked for
     # two minutes.
     apart = partial(subprocess.Popen, start_new_session=True)
-    prefect_server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": apart})  # type: ignore[attr-defined]
+    prefect_server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": apart})  # type: ignore[assignment, attr-defined]
     server: Future[Any] = Future()
 
     def start_server() -> None:
