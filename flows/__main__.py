@@ -118,10 +118,15 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
 
     if unknown := sorted(parameters.keys() - inspect.signature(finetune.fn).parameters):
         return f"no parameter is called {', '.join(unknown)}: README.md lists them"
+    log = logging.getLogger("prefect.flows")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it would say the same, at length
     try:
         finetune.validate_parameters(dict(parameters))
     except ParameterTypeError as error:
         return str(error)
+    finally:
+        log.setLevel(level)
     return None
 
 
@@ -155,6 +160,9 @@ def time_table(seconds: Mapping[str, float]) -> str:
 def main(arguments: list[str]) -> int:
     """Run the flow with a deployment's parameters, some of them changed. Returns the exit status."""
     begin = time.perf_counter()
+    if {"-h", "--help"} & {*arguments}:
+        print(f"{__doc__}\nREADME.md has all parameters.")
+        return 0
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) > 1:
         print(f"one deployment at a time, not {', '.join(named)}; parameters are name=value", file=sys.stderr)
@@ -166,6 +174,9 @@ def main(arguments: list[str]) -> int:
         return 2
     for argument in arguments:
         name, separator, value = argument.partition("=")
+        if sum(other.startswith(f"{name}=") for other in arguments) > 1:
+            print(f"{name} is given twice", file=sys.stderr)
+            return 2
         try:
             if separator:
                 parameters[name] = yaml.safe_load(value)

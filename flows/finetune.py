@@ -179,6 +179,9 @@ def finetune(
         raise ValueError(
             f"subset_start {subset_start} is a place, and subset={subset} goes by content: leave one out"
         )
+    blocks = PRESETS[model_size].n_layer
+    if num_unfrozen_layers > blocks:  # before gigabytes are fetched
+        raise ValueError(f"num_unfrozen_layers {num_unfrozen_layers} is beyond the {blocks} blocks of {model_size}")
     tidy_up(settings, log)
     train_config = TrainConfig(
         epochs=epochs,

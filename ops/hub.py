@@ -56,7 +56,7 @@ class HubError(RuntimeError):
     """The hub did not give what was asked for; the message says what, why, and the local way out."""
 
 
-class _Away(HubError):
+class HubAwayError(HubError):
     """The hub gave no answer, or one that may change: what is cached still counts."""
 
 
@@ -132,7 +132,7 @@ class _Repo:
             return found
         try:
             info = self.ask(self.info)
-        except _Away:
+        except HubAwayError:
             if not pinned and (found := self.cached()):
                 return found
             raise
@@ -176,7 +176,7 @@ class _Repo:
         """Return a complete cached copy, verified now; damaged files are removed from the cache."""
         try:
             folder = self.attempt(partial(self.snapshot, local_files_only=True), STALL_SECONDS)
-        except _Away:
+        except HubAwayError:
             return None
         paths = (path for path in folder.rglob("*") if path.is_file())
         names = self.wanted(path.relative_to(folder).as_posix() for path in paths)
@@ -230,7 +230,7 @@ class _Repo:
         for pause in () if is_offline_mode() else PAUSES:
             try:
                 return self.attempt(question, ANSWER_SECONDS)
-            except _Away:
+            except HubAwayError:
                 time.sleep(pause)
         return self.attempt(question, ANSWER_SECONDS)
 
@@ -244,7 +244,7 @@ class _Repo:
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
             name = type(cause).__name__.lstrip("_")
             status = getattr(getattr(cause, "response", None), "status_code", 0)
-            kind: type[HubError] = _Away
+            kind: type[HubError] = HubAwayError
             detail = f"HTTP {status}" if status else getattr(cause, "strerror", None)
             if name in ("ConnectError", "Stalled", "HFValidationError"):
                 detail = str(cause)
@@ -253,7 +253,7 @@ class _Repo:
             reason = f"{name} ({detail})" if detail else name
             if file:
                 reason = f"{file}: {reason}"
-            elif kind is _Away:
+            elif kind is HubAwayError:
                 reason += ", and no complete copy is cached"
             raise self.error(reason, kind) from None
 

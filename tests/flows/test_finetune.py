@@ -207,6 +207,17 @@ def test_all_wrong_parameters_are_named_at_once(prefect_server: None, data_root:
     assert not (data_root / "mlflow").exists()
 
 
+def test_too_many_layers_are_refused_before_anything_is_fetched(
+    prefect_server: None, data_root: Path, tiny: dict[str, Any]
+) -> None:
+    """A size's number of blocks is known; weights of gigabytes need not come first."""
+    from flows.finetune import finetune
+
+    with pytest.raises(ValueError, match="num_unfrozen_layers 7 is beyond the 6 blocks of tiny"):
+        finetune(**{**tiny, "num_unfrozen_layers": 7, "dataset": "missing.jsonl"})
+    assert not (data_root / "mlflow").exists()
+
+
 def test_a_failed_flow_is_a_failed_run(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]
 ) -> None:

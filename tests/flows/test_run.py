@@ -138,6 +138,12 @@ def test_a_wrong_parameter_is_named(parameters: dict[str, object], named: str) -
     assert complaint({"model_size": "355m", "epochs": 1}) is None
 
 
+def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither is taken."""
+    assert main(["epochs=1", "epochs=2"]) == 2
+    assert capsys.readouterr().err == "epochs is given twice\n"
+
+
 @pytest.mark.parametrize("argument", ["dataset=[x", "learning_rate={"])
 def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is started."""
