@@ -71,7 +71,10 @@ def test_a_killed_run_is_taken_over_bitwise(tmp_path: Path) -> None:
             time.sleep(0.02)
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
-        killed.communicate()
+        killed.wait()
+        # Its temporary server, in a session of its own, would keep the pipe open; the next run ends it.
+        assert killed.stdout is not None
+        killed.stdout.close()
     resumed = _start(tmp_path / "killed")
     output_uri, run_id = _finish(resumed)
 

@@ -101,6 +101,8 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
         [(state,)] = rows(tmp_path / "prefect" / "prefect.db", "select state_type from flow_run")
         [(status,)] = rows(tmp_path / "mlflow" / "mlflow.db", "select status from runs")
         assert (state, status) == ("CRASHED", "KILLED")
+        newest = max(path.name for path in tmp_path.glob("trainings/*/step-*"))
+        assert newest > "step-00000000"  # of the step at which it was asked to stop
 
 
 def rows(database: Path, query: str) -> list[tuple[str, ...]]:
