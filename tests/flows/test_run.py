@@ -75,7 +75,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
 ) -> None:
     """As from a terminal, to the whole group: its server hears how the run ended, and ends too."""
     run = subprocess.Popen(
-        [*SHORTEST, "max_steps=2000"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*SHORTEST[:3], *SHORTEST[4:]], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
     mark = mark_process(run.pid).to_json()
@@ -88,6 +88,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
                 lines.append(line)
         else:
             while not marked(RUN, mark):
+                assert run.poll() is None
                 time.sleep(0.1)
             time.sleep(1)
         os.killpg(run.pid, number)
