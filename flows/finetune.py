@@ -180,7 +180,7 @@ def finetune(
             f"subset_start {subset_start} is a place, and subset={subset} goes by content: leave one out"
         )
     blocks = PRESETS[model_size].n_layer
-    if num_unfrozen_layers > blocks:  # before gigabytes are fetched
+    if freeze_layers and num_unfrozen_layers > blocks:  # as freeze does, but before gigabytes are fetched
         raise ValueError(f"num_unfrozen_layers {num_unfrozen_layers} is beyond the {blocks} blocks of {model_size}")
     tidy_up(settings, log)
     train_config = TrainConfig(
