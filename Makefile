@@ -51,20 +51,20 @@ ifdef SECURE
 up: export FINETUNE_SECURE := $(SECURE)
 endif
 up: $(INSTALLED) ## Start Prefect, MLflow, a worker and the watcher, until Ctrl-C; SECURE=1 asks for a password
-	@exec $(BIN)/python -m ops.up
+	@exec $(BIN)/python -m ops.stack.up
 
 down: $(INSTALLED) ## End make up, or what a crash left of it
-	@exec $(BIN)/python -m ops.up down
+	@exec $(BIN)/python -m ops.stack.up down
 
 doctor: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(FINETUNE_PREFECT_PORT),4200)/api
 doctor: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:$(or $(FINETUNE_MLFLOW_PORT),5000)
 doctor: $(INSTALLED) ## Compare limits, leases, locks, states and processes; ARGS=--fix mends
-	@$(BIN)/python -m ops.doctor $(ARGS)
+	@$(BIN)/python -m ops.recovery.doctor $(ARGS)
 
 # Without a server, prefect would start one for each command and deploy to nobody.
 deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 deploy: $(INSTALLED) ## Set up the Prefect server of PREFECT_API_URL, where it is not that of make up
-	@exec $(BIN)/python -m ops.deploy
+	@exec $(BIN)/python -m ops.stack.deploy
 
 NEEDS_SERVERS = test -n "$$PREFECT_API_URL" -a -n "$$MLFLOW_TRACKING_URI" || { \
 	echo "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of make up does"; exit 1; }
@@ -78,16 +78,16 @@ worker: $(INSTALLED) ## One more worker, on another machine, for the servers of 
 
 watch: $(INSTALLED) ## Beside such a worker: closes the runs of processes that died on this machine
 	@$(NEEDS_SERVERS)
-	@exec $(BIN)/python -m ops.watch
+	@exec $(BIN)/python -m ops.recovery.watch
 
 rollback: $(INSTALLED) ## Make the champion before the present one champion again: SIZE=355m
 	@test -n "$(SIZE)" || { echo "which size? make rollback SIZE=355m"; exit 2; }
-	@$(BIN)/python -m ops.rollback $(SIZE)
+	@$(BIN)/python -m ops.tracking.rollback $(SIZE)
 
 # As it was typed: make would expand a dollar sign.
 sample: override export PROMPT := $(value PROMPT)
 sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."
-	@$(BIN)/python -m ops.sample $(ARGS) -- "$$PROMPT"
+	@$(BIN)/python -m ops.tracking.sample $(ARGS) -- "$$PROMPT"
 
 clean: ## Delete .venv, but no results
 	rm -rf $(VENV)

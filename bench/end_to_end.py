@@ -31,8 +31,8 @@ import torch
 
 from bench.processes import in_one_sentence, positive, quiet_environment, run_apart, show_one_gpu
 from bench.train import describe_machine, versions
-from model.config import PRESETS
 from model.files import write_json
+from model.net.config import PRESETS
 from ops.settings import PROJECT_ROOT
 
 # The modules that each side loads, its helper processes included.
@@ -174,9 +174,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def make_inputs(options: argparse.Namespace, scratch: Path) -> None:
     """In a child: the data set and the weights that both sides are given."""
-    from model.device import resolve_device
-    from model.gpt import GPTModel
-    from model.loading import load_tokenizer
+    from model.net.device import resolve_device
+    from model.net.gpt import GPTModel
+    from model.net.loading import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer, 2**32)
     write_rows(options.data, tokenizer, options.rows, scratch)
@@ -191,8 +191,8 @@ def write_rows(source: Path, tokenizer: Any, rows: int, scratch: Path) -> None:
 
     A training row whose prompt is held out is left away: the pipeline would drop it, and TRL's script would not.
     """
-    from model.rows import UnusableRow, find_splits, normalize_row, prompt_key, read_records
-    from model.tokens import PrepareConfig, prepare
+    from model.data.rows import UnusableRow, find_splits, normalize_row, prompt_key, read_records
+    from model.data.tokens import PrepareConfig, prepare
 
     splits = find_splits(source)
     prepare(splits, tokenizer, PrepareConfig(), scratch / "tokens")

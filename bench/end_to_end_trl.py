@@ -95,7 +95,7 @@ def read_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows by split; test and validation are drawn from train where the data has none."""
     from datasets import Dataset
 
-    from model.rows import find_splits, normalize_row, read_records
+    from model.data.rows import find_splits, normalize_row, read_records
 
     rows = {
         split: [normalize_row(record) for path in paths for record in read_records(path)]
@@ -112,7 +112,7 @@ def tokenise(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
     """Rows as TRL takes them when they are tokenised: ids, and which of them are the response."""
     from datasets import Dataset
 
-    from model.prompt import encode_examples
+    from model.net.prompt import encode_examples
 
     examples = encode_examples(tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows])
     kept = [(ids[:_MAX_LENGTH], prompt) for ids, prompt in examples if prompt < _MAX_LENGTH]
@@ -164,7 +164,7 @@ def generate(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
     """Sampled completions of all prompts in one batch, padded on the left."""
     import torch
 
-    from model.prompt import format_prompt
+    from model.net.prompt import format_prompt
 
     texts = [format_prompt({"prompt": prompt}) for prompt in prompts]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(model.device)

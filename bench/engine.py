@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from bench.measure import FIRST_EPOCH, LATER_EPOCHS, Job, Measurement, now, read_clock, windows_of_reports
-from model.device import cast_frozen, resolve_device, resolve_precision
-from model.freezing import freeze_bottom_layers
-from model.gpt import GPTModel
-from model.tokens import CodeAlpacaDataset, epoch_order
-from model.training import StepReport, TrainConfig, train
-from model.trunk import TrunkCacheConfig
+from model.data.tokens import CodeAlpacaDataset, epoch_order
+from model.engine.training import StepReport, TrainConfig, train
+from model.engine.trunk import TrunkCacheConfig
+from model.net.device import cast_frozen, resolve_device, resolve_precision
+from model.net.freezing import freeze_bottom_layers
+from model.net.gpt import GPTModel
 
 _VALIDATION_ROWS = 64  # a validation before the first step and one after the last are part of every training
 

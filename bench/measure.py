@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from model.config import GPTConfig
+from model.net.config import GPTConfig
 
 FIRST_EPOCH, LATER_EPOCHS = "first epoch", "later epochs"  # phases of an engine that keeps the trunk's outputs
 WINDOWS = 4  # per measurement, where there are steps enough
@@ -24,7 +24,7 @@ class Job:
     """The training that every contestant does.
 
     Attributes:
-        tokens: directory written by ``model.tokens.prepare``.
+        tokens: directory written by ``model.data.tokens.prepare``.
         tokenizer: directory of its tokenizer; contestants read nothing from it but the special tokens.
         model_size: preset whose shape the random weights have.
         num_unfrozen_layers: blocks that train, from the top; the final norm trains too, all else is frozen.

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from bench.measure import WINDOWS, Job, Measurement, Meter, Setting
-from model.device import resolve_device, resolve_precision
-from model.tokens import IGNORE, CodeAlpacaDataset
+from model.data.tokens import IGNORE, CodeAlpacaDataset
+from model.net.device import resolve_device, resolve_precision
 
 _GROUPED = "grouped by length, padded"
 _TOKENS, _TARGETS = "bench_tokens", "bench_targets"  # beside the tensors of a batch, as plain numbers
@@ -175,7 +175,7 @@ def run_trl(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from model.loading import load_tokenizer
+    from model.net.loading import load_tokenizer
 
     model = build_model(job, attention)
     rows = CodeAlpacaDataset(job.tokens, "train")

@@ -28,19 +28,20 @@ from bench.engine import step_loads
 from bench.measure import windows_of_reports
 from bench.processes import in_one_sentence, positive, quiet_environment, run_apart
 from bench.train import describe_processor, versions
-from model.config import GPTConfig
-from model.device import cast_frozen, peak_memory, resolve_precision
-from model.engine import Engine
+from model.data.packing import pack, split_evenly
+from model.data.rows import UnusableRow, find_splits, normalize_row, read_records
+from model.data.tokens import CodeAlpacaDataset, PrepareConfig, prepare
+from model.demo import EMBEDDED_BASE
+from model.demo.grammar import write_rows
+from model.engine.engine import Engine
+from model.engine.training import StepReport, TrainConfig, default_micro_batch_tokens, train
+from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.files import write_json
-from model.freezing import freeze_bottom_layers
-from model.gpt import GPTModel
-from model.grammar import write_rows
-from model.loading import EMBEDDED_BASE, load_tokenizer
-from model.packing import pack, split_evenly
-from model.rows import UnusableRow, find_splits, normalize_row, read_records
-from model.tokens import CodeAlpacaDataset, PrepareConfig, prepare
-from model.training import StepReport, TrainConfig, default_micro_batch_tokens, train
-from model.trunk import TrunkCacheConfig, TrunkOutputs
+from model.net.config import GPTConfig
+from model.net.device import cast_frozen, peak_memory, resolve_precision
+from model.net.freezing import freeze_bottom_layers
+from model.net.gpt import GPTModel
+from model.net.loading import load_tokenizer
 
 CPU = torch.device("cpu")
 TOKENISE, COMPUTE, FILL, READ = "tokenise", "train, trunk computed", "fill the trunk file", "train, trunk from file"

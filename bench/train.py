@@ -34,10 +34,10 @@ from bench.processes import (
     show_one_gpu,
 )
 from bench.tutorial import BATCH_SIZE, LENGTH, run_tutorial
-from model.config import PRESETS
-from model.device import PRODUCT_CACHES, peak_memory, resolve_device, resolve_precision
+from model.engine.flops import matmul_ceiling, necessary_flops
 from model.files import write_json
-from model.flops import matmul_ceiling, necessary_flops
+from model.net.config import PRESETS
+from model.net.device import PRODUCT_CACHES, peak_memory, resolve_device, resolve_precision
 
 PEERS = ("engine", "tutorial", "hf", "trl")
 _LIBRARIES_SHOWN = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn")
@@ -139,10 +139,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[str, Any]]:
     """Tokenise the rows as the pipeline does; returns the job and what its training rows are."""
-    from model.grammar import write_rows
-    from model.loading import EMBEDDED_BASE, load_tokenizer
-    from model.rows import find_splits
-    from model.tokens import PrepareConfig, prepare
+    from model.data.rows import find_splits
+    from model.data.tokens import PrepareConfig, prepare
+    from model.demo import EMBEDDED_BASE
+    from model.demo.grammar import write_rows
+    from model.net.loading import load_tokenizer
 
     warm_up = max(1, options.steps // 4)
     rows = options.rows

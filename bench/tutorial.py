@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.measure import Job, Measurement, Meter
-from model.config import GPTConfig
-from model.device import resolve_device
-from model.tokens import IGNORE, CodeAlpacaDataset, epoch_order
+from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order
+from model.net.config import GPTConfig
+from model.net.device import resolve_device
 
 BATCH_SIZE = 2
 LENGTH = 128  # tokens every row is padded or cut to

@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from ops.lock import exclusive
-from ops.marks import mark_process
-from ops.processes import end, left_behind
+from ops.machine.lock import exclusive
+from ops.machine.marked import end, left_behind
+from ops.machine.process import mark_process
 from ops.settings import PROJECT_ROOT, Settings
 
 RUN = "FINETUNE_RUN"  # of which run a process is, for the next one if that is killed
@@ -89,7 +89,7 @@ def start(settings: Settings) -> None:
         from transformers import AutoTokenizer  # noqa: F401
 
         import flows.finetune  # noqa: F401
-        from ops.tracking import client
+        from ops.tracking.runs import client
 
         client(settings.tracking_uri).search_experiments(max_results=1)  # makes a fresh database
         server.result()

@@ -14,23 +14,23 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from pydantic import AfterValidator, Field
 
-from flows.holding import hold_device, hold_training
 from flows.hooks import after_cancellation, after_crash, after_failure
-from flows.night import Night, begin_night
-from model.config import PRESETS, normalize_size
-from model.device import resolve_device
-from model.evaluating import SamplingConfig
-from model.tokens import PrepareConfig
-from model.training import TrainConfig
+from flows.nightly import Night, begin_night
+from flows.plan import check_disk, describe_plan
+from flows.waiting import hold_device, hold_training
+from model.data.tokens import PrepareConfig
+from model.engine.training import TrainConfig
+from model.evaluation.completions import SamplingConfig
+from model.net.config import PRESETS, normalize_size
+from model.net.device import resolve_device
 from ops.hub import DEFAULT_DATASET
-from ops.laps import Laps
-from ops.limits import ensure_limit
-from ops.plan import check_disk, describe_plan
-from ops.promotion import Verdict
-from ops.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
+from ops.recovery.limits import ensure_limit
+from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
-from ops.tracking import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
+from ops.tracking.promotion import Verdict
+from ops.tracking.runs import RunRef, log_data, log_metrics, log_params, set_tags, tracked_run
+from ops.tracking.stopwatch import Laps
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.freeze import freeze

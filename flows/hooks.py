@@ -15,9 +15,9 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import deployment
 
 from ops.notify import notify
-from ops.reaper import REASON_TAG, close_run, is_retried, runs_of
+from ops.recovery.reaper import REASON_TAG, close_run, is_retried, runs_of
 from ops.settings import Settings
-from ops.tracking import RunRef
+from ops.tracking.runs import RunRef
 
 _MLFLOW_SECONDS = 10.0  # then the reaper does it
 _MESSAGE = 500  # characters

@@ -8,13 +8,13 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.config import GPTConfig
+from model.data.tokens import PrepareConfig, training_keys
 from model.files import atomic_directory, sha256_json
-from model.loading import CONFIG_FILE, load_tokenizer
-from model.tokens import PrepareConfig, training_keys
-from ops.ledger import choose_rows, read_ledger, write_choice
-from ops.registry import model_name
+from model.net.config import GPTConfig
+from model.net.loading import CONFIG_FILE, load_tokenizer
 from ops.settings import Settings
+from ops.tracking.ledger import choose_rows, read_ledger, write_choice
+from ops.tracking.registry import model_name
 from tasks.references import Sources, SubsetRef
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model import grammar
-from model.config import GPTConfig, normalize_size
+from model.data.rows import SUFFIXES, find_splits
+from model.demo import EMBEDDED_BASE, grammar
 from model.files import atomic_directory, sha256_file, write_json
-from model.loading import CONFIG_FILE, EMBEDDED_BASE, check_size, weight_files
-from model.rows import SUFFIXES, find_splits
+from model.net.config import GPTConfig, normalize_size
+from model.net.loading import CONFIG_FILE, check_size, weight_files
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
-from ops.registry import fetch_version, find_version, starting_uri
 from ops.settings import Settings
-from ops.tracking import client
+from ops.tracking.registry import fetch_version, find_version, starting_uri
+from ops.tracking.runs import client
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
 
 DEMO = "demo"

@@ -10,17 +10,17 @@ import numpy as np
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.checkpoint import load_trained
-from model.device import resolve_device, resolve_precision
-from model.engine import Engine
-from model.evaluating import SamplingConfig, complete, pass_table, row_table, sample_table
+from model.data.tokens import CodeAlpacaDataset
+from model.engine.checkpoint import load_trained
+from model.engine.engine import Engine
+from model.engine.scoring import mean_loss, perplexity, row_losses
+from model.engine.training import TrainConfig
+from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.evaluation.completions import SamplingConfig, complete, pass_table, row_table, sample_table
 from model.files import write_json
-from model.freezing import FreezePlan
-from model.scoring import mean_loss, perplexity, row_losses
-from model.tokens import CodeAlpacaDataset
-from model.training import TrainConfig
-from model.trunk import TrunkCacheConfig, TrunkOutputs
-from ops.sandbox import run_tests
+from model.net.device import resolve_device, resolve_precision
+from model.net.freezing import FreezePlan
+from ops.sandbox.guards import run_tests
 from ops.settings import Settings
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, TokensRef

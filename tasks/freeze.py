@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.config import GPTConfig
-from model.freezing import FreezePlan, plan_freeze
+from model.net.config import GPTConfig
+from model.net.freezing import FreezePlan, plan_freeze
 from tasks.references import ModelRef
 
 

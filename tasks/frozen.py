@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.device import cast_frozen
-from model.freezing import FreezePlan
-from model.gpt import GPTModel
-from model.loading import load_gpt_model
+from model.net.device import cast_frozen
+from model.net.freezing import FreezePlan
+from model.net.gpt import GPTModel
+from model.net.loading import load_gpt_model
 from tasks.references import ModelRef
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.config import normalize_size
 from model.files import sha256_json
-from model.loading import check_pretrained, check_size
+from model.net.config import normalize_size
+from model.net.loading import check_pretrained, check_size
 from tasks.references import ModelRef, WeightsRef
 
 

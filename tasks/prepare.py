@@ -8,11 +8,11 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.config import GPTConfig
+from model.data.tokens import PrepareConfig, verify_tokens
+from model.data.tokens import prepare as write_tokens
 from model.files import sha256_file, sha256_json
-from model.loading import CONFIG_FILE, load_tokenizer
-from model.tokens import PrepareConfig, verify_tokens
-from model.tokens import prepare as write_tokens
+from model.net.config import GPTConfig
+from model.net.loading import CONFIG_FILE, load_tokenizer
 from ops.settings import Settings
 from tasks.references import Sources, TokensRef
 

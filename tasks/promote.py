@@ -8,18 +8,18 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.device import resolve_device, resolve_precision
-from model.engine import Engine
+from model.data.tokens import CodeAlpacaDataset
+from model.engine.engine import Engine
+from model.engine.scoring import row_losses
+from model.engine.training import TrainConfig
 from model.files import write_json
-from model.freezing import FreezePlan
-from model.prompt import encode_examples
-from model.scoring import row_losses
-from model.tokens import CodeAlpacaDataset
-from model.training import TrainConfig
-from ops.promotion import Verdict, announce, judge, settle
-from ops.registry import champion, find_version, version_uri
+from model.net.device import resolve_device, resolve_precision
+from model.net.freezing import FreezePlan
+from model.net.prompt import encode_examples
 from ops.settings import Settings
-from ops.tracking import RunRef, client
+from ops.tracking.promotion import Verdict, announce, judge, settle
+from ops.tracking.registry import champion, find_version, version_uri
+from ops.tracking.runs import RunRef, client
 from tasks.download import registered_weights
 from tasks.frozen import load_frozen
 from tasks.load_weights import load_weights

@@ -12,15 +12,15 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from model.checkpoint import load_trained
+from model.engine.checkpoint import load_trained
+from model.engine.journal import read_journal
 from model.files import sha256_json
-from model.freezing import FreezePlan
-from model.gpt import GPTModel
-from model.journal import read_journal
+from model.net.freezing import FreezePlan
+from model.net.gpt import GPTModel
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS
-from ops.registry import model_name, version_uri
-from ops.sandbox import INSTALL
-from ops.tracking import RunRef, client, log_metrics, log_model
+from ops.sandbox.guards import INSTALL
+from ops.tracking.registry import model_name, version_uri
+from ops.tracking.runs import RunRef, client, log_metrics, log_model
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, ModelRef, Sources
 

@@ -15,15 +15,15 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
-from model.device import resolve_device, resolve_precision
+from model.engine.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig, TrainResult
+from model.engine.training import train as run_training
+from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_json, write_json
-from model.freezing import FreezePlan
-from model.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainConfig, TrainResult
-from model.training import train as run_training
-from model.trunk import TrunkCacheConfig
+from model.net.device import resolve_device, resolve_precision
+from model.net.freezing import FreezePlan
+from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
-from ops.stopping import run_stoppable
-from ops.tracking import JournalShipper, RunRef, log_metrics
+from ops.tracking.runs import JournalShipper, RunRef, log_metrics
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, ModelRef, TokensRef
 

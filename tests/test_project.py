@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,21 +18,52 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("flows", "tasks", "ops", "model")
+# What each package may import of the others. A sub-package may import of its own package what stands below it.
 MAY_IMPORT = {
     "flows": {"tasks", "ops", "model", "prefect"},
     "tasks": {"ops", "model", "prefect"},
     "ops": {"model", "mlflow", "prefect"},
     "model": set(),
 }
+# From the top to the bottom: a room imports what stands further down only. "*" stands for the package's own files.
+ROOMS = {
+    "model": ["demo", "evaluation", "engine", "data", "net", "*"],
+    "ops": ["stack", "recovery", "tracking", "machine", "sandbox", "*"],
+}
+# `from model import GPTModel` and `import ops` are the public face and the environment's defaults.
+FACES = {"model", "ops"}
+DELEGATES = ("model/net/gpt.py", "model.net.loading")  # from_pretrained and save_pretrained, inside the functions
 
 
-def _imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def _modules(package: str) -> dict[str, Path]:
+    """Every Python file of a package, at any depth, by its dotted name."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _imported(path: Path, modules: Mapping[str, Path]) -> set[str]:
+    """The modules that a file imports, by their dotted names: anywhere in it, but for type checkers alone."""
+    names: set[str] = set()
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            for alias in node.names:
+                deeper = f"{node.module}.{alias.name}"
+                names.add(deeper if deeper in modules else str(node.module))
     return names
 
 
@@ -38,9 +71,40 @@ def _imported(path: Path) -> set[str]:
 def test_imports_point_one_way(package: str) -> None:
     """flows -> tasks -> ops -> model; model/ knows neither Prefect nor MLflow, tasks reach MLflow through ops."""
     watched = {*PACKAGES, "prefect", "mlflow"}
-    for path in sorted((ROOT / package).glob("*.py")):
-        foreign = (_imported(path) & watched) - {package}
-        assert foreign <= MAY_IMPORT[package], f"{path.name} imports {foreign - MAY_IMPORT[package]}"
+    modules = _modules(package)
+    assert len(modules) >= 5, "the files were found"
+    for path in modules.values():
+        foreign = ({name.split(".")[0] for name in _imported(path, modules)} & watched) - {package}
+        assert foreign <= MAY_IMPORT[package], f"{path} imports {foreign - MAY_IMPORT[package]}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_only_rooms_below_them(package: str) -> None:
+    """Inside a package too, imports point one way, at every depth, and every folder is a room of the list."""
+    order = ROOMS[package]
+    folders = {path.parent.relative_to(ROOT / package).as_posix() for path in (ROOT / package).rglob("*.py")} - {"."}
+    assert folders == set(order) - {"*"}
+    modules = _modules(package)
+
+    def room(module: str) -> str:
+        parts = module.split(".")
+        return parts[1] if len(parts) > 1 and parts[1] in order else "*"
+
+    for module, path in modules.items():
+        if module == package:
+            continue
+        for imported in _imported(path, modules):
+            if imported.split(".")[0] == package and imported not in FACES:
+                assert order.index(room(imported)) >= order.index(room(module)), f"{path} imports {imported}"
+
+
+def test_no_two_files_import_each_other() -> None:
+    """There is no circle of imports between files, at module level or inside functions."""
+    modules = {name: path for package in PACKAGES for name, path in _modules(package).items()}
+    arrows = {name: (_imported(path, modules) & modules.keys()) - FACES for name, path in modules.items()}
+    arrows["model.net.gpt"] -= {DELEGATES[1]}
+    order = TopologicalSorter({name: found - {name} for name, found in arrows.items()})
+    order.prepare()  # raises CycleError, which names the circle
 
 
 def test_the_folder_mlflow_shadows_nothing() -> None:
@@ -55,12 +119,14 @@ def test_packages_are_listed() -> None:
     """setuptools' own discovery fails on this layout, and a wheel must not carry mlflow/."""
     with (ROOT / "pyproject.toml").open("rb") as stream:
         packages = tomllib.load(stream)["tool"]["setuptools"]["packages"]
-    assert sorted(packages) == sorted(PACKAGES)
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert sorted(packages) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    assert all((folder / "__init__.py").read_text().startswith('"""') for folder in folders), "each says what it is"
 
 
 def test_every_dependency_says_why() -> None:
     """Each line of the dependency lists carries its reason."""
-    text = (ROOT / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools]")[0]
     requirements = [line for line in text.splitlines() if re.match(r'\s+"[a-zA-Z-]+([<>=]|",)', line)]
     assert len(requirements) > 10
     assert [line for line in requirements if "#" not in line and "setuptools" not in line] == []
@@ -129,7 +195,7 @@ def test_the_embedded_run_ends_with_its_two_lines(tmp_path: Path) -> None:
     for fact in ("rows", "tokens", "steps", "train (", "device", "disk"):
         assert fact in done.stdout
     environment["MLFLOW_TRACKING_URI"] = tracking.removeprefix("tracking: ")
-    ask = [sys.executable, "-m", "ops.sample", "Write a function.", "--max-new-tokens", "4"]
+    ask = [sys.executable, "-m", "ops.tracking.sample", "Write a function.", "--max-new-tokens", "4"]
     answer = subprocess.run(ask, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
     assert "gpt2-code-tiny version 1" in answer.stderr

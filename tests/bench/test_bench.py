@@ -23,8 +23,8 @@ from bench.processes import ChildError, run_apart
 from bench.train import compare, parse, record, run_contestant, table
 from bench.tutorial import LENGTH, NaiveGPT, pad
 from model import GPTModel, freeze_bottom_layers
-from model.tokens import IGNORE, CodeAlpacaDataset
-from model.training import TrainConfig
+from model.data.tokens import IGNORE, CodeAlpacaDataset
+from model.engine.training import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

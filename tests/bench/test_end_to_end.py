@@ -11,7 +11,7 @@ import pytest
 
 from bench.end_to_end import Line, parse, read_pipeline, read_trl, run_timed, table, write_rows
 from flows.__main__ import time_table
-from model.rows import prompt_key
+from model.data.rows import prompt_key
 
 
 def test_pipeline_times_add_up() -> None:

@@ -24,10 +24,10 @@ import pytest
 from installation import Installation, installed
 from made_up import BIN, wait_for
 
-from ops.lock import read_locks
-from ops.marks import ProcessMark
-from ops.tracking import client
-from ops.zombies import HEARTBEAT_SECONDS, NAME
+from ops.machine.lock import read_locks
+from ops.machine.process import ProcessMark
+from ops.recovery.zombies import HEARTBEAT_SECONDS, NAME
+from ops.tracking.runs import client
 
 pytestmark = pytest.mark.slow
 SHORT = {"max_steps": 30, "eval_freq": 20, "sample_rows": 1, "pass_rows": 0, "max_new_tokens": 4, "batch_size": 8}
@@ -139,7 +139,9 @@ def platform(tmp_path_factory: pytest.TempPathFactory, webhook: Webhook) -> Iter
         "OMP_NUM_THREADS": "1",
     }
     with installed(tmp_path_factory.mktemp("platform"), **settings) as started:
-        automation = "from ops.zombies import ensure_zombie_automation as f; assert not f()"  # `make deploy` did
+        automation = (
+            "from ops.recovery.zombies import ensure_zombie_automation as f; assert not f()"  # `make deploy` did
+        )
         done = started.command(sys.executable, "-c", automation)
         output, _ = done.communicate(timeout=60)
         assert done.returncode == 0, output
@@ -258,13 +260,13 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
         assert run.state["name"] == "WaitingForGpu"
         assert "train/loss" not in run.mlflow.data.metrics
 
-        doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor")
+        doctor = platform.command(str(BIN / "python"), "-m", "ops.recovery.doctor")
         output, _ = doctor.communicate(timeout=90)
         assert doctor.returncode == 1
         assert f"cpu is held by pid {child.pid}" in output
         assert f"left behind by {first.prefect['name']}" in output
         assert child.poll() is None  # told, and not touched
-        doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor", "--fix")
+        doctor = platform.command(str(BIN / "python"), "-m", "ops.recovery.doctor", "--fix")
         output, _ = doctor.communicate(timeout=90)
         print(output)
         assert "[mended]" in output
@@ -482,7 +484,7 @@ def test_a_restart_of_the_machine(platform: Installation, submit: Callable[..., 
 
 def test_the_doctor_is_content(platform: Installation) -> None:
     """After all that nothing is wrong, and the webhook's address stands in no log and no database."""
-    doctor = platform.command(str(BIN / "python"), "-m", "ops.doctor")
+    doctor = platform.command(str(BIN / "python"), "-m", "ops.recovery.doctor")
     output, _ = doctor.communicate(timeout=90)
     assert doctor.returncode == 0, output
     assert "all is well" in output

@@ -136,7 +136,7 @@ def test_registered_model_loads_in_transformers(finished: Any, session_root: Pat
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from model import GPTModel
-    from model.loading import EMBEDDED_BASE
+    from model.demo import EMBEDDED_BASE
 
     assert finished.model == "models:/gpt2-code-tiny/1"
     mlflow.set_tracking_uri(finished.run.tracking_uri)
@@ -224,7 +224,7 @@ def test_a_failed_flow_is_a_failed_run(
     """MLflow says FAILED, and the error names the file."""
     from flows.finetune import finetune
     from ops.settings import Settings
-    from ops.tracking import client
+    from ops.tracking.runs import client
 
     missing = data_root / "no-such-rows.jsonl"
     with pytest.raises(FileNotFoundError, match=r"no-such-rows\.jsonl"):
@@ -288,9 +288,9 @@ def test_every_gpu_task_holds_the_tag() -> None:
 def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny: dict[str, Any]) -> None:
     """Nothing trains while another process holds the device, and the run goes on when that one is gone."""
     from flows.finetune import finetune
-    from ops.tracking import client
+    from ops.tracking.runs import client
 
-    hold = "import sys, time; from pathlib import Path; from ops.lock import exclusive\n"
+    hold = "import sys, time; from pathlib import Path; from ops.machine.lock import exclusive\n"
     hold += "with exclusive(Path(sys.argv[1]), 'cpu', 'somebody', print): print('held', flush=True); time.sleep(12)"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, os.environ["FINETUNE_LOCKS"]], cwd=ROOT, stdout=subprocess.PIPE, text=True

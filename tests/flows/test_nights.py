@@ -21,12 +21,12 @@ import pytest
 import torch
 import yaml
 
-from model import grammar
-from model.rows import fraction, normalize_row, prompt_key, row_key
-from ops import rollback
-from ops.ledger import read_ledger
-from ops.registry import shared_name
-from ops.tracking import client
+from model.data.rows import fraction, normalize_row, prompt_key, row_key
+from model.demo import grammar
+from ops.tracking import rollback
+from ops.tracking.ledger import read_ledger
+from ops.tracking.registry import shared_name
+from ops.tracking.runs import client
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "gpt2-code-tiny"
@@ -245,7 +245,7 @@ def test_two_nights_of_a_size_wait_for_one_another(world: World, monkeypatch: py
     """The second chooses when the first has written what it used, and finds nothing left."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(world.root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", world.tracking)
-    hold = "import sys, time; from pathlib import Path; from ops.lock import exclusive\n"
+    hold = "import sys, time; from pathlib import Path; from ops.machine.lock import exclusive\n"
     hold += "with exclusive(Path(sys.argv[1]), sys.argv[2], 'one', print): print('held', flush=True); time.sleep(4)"
     what = shared_name(world.tracking, "nights of tiny")
     first = subprocess.Popen(
@@ -266,10 +266,10 @@ def test_two_nights_of_a_size_wait_for_one_another(world: World, monkeypatch: py
 def test_the_trunk_of_a_champion_is_the_bases(world: World) -> None:
     """So that kept trunk outputs of the same rows are found by runs that start from either."""
     from model import GPTModel, freeze_bottom_layers
-    from model.engine import Engine
-    from model.loading import EMBEDDED_BASE
-    from model.tokens import CodeAlpacaDataset
-    from model.trunk import _key as trunk_key
+    from model.data.tokens import CodeAlpacaDataset
+    from model.demo import EMBEDDED_BASE
+    from model.engine.engine import Engine
+    from model.engine.trunk import _key as trunk_key
 
     tokens = next((world.root / "tokens").iterdir())
     champions = sorted((world.root / "models").glob("*-2-*/"))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from flows.__main__ import RUN, complaint, main
-from ops.marks import mark_process
-from ops.processes import end, marked
+from ops.machine.marked import end, marked
+from ops.machine.process import mark_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORTEST = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]

@@ -79,7 +79,7 @@ class Installation:
         self.start("worker", "prefect", "worker", "start", "--pool", "gpu")
 
     def start_watcher(self) -> None:
-        self.start("watch", "python", "-m", "ops.watch")
+        self.start("watch", "python", "-m", "ops.recovery.watch")
 
     def kill(self, name: str) -> None:
         """kill -9 of a process that was started, and of its group: servers have children."""

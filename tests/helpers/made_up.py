@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from ops.processes import Process, end, marked
+from ops.machine.marked import Process, end, marked
 from ops.servers import MARK
 
 ROOT = Path(__file__).resolve().parents[2]

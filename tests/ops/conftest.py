@@ -31,7 +31,7 @@ def hub(fakehub: ModuleType) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store of MLflow's, to be copied: its migrations take seconds."""
-    from ops.tracking import client
+    from ops.tracking.runs import client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     client(f"sqlite:///{path}").search_experiments()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ops.processes import Process, end, marked
+from ops.machine.marked import Process, end, marked
 from ops.servers import MARK, Servers, count_gpus
-from ops.up import main
+from ops.stack.up import main
 
 NAMES = ("FINETUNE_HOST", "FINETUNE_SECURE", "FINETUNE_GPUS", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT")
 
@@ -220,7 +220,7 @@ def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(servers.home)
     options = ServerOptions()
-    options.realize(["-c", str(Path(__file__).resolve().parents[2] / "ops" / "supervisord.conf")])
+    options.realize(["-c", str(Path(__file__).resolve().parents[2] / "ops" / "stack" / "supervisord.conf")])
     programs = {group.name: group.process_configs[0] for group in options.process_group_configs}
     assert set(programs) == {"prefect", "mlflow", "worker", "watch"}
     assert max(programs.values(), key=lambda program: program.priority).name == "worker"  # ended first
@@ -287,7 +287,7 @@ def test_who_lost_its_mark_is_not_signalled(sleepers: dict[str, subprocess.Popen
 def test_down_ends_what_was_left_and_says_so(
     sleepers: dict[str, subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ops.up.SAVE_SECONDS", 0.5)
+    monkeypatch.setattr("ops.stack.up.SAVE_SECONDS", 0.5)
     assert main(["down"]) == 0
     assert sleepers["ours"].wait(5) == -signal.SIGTERM
     assert sleepers["run"].wait(5) == -signal.SIGKILL

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from model import grammar
-from model.tokens import PrepareConfig
-from ops.ledger import record_night
+from model.data.tokens import PrepareConfig
+from model.demo import grammar
 from ops.settings import Settings
-from ops.tracking import tracked_run
+from ops.tracking.ledger import record_night
+from ops.tracking.runs import tracked_run
 from tasks.choose import choose
 from tasks.download import download
 from tasks.references import Sources, SubsetRef

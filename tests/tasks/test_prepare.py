@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from model.loading import load_tokenizer
-from model.tokens import PrepareConfig, training_keys
+from model.data.tokens import PrepareConfig, training_keys
+from model.net.loading import load_tokenizer
 from tasks.download import download
 from tasks.prepare import prepare
 from tasks.references import Sources, TokensRef

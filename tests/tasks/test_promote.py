@@ -12,15 +12,14 @@ import pytest
 import torch
 from prefect.logging import disable_run_logger
 
-from model import grammar
-from model.config import GPTConfig
-from model.freezing import plan_freeze
-from model.gpt import GPTModel
-from model.loading import EMBEDDED_BASE
-from model.tokens import PrepareConfig
-from model.training import TrainConfig
+from model.data.tokens import PrepareConfig
+from model.demo import EMBEDDED_BASE, grammar
+from model.engine.training import TrainConfig
+from model.net.config import GPTConfig
+from model.net.freezing import plan_freeze
+from model.net.gpt import GPTModel
 from ops.settings import Settings
-from ops.tracking import client, log_model, tracked_run
+from ops.tracking.runs import client, log_model, tracked_run
 from tasks.download import download
 from tasks.load_weights import load_weights
 from tasks.prepare import prepare
@@ -145,7 +144,7 @@ def test_a_run_from_elsewhere_has_the_champion_scored(data: Path, champion: Call
     """Per row, the very losses of transformers on the champion's files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model.prompt import encode_examples
+    from model.net.prompt import encode_examples
 
     champion(_better)
     rival, rows = _score(data)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from model import GPTModel
-from model.freezing import plan_freeze
-from model.loading import EMBEDDED_BASE
+from model.demo import EMBEDDED_BASE
+from model.net.freezing import plan_freeze
 from ops.hub import DEFAULT_DATASET
 from tasks.publish import _model_card
 from tasks.references import DatasetRef, ModelRef, Sources, WeightsRef

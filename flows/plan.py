@@ -1,0 +1,78 @@
+"""What a run is going to do, said before it does it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.engine.training import TrainConfig
+from model.net.device import resolve_device, resolve_precision
+from model.net.freezing import FreezePlan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of the work.
+
+    Attributes:
+        text: for people.
+        params: for MLflow.
+        disk_bytes: needed at most, checkpoints and the logged model together.
+    """
+
+    text: str
+    params: dict[str, Any]
+    disk_bytes: int
+
+
+def describe_plan(
+    counts: dict[str, Any], model_name: str, freeze: FreezePlan, config: TrainConfig, device: str
+) -> Plan:
+    """Rows, tokens, steps, trainable share, device and disk of a run.
+
+    Args:
+        counts: of the prepared tokens, as in their meta.json.
+        model_name: size and source, for people.
+    """
+    place = resolve_device(device)
+    dtype = str(resolve_precision(config.precision, place)).removeprefix("torch.")
+    name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
+    rows, tokens = counts["rows"], counts["tokens"]
+    steps = config.total_steps(rows["train"])
+    # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
+    disk = 3 * 12 * freeze.trainable + 2 * 4 * freeze.total
+    text = (
+        f"model      {model_name}, {freeze.total:,} parameters, {freeze.trainable:,} train ({freeze.share:.1%})\n"
+        f"rows       {rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test\n"
+        f"tokens     {tokens['train']:,} an epoch, {counts['target_tokens']['train']:,} of them targets\n"
+        f"steps      {steps:,} of {config.batch_size} rows\n"
+        f"device     {place} ({name}), {dtype}\n"
+        f"disk       up to {disk / 1e9:.1f} GB"
+    )
+    params = {
+        "total_steps": steps,
+        "trainable_parameters": freeze.trainable,
+        "total_parameters": freeze.total,
+        "device_name": name,
+        "dtype": dtype,
+    }
+    return Plan(text, params, disk)
+
+
+def check_disk(directory: Path, needed: int) -> None:
+    """Refuse to start what would end in a full disk.
+
+    Raises:
+        OSError: naming the path and both sizes.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"{directory} has {free / 1e9:.1f} GB free, the run may need {needed / 1e9:.1f} GB: free some "
+            "(trainings/ has what was cut short and never resumed, tokens/ and trunk-outputs/ can be made again), "
+            "or set FINETUNE_DATA_ROOT to another disk"
+        )

@@ -1,0 +1,157 @@
+"""Holding a device or a training in a flow run, and showing in Prefect who waits for whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
+import torch
+from prefect import get_run_logger
+from prefect.client.base import ServerType
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.objects import State, StateType
+from prefect.runtime import flow_run
+
+from model.net.device import device_choices, device_key
+from ops.machine.lock import exclusive, exclusive_any, shared_directory
+from ops.recovery.limits import LEASE_SECONDS, read_slots, release_all
+from ops.settings import Settings
+from ops.tracking.registry import shared_name
+
+WAITING_FOR_GPU = "WaitingForGpu"
+WAITING_FOR_TRAINING = "WaitingForTraining"
+WAITING_FOR_NIGHT = "WaitingForNight"
+_POLL_SECONDS = 2.0
+
+
+@contextmanager
+def hold_device(settings: Settings, device: str) -> Iterator[torch.device]:
+    """Hold a device of the machine against every other run, of whatever user; any GPU for ``auto`` and ``cuda``.
+
+    Yields:
+        The device to compute on.
+
+    Raises:
+        ValueError: as model.device.resolve_device.
+    """
+    log = get_run_logger()
+    waiting = _Waiting(WAITING_FOR_GPU, "waiting-for-gpu")
+    places = {device_key(place): place for place in device_choices(device)}
+    directory = shared_directory(settings.device_locks)
+    name, run_id = str(flow_run.name), str(flow_run.id)
+    with exclusive_any(directory, list(places), name, log.info, show=waiting.show, flow_run_id=run_id) as held:
+        _free_slots(waiting)
+        yield places[held.what]
+
+
+@contextmanager
+def hold_training(settings: Settings, identity: str) -> Iterator[None]:
+    """Hold a training: two runs of the same one would overwrite each other's checkpoints."""
+    log = get_run_logger()
+    waiting = _Waiting(WAITING_FOR_TRAINING, "waiting-for-training")
+    name, run_id = str(flow_run.name), str(flow_run.id)
+    what = f"training {identity[:16]}"
+    with exclusive(settings.locks, what, name, log.info, show=waiting.show, flow_run_id=run_id):
+        yield
+
+
+@contextmanager
+def hold_nights(settings: Settings, size: str) -> Iterator[None]:
+    """Hold the nights of a size against every run of this machine with the same MLflow server.
+
+    Two at once would choose the same rows.
+    """
+    log = get_run_logger()
+    waiting = _Waiting(WAITING_FOR_NIGHT, "waiting-for-night")
+    directory = shared_directory(settings.device_locks)
+    what = shared_name(settings.tracking_uri, f"nights of {size}")
+    with exclusive(directory, what, str(flow_run.name), log.info, show=waiting.show, flow_run_id=str(flow_run.id)):
+        yield
+
+
+def _free_slots(waiting: _Waiting) -> None:
+    """Wait, visibly, until Prefect has a slot: it would hold the first task back without a word.
+
+    With the device in hand that is the lease of a run that died, which is taken from it here, or a limit below the
+    number of GPUs.
+    """
+    log = get_run_logger()
+    told = ""
+    while message := _slots_taken():
+        if message != told:
+            log.info(message)
+            waiting.show(message)
+            told = message
+        time.sleep(_POLL_SECONDS)
+    if told:
+        waiting.show(None)
+
+
+def _slots_taken() -> str | None:
+    """For whom a task with the tag gpu would wait now; None if it would not."""
+    try:
+        with get_client(sync_client=True) as client:
+            slots = None if client.server_type == ServerType.EPHEMERAL else read_slots(client)
+            if slots is None or not 0 < slots.limit <= slots.active:
+                return None
+            if slots.dead and len(slots.dead) == len(slots.holders):
+                release_all(client)
+                return None
+    except Exception:  # the task will see for itself
+        return None
+    names = [f"{run.name} ({run.state_name})" if run else "an unknown run" for run in slots.holders.values()]
+    by = ", ".join(names) or "nobody: `make doctor` mends that"
+    return (
+        f"the device is free, but Prefect's limit tag:gpu counts {slots.active} of {slots.limit} slots as taken, by "
+        f"{by}; the slot of a run that died becomes free within {LEASE_SECONDS} s"
+    )
+
+
+class _Waiting:
+    """Shows in Prefect that the flow run waits: name and message of its state, and an artifact.
+
+    Trouble with either never stops the run.
+    """
+
+    def __init__(self, state_name: str, artifact_key: str):
+        self.state_name = state_name
+        self.artifact_key = artifact_key
+        self.artifact: UUID | None = None
+        self.since = 0.0
+
+    def show(self, message: str | None) -> None:
+        """Show a reason to wait; None: it is over."""
+        try:
+            with get_client(sync_client=True) as client:
+                if message is None:
+                    waited = f"waited {time.monotonic() - self.since:.0f} s"
+                    self._set_state(client, "Running", waited)
+                    self._write(client, f"Over: {waited}.")
+                else:
+                    self.since = self.since or time.monotonic()
+                    self._set_state(client, self.state_name, message)
+                    self._write(client, f"{message[0].upper()}{message[1:]}.")
+        except Exception as error:
+            get_run_logger().warning("Prefect does not show that this run waits: %s", error)
+
+    def _set_state(self, client: SyncPrefectClient, name: str, message: str) -> None:
+        run = client.read_flow_run(UUID(str(flow_run.id)))
+        # Not over a cancellation, or what else somebody may have decided meanwhile.
+        if run.state and run.state.is_running():
+            client.set_flow_run_state(run.id, State(type=StateType.RUNNING, name=name, message=message))
+
+    def _write(self, client: SyncPrefectClient, text: str) -> None:
+        if self.artifact is None:
+            artifact = ArtifactCreate(
+                key=self.artifact_key,
+                type="markdown",
+                description="Whom this run waits for",
+                data=text,
+                flow_run_id=UUID(str(flow_run.id)),
+            )
+            self.artifact = client.create_artifact(artifact).id
+        else:
+            client.update_artifact(self.artifact, ArtifactUpdate(data=text))

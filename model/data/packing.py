@@ -1,0 +1,119 @@
+"""Documents one behind another in one sequence: no padding, and the loss where the response is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.data.tokens import CodeAlpacaDataset
+from model.net.attention import Documents
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows of a data set as one sequence of N tokens, M of which predict a token that bears loss.
+
+    A row's last token is no input: it predicts nothing, and no token looks at it.
+
+    Attributes:
+        rows: those that bear loss at all.
+        documents: where each row lies.
+        ids: (N,) on the device.
+        positions: (N,), from 0 in each document.
+        slots: (N,), on the host, pinned for a GPU: where the tokens lie among the inputs of the whole data set.
+        predictors: (M,), where in the sequence the predicting tokens are.
+        targets: (M,), the ids they predict.
+        weights: (M,) of their losses, or None where all are 1.
+        owner: (M,), on the host, which of ``rows`` each belongs to.
+    """
+
+    rows: np.ndarray[Any, Any]
+    documents: Documents
+    ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    predictors: Tensor
+    targets: Tensor
+    weights: Tensor | None
+    owner: np.ndarray[Any, Any]
+
+
+def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.device) -> Pack:
+    """Pack rows in their order; those without a target are left out."""
+    everywhere = dataset.prompt_loss_weight != 0
+    first_target = np.minimum(1, dataset.lengths[rows, 1]) if everywhere else np.maximum(1, dataset.lengths[rows, 1])
+    rows = rows[dataset.lengths[rows, 0] > first_target]
+    lengths = dataset.lengths[rows, 0].astype(np.int64) - 1
+    ends = np.cumsum(lengths)
+    owner = np.repeat(np.arange(len(rows)), lengths)  # (N,)
+    positions = np.arange(len(owner)) - (ends - lengths)[owner]
+    index = dataset.offsets[rows][owner] + positions  # (N,) among all tokens
+    prompts = dataset.lengths[rows, 1][owner]
+    in_response = positions + 1 >= prompts
+    predictors = np.arange(len(owner)) if everywhere else np.flatnonzero(in_response)
+    weights = np.where(in_response, 1.0, dataset.prompt_loss_weight) if everywhere else None
+
+    def pin(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
+        tensor = torch.from_numpy(array).to(dtype)
+        # From pinned memory a copy waits for nothing; from elsewhere it waits for all that is queued.
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+    def send(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
+        return pin(array, dtype).to(device, non_blocking=True)
+
+    return Pack(
+        rows=rows,
+        documents=Documents(
+            lengths.tolist(), send((ends - lengths)[owner], torch.int32), send(ends[owner], torch.int32)
+        ),
+        ids=send(dataset.ids[index].astype(np.int64)),
+        positions=send(positions),
+        slots=pin(index - rows[owner]),
+        predictors=send(predictors),
+        targets=send(dataset.ids[index[predictors] + 1].astype(np.int64)),
+        weights=None if weights is None else send(weights[predictors], torch.float64),
+        owner=owner[predictors],
+    )
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape)
+        whole[index] = gradient
+        return whole, None
+
+
+def choose(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (M,) of x (N, D), none of them twice: the backward pass writes where torch's would add up."""
+    return _Choose.apply(x, index)
+
+
+def split_evenly(
+    rows: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], max_tokens: int
+) -> Iterator[np.ndarray[Any, Any]]:
+    """Cut rows, in their order, into as few groups of about equal size as keep to ``max_tokens`` on average.
+
+    Args:
+        lengths: of the rows, in tokens; a single longer row forms its own group.
+    """
+    ends = np.cumsum(lengths)
+    if not len(rows):
+        return
+    groups = -(-int(ends[-1]) // max_tokens)
+    cuts = np.searchsorted(ends - lengths / 2, ends[-1] * np.arange(1, groups) / groups)
+    yield from (part for part in np.split(rows, cuts) if len(part))

@@ -1,0 +1,244 @@
+"""Training checkpoints: complete, pickle-free, each in a directory of its own that is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.files import atomic_directory, remove_strays, save_tensors, sha256_file, write_json
+from model.net.gpt import GPTModel
+
+MODEL_FILE = "model.safetensors"
+TRAINER_FILE = "trainer.safetensors"
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{8})$")
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"step-{step:08d}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of a training, on the CPU.
+
+    Attributes:
+        model: trained tensors by name.
+        trainer: moments of the optimizer by kind and name, and random states.
+    """
+
+    model: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+
+
+def take_snapshot(model: GPTModel, optimizer: torch.optim.Optimizer, copy: bool = False) -> Snapshot:
+    """The state of a training.
+
+    Args:
+        copy: take copies, which the training does not change; else tensors on the CPU are the training's own.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_cpu(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=copy).contiguous()
+
+    trainer: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if model.wte.weight.is_cuda:
+        trainer["rng.cuda"] = torch.cuda.get_rng_state(model.wte.weight.device)
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            trainer[f"{key}.{names[parameter]}"] = on_cpu(value)
+    return Snapshot({name: on_cpu(p) for p, name in names.items()}, trainer)
+
+
+def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict[str, Any]) -> Path:
+    """Write what a resumed training needs: trained tensors, optimizer, random states, position.
+
+    The frozen rest is not written; ``state["identity"]`` is a hash over all that determines the training, the base's
+    sha256 among it. The directory appears under its name only when every file in it is on disk.
+
+    Args:
+        directory: of the training.
+        step: optimizer steps done.
+        state: JSON to go with it.
+
+    Returns:
+        The checkpoint's own directory.
+
+    Raises:
+        OSError: it could not be written; an older checkpoint of this step is as it was.
+    """
+    target = checkpoint_path(directory, step)
+    with atomic_directory(target) as scratch:
+        save_tensors(snapshot.model, scratch / MODEL_FILE)
+        save_tensors(snapshot.trainer, scratch / TRAINER_FILE)
+        files = {name: sha256_file(scratch / name) for name in (MODEL_FILE, TRAINER_FILE)}
+        write_json(scratch / STATE_FILE, {**state, "step": step, "files": files})
+    return target
+
+
+class CheckpointWriter:
+    """Writes a training's checkpoints while it goes on, one at a time; to be used as a context manager.
+
+    A checkpoint takes seconds to write and a fraction of one to copy from a GPU. Each is whole or absent as ever; a
+    training that is killed while one is written resumes from the one before, which is deleted only afterwards. What
+    went wrong is raised by the next ``save``, or at the end.
+
+    Args:
+        directory: of the training.
+        behind: write in a thread of its own; by default for a model on a GPU, as on a CPU the copy would take up
+            memory that the training needs.
+    """
+
+    def __init__(
+        self, directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, behind: bool | None = None
+    ):
+        self.directory = directory
+        self.model = model
+        self.optimizer = optimizer
+        self.behind = model.wte.weight.is_cuda if behind is None else behind
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+
+    def save(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
+        """Write a checkpoint of the present state, then delete those of all steps but ``keep``.
+
+        Raises:
+            OSError: this one, or the one before it, could not be written.
+        """
+        self.wait()
+        snapshot = take_snapshot(self.model, self.optimizer, copy=self.behind)
+        if self.behind:
+            self.pending = self.thread.submit(self._write, snapshot, step, state, set(keep))
+        else:
+            self._write(snapshot, step, state, set(keep))
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, snapshot: Snapshot, step: int, state: dict[str, Any], keep: set[int]) -> None:
+        write_checkpoint(self.directory, snapshot, step, state)
+        prune_checkpoints(self.directory, keep)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.thread.shutdown()  # waits, also where the training failed: the checkpoint before it is worth having
+        if kind is None:
+            self.wait()
+
+
+def load_state(path: Path, names: Collection[str] = (MODEL_FILE, TRAINER_FILE)) -> dict[str, Any]:
+    """A checkpoint's state.json, once its files have proved to be what was written.
+
+    Args:
+        names: the files to verify.
+
+    Raises:
+        ValueError: the checkpoint is incomplete or damaged; the message names the file.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+        for name in names:
+            if sha256_file(path / name) != state["files"][name]:
+                raise ValueError(f"{path / name} is not what was written: its sha256 differs from {STATE_FILE}'s")
+    except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"checkpoint {path} is not complete: {error}") from error
+    return state
+
+
+def load_trained(path: Path, model: GPTModel) -> None:
+    """Put a checkpoint's trained tensors into a model frozen in the same way, once their file is verified.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or has other names or shapes than the model trains.
+    """
+    load_state(path, [MODEL_FILE])
+    _put_trained(path, model)
+
+
+def _put_trained(path: Path, model: GPTModel) -> None:
+    tensors = load_file(path / MODEL_FILE)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if tensors.keys() != trained.keys():
+        raise ValueError(f"{path} trains other parameters: {sorted(tensors.keys() ^ trained.keys())[:5]}")
+    for name, parameter in trained.items():
+        if tensors[name].shape != parameter.shape:  # copy_ would broadcast
+            raise ValueError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+        parameter.data.copy_(tensors[name])
+
+
+def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimizer) -> None:
+    """Restore trained tensors, optimizer and random states.
+
+    Raises:
+        ValueError: as load_trained.
+    """
+    load_state(path)
+    _put_trained(path, model)
+    trainer = load_file(path / TRAINER_FILE)
+    torch.set_rng_state(trainer.pop("rng.cpu"))
+    if "rng.cuda" in trainer:
+        torch.cuda.set_rng_state(trainer.pop("rng.cuda"), model.wte.weight.device)
+    parameters = dict(model.named_parameters())
+    device = model.wte.weight.device
+    for key, value in trainer.items():
+        kind, name = key.split(".", 1)
+        # As torch keeps it: the step counter on the CPU unless the optimizer is fused.
+        on_cpu = kind == "step" and not optimizer.defaults.get("fused")
+        optimizer.state[parameters[name]][kind] = value if on_cpu else value.to(device)
+
+
+def newest_checkpoint(
+    directory: Path, identity: str, warn: Callable[[str], None] = lambda message: None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of this very training, or None; what a killed writer left is removed.
+
+    A damaged one is passed over with a warning, and the one before it is taken; so is one whose best checkpoint so
+    far is damaged, as nothing would be better in the end.
+    """
+    if not directory.is_dir():
+        return None
+    remove_strays(directory)
+    for path in sorted((p for p in directory.iterdir() if _NAME.match(p.name)), reverse=True):
+        try:
+            state = load_state(path)
+            if state.get("identity") != identity:
+                raise ValueError(f"{path} belongs to another training")
+            if (best := state.get("best_step", state["step"])) != state["step"]:
+                load_state(checkpoint_path(directory, best), [MODEL_FILE])
+        except ValueError as error:
+            warn(f"{error}; an earlier checkpoint is tried")
+            continue
+        return path, state
+    return None
+
+
+def prune_checkpoints(directory: Path, keep: set[int]) -> None:
+    """Delete the checkpoints of all other steps."""
+    for path in directory.iterdir():
+        match = _NAME.match(path.name)
+        if match and int(match[1]) not in keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,419 @@
+"""Triton kernels for what lies between the matrix products of a packed GPT-2, with their gradients.
+
+PyTorch launches a kernel for every residual sum, norm, bias and activation, and its attention for packed
+documents works on tiles of one document each, mostly empty where documents are short. Measured against those
+in docs/performance.md.
+
+Attention is FlashAttention's (Dao 2023, arXiv:2307.08691, algorithms 1 and 2; softmax in base 2, log-sum-exp kept
+for the backward pass), over tiles of the whole sequence: a query looks at the keys from its document's first token
+to itself, so a tile of queries needs the keys from the first token of its first document on. All sums have a fixed
+order.
+
+Shapes: N tokens, D width, H heads, K width of a head; all inputs contiguous. Imported only where there is a GPU, and
+triton with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_norm_forward(  # type: ignore[no-untyped-def]
+    x, y, bias, gain, shift, total, normal, means, scales, width, epsilon, BLOCK: tl.constexpr
+):
+    """One row: total = x + y + bias, and its layer norm."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < width
+    value = tl.load(x + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(y + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    rounded = value.to(total.dtype.element_ty)
+    tl.store(total + row * width + lanes, rounded, mask=inside)
+    value = rounded.to(tl.float32)
+    mean = tl.sum(value, 0) / width
+    centred = tl.where(inside, value - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + epsilon)
+    result = centred * scale * tl.load(gain + lanes, mask=inside, other=0.0).to(tl.float32)
+    result += tl.load(shift + lanes, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normal + row * width + lanes, result.to(normal.dtype.element_ty), mask=inside)
+    tl.store(means + row, mean)
+    tl.store(scales + row, scale)
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _add_norm_backward(  # type: ignore[no-untyped-def]
+    grad_total, grad_normal, total, gain, means, scales, grad_x, partials, rows, width, BLOCK: tl.constexpr
+):
+    """Every so many rows: the gradient of the sum's terms, and the sums over rows that bias, gain and shift need."""
+    program = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < width
+    factor = tl.load(gain + lanes, mask=inside, other=0.0).to(tl.float32)
+    bias_sum = tl.zeros([BLOCK], tl.float32)
+    gain_sum = tl.zeros([BLOCK], tl.float32)
+    shift_sum = tl.zeros([BLOCK], tl.float32)
+    for step in range(tl.cdiv(rows - program, tl.num_programs(0))):
+        row = program.to(tl.int64) + step * tl.num_programs(0)
+        place = row * width + lanes
+        upstream = tl.load(grad_normal + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scales + row)
+        normal = tl.where(inside, (value - tl.load(means + row)) * scale, 0.0)
+        gain_sum += upstream * normal
+        shift_sum += upstream
+        upstream *= factor
+        along = tl.sum(upstream * normal, 0) / width
+        gradient = (upstream - tl.sum(upstream, 0) / width - normal * along) * scale
+        gradient += tl.load(grad_total + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = gradient.to(grad_x.dtype.element_ty)
+        tl.store(grad_x + place, rounded, mask=inside)
+        bias_sum += tl.where(inside, rounded.to(tl.float32), 0.0)
+    partials += program * 3 * width + lanes
+    tl.store(partials, bias_sum, mask=inside)
+    tl.store(partials + width, gain_sum, mask=inside)
+    tl.store(partials + 2 * width, shift_sum, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gelu(x):  # type: ignore[no-untyped-def]
+    """0.5 (1 + tanh z) is sigmoid 2z: returns it and z's derivative, for the tanh approximation of GELU."""
+    gate = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return gate, 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _bias_gelu_forward(x, bias, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some columns of a row."""
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < width
+    place = tl.program_id(0).to(tl.int64) * width + lanes
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    gate, _ = _gelu(value)
+    tl.store(out + place, (value * gate).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _bias_gelu_backward(grad, x, bias, grad_x, partials, rows, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some columns of every so many rows: the gradient, and its sum over these rows."""
+    lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < width
+    shift = tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for step in range(tl.cdiv(rows - tl.program_id(0), tl.num_programs(0))):
+        place = (tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)) * width + lanes
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + shift
+        gate, slope = _gelu(value)
+        upstream = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        rounded = (upstream * gate * (1.0 + 2.0 * value * (1.0 - gate) * slope)).to(grad_x.dtype.element_ty)
+        tl.store(grad_x + place, rounded, mask=inside)
+        sums += rounded.to(tl.float32)
+    tl.store(partials + tl.program_id(0) * width + lanes, sums, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _put_rows(values, index, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row, to its place."""
+    row, lanes = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = lanes < width
+    value = tl.load(values + row.to(tl.int64) * width + lanes, mask=inside)
+    tl.store(out + tl.load(index + row) * width + lanes, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+def _attention_forward(  # type: ignore[no-untyped-def]
+    qkv, begins, out, log_sums, tokens, heads, scale,
+    K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of one head against the keys from the first token of its first document on."""
+    first, head = tl.program_id(0) * QUERIES, tl.program_id(1)
+    width = heads * K
+    lanes = tl.arange(0, K)
+    i = first + tl.arange(0, QUERIES)
+    begin = tl.load(begins + i, mask=i < tokens, other=0)
+    qkv += head * K
+    q = tl.load(qkv + i.to(tl.int64)[:, None] * (3 * width) + lanes, mask=(i < tokens)[:, None], other=0.0)
+    result = tl.zeros([QUERIES, K], tl.float32)
+    highest = tl.full([QUERIES], -1e30, tl.float32)
+    sums = tl.zeros([QUERIES], tl.float32)
+    for start in range(tl.load(begins + first), tl.minimum(first + QUERIES, tokens), KEYS):
+        j = start + tl.arange(0, KEYS)
+        place = j.to(tl.int64)[:, None] * (3 * width) + lanes
+        k = tl.load(qkv + place + width, mask=(j < tokens)[:, None], other=0.0)
+        v = tl.load(qkv + place + 2 * width, mask=(j < tokens)[:, None], other=0.0)
+        visible = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
+        scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, -1e30)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        p = tl.where(visible, tl.exp2(scores - higher[:, None]), 0.0)
+        shrink = tl.exp2(highest - higher)
+        sums = sums * shrink + tl.sum(p, 1)
+        result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+        highest = higher
+    place = i.to(tl.int64)[:, None] * width + head * K + lanes
+    tl.store(out + place, (result / sums[:, None]).to(out.dtype.element_ty), mask=(i < tokens)[:, None])
+    tl.store(log_sums + head * tokens + i, highest + tl.log2(sums), mask=i < tokens)
+
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+def _attention_backward_q(  # type: ignore[no-untyped-def]
+    qkv, begins, out, log_sums, grad_out, deltas, grad_qkv, tokens, heads, scale,
+    K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, and for the other kernel each query's sum of output times its gradient."""
+    first, head = tl.program_id(0) * QUERIES, tl.program_id(1)
+    width = heads * K
+    lanes = tl.arange(0, K)
+    i = first + tl.arange(0, QUERIES)
+    inside = i < tokens
+    begin = tl.load(begins + i, mask=inside, other=0)
+    qkv += head * K
+    place_q = i.to(tl.int64)[:, None] * (3 * width) + lanes
+    place_out = i.to(tl.int64)[:, None] * width + head * K + lanes
+    q = tl.load(qkv + place_q, mask=inside[:, None], other=0.0)
+    upstream = tl.load(grad_out + place_out, mask=inside[:, None], other=0.0)
+    output = tl.load(out + place_out, mask=inside[:, None], other=0.0)
+    delta = tl.sum(output.to(tl.float32) * upstream.to(tl.float32), 1)
+    tl.store(deltas + head * tokens + i, delta, mask=inside)
+    log_sum = tl.load(log_sums + head * tokens + i, mask=inside, other=0.0)
+    gradient = tl.zeros([QUERIES, K], tl.float32)
+    for start in range(tl.load(begins + first), tl.minimum(first + QUERIES, tokens), KEYS):
+        j = start + tl.arange(0, KEYS)
+        place = j.to(tl.int64)[:, None] * (3 * width) + lanes
+        k = tl.load(qkv + place + width, mask=(j < tokens)[:, None], other=0.0)
+        v = tl.load(qkv + place + 2 * width, mask=(j < tokens)[:, None], other=0.0)
+        visible = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
+        p = tl.where(visible, tl.exp2(tl.dot(q, tl.trans(k)) * scale - log_sum[:, None]), 0.0)
+        slope = p * (tl.dot(upstream, tl.trans(v)) - delta[:, None])
+        gradient += tl.dot(slope.to(k.dtype), k)
+    gradient *= scale / _LOG2_E
+    tl.store(grad_qkv + head * K + place_q, gradient.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+def _attention_backward_kv(  # type: ignore[no-untyped-def]
+    qkv, begins, ends, log_sums, grad_out, deltas, grad_qkv, tokens, heads, scale,
+    K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values, from the queries up to the last token of its last document."""
+    first, head = tl.program_id(0) * KEYS, tl.program_id(1)
+    width = heads * K
+    lanes = tl.arange(0, K)
+    j = first + tl.arange(0, KEYS)
+    inside = j < tokens
+    qkv += head * K
+    grad_out += head * K
+    place_k = j.to(tl.int64)[:, None] * (3 * width) + width + lanes
+    k = tl.load(qkv + place_k, mask=inside[:, None], other=0.0)
+    v = tl.load(qkv + place_k + width, mask=inside[:, None], other=0.0)
+    grad_k = tl.zeros([KEYS, K], tl.float32)
+    grad_v = tl.zeros([KEYS, K], tl.float32)
+    for start in range(first, tl.load(ends + tl.minimum(first + KEYS, tokens) - 1), QUERIES):
+        i = start + tl.arange(0, QUERIES)
+        real = i < tokens
+        begin = tl.load(begins + i, mask=real, other=0)
+        q = tl.load(qkv + i.to(tl.int64)[:, None] * (3 * width) + lanes, mask=real[:, None], other=0.0)
+        upstream = tl.load(grad_out + i.to(tl.int64)[:, None] * width + lanes, mask=real[:, None], other=0.0)
+        log_sum = tl.load(log_sums + head * tokens + i, mask=real, other=0.0)
+        delta = tl.load(deltas + head * tokens + i, mask=real, other=0.0)
+        visible = (j[:, None] <= i[None, :]) & (j[:, None] >= begin[None, :]) & real[None, :]
+        p = tl.where(visible, tl.exp2(tl.dot(k, tl.trans(q)) * scale - log_sum[None, :]), 0.0)  # (KEYS, QUERIES)
+        grad_v += tl.dot(p.to(v.dtype), upstream)
+        slope = p * (tl.dot(v, tl.trans(upstream)) - delta[None, :])
+        grad_k += tl.dot(slope.to(q.dtype), q)
+    grad_k *= scale / _LOG2_E
+    grad_qkv += head * K + place_k
+    tl.store(grad_qkv, grad_k.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
+    tl.store(grad_qkv + width, grad_v.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cross_entropy(logits, targets, losses, width, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row: log-sum-exp in one pass over it, its softmax minus one-hot written over it in a second."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * width
+    lanes = tl.arange(0, BLOCK)
+    # Each lane keeps its own maximum and sum: one reduction at the end instead of one a block.
+    highest = tl.full([BLOCK], -1e30, tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        x = tl.load(logits + start + lanes, mask=start + lanes < vocabulary, other=-1e30).to(tl.float32)
+        higher = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
+        sums = sums * tl.exp(highest - higher) + tl.exp(x - higher)
+        highest = higher
+    top = tl.max(highest, 0)
+    log_sum = top + tl.log(tl.sum(sums * tl.exp(highest - top), 0))
+    target = tl.load(targets + row)
+    tl.store(losses + row, log_sum - tl.load(logits + target).to(tl.float32))
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + lanes < vocabulary
+        x = tl.load(logits + start + lanes, mask=inside).to(tl.float32)
+        gradient = tl.exp(x - log_sum) - tl.where(start + lanes == target, 1.0, 0.0)
+        tl.store(logits + start + lanes, gradient, mask=inside)
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Programs that run at a time, about: each sums its share of the rows, and the shares are summed after."""
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, y: Tensor, bias: Tensor, gain: Tensor, shift: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = x.shape
+        total, normal = torch.empty_like(x), torch.empty_like(x)
+        means, scales = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        block = triton.next_power_of_2(width)
+        _add_norm_forward[(rows,)](
+            x, y, bias, gain, shift, total, normal, means, scales, width, epsilon, BLOCK=block, num_warps=4
+        )
+        ctx.save_for_backward(total, gain, means, scales)
+        return total, normal
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, grad_normal: Tensor) -> Any:  # type: ignore[override]
+        total, gain, means, scales = ctx.saved_tensors
+        rows, width = total.shape
+        grad_x = torch.empty_like(total)
+        programs = min(rows, _programs(total.device))
+        partials = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
+        _add_norm_backward[(programs,)](
+            grad_total.contiguous(), grad_normal.contiguous(), total, gain, means, scales, grad_x, partials,
+            rows, width, BLOCK=triton.next_power_of_2(width), num_warps=2,
+        )  # fmt: skip
+        bias, scale, shift = partials.sum(0).to(gain.dtype)
+        return grad_x, grad_x, bias, scale, shift, None
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        rows, width = x.shape
+        out = torch.empty_like(x)
+        _bias_gelu_forward[(rows, triton.cdiv(width, 4096))](x, bias, out, width, BLOCK=4096, num_warps=8)
+        ctx.save_for_backward(x, bias)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, bias = ctx.saved_tensors
+        rows, width = x.shape
+        grad_x = torch.empty_like(x)
+        columns = triton.cdiv(width, 512)
+        programs = min(rows, 2 * triton.cdiv(_programs(x.device), columns))
+        partials = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        _bias_gelu_backward[(programs, columns)](
+            gradient.contiguous(), x, bias, grad_x, partials, rows, width, BLOCK=512, num_warps=4
+        )
+        return grad_x, partials.sum(0).to(bias.dtype)
+
+
+class _Choose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape)
+        rows, width = gradient.shape
+        if rows:
+            _put_rows[(rows,)](
+                gradient.contiguous(), index, whole, width, BLOCK=triton.next_power_of_2(width), num_warps=4
+            )
+        return whole, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, begins: Tensor, ends: Tensor, heads: int) -> Tensor:  # type: ignore[override]
+        tokens, width = qkv.size(0), qkv.size(1) // 3
+        out = torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device)
+        log_sums = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
+        ctx.heads = heads
+        ctx.scale = _LOG2_E.value * (width // heads) ** -0.5
+        _attention_forward[(triton.cdiv(tokens, 64), heads)](
+            qkv, begins, out, log_sums, tokens, heads, ctx.scale,
+            K=width // heads, QUERIES=64, KEYS=32, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        ctx.save_for_backward(qkv, begins, ends, out, log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        qkv, begins, ends, out, log_sums = ctx.saved_tensors
+        tokens, width = out.shape
+        gradient = gradient.contiguous()
+        grad_qkv = torch.empty_like(qkv)
+        deltas = torch.empty_like(log_sums)
+        K = width // ctx.heads
+        _attention_backward_q[(triton.cdiv(tokens, 64), ctx.heads)](
+            qkv, begins, out, log_sums, gradient, deltas, grad_qkv, tokens, ctx.heads, ctx.scale,
+            K=K, QUERIES=64, KEYS=32, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _attention_backward_kv[(triton.cdiv(tokens, 64), ctx.heads)](
+            qkv, begins, ends, log_sums, gradient, deltas, grad_qkv, tokens, ctx.heads, ctx.scale,
+            K=K, QUERIES=32, KEYS=64, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return grad_qkv, None, None, None
+
+
+def add_norm(x: Tensor, y: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + y + bias and its layer norm, both (N, D), from x and y (N, D) and bias (D,)."""
+    return _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU (tanh approximation) of x + bias: (N, W) and (W,) -> (N, W)."""
+    return _BiasGelu.apply(x, bias)
+
+
+def choose(x: Tensor, index: Tensor) -> Tensor:
+    """As ``model.data.packing.choose``; torch's deterministic way to write rows sorts them first.
+
+    A row may be there twice if the gradient of all its copies is zero.
+    """
+    return _Choose.apply(x, index)
+
+
+def attention(qkv: Tensor, begins: Tensor, ends: Tensor, heads: int) -> Tensor:
+    """Causal attention within documents.
+
+    Args:
+        qkv: queries, keys and values of all heads, (N, 3 H K), in half precision; K a power of two, at least 16.
+        begins: for each token, where its document begins: (N,), int32.
+        ends: for each token, where its document ends, exclusive: (N,), int32.
+        heads: H.
+
+    Returns:
+        (N, H K).
+    """
+    return _Attention.apply(qkv, begins, ends, heads)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Losses in nats (M,), fp32, of logits (M, padded V), over which their gradient is written."""
+    losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    if len(targets):
+        _cross_entropy[(len(targets),)](logits, targets, losses, logits.size(1), vocabulary, BLOCK=2048, num_warps=16)
+    return losses

@@ -1,0 +1,1 @@
+"""This machine: locks that die with their holder, processes and signals."""

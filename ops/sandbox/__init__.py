@@ -1,0 +1,1 @@
+"""Running generated code against its tests behind two guards."""

@@ -1,0 +1,1 @@
+"""`make up`: both servers, the worker and the watcher, and the deployments."""

@@ -1,0 +1,84 @@
+"""``python -m ops.stack.deploy``: what a Prefect server must have here: work pool, limits, automation, deployments.
+
+All of it as prefect.yaml and the settings say, each time anew, on the server of PREFECT_API_URL. ``make up`` does it
+by itself; ``make deploy`` is for a server that runs elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from ops.servers import Servers
+from ops.settings import PROJECT_ROOT
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+WAITING_RUNS = 2  # flow runs that start beyond the GPUs, so that they can say what they wait for
+
+
+class DeployError(RuntimeError):
+    """The server does not answer, wants a password, or refuses; the message says what."""
+
+
+def set_up(client: SyncPrefectClient, gpus: int) -> None:
+    """Create work pool, limit of trainings at a time and automation, or give them the numbers that hold now."""
+    # Imported here, because it takes seconds in which a server can start.
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    from ops.recovery.limits import LIMIT, POOL
+    from ops.recovery.zombies import ensure_zombie_automation
+
+    runs = gpus + WAITING_RUNS
+    try:
+        client.read_work_pool(POOL)
+        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=runs))
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(
+            WorkPoolCreate(name=POOL, type="process", base_job_template=template, concurrency_limit=runs)
+        )
+    client.upsert_global_concurrency_limit_by_name(LIMIT, gpus)
+    ensure_zombie_automation()
+
+
+def deploy() -> None:
+    """Create or update all deployments of prefect.yaml.
+
+    Raises:
+        DeployError: prefect refused.
+    """
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise DeployError(f"the deployments of prefect.yaml were refused:\n{done.stdout[-3000:]}")
+
+
+def main() -> int:
+    """Set up the server of PREFECT_API_URL. Returns the exit status."""
+    from prefect.client.orchestration import get_client
+
+    from ops.recovery.doctor import connect
+
+    if not os.environ.get("PREFECT_API_URL"):
+        print("PREFECT_API_URL must name the server, as client.env of make up does", file=sys.stderr)
+        return 2
+    try:
+        with get_client(sync_client=True) as client:
+            if missing := connect(client):
+                raise DeployError(missing)
+            set_up(client, Servers.load().gpus)
+        deploy()
+    except (ValueError, DeployError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""``python -m ops.stack.ready``: wait for the servers of ``make up``, set Prefect up, start the worker."""
+
+from __future__ import annotations
+
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from ops.servers import USER, Servers
+from ops.stack.deploy import DeployError, deploy, set_up
+
+SECONDS = 120.0  # for each of them; four times what they need together on two idle cores
+
+
+class NotReadyError(RuntimeError):
+    """Something did not come up; the message says what, and where to look."""
+
+
+def wait_for(what: str, log: object, ready: Callable[[], bool]) -> None:
+    """Ask again and again; to be refused a connection means not yet.
+
+    Raises:
+        NotReadyError: the time is over.
+    """
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        with suppress(OSError, HTTPException):
+            if ready():
+                return
+        time.sleep(0.2)
+    raise NotReadyError(f"{what} did not come up in {SECONDS:.0f} s: see {log}")
+
+
+def _answers(url: str | Request) -> bool:
+    with urlopen(url, timeout=5) as answer:
+        return bool(answer.status == 200)
+
+
+def _takes_the_password(servers: Servers) -> bool:
+    """Whether MLflow answers a client that has what client.env gives.
+
+    Raises:
+        NotReadyError: it answers, and refuses.
+    """
+    ask = Request(f"{servers.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1")
+    if servers.secure:
+        ask.add_header("Authorization", "Basic " + b64encode(f"{USER}:{servers.password()}".encode()).decode())
+    try:
+        return _answers(ask)
+    except HTTPError as error:
+        if error.code != 401:
+            raise
+        raise NotReadyError(
+            f"MLflow does not know the password in {servers.password_file}: it keeps the one it was first started "
+            f"with. Put that one back, or remove {servers.home / 'basic_auth.db'}, and with it all users but {USER}"
+        ) from None
+
+
+def main() -> int:
+    """Returns the exit status."""
+    servers = Servers.load()
+    began = datetime.now(UTC)
+
+    # These take seconds, in which the server starts.
+    from prefect.client.orchestration import get_client
+
+    from ops.recovery.limits import POOL
+
+    def works() -> bool:
+        beats = [worker.last_heartbeat_time for worker in client.read_workers_for_work_pool(POOL)]
+        return any(beat and beat > began for beat in beats)
+
+    health = f"{servers.prefect_url}/api/health"
+    try:
+        wait_for("Prefect's server", servers.logs / "prefect.log", lambda: _answers(health))
+        with get_client(sync_client=True) as client:
+            set_up(client, servers.gpus)
+            servers.supervisor().startProcess("worker", False)
+            deploy()
+            wait_for("MLflow's server", servers.logs / "mlflow.log", lambda: _takes_the_password(servers))
+            wait_for("the worker", servers.logs / "worker.log", works)
+            servers.supervisor().startProcess("watch", False)  # last, because nobody waits for it
+    except (NotReadyError, DeployError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Which rows nights have trained on, as MLflow's runs remember it, and which rows come next.
+
+The ledger is nothing but the runs of nights that FINISHED, or whose version became champion: what a night used and
+saw lies in its artifacts. A night that failed before leaves nothing, so that the next one takes its rows again;
+deleting a run gives its rows back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ops.tracking.registry import CHAMPION
+from ops.tracking.runs import PROMOTION_TAG, RunRef, client, search_runs, set_tags
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+NIGHT_TAG = "nightly"  # of a night's run: the registered model it works for
+_BEGUN_TAG = "nightly.begun"  # when it chose its rows
+_FOLDER, _USED, _SEEN = "nightly", "used.npy", "seen.npy"
+
+Keys = np.ndarray[Any, Any]  # uint64, one for each row's content
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What successful nights of a model remember.
+
+    Attributes:
+        used: keys of the rows trained on for the first time by any of them, sorted.
+        seen: keys of the rows that stood in the data set at the last night on it, those that appeared first first.
+    """
+
+    used: Keys
+    seen: Keys
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows of a night.
+
+    Attributes:
+        fresh: not trained on by any successful night.
+        replay: trained on before, so that they are not forgotten.
+        seen: all that stand in the data set, those that appeared first first.
+    """
+
+    fresh: Keys
+    replay: Keys
+    seen: Keys
+
+    @property
+    def keys(self) -> Keys:
+        """All rows to train on, in an order that only their contents decide."""
+        return np.sort(np.concatenate([self.fresh, self.replay]))
+
+    @property
+    def sha256(self) -> str:
+        """Names the subset."""
+        return _sha256(self.keys)
+
+
+def _sha256(keys: Keys) -> str:
+    return hashlib.sha256(keys.astype("<u8").tobytes()).hexdigest()
+
+
+def no_keys() -> Keys:
+    """An empty array of keys."""
+    return np.empty(0, dtype=np.uint64)
+
+
+def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[Run]:
+    """The successful nights of a registered model, the last one last; with ``dataset``, those on it only.
+
+    A night that was cut between its promotion and its end counts: the next one starts from its model.
+    """
+    runs = search_runs(tracking_uri, f"tags.{NIGHT_TAG} = '{model}'", ["attributes.start_time ASC"])
+    return [
+        run
+        for run in runs
+        if (run.info.status == "FINISHED" or run.data.tags.get(PROMOTION_TAG) == CHAMPION)
+        and (dataset is None or run.data.params.get("dataset") == dataset)
+    ]
+
+
+def caught_up(tracking_uri: str, model: str, dataset: str, scheduled: datetime) -> bool:
+    """Whether a night due at this time has been made up for: a successful one on its data began after that."""
+    nights = _nights(tracking_uri, model, dataset)
+    begun = [run.data.tags[_BEGUN_TAG] for run in nights if _BEGUN_TAG in run.data.tags]
+    return any(scheduled < datetime.fromisoformat(moment) for moment in begun)
+
+
+def read_ledger(tracking_uri: str, model: str, dataset: str, copies: Path | None = None) -> Ledger:
+    """Read back what the nights of a registered model used, and what the last one on this data set saw.
+
+    Args:
+        copies: folder for what was read before, by run: a year has 365 nights, and a server takes 0.1 s for each.
+
+    Raises:
+        RuntimeError: the artifacts of a night cannot be read; without them rows would be trained twice.
+    """
+    nights = _nights(tracking_uri, model)
+    here = [run for run in nights if run.data.params.get("dataset") == dataset]
+    with ThreadPoolExecutor(8) as pool:
+        used = list(pool.map(lambda run: _read_used(tracking_uri, run.info.run_id, copies), nights))
+    seen = _read(tracking_uri, here[-1].info.run_id, _SEEN) if here else no_keys()
+    return Ledger(np.unique(np.concatenate([no_keys(), *used])), seen)
+
+
+def _read_used(tracking_uri: str, run_id: str, copies: Path | None) -> Keys:
+    """What a night used, from its copy if there is a whole one: the artifacts of a FINISHED run do not change."""
+    if copies is None:
+        return _read(tracking_uri, run_id, _USED)
+    copy = copies / f"{run_id}.npy"
+    with suppress(OSError, ValueError, EOFError):
+        return np.load(copy, allow_pickle=False)
+    keys = _read(tracking_uri, run_id, _USED)
+    copies.mkdir(parents=True, exist_ok=True)
+    scratch = copies / f".{uuid.uuid4().hex}.npy"
+    np.save(scratch, keys)
+    scratch.replace(copy)
+    return keys
+
+
+def _read(tracking_uri: str, run_id: str, name: str) -> Keys:
+    with TemporaryDirectory() as scratch:
+        try:
+            path = client(tracking_uri).download_artifacts(run_id, f"{_FOLDER}/{name}", scratch)
+            return np.load(path, allow_pickle=False)
+        except Exception as error:  # of MLflow, its HTTP client, the disk or numpy
+            raise RuntimeError(
+                f"the ledger cannot be read: {_FOLDER}/{name} of the MLflow run {run_id} at {tracking_uri}: {error}. "
+                "Restore that artifact, or delete the run in MLflow: its rows then count as not used"
+            ) from error
+
+
+def choose_rows(present: Keys, ledger: Ledger, count: int | None, replay_share: float, seed: int) -> Choice:
+    """Choose the rows of a night by their content; where they stand in the file decides only among new ones.
+
+    Rows not used yet: those that were not there at the last successful night first, in the order of the source,
+    then the backlog, what appeared first first. Old rows are drawn from those that are still there.
+
+    Args:
+        present: keys of all rows that may train, in the order of the source, each once.
+        count: fresh rows at most; None for all.
+        replay_share: of all rows of the night, the share to draw from those used before.
+        seed: of that draw, together with the fresh rows: a night that failed is repeated as it was.
+    """
+    unused = present[~np.isin(present, ledger.used)]
+    new = unused[~np.isin(unused, ledger.seen)]
+    backlog = ledger.seen[np.isin(ledger.seen, unused)]
+    fresh = np.concatenate([new, backlog])[:count]
+    old = np.sort(present[np.isin(present, ledger.used)])
+    wanted = round(len(fresh) * replay_share / (1 - replay_share))
+    draw = np.random.default_rng([seed, int(_sha256(np.sort(fresh)), 16)])
+    replay = draw.choice(old, min(wanted, len(old)), replace=False)
+    still_there = ledger.seen[np.isin(ledger.seen, present)]
+    return Choice(fresh, replay, np.concatenate([still_there, present[~np.isin(present, still_there)]]))
+
+
+def record_night(run: RunRef, model: str, folder: Path, begun: datetime, tags: dict[str, str]) -> None:
+    """Write a night into its run; it counts from the moment the run is FINISHED, or its version champion.
+
+    Args:
+        model: the registered model.
+        folder: as ``write_choice`` filled it.
+        begun: when it looked at the data.
+        tags: more to remember.
+    """
+    mlflow = client(run.tracking_uri)
+    for name in (_USED, _SEEN):
+        mlflow.log_artifact(run.run_id, str(folder / name), _FOLDER)
+    set_tags(run, {NIGHT_TAG: model, _BEGUN_TAG: begun.isoformat(), **tags})
+
+
+def write_choice(choice: Choice, folder: Path) -> Path:
+    """Write a choice's files, those of the ledger and the keys to train on.
+
+    Returns:
+        The file with the keys to train on.
+    """
+    np.save(folder / _USED, choice.fresh)
+    np.save(folder / _SEEN, choice.seen)
+    np.save(folder / "keys.npy", choice.keys)
+    return folder / "keys.npy"

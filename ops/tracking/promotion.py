@@ -1,0 +1,191 @@
+"""Whether a new version becomes champion, and what is written down about it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from model.evaluation.bootstrap import Improvement, paired_improvement
+from ops.machine.lock import exclusive, shared_directory
+from ops.notify import notify
+from ops.settings import Settings
+from ops.tracking.registry import CHALLENGER, CHAMPION, shared_name, version_of_alias, version_uri
+from ops.tracking.runs import PROMOTION_TAG, RunRef, client, log_metrics, set_tags
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+_log = logging.getLogger(__name__)
+MIN_ROWS = 30  # the bootstrap's intervals are too narrow for fewer: three lucky rows would do
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of a new version.
+
+    Attributes:
+        promoted: it becomes champion.
+        reason: a sentence for people.
+        improvement: over what it was compared with; None where nothing could be compared.
+        previous: the champion's version before; None if there was none.
+    """
+
+    promoted: bool
+    reason: str
+    improvement: Improvement | None
+    previous: str | None
+
+
+def judge(
+    records: Sequence[Mapping[str, Any]],
+    rival: Sequence[float] | None,
+    rival_name: str,
+    previous: str | None,
+    margin: float,
+    seed: int,
+) -> Verdict:
+    """Compare a new version's rows with the rival's by the paired bootstrap.
+
+    Args:
+        records: the rows of the test split, as ``model.evaluation.completions.row_table`` gives them.
+        rival: its mean loss on each row; None: the run started from it, so that it is the rows' ``base_loss``.
+        rival_name: for people.
+        previous: the champion's version; None if there is none.
+        margin: nats per token that the lower bound of the gain must exceed.
+        seed: of the draws.
+    """
+    tokens = np.array([record["tokens"] for record in records])
+    new = np.array([record["loss"] for record in records]) * tokens
+    old = np.array([record["base_loss"] for record in records] if rival is None else rival) * tokens
+    try:
+        gain = paired_improvement(old, new, tokens, seed)
+    except ValueError as error:
+        return Verdict(False, f"not compared with {rival_name}: {error}", None, previous)
+    if gain.rows < MIN_ROWS:
+        reason = f"too few rows to tell: {gain.rows} of test were scored, {MIN_ROWS} are needed; raise eval_rows or "
+        return Verdict(False, reason + "test_share", gain, previous)
+    measured = (
+        f"the loss on {gain.rows} test rows is {abs(gain.mean):.4f} nats per token "
+        f"{'below' if gain.mean > 0 else 'above'} that of {rival_name} "
+        f"(gain {gain.lower:.4f} to {gain.upper:.4f} with 90 % confidence)"
+    )
+    if gain.lower > margin:
+        return Verdict(True, f"better: {measured}; at least {margin:g} was asked for", gain, previous)
+    if not (old != new).any():
+        return Verdict(False, f"no better: on every test row it equals {rival_name}", gain, previous)
+    word = "worse" if gain.upper < 0 else "not surely better"
+    return Verdict(False, f"{word}: {measured}; at least {margin:g} was asked for", gain, previous)
+
+
+def settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
+    """Write the verdict into registry and run, and move the alias that it moves.
+
+    The champion may have changed while the version was being compared: then it stays, and the version becomes
+    challenger. May be repeated: a second call finds everything done.
+
+    Returns:
+        What was written.
+    """
+    with _promoting(run.tracking_uri, version.name):
+        return _settle(run, version, verdict)
+
+
+def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
+    mlflow = client(run.tracking_uri)
+    current = version_of_alias(mlflow, version.name, CHAMPION)
+    number = None if current is None else str(current.version)
+    if number == str(version.version):  # an earlier call got so far
+        set_tags(run, {PROMOTION_TAG: CHAMPION, "promotion_reason": verdict.reason})
+        return verdict
+    if verdict.promoted and number != verdict.previous:
+        reason = f"the champion became version {number} while this was compared with {verdict.previous}: run it again"
+        verdict = Verdict(False, reason, verdict.improvement, number)
+    tags = {"reason": verdict.reason}
+    if verdict.improvement:
+        tags["interval"] = f"{verdict.improvement.lower:.6f} to {verdict.improvement.upper:.6f}"
+        measured = {"mean": verdict.improvement.mean, "lower": verdict.improvement.lower}
+        log_metrics(run, {f"promotion/{name}": value for name, value in measured.items()}, 0)
+    if verdict.promoted:
+        tags["promoted_at"] = _now()
+        tags["previous_champion"] = verdict.previous or "none"
+    for key, value in tags.items():
+        mlflow.set_model_version_tag(version.name, str(version.version), key, value)
+    # Last of all, so that a champion has its tags: rollback reads them.
+    alias = CHAMPION if verdict.promoted else CHALLENGER
+    mlflow.set_registered_model_alias(version.name, alias, str(version.version))
+    set_tags(run, {PROMOTION_TAG: alias, "promotion_reason": verdict.reason})
+    return verdict
+
+
+@contextmanager
+def _promoting(tracking_uri: str, name: str) -> Iterator[None]:
+    """One at a time on this machine: between a look at the champion and its change nobody else changes it."""
+    directory = shared_directory(Settings.load().device_locks)
+    with exclusive(directory, shared_name(tracking_uri, f"promotion of {name}"), "another promotion", _log.info):
+        yield
+
+
+def announce(run: RunRef, version: ModelVersion, verdict: Verdict) -> None:
+    """Tell people."""
+    title = f"{version_uri(version)} is {'champion' if verdict.promoted else 'refused: the champion stays'}"
+    lines = [verdict.reason]
+    if verdict.promoted and verdict.previous:
+        lines.append(f"before: version {verdict.previous}; `make rollback` returns to it")
+    notify(title, lines, {"MLflow run": run.url})
+
+
+def roll_back(tracking_uri: str, name: str) -> tuple[str, str]:
+    """Return a registered model's champion to its predecessor.
+
+    Returns:
+        The version that was champion, and the one that is now.
+
+    Raises:
+        LookupError: there is no champion, or no version before it.
+    """
+    with _promoting(tracking_uri, name):
+        return _roll_back(tracking_uri, name)
+
+
+def _roll_back(tracking_uri: str, name: str) -> tuple[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    mlflow = client(tracking_uri)
+    current = version_of_alias(mlflow, name, CHAMPION)
+    if current is None:
+        raise LookupError(
+            f"{name} has no champion at {tracking_uri}: if its runs are on another server, set MLFLOW_TRACKING_URI"
+        )
+    previous = current.tags.get("previous_champion")
+    if previous is None:
+        raise LookupError(
+            f"{version_uri(current)} was made champion by hand: which version it replaced is not known. Set the "
+            "alias champion to another version on the model's page in MLflow"
+        )
+    if previous == "none":
+        raise LookupError(
+            f"{version_uri(current)} is the first champion: there is none before it. To have none at all, remove the "
+            "alias on its page in MLflow"
+        )
+    try:
+        mlflow.get_model_version(name, previous)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise LookupError(
+            f"the champion before {version_uri(current)} was version {previous}, which is no longer registered: set "
+            "the alias champion to another version on its page in MLflow"
+        ) from error
+    mlflow.set_model_version_tag(name, str(current.version), "rolled_back_at", _now())
+    mlflow.set_registered_model_alias(name, CHAMPION, previous)
+    return str(current.version), previous
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

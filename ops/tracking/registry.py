@@ -1,0 +1,173 @@
+"""MLflow's registry: who is champion, and a version's files on this machine, verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.files import atomic_directory, sha256_file, write_json
+from ops.machine.lock import exclusive
+from ops.settings import Settings
+from ops.tracking.runs import FILES_TAG, MODEL_PREFIX, client, without_credentials
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))")
+_KEPT_SECONDS = 7 * 86_400.0  # a version that no run has used for so long is deleted here; MLflow has it
+_WAY_OUT = "Restore its artifacts, give the alias back (`make rollback SIZE=...`), or set start_from=base"
+
+
+def model_name(size: str) -> str:
+    """Name of a size's registered model."""
+    return MODEL_PREFIX + size
+
+
+def shared_name(tracking_uri: str, what: str) -> str:
+    """``what`` of one MLflow server, under the name that all users of the machine lock it by."""
+    server = without_credentials(tracking_uri)  # whoever they are for it
+    return f"{what} {hashlib.sha256(server.encode()).hexdigest()[:8]}"
+
+
+def version_uri(version: ModelVersion) -> str:
+    """``models:/NAME/VERSION``."""
+    return f"models:/{version.name}/{version.version}"
+
+
+def version_of_alias(mlflow: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version that bears an alias; None if nobody does, or the model is not registered."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        number = mlflow.get_registered_model(name).aliases.get(alias)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return None if number is None else mlflow.get_model_version(name, str(number))
+
+
+def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
+    """The version of a ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+
+    Raises:
+        ValueError: the URI has another form.
+        LookupError: there is no such version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    match = _URI.fullmatch(uri)
+    if not match:
+        raise ValueError(f"start_from {uri!r} is none of base, champion, models:/NAME/VERSION and models:/NAME@ALIAS")
+    try:
+        if match["alias"]:
+            found = version_of_alias(mlflow, match["name"], match["alias"])
+        else:
+            found = mlflow.get_model_version(match["name"], match["version"])
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        found = None
+    if found is None:
+        raise LookupError(
+            f"{uri} is not registered at {mlflow.tracking_uri}: choose a version from its Models page, or set "
+            "MLFLOW_TRACKING_URI to the server that has it"
+        )
+    return found
+
+
+def champion(settings: Settings, size: str) -> ModelVersion | None:
+    """The champion of a size; None if there is none."""
+    return version_of_alias(client(settings.tracking_uri), model_name(size), CHAMPION)
+
+
+def starting_uri(tracking_uri: str, start_from: str, size: str) -> str | None:
+    """The ``models:/NAME/VERSION`` to start from; None for the base, and for a champion that there is not yet.
+
+    Args:
+        start_from: "base", "champion" or the URI of a registered version.
+
+    Raises:
+        ValueError, LookupError: the URI has another form, or there is no such version.
+    """
+    if start_from == "base":
+        return None
+    mlflow = client(tracking_uri)
+    if start_from != CHAMPION:
+        return version_uri(find_version(mlflow, start_from))
+    version = version_of_alias(mlflow, model_name(size), CHAMPION)
+    return version_uri(version) if version else None
+
+
+def fetch_version(
+    settings: Settings, version: ModelVersion, log: Callable[[str], None]
+) -> tuple[Path, dict[str, str]]:
+    """Download a version's files once, and verify them before each use.
+
+    They are compared with the hashes that were registered with the version; one registered without, by an
+    older release, with those of the first download.
+
+    Returns:
+        The directory, and the sha256 of each file in it.
+
+    Raises:
+        RuntimeError: the files cannot be had, or are not those that were registered.
+    """
+    uri = version_uri(version)
+    # A version number means another model on another server.
+    key = hashlib.sha256(f"{version.source} {version.run_id}".encode()).hexdigest()[:12]
+    directory = settings.models / f"{version.name}-{version.version}-{key}"
+    record = directory.with_suffix(".json")
+    with exclusive(settings.locks, f"files of {directory.name}", uri, log):
+        known = version.tags.get(FILES_TAG) or (record.read_text() if record.exists() else "{}")
+        expected = json.loads(known)
+        found = _hashes(directory)
+        if not found or found != expected:
+            if found:
+                log(f"{directory} is not {uri} as registered: it is downloaded anew")
+            _download(uri, directory)
+            found = _hashes(directory)
+            if not expected:
+                expected = found
+                write_json(record, found)
+        if found != expected:
+            wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            raise RuntimeError(
+                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {_WAY_OUT}"
+            )
+        os.utime(directory)
+    _remove_unused(settings.models)
+    return directory, found
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in sorted(directory.glob("*")) if path.is_file()}
+
+
+def _download(uri: str, directory: Path) -> None:
+    import mlflow
+
+    with atomic_directory(directory) as scratch:
+        try:
+            mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch))
+            if not _hashes(scratch):  # MLflow calls that a success
+                raise FileNotFoundError("there are none")
+        except Exception as error:  # of MLflow, its HTTP client, or the disk: all mean the same to the user
+            raise RuntimeError(
+                f"the files of {uri} cannot be had from {mlflow.get_tracking_uri()}: {error}. {_WAY_OUT}"
+            ) from error
+
+
+def _remove_unused(models: Path) -> None:
+    for directory in models.iterdir():
+        if directory.is_dir() and time.time() - directory.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(directory, ignore_errors=True)

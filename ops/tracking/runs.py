@@ -1,0 +1,346 @@
+"""MLflow: one run per flow run, its metrics from the journal, its tables, pictures and the model."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.engine.journal import read_journal
+from model.files import sha256_file, write_json
+from ops.machine.process import mark_process
+from ops.settings import PROJECT_ROOT, Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+EXPERIMENT = "finetune"
+MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
+FILES_TAG = "files"  # of a version: its files' sha256, as JSON
+PROMOTION_TAG = "promotion"  # of a run: what became of its version, champion or challenger
+PROCESS_TAG = "process"  # which process has a run open, so that its death can be told from elsewhere
+_BATCH = 1000  # metrics per request, MLflow's limit
+_PAGE = 1000  # runs per request
+# A server answers an upload only when it has written the file; the short limit of other requests does not fit.
+_UPLOAD_SECONDS = "1800"
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """An MLflow run, as tasks hand it on."""
+
+    tracking_uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def url(self) -> str | None:
+        """Its page, if the tracking URI is a server's."""
+        if not self.tracking_uri.startswith("http"):
+            return None
+        # Without the type MLflow 3 opens its pages for language-model traces.
+        server = without_credentials(self.tracking_uri).rstrip("/")  # no password in a link
+        page = f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{page}?workflowType=machine_learning"
+
+    @property
+    def link(self) -> str:
+        """Markdown that leads to the run."""
+        if self.url:
+            return f"[{self.run_id}]({self.url})"
+        return f"`{self.run_id}` (show it with `mlflow ui --backend-store-uri {self.tracking_uri}`)"
+
+
+def without_credentials(uri: str) -> str:
+    """A URI without the user and the password that may stand before its host."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def refusal(tracking_uri: str, error: Exception) -> str:
+    """For people: MLflow did not do what was asked."""
+    return f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
+
+
+def client(tracking_uri: str) -> MlflowClient:
+    """A client for this URI, for the registry too."""
+    import mlflow
+    from mlflow import MlflowClient
+
+    # MLflow's migrations announce themselves at INFO, a hundred lines on a fresh sqlite file.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    if tracking_uri.startswith("sqlite:///"):
+        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = mlflow.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        # A server keeps artifacts where it is told to; on sqlite the default would be ./mlruns of the cwd.
+        local = not settings.tracking_uri.startswith("http")
+        try:
+            return mlflow.create_experiment(
+                EXPERIMENT,
+                settings.artifacts.as_uri() if local else None,
+                {"mlflow.experimentKind": "custom_model_development"},
+            )
+        except MlflowException:  # another run was faster
+            found = mlflow.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = None) -> Iterator[Run]:
+    """The experiment's runs that meet a condition, however many; none where there is no experiment yet."""
+    mlflow = client(tracking_uri)
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    token = None
+    while experiment is not None:
+        page = mlflow.search_runs(
+            [experiment.experiment_id], condition, max_results=_PAGE, order_by=order_by, page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+@contextmanager
+def tracked_run(
+    settings: Settings, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[RunRef]:
+    """Open the MLflow run of a flow run, and close it with the flow's fate.
+
+    An exception makes it FAILED; a signal, a cancellation or an interrupt KILLED. Where MLflow is gone by then, the
+    flow's fate stays what it is, and the reaper closes the run later.
+
+    Args:
+        params: logged as they are; None is logged as "None".
+    """
+    mlflow = client(settings.tracking_uri)
+    experiment_id = _experiment_id(mlflow, settings)
+    sha = git_sha()
+    run = mlflow.create_run(
+        experiment_id,
+        run_name=name,
+        tags={
+            **_user(),
+            **tags,
+            PROCESS_TAG: mark_process().to_json(),
+            **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {}),
+        },
+    )
+    ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
+    status = "KILLED"
+    try:
+        log_params(ref, params)
+        mlflow.log_dict(ref.run_id, dict(params), "config.json")
+        mlflow.log_text(ref.run_id, installed_packages(), "constraints.txt")
+        yield ref
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        try:
+            mlflow.set_terminated(ref.run_id, status)
+        except Exception as error:
+            if status == "FINISHED":
+                raise
+            logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", ref.run_id, error)
+
+
+def _user() -> dict[str, str]:
+    try:
+        return {"mlflow.user": getpass.getuser()}
+    except (KeyError, OSError):  # a container's uid without a name
+        return {}
+
+
+def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
+    """Log parameters; they cannot be changed afterwards."""
+    from mlflow.entities import Param
+
+    client(run.tracking_uri).log_batch(run.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+
+
+def set_tags(run: RunRef, tags: Mapping[str, str]) -> None:
+    """Set or replace tags."""
+    from mlflow.entities import RunTag
+
+    client(run.tracking_uri).log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def log_metrics(run: RunRef, metrics: Mapping[str, float], step: int, model_id: str | None = None) -> None:
+    """Log metrics at a step, of the run and, with ``model_id``, of its model."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    batch = [
+        Metric(key, float(value), now, step, model_id=model_id, run_id=run.run_id if model_id else None)
+        for key, value in metrics.items()
+    ]
+    client(run.tracking_uri).log_batch(run.run_id, metrics=batch)
+
+
+def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> None:
+    """Log the data set as an input, its digest taken over all rows (MLflow's own samples the first 10,000)."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    origin = CodeDatasetSource(tags={"source": source, "revision": revision or "local", "sha256": sha256})
+    # Short, as the run table shows it; the whole hash is the tag data_sha256.
+    dataset = MetaDataset(origin, name=Path(source).name, digest=sha256[:12])  # type: ignore[abstract]
+    inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
+    mlflow = client(run.tracking_uri)
+    try:
+        mlflow.log_inputs(run.run_id, [inputs])
+    except MlflowException:
+        # MLflow looks for the data set, then inserts it: of two first runs on the same rows one may come too late.
+        mlflow.log_inputs(run.run_id, [inputs])
+
+
+class JournalShipper:
+    """Sends a training's journal to an MLflow run, each line once.
+
+    How far it got is kept beside the journal, per run: a retried task goes on behind what it sent, and a
+    new run that resumes the training gets the whole journal.
+    """
+
+    def __init__(self, run: RunRef, journal: Path, every_seconds: float = 5.0):
+        self.run = run
+        self.journal = journal
+        self.mark = journal.with_name(f"shipped-{run.run_id}.json")
+        self.every_seconds = every_seconds
+        self.pause = every_seconds
+        self.last = 0.0
+
+    def maybe_ship(self) -> None:
+        """Ship if the last time is long enough ago. MLflow being away is no reason to stop training."""
+        if time.monotonic() - self.last >= self.pause:
+            try:
+                self.ship()
+                self.pause = self.every_seconds
+            except Exception as error:
+                # Each vain try holds the training up for seconds, so they become rare.
+                self.pause = min(600.0, max(30.0, 2 * self.pause))
+                logging.getLogger(__name__).warning("metrics stay in %s for now: %s", self.journal, error)
+            self.last = time.monotonic()
+
+    def ship(self) -> None:
+        """Ship every line not yet sent.
+
+        Raises:
+            MlflowException: the tracking server cannot be reached; nothing is lost.
+        """
+        from mlflow.entities import Metric
+
+        sent = json.loads(self.mark.read_text())["lines"] if self.mark.exists() else 0
+        records = read_journal(self.journal, sent)
+        mlflow = client(self.run.tracking_uri)
+        batch: list[Metric] = []
+        for index, record in enumerate(records, 1):
+            batch += [Metric(k, v, record["time"], record["step"]) for k, v in record["metrics"].items()]
+            full = index == len(records) or len(batch) + len(records[index]["metrics"]) > _BATCH
+            if full:
+                mlflow.log_batch(self.run.run_id, metrics=batch)
+                write_json(self.mark, {"lines": sent + index})
+                batch = []
+
+
+def log_model(
+    run: RunRef, directory: Path, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
+) -> ModelVersion:
+    """Log a directory as the run's model, with its metrics, and register it.
+
+    Files as they are, no pickled module: it loads anywhere, without this code (mlflow#9514).
+
+    Args:
+        directory: in Hugging Face's layout.
+        name: of the registered model.
+        metrics: of the run too, at step 0: MLflow shows single values as bars there.
+        step: of the training that the model comes from.
+    """
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
+
+    mlflow = client(run.tracking_uri)
+    model = mlflow.create_logged_model(
+        run.experiment_id,
+        name=name,
+        source_run_id=run.run_id,
+        model_type="gpt2",
+        params={key: str(value) for key, value in params.items()},
+    )
+    with _environment("MLFLOW_HTTP_REQUEST_TIMEOUT", _UPLOAD_SECONDS):
+        mlflow.log_model_artifacts(model.model_id, str(directory))
+    log_metrics(run, metrics, 0, model.model_id)
+    mlflow.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
+    mlflow.finalize_logged_model(model.model_id, "READY")
+    try:
+        mlflow.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return mlflow.create_model_version(
+        name,
+        source=f"models:/{model.model_id}",
+        run_id=run.run_id,
+        model_id=model.model_id,
+        tags={FILES_TAG: json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())})},
+        description=", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
+    )
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable that MLflow reads at every request."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def git_sha() -> str | None:
+    """The commit of the checkout this code runs from; None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def installed_packages() -> str:
+    """Every installed package with its version, one ``name==version`` a line."""
+    # Each access to a distribution's metadata parses its file anew.
+    found = [dist.metadata for dist in distributions()]
+    pins = {f"{metadata['Name']}=={metadata['Version']}" for metadata in found if metadata["Name"]}
+    return "\n".join(sorted(pins, key=str.lower)) + "\n"

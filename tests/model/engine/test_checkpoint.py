@@ -1,0 +1,665 @@
+"""Checkpoints and resumption: a training killed anywhere ends as if it had not been, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import model as package
+from model import GPTModel, freeze_bottom_layers
+from model.engine.checkpoint import (
+    CheckpointWriter,
+    checkpoint_path,
+    load_checkpoint,
+    load_state,
+    load_trained,
+    newest_checkpoint,
+    prune_checkpoints,
+    take_snapshot,
+    write_checkpoint,
+)
+from model.engine.journal import read_journal
+from model.engine.training import (
+    StepReport,
+    TrainConfig,
+    TrainingStoppedError,
+    TrainResult,
+    build_optimizer,
+    train,
+)
+from model.engine.trunk import TrunkCacheConfig
+from model.files import sha256_file
+
+CONFIG = TrainConfig(
+    epochs=3, max_steps=15, batch_size=8, learning_rate=1e-2, eval_freq=4, warmup_ratio=0.2, precision="fp32"
+)
+
+
+def config_of(**settings: Any) -> TrainConfig:
+    return TrainConfig(**{**vars(CONFIG), **settings})
+
+
+@pytest.fixture
+def fresh(gpt2_dir: Path) -> Callable[[], GPTModel]:
+    def load() -> GPTModel:
+        model = GPTModel.from_pretrained(gpt2_dir)
+        freeze_bottom_layers(model, 1)
+        return model
+
+    return load
+
+
+def trained_optimizer(model: GPTModel, steps: int = 2) -> torch.optim.AdamW:
+    """An optimizer that has made some steps on the model."""
+    optimizer = build_optimizer(model, CONFIG)
+    for _ in range(steps):
+        model(torch.randint(300, (2, 20))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def write(
+    directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
+) -> Path:
+    return write_checkpoint(directory, take_snapshot(model, optimizer), step, state)
+
+
+def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def parameters(model: GPTModel) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def record(directory: Path) -> list[tuple[int, dict[str, float]]]:
+    """The journal without its times and speeds."""
+    lines = read_journal(directory / "metrics.jsonl")
+    timed = ("train/tokens_per_second", "train/mfu")
+    return [(line["step"], {k: v for k, v in line["metrics"].items() if k not in timed}) for line in lines]
+
+
+# The files
+
+
+def test_files_of_a_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """Safetensors and JSON, nothing pickled; the trained tensors only."""
+    model = fresh()
+    path = write(tmp_path, model, trained_optimizer(model), 7, {"identity": "me"})
+    assert path == tmp_path / "step-00000007" == checkpoint_path(tmp_path, 7)
+    assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "state.json", "trainer.safetensors"]
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as reader:
+            assert reader.keys()
+        assert file.read_bytes()[8:9] == b"{"  # neither a pickle nor a zip
+    assert json.loads((path / "state.json").read_text())["identity"] == "me"
+    trained = {name: p for name, p in parameters(model).items() if name.startswith(("h.2.", "ln_f."))}
+    assert same_tensors(load_file(path / "model.safetensors"), trained)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_round_trip_restores_weights_moments_and_rng(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """Each state whose loss shows in a resumed training."""
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    path = write(tmp_path, model, optimizer, 2, {"identity": "me"})
+    numbers = torch.rand(4)
+    other = fresh()
+    restored = build_optimizer(other, CONFIG)
+    load_checkpoint(path, other, restored)
+    assert torch.equal(torch.rand(4), numbers)
+    assert same_tensors(parameters(other), parameters(model))
+    names = {p: name for name, p in other.named_parameters()}
+    originals = dict(model.named_parameters())
+    assert len(restored.state) == len(optimizer.state) == 14
+    for parameter, state in restored.state.items():
+        want = optimizer.state[originals[names[parameter]]]
+        assert same_tensors(state, want)
+        assert all(state[key].dtype == want[key].dtype for key in want)
+    assert load_state(path)["step"] == 2
+
+
+def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """Another freeze plan, or another shape, is named; a shape is never broadcast."""
+    model = fresh()
+    path = write(tmp_path, model, build_optimizer(model, CONFIG), 0, {})
+    freeze_bottom_layers(model, 2)
+    with pytest.raises(ValueError, match=r"trains other parameters: .*h\.1\."):
+        load_trained(path, model)
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "ln_f.bias": torch.zeros(1)}, path / "model.safetensors")
+    state = json.loads((path / "state.json").read_text())
+    state["files"]["model.safetensors"] = sha256_file(path / "model.safetensors")
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"ln_f\.bias is \[1\], expected \[32\]"):
+        load_trained(path, fresh())
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "flipped bit in the weights": lambda p: flip(p / "model.safetensors", -1),
+    "flipped bit in the moments": lambda p: flip(p / "trainer.safetensors", -1),
+    "weights cut": lambda p: os.truncate(p / "model.safetensors", 500),
+    "moments missing": lambda p: (p / "trainer.safetensors").unlink(),
+    "state missing": lambda p: (p / "state.json").unlink(),
+    "state cut": lambda p: os.truncate(p / "state.json", 20),
+    "state empty": lambda p: os.truncate(p / "state.json", 0),
+    "state of another kind": lambda p: (p / "state.json").write_text("null"),
+    "state not text": lambda p: (p / "state.json").write_bytes(b"\xff\xfe\x00"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_newest_is_passed_over(fresh: Callable[[], GPTModel], tmp_path: Path, damage: str) -> None:
+    """The one before it is taken, and a warning names the damaged one."""
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    for step in (4, 8):
+        write(tmp_path, model, optimizer, step, {"identity": "me"})
+    DAMAGES[damage](tmp_path / "step-00000008")
+    warnings: list[str] = []
+    found = newest_checkpoint(tmp_path, "me", warnings.append)
+    assert found is not None
+    assert found[0] == tmp_path / "step-00000004"
+    assert found[1]["step"] == 4
+    assert len(warnings) == 1
+    assert "step-00000008" in warnings[0]
+
+
+def test_newest_is_by_number_and_identity(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """A checkpoint of another training is no place to resume from, however new."""
+    model = fresh()
+    optimizer = build_optimizer(model, CONFIG)
+    for step, identity in ((9, "me"), (10, "me"), (100, "other")):
+        write(tmp_path, model, optimizer, step, {"identity": identity})
+    found = newest_checkpoint(tmp_path, "me")
+    assert found is not None
+    assert found[1]["step"] == 10
+    assert newest_checkpoint(tmp_path, "third") is None
+    assert newest_checkpoint(tmp_path / "absent", "me") is None
+
+
+def test_strays_of_a_killed_writer_are_removed(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """Half a checkpoint under its scratch name is neither read nor kept."""
+    model = fresh()
+    write(tmp_path, model, build_optimizer(model, CONFIG), 4, {"identity": "me"})
+    (tmp_path / "step-00000004").rename(tmp_path / ".step-00000008.0123.tmp")
+    assert newest_checkpoint(tmp_path, "me") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_keeps_the_named(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """The disk holds two checkpoints, and nothing that is no checkpoint is touched."""
+    model = fresh()
+    for step in (0, 4, 8, 12):
+        write(tmp_path, model, build_optimizer(model, CONFIG), step, {})
+    (tmp_path / "metrics.jsonl").touch()
+    prune_checkpoints(tmp_path, {4, 12})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "step-00000004", "step-00000012"]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """The system refuses whatever a file is to hold beyond 4 kB, as a full disk does.
+
+    The limit is the whole process's, pytest's report included where that goes to a file: hold it around the
+    write alone, never to the end of a test.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_leaves_the_old_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """A failed save names file and size and leaves no scratch, and the one before it is whole."""
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    write(tmp_path, model, optimizer, 4, {"identity": "me"})
+    for step in (4, 8):
+        message = rf"cannot write .*step-0000000{step}.*safetensors, [\d,]+ bytes .*too large"
+        with pytest.raises(OSError, match=message), full_disk():
+            write(tmp_path, model, optimizer, step, {"identity": "me"})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+    assert load_state(tmp_path / "step-00000004")["step"] == 4
+
+
+def test_written_behind_is_what_it_was(
+    fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training goes on while a checkpoint is written, which holds the state that it was told to hold.
+
+    The one before it is there until the new one is whole.
+    """
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    released = threading.Event()
+
+    def slow(tensors: dict[str, Tensor], path: Path) -> None:
+        assert released.wait(60)
+        save_file(tensors, path)
+
+    before = {name: p.clone() for name, p in parameters(model).items()}
+    moments = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
+    with CheckpointWriter(tmp_path, model, optimizer, behind=True) as writer:
+        writer.save(4, {"identity": "me"}, keep=[4])
+        writer.wait()
+        monkeypatch.setattr("model.engine.checkpoint.save_tensors", slow)
+        writer.save(8, {"identity": "me"}, keep=[8])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1
+            for state in optimizer.state.values():
+                state["exp_avg"] += 1
+        assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["step-00000004"]
+        released.set()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000008"]
+    other = fresh()
+    restored = build_optimizer(other, CONFIG)
+    load_checkpoint(tmp_path / "step-00000008", other, restored)
+    assert same_tensors(parameters(other), before)
+    originals = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        if parameter.requires_grad:
+            assert same_tensors(restored.state[parameter], moments[originals[name]])
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_failed_write_is_not_forgotten(fresh: Callable[[], GPTModel], tmp_path: Path, behind: bool) -> None:
+    """A full disk ends the training at the next save or at its end, and the checkpoint before is whole."""
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
+        writer.save(4, {"identity": "me"}, keep=[4])
+
+    def save(times: int) -> None:
+        with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
+            for step in range(8, 8 + times):
+                writer.save(step, {"identity": "me"}, keep=[step])
+                assert step == 8  # the second is told of the first
+
+    for times in (1, 2):
+        with pytest.raises(OSError, match="too large"), full_disk():
+            save(times)
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def save_for_ever(model: GPTModel, directory: Path) -> None:
+    """Checkpoints whose final norm holds their step."""
+    optimizer = trained_optimizer(model)
+    for step in range(1, 100_000):
+        model.ln_f.bias.data.fill_(step)
+        write(directory, model, optimizer, step, {"identity": "me"})
+        prune_checkpoints(directory, {step})
+
+
+def test_twenty_kills_while_saving(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
+    """At whatever moment the writer dies, the newest checkpoint is whole, and no older than seen before."""
+    context = multiprocessing.get_context("fork")
+    delays = random.Random(0)
+    reached = 0
+    for _ in range(20):
+        writer = context.Process(target=save_for_ever, args=(fresh(), tmp_path))
+        writer.start()
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob("step-*")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delays.uniform(0, 0.03))
+        os.kill(writer.pid or 0, signal.SIGKILL)
+        writer.join()
+        found = newest_checkpoint(tmp_path, "me", pytest.fail)
+        assert found is not None
+        path, state = found
+        bias = load_file(path / "model.safetensors")["ln_f.bias"]
+        assert (bias == state["step"]).all()
+        assert not list(tmp_path.glob(".*"))
+        reached = max(reached, state["step"])
+        prune_checkpoints(tmp_path, set())
+    assert reached > 1
+
+
+# Resumption
+
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+import torch
+from model.engine import checkpoint, trunk
+from model import GPTModel, freeze_bottom_layers
+from model.engine.training import TrainConfig, train
+
+weights, tokens, directory, settings, hold_at, die_in_save, cache = sys.argv[1:]
+trunk._READ_BYTES = 1e30  # so small a trunk would be computed faster than read
+cache = trunk.TrunkCacheConfig(Path(cache) if cache else None)
+torch.set_num_threads(1)
+save_tensors = checkpoint.save_tensors
+
+def dying(tensors, path):
+    save_tensors(tensors, path)
+    if die_in_save and all(part in str(path) for part in die_in_save.split(":")):
+        os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.save_tensors = dying
+network = GPTModel.from_pretrained(weights)
+freeze_bottom_layers(network, 1)
+result = train(
+    network, Path(tokens), TrainConfig(**json.loads(settings)), Path(directory), "me", cache=cache,
+    on_step=lambda report: time.sleep(60 if report.step == int(hold_at) else 0),
+)
+network.save_pretrained(Path(directory) / "final")
+print(json.dumps(vars(result), default=str))
+"""
+
+
+@pytest.fixture
+def launch(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start a training as a process of its own."""
+    script = tmp_path / "training.py"
+    script.write_text(SCRIPT)
+
+    def start(
+        directory: Path, config: TrainConfig, hold_at: int = -1, die_in_save: str = "", cache: Path | None = None
+    ) -> subprocess.Popen[str]:
+        arguments = [
+            str(gpt2_dir),
+            str(token_dir),
+            str(directory),
+            json.dumps(vars(config)),
+            str(hold_at),
+            die_in_save,
+            str(cache or ""),
+        ]
+        root = str(Path(str(package.__file__)).parents[1])
+        return subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env={**os.environ, "PYTHONPATH": root},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def uninterrupted(
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path
+) -> Callable[[TrainConfig], tuple[GPTModel, Path]]:
+    calls = count()
+
+    def run(config: TrainConfig) -> tuple[GPTModel, Path]:
+        network, directory = fresh(), tmp_path / f"whole{next(calls)}"
+        train(network, token_dir, config, directory, "me")
+        return network, directory
+
+    return run
+
+
+def assert_same_end(directory: Path, whole: Path) -> None:
+    """The journals are equal to the last bit, and so are the last checkpoint and the best."""
+    assert record(directory) == record(whole)
+    names = sorted(p.name for p in whole.glob("step-*"))
+    assert sorted(p.name for p in directory.glob("step-*")) == names
+    for name in names:
+        for file in ("model.safetensors", "trainer.safetensors"):
+            assert (directory / name / file).read_bytes() == (whole / name / file).read_bytes(), f"{name}/{file}"
+
+
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+def test_killed_training_ends_as_if_it_had_not_been(
+    gpt2_dir: Path,
+    launch: Callable[..., subprocess.Popen[str]],
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    tmp_path: Path,
+    dropout: float,
+) -> None:
+    """SIGKILL behind step 6, resumed from step 4: weights, losses, moments, all bitwise equal."""
+    config = config_of(dropout=dropout)
+    directory = tmp_path / "killed"
+    victim = launch(directory, config, hold_at=7)
+    deadline = time.monotonic() + 60
+    while victim.poll() is None and time.monotonic() < deadline:
+        if any(line["step"] >= 6 for line in read_journal(directory / "metrics.jsonl")):
+            break
+        time.sleep(0.01)
+    victim.kill()
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+
+    second = launch(directory, config)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0
+    assert json.loads(output)["resumed_from"] == 4
+    network, whole = uninterrupted(config)
+    assert_same_end(directory, whole)
+    assert same_tensors(parameters(GPTModel.from_pretrained(directory / "final")), parameters(network))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.safetensors"])
+def test_training_killed_while_saving(
+    launch: Callable[..., subprocess.Popen[str]],
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    file: str,
+) -> None:
+    """Half of step 8's file is written: step 4 is resumed from, the stray is gone, the end is equal."""
+    directory = tmp_path / "killed"
+    victim = launch(directory, CONFIG, die_in_save=f"step-00000008:{file}")
+    victim.communicate(timeout=60)
+    assert victim.returncode == -signal.SIGKILL
+    assert not (directory / "step-00000008").exists()
+    assert len(list(directory.glob(".step-00000008.*.tmp"))) == 1
+    result = train(fresh(), token_dir, CONFIG, directory, "me")
+    assert result.resumed_from == 4
+    assert not list(directory.glob(".*"))
+    assert_same_end(directory, uninterrupted(CONFIG)[1])
+
+
+@pytest.mark.parametrize(
+    "deleted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["cache kept", "cache deleted"]
+)
+def test_killed_training_with_trunk_outputs_in_a_file(
+    launch: Callable[..., subprocess.Popen[str]],
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deleted: bool,
+) -> None:
+    """Killed in the first epoch, the cache half full: read or computed again, the end is bitwise equal."""
+    config = config_of(eval_freq=2, micro_batch_tokens=100, dropout=0.1)
+    directory, cache = tmp_path / "killed", tmp_path / "cache"
+    victim = launch(directory, config, hold_at=4, cache=cache)
+    deadline = time.monotonic() + 60
+    while victim.poll() is None and time.monotonic() < deadline:
+        if (directory / "step-00000004").exists():
+            break
+        time.sleep(0.01)
+    victim.kill()
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    sums = {path.parent: np.fromfile(path, dtype="<u4") for path in cache.glob("*/checksums.bin")}
+    [partial] = [path for path, values in sums.items() if 0 < np.count_nonzero(values) < len(values)]
+    if deleted:
+        shutil.rmtree(cache)
+
+    second = launch(directory, config, cache=cache)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0
+    result = json.loads(output)
+    assert result["resumed_from"] == 4
+    assert "on the file" in result["trunk"]
+    assert np.fromfile(partial / "checksums.bin", dtype="<u4").all()
+
+    monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)
+    network, whole = fresh(), tmp_path / "whole"
+    train(network, token_dir, config, whole, "me", cache=TrunkCacheConfig(tmp_path / "another cache"))
+    assert_same_end(directory, whole)
+    assert same_tensors(parameters(GPTModel.from_pretrained(directory / "final")), parameters(network))
+    files = [
+        sorted(path.read_bytes() for path in folder.glob("*/*.bin"))
+        for folder in (cache, whole.parent / "another cache")
+    ]
+    assert files[0] == files[1]
+
+
+class Stop(Exception):
+    """Ends a training from its on_step."""
+
+
+def interrupt_at(step: int) -> Callable[[StepReport], None]:
+    def hook(report: StepReport) -> None:
+        if report.step == step:
+            raise Stop
+
+    return hook
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
+def test_interrupted_anywhere(
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    step: int,
+) -> None:
+    """In the first epoch, in the last, right behind a checkpoint, with dropout."""
+    config = config_of(dropout=0.1)
+    with pytest.raises(Stop):
+        train(fresh(), token_dir, config, tmp_path / "cut", "me", interrupt_at(step))
+    network = fresh()
+    torch.rand(9)  # the random state is the checkpoint's, not the process's
+    result = train(network, token_dir, config, tmp_path / "cut", "me")
+    assert result.resumed_from == step // 4 * 4
+    want, whole = uninterrupted(config)
+    assert_same_end(tmp_path / "cut", whole)
+    assert same_tensors(parameters(network), parameters(want))
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
+def test_stopped_on_request(
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    step: int,
+) -> None:
+    """It ends at that very step, not at the last validation, loses nothing, and the end is bitwise equal."""
+    config = config_of(dropout=0.1)
+    reports: list[StepReport] = []
+
+    def asked() -> bool:
+        return reports[-1].step == step
+
+    with pytest.raises(TrainingStoppedError, match=f"after step {step} of 15"):
+        train(fresh(), token_dir, config, tmp_path / "cut", "me", reports.append, should_stop=asked)
+    assert len([metrics for _, metrics in record(tmp_path / "cut") if "train/loss" in metrics]) == step
+    network = fresh()
+    torch.rand(9)  # the random state is the checkpoint's, not the process's
+    result = train(network, token_dir, config, tmp_path / "cut", "me")
+    assert result.resumed_from == step
+    want, whole = uninterrupted(config)
+    assert_same_end(tmp_path / "cut", whole)
+    assert same_tensors(parameters(network), parameters(want))
+
+
+def test_finished_training_is_not_repeated(fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path) -> None:
+    """A retry of a finished training gives the same result, and trains nothing."""
+    first = train(fresh(), token_dir, CONFIG, tmp_path, "me")
+    before = record(tmp_path)
+    network = fresh()
+    again = train(network, token_dir, CONFIG, tmp_path, "me", interrupt_at(16))
+    of_the_process = {"resumed_from", "first_step_seconds", "peak_memory_bytes", "trunk", "trunk_hit_share"}
+    same = {field.name for field in fields(TrainResult)} - of_the_process
+    assert {name: getattr(again, name) for name in same} == {name: getattr(first, name) for name in same}
+    assert (first.resumed_from, again.resumed_from) == (0, 15)
+    assert math.isnan(again.first_step_seconds)  # no step was made
+    assert record(tmp_path) == before
+    last = load_file(checkpoint_path(tmp_path, first.steps) / "model.safetensors")
+    assert same_tensors({k: v for k, v in parameters(network).items() if k in last}, last)
+
+
+def test_training_resumes_behind_a_damaged_checkpoint(
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A flipped bit in the newest: the best one before it is taken, and the end is equal."""
+    # The distance from the loss at step 4 is smallest there, so that checkpoints 4 and 8 are both kept.
+    [at_step_4] = [m["eval/loss"] for step, m in record(uninterrupted(CONFIG)[1]) if step == 4 and "eval/loss" in m]
+    monkeypatch.setattr(
+        "model.engine.training.mean_loss", lambda sums, counts: abs(float(sums.sum() / counts.sum()) - at_step_4)
+    )
+    with pytest.raises(Stop):
+        train(fresh(), token_dir, CONFIG, tmp_path / "cut", "me", interrupt_at(9))
+    assert sorted(p.name for p in (tmp_path / "cut").glob("step-*")) == ["step-00000004", "step-00000008"]
+    flip(tmp_path / "cut" / "step-00000008" / "model.safetensors", -1)
+    warnings: list[str] = []
+    result = train(fresh(), token_dir, CONFIG, tmp_path / "cut", "me", warn=warnings.append)
+    assert result.resumed_from == 4
+    assert "step-00000008" in warnings[0]
+    assert_same_end(tmp_path / "cut", uninterrupted(CONFIG)[1])
+
+
+def test_damaged_best_checkpoint_is_made_again(
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped bit in the best, not the newest: the training is repeated, or no retry would get past it."""
+    monkeypatch.setattr("model.engine.training.mean_loss", lambda sums, counts: 1.0)  # the base stays the best
+    first = train(fresh(), token_dir, CONFIG, tmp_path, "me")
+    whole = {name: value.clone() for name, value in load_file(first.best / "model.safetensors").items()}
+    assert first.best_step == 0 < first.steps
+    flip(first.best / "model.safetensors", -1)
+    warnings: list[str] = []
+    again = train(fresh(), token_dir, CONFIG, tmp_path, "me", warn=warnings.append)
+    assert again.resumed_from == 0
+    assert "step-00000000" in warnings[0]
+    assert same_tensors(load_file(again.best / "model.safetensors"), whole)
+
+
+def test_another_training_does_not_resume_from_it(
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+) -> None:
+    """Other data or settings have another identity: a fresh start, and a journal of its own."""
+    train(fresh(), token_dir, config_of(seed=7, max_steps=9), tmp_path / "reused", "other")
+    result = train(fresh(), token_dir, CONFIG, tmp_path / "reused", "me")
+    assert result.resumed_from == 0
+    assert_same_end(tmp_path / "reused", uninterrupted(CONFIG)[1])

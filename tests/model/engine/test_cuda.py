@@ -1,0 +1,418 @@
+"""What the CPU never runs: the kernel for packed documents, CUDA graphs, the fused loss. Skipped without a GPU."""
+
+from __future__ import annotations
+
+import gc
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.data.packing import pack
+from model.data.tokens import CodeAlpacaDataset
+from model.engine.engine import Engine
+from model.engine.journal import read_journal
+from model.engine.loss import cross_entropy
+from model.engine.scoring import head_loss, padded_head, row_losses
+from model.engine.training import TrainConfig, TrainingStoppedError, train
+from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.net.attention import Documents
+from model.net.config import GPTConfig
+from model.net.device import cast_frozen, device_choices, device_key
+from model.net.freezing import freeze_bottom_layers
+from model.net.gpt import GPTModel
+from model.net.sampling import _Decoder, generate
+from ops.machine.lock import exclusive_any
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def small_model(seed: int = 0) -> GPTModel:
+    """A GPT-2 with heads of 64, as the real sizes have, frozen below its upper two blocks."""
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=128, n_layer=4, n_head=2))
+    freeze_bottom_layers(model, 2)
+    cast_frozen(model, torch.bfloat16)
+    return model.train()
+
+
+def documents_of(lengths: list[int]) -> Documents:
+    """Documents of these lengths, one behind another, on the GPU."""
+    sizes = torch.tensor(lengths)
+    ends = torch.repeat_interleave(sizes.cumsum(0), sizes).int().cuda()
+    begins = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).int().cuda()
+    return Documents(lengths, begins, ends)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(4, 64), (2, 32), (3, 16), (1, 128)])
+def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) -> None:
+    """The bf16 kernel's output and gradients, document by document, lie within bf16's error of fp32's."""
+    from model.engine import kernels
+
+    documents = documents_of([1, 200, 3, 64, 128, 129, 511, 1, 1, 33])
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(documents.lengths), 3 * heads * width, device="cuda").bfloat16().requires_grad_()
+    got = kernels.attention(qkv, documents.begins, documents.ends, heads)
+    upstream = torch.randn_like(got)
+    got_gradient = torch.autograd.grad(got, qkv, upstream)[0]
+    exact = qkv.detach().float().requires_grad_()
+    want = documents(*exact.unflatten(1, (3, heads, width)).unbind(1), 0.0).flatten(1)
+    want_gradient = torch.autograd.grad(want, exact, upstream.float())[0]
+    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(got_gradient.float(), want_gradient, rtol=3e-2, atol=6e-2)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """Another document's values change nothing, bit for bit, forward and backward."""
+    from model.engine import kernels
+
+    documents = documents_of([100, 50, 90])
+    qkv = torch.randn(240, 3 * 128, device="cuda").bfloat16()
+    upstream = torch.randn(240, 128, device="cuda").bfloat16()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        out = kernels.attention(leaf, documents.begins, documents.ends, 2)
+        return out[100:150], torch.autograd.grad(out, leaf, upstream)[0][100:150]
+
+    want = run()
+    qkv[:100], qkv[150:], upstream[:100], upstream[150:] = 7.0, -7.0, 5.0, -5.0
+    assert all(torch.equal(a, b) for a, b in zip(run(), want, strict=True))
+
+
+@pytest.mark.parametrize("width", [192, 768, 1024, 1600])
+def test_add_norm_agrees_with_fp32(width: int) -> None:
+    """Sum, norm and all five gradients of the fused kernels against torch's in fp32."""
+    from model.engine import kernels
+
+    torch.manual_seed(0)
+    x, y = (torch.randn(1000, width, device="cuda").bfloat16().requires_grad_() for _ in range(2))
+    bias = torch.randn(width, device="cuda").bfloat16().requires_grad_()
+    norm = torch.nn.LayerNorm(width, device="cuda")
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    outputs = kernels.add_norm(x, y, bias, norm)
+    upstream = [torch.randn_like(out) for out in outputs]
+    inputs = [x, y, bias, norm.weight, norm.bias]
+    got = torch.autograd.grad(outputs, inputs, upstream)
+    exact = [p.detach().float().requires_grad_() for p in inputs]
+    total = exact[0] + exact[1] + exact[2]
+    normal = F.layer_norm(total, (width,), exact[3], exact[4], norm.eps)
+    want = torch.autograd.grad([total, normal], exact, [u.float() for u in upstream])
+    for a, b in zip([*outputs, *got], [total, normal, *want], strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("width", [640, 3072, 4096, 6400])
+def test_bias_gelu_agrees_with_fp32(width: int) -> None:
+    """Output and both gradients against torch's in fp32."""
+    from model.engine import kernels
+
+    torch.manual_seed(0)
+    x = (3 * torch.randn(700, width, device="cuda")).bfloat16().requires_grad_()
+    bias = torch.randn(width, device="cuda").bfloat16().requires_grad_()
+    out = kernels.bias_gelu(x, bias)
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, [x, bias], upstream)
+    exact = [p.detach().float().requires_grad_() for p in (x, bias)]
+    plain = F.gelu(exact[0] + exact[1], approximate="tanh")
+    want = torch.autograd.grad(plain, exact, upstream.float())
+    for a, b in zip([out, *got], [plain, *want], strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=1e-2 * b.abs().max().item())
+
+
+def test_chosen_rows_gradients_go_where_they_came_from() -> None:
+    """As indexing by torch, bit for bit; rows that were not chosen get zeros."""
+    from model.engine import kernels
+
+    torch.manual_seed(0)
+    x = torch.randn(500, 192, device="cuda").bfloat16().requires_grad_()
+    index = torch.randperm(500, device="cuda")[:170]
+    upstream = torch.randn(170, 192, device="cuda").bfloat16()
+    chosen = kernels.choose(x, index)
+    assert torch.equal(chosen, x[index])
+    got = torch.autograd.grad(chosen, x, upstream)[0]
+    assert torch.equal(got, torch.autograd.grad(x[index], x, upstream)[0])
+    assert kernels.choose(x, index[:0]).shape == (0, 192)
+
+
+def test_generation_by_a_graph_is_the_plain_loop() -> None:
+    """Greedy, in fp32, rows of different lengths: what computing all tokens anew for each next one gives."""
+    model = small_model().float()
+    prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
+    want = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(30):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids], device="cuda"))[0, -1].argmax()))
+        want.append(ids[len(prompt) :])
+    assert generate(model, prompts, 30, temperature=0) == want
+
+
+def test_sampling_by_a_graph_is_that_by_launched_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 as the evaluation samples, call after call: no call reads what the one before it has left behind."""
+    model = small_model()
+    prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
+
+    def sample() -> list[list[int]]:
+        with torch.autocast("cuda", torch.bfloat16):
+            return generate(model, prompts, 30, temperature=0.8, top_k=50, top_p=0.95, seed=3)
+
+    graphs = [sample(), sample()]
+    monkeypatch.setattr(_Decoder, "__call__", lambda self, ids: self._compute(ids))
+    assert graphs == [sample()] * 2
+    with torch.no_grad():
+        model.ln_f.weight.mul_(-1)
+    changed = sample()
+    monkeypatch.undo()
+    assert sample() == changed != graphs[0]
+
+
+def test_fused_blocks_are_the_models(token_dir: Path) -> None:
+    """Trunk and top through the fused kernels lie as close to fp32 as the plain blocks in bf16 do."""
+    dataset = CodeAlpacaDataset(token_dir, "train")
+    model = small_model()
+    engine = Engine(model, torch.bfloat16)
+    batch = pack(dataset, np.arange(30), engine.device)
+    exact = small_model().float()
+    with torch.no_grad():
+        trunk = exact.trunk(batch.ids, batch.positions, batch.documents)
+        torch.testing.assert_close(engine.trunk(batch).float(), trunk, rtol=3e-2, atol=3e-2)
+        hidden = exact.top(trunk, batch.documents)[batch.predictors]
+        torch.testing.assert_close(engine.top(trunk.bfloat16(), batch).float(), hidden, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("vocabulary", [320, 321, 50257])
+def test_fused_loss_agrees_with_autograd(vocabulary: int) -> None:
+    """Loss and gradient of the head in bf16 against fp32 autograd, whatever the padding of the vocabulary."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 64, device="cuda").bfloat16(), torch.randn(vocabulary, 64, device="cuda") * 0.2
+    targets = torch.randint(vocabulary, (300,), device="cuda")
+    total, gradient = head_loss(hidden, padded_head(weight, torch.bfloat16), vocabulary, targets)
+    exact = hidden.float().requires_grad_()
+    want = F.cross_entropy(exact @ weight.bfloat16().float().t(), targets, reduction="sum")
+    want.backward()
+    assert total.item() == pytest.approx(want.item(), rel=2e-4)
+    assert exact.grad is not None
+    torch.testing.assert_close(gradient.float(), exact.grad, rtol=3e-2, atol=1e-2)
+
+
+def test_sure_target_keeps_its_gradient() -> None:
+    """p - 1 of a target with p near 1 survives bf16."""
+    logits = torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16)
+    logits[0, 3] = 12.0
+    exact = logits.double()[:, :60].requires_grad_()
+    F.cross_entropy(exact, torch.tensor([3], device="cuda")).backward()
+    assert exact.grad is not None
+    _, gradient = cross_entropy(logits, torch.tensor([3], device="cuda"), 60)
+    assert gradient[0, 3].item() == pytest.approx(exact.grad[0, 3].item(), rel=1e-2)
+
+
+def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
+    """Replayed forward and backward passes add the very gradients that the plain ones do, over several sizes."""
+    dataset = CodeAlpacaDataset(token_dir, "train")
+    results = []
+    for replay in (True, False):
+        model = small_model()
+        engine = Engine(model, torch.bfloat16)
+        if not replay:
+            engine._replays = lambda x: False  # type: ignore[method-assign]
+        head = padded_head(model.lm_head.weight, torch.bfloat16)
+        losses = []
+        for parameter in model.parameters():
+            if replay and parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, 7.0)  # of the step before
+        for place, rows in enumerate(([0, 1], [2, 3, 4, 5, 6, 7, 8], [9], list(range(10, 40)))):
+            batch = pack(dataset, np.array(rows), engine.device)
+            losses.append(
+                engine.forward_backward(
+                    engine.trunk(batch), batch, lambda h, b=batch, w=head: head_loss(h, w, 320, b.targets), place == 0
+                ).item()
+            )
+        assert engine.keeps_gradients == replay
+        results.append((losses, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (replayed, got), (plain, want) = results
+    assert replayed == pytest.approx(plain, rel=1e-3)
+    for name, gradient in want.items():
+        assert gradient is not None
+        assert got[name] is not None
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(got[name], gradient, rtol=2e-2, atol=2e-2 * scale)
+
+
+def test_replayed_gradients_do_not_depend_on_earlier_packs(token_dir: Path) -> None:
+    """A training that resumes with some pack gets the bits that the uninterrupted one gets from it."""
+    dataset = CodeAlpacaDataset(token_dir, "train")
+    results = []
+    for earlier in ([], [[0]], [[1, 2], list(range(42)), [5]]):
+        model = small_model()
+        engine = Engine(model, torch.bfloat16)
+        head = padded_head(model.lm_head.weight, torch.bfloat16)
+        for rows in (*earlier, list(range(10, 40))):
+            batch = pack(dataset, np.array(rows), engine.device)
+            engine.forward_backward(
+                engine.trunk(batch), batch, lambda h, b=batch, w=head: head_loss(h, w, 320, b.targets), first=True
+            )
+        results.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))  # type: ignore[arg-type]
+
+
+def test_passes_that_memory_does_not_hold_are_halved(token_dir: Path, tmp_path: Path) -> None:
+    """Capped between what long and short passes take, the training goes on in shorter ones, to the same losses."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    said: list[str] = []
+
+    def run(name: str, tokens_per_pass: int | None) -> tuple[int, list[float]]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=768, n_layer=6, n_head=12))
+        freeze_bottom_layers(model, 5)
+        cast_frozen(model, torch.bfloat16)
+        config = TrainConfig(epochs=3, batch_size=42, precision="bf16", micro_batch_tokens=tokens_per_pass)
+        result = train(model, token_dir, config, tmp_path / name, "x", warn=said.append)
+        metrics = [record["metrics"] for record in read_journal(tmp_path / name / "metrics.jsonl")]
+        return result.peak_memory_bytes, [of["train/loss"] for of in metrics if "train/loss" in of]
+
+    (short, want), (long, _) = run("short", 1_024), run("long", None)
+    assert not said
+    cap = (short + long) // 2
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+    try:
+        took, got = run("capped", None)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said
+    assert all("does not hold passes of" in message for message in said)
+    assert took <= cap
+    assert len(got) == 3
+    assert got == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 10**9])
+def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, max_bytes: int) -> None:
+    """Killed between two checkpoints, with the outputs on the device lost, the same losses and weights come out."""
+    config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3)
+    cache = TrunkCacheConfig(max_bytes=max_bytes)
+
+    class KilledError(Exception):
+        pass
+
+    def kill(report: object) -> None:
+        if getattr(report, "step", 0) == 13:
+            raise KilledError
+
+    whole, cut = small_model(), small_model()
+    train(whole, token_dir, config, tmp_path / "whole", "x", cache=cache)
+    with pytest.raises(KilledError):
+        train(cut, token_dir, config, tmp_path / "cut", "x", kill, cache=cache)
+    again = small_model()
+    result = train(again, token_dir, config, tmp_path / "cut", "x", cache=cache)
+    assert result.resumed_from == 10
+    for (name, want), got in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(want, got), name
+    losses = [
+        [r["metrics"].get("train/loss") for r in read_journal(tmp_path / d / "metrics.jsonl")]
+        for d in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("step", [1, 7, 13])
+def test_stopped_on_request_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, step: int) -> None:
+    """The steps that were queued are waited for and written down, and the checkpoint is of the last of them."""
+    config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3, dropout=0.1)
+    asked = count()
+    whole, cut, again = small_model(), small_model(), small_model()
+    train(whole, token_dir, config, tmp_path / "whole", "x")
+    with pytest.raises(TrainingStoppedError, match=f"after step {step} of"):
+        train(cut, token_dir, config, tmp_path / "cut", "x", should_stop=lambda: next(asked) == step)
+    assert [p.name for p in (tmp_path / "cut").glob(f"step-{step:08d}")]
+    assert train(again, token_dir, config, tmp_path / "cut", "x").resumed_from == step
+    for (name, want), got in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(want, got), name
+    losses = [
+        [r["metrics"].get("train/loss") for r in read_journal(tmp_path / d / "metrics.jsonl")]
+        for d in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_dropout_does_not_touch_scores(token_dir: Path) -> None:
+    """Rows are scored by the kernels that know no dropout, to the same bits, and the model still trains with it."""
+    dataset = CodeAlpacaDataset(token_dir, "validation")
+    model = small_model()
+    want = row_losses(Engine(model, torch.bfloat16), dataset, 512)[0]
+    model.set_dropout(0.5)
+    assert np.array_equal(row_losses(Engine(model, torch.bfloat16), dataset, 512)[0], want)
+    assert model.training
+
+
+def test_two_devices_give_two_holders(tmp_path: Path) -> None:
+    """auto means any GPU, each under the name of its hardware; who finds the first one taken gets the second."""
+    names = [device_key(place) for place in device_choices("auto")]
+    assert len(set(names)) == torch.cuda.device_count()
+    assert device_choices("cuda:0") == [torch.device("cuda", 0)]
+    with exclusive_any(tmp_path, names, "one", print) as first:
+        assert first.what == names[0] == device_key(torch.device("cuda", 0))
+        if len(names) > 1:
+            with exclusive_any(tmp_path, names, "two", print) as second:
+                assert second.what == names[1]
+
+
+def test_step_that_is_not_finite_changes_nothing(
+    token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host learns of it steps later; the model is as it was before the first such step all the same."""
+    model = small_model()
+    state: dict[str, torch.Tensor] = {}
+    passes = 0
+    plain = Engine.forward_backward
+
+    def poisoned(self: Engine, *arguments: object) -> torch.Tensor:
+        nonlocal passes
+        loss = plain(self, *arguments)  # type: ignore[arg-type]
+        passes += 1
+        if passes == 3:
+            state.update({n: p.detach().clone() for n, p in model.named_parameters()})
+            gradient = model.h[3].attn.c_proj.bias.grad
+            assert gradient is not None
+            gradient[5] = float("nan")
+        return loss
+
+    monkeypatch.setattr(Engine, "forward_backward", poisoned)
+    config = TrainConfig(epochs=4, batch_size=8, eval_freq=100, precision="bf16")
+    with pytest.raises(ArithmeticError, match="step 3"):
+        train(model, token_dir, config, tmp_path, "x")
+    assert passes > 3  # later steps were queued, and left out
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, state[name]), name
+
+
+def test_outputs_kept_on_the_device_are_the_models(
+    token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the device, and from the host where that is full, the same bits as computed; without a file."""
+    monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)
+    dataset = CodeAlpacaDataset(token_dir, "train")
+    engine = Engine(small_model(), torch.bfloat16)
+    order = np.arange(len(dataset))
+    kept = TrunkOutputs(engine, dataset, order, 512, 3, TrunkCacheConfig(tmp_path))
+    assert (kept.place, [*tmp_path.iterdir()]) == ("device", [])
+    first = pack(dataset, order[:20], engine.device)
+    mixed = pack(dataset, order[[3, 30, 1]], engine.device)
+    want = engine.trunk(first)
+    torch.testing.assert_close(kept(first), want, rtol=2e-2, atol=2e-2)
+    again = kept(mixed)
+    one = pack(dataset, order[[3]], engine.device)
+    third = int(np.cumsum(first.documents.lengths)[2])
+    assert torch.equal(again[: len(one.ids)], kept(first)[third : third + len(one.ids)])
+    kept.place, kept.values = "host", kept.values.cpu()  # type: ignore[union-attr]
+    assert torch.equal(kept(mixed), again)

@@ -1,0 +1,57 @@
+"""The journal of metrics: appended, cut back, never half a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model.engine.journal import MetricsJournal, read_journal
+
+
+def steps(path: Path, start: int = 0) -> list[int]:
+    return [record["step"] for record in read_journal(path, start)]
+
+
+def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
+    """A process killed after append has lost nothing."""
+    journal = MetricsJournal(tmp_path / "new" / "metrics.jsonl")
+    assert (steps(journal.path), journal.lines) == ([], 0)
+    journal.append(1, {"train/loss": 0.1 + 0.2})
+    [record] = read_journal(journal.path)
+    assert record["metrics"] == {"train/loss": 0.1 + 0.2}  # every digit
+    assert record["time"] > 1_500_000_000_000  # milliseconds
+    journal.append(2, {})
+    journal.append(2, {})
+    assert (steps(journal.path), journal.lines) == ([1, 2, 2], 3)
+    assert steps(journal.path, start=1) == [2, 2]
+
+
+def test_half_a_line_is_dropped(tmp_path: Path) -> None:
+    """A writer killed in the middle of a line leaves it; the next one does not glue its own to it."""
+    journal = MetricsJournal(tmp_path / "metrics.jsonl")
+    journal.append(1, {})
+    with journal.path.open("a") as stream:
+        stream.write('{"step": 2, "tim')
+    assert steps(journal.path) == [1]
+    again = MetricsJournal(journal.path)
+    assert again.lines == 1
+    again.append(3, {})
+    assert steps(journal.path) == [1, 3]
+
+
+def test_truncate_keeps_the_first_lines(tmp_path: Path) -> None:
+    """What lies behind the checkpoint is written anew, without gap or duplicate."""
+    journal = MetricsJournal(tmp_path / "metrics.jsonl")
+    for step in range(5):
+        journal.append(step, {"x": step})
+    journal.truncate(3)
+    journal.append(7, {})
+    assert (steps(journal.path), journal.lines) == ([0, 1, 2, 7], 4)
+    journal.truncate(99)
+    assert journal.lines == 4
+    journal.truncate(0)
+    assert (journal.path.read_bytes(), journal.lines) == (b"", 0)
+
+
+def test_absent_journal_is_empty(tmp_path: Path) -> None:
+    """A reader may come before the writer."""
+    assert read_journal(tmp_path / "absent.jsonl") == []

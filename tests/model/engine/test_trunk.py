@@ -1,0 +1,494 @@
+"""The trunk's outputs, kept: equal to the model's, found again only where they belong, never used when damaged."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model import GPTModel, freeze_bottom_layers
+from model.data.packing import Pack, pack
+from model.data.tokens import CodeAlpacaDataset
+from model.engine.engine import Engine
+from model.engine.scoring import row_losses
+from model.engine.training import TrainConfig, train
+from model.engine.trunk import TrunkCacheConfig, TrunkOutputs, available_memory
+from model.net.attention import Rows
+
+CPU = torch.device("cpu")
+ROWS = 42
+TRAIN = TrainConfig(epochs=2, batch_size=8, eval_freq=100, micro_batch_tokens=150, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def _slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So small a trunk is computed faster than a file is read; here it is not."""
+    monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)
+
+
+@pytest.fixture
+def load(gpt2_dir: Path) -> Callable[..., GPTModel]:
+    """load(unfrozen): the model, fresh, in eval mode."""
+
+    def fresh(unfrozen: int = 1) -> GPTModel:
+        model = GPTModel.from_pretrained(gpt2_dir)
+        freeze_bottom_layers(model, unfrozen)
+        return model.eval()
+
+    return fresh
+
+
+@pytest.fixture
+def outputs_of(load: Callable[..., GPTModel], token_dir: Path) -> Callable[..., TrunkOutputs]:
+    """outputs_of(directory, model=..., limit=..., dtype=..., ...): a cache of the training rows."""
+
+    def build(
+        directory: Path | None = None,
+        model: GPTModel | None = None,
+        split: str = "train",
+        tokens: Path = token_dir,
+        limit: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        group_tokens: int = 200,
+        uses: float = 3,
+        max_bytes: int = 10**9,
+    ) -> TrunkOutputs:
+        dataset = CodeAlpacaDataset(tokens, split, limit=limit)
+        order = np.random.default_rng(1).permutation(len(dataset))
+        engine = Engine(model or load(), dtype)
+        return TrunkOutputs(engine, dataset, order, group_tokens, uses, TrunkCacheConfig(directory, max_bytes))
+
+    return build
+
+
+def ask(outputs: TrunkOutputs, rows: list[int] | None = None) -> dict[int, Tensor]:
+    """Outputs by row, asked for in one pack."""
+    numbers = np.arange(len(outputs.dataset)) if rows is None else np.array(rows)
+    batch = pack(outputs.dataset, numbers, CPU)
+    parts = outputs(batch).split(batch.documents.lengths)
+    return {row: part.clone() for row, part in zip(batch.rows.tolist(), parts, strict=True)}
+
+
+def same_bits(left: dict[int, Tensor], right: dict[int, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[row], right[row]) for row in left)
+
+
+def inputs_of(outputs: TrunkOutputs, rows: list[int]) -> int:
+    return int((outputs.dataset.lengths[rows, 0] - 1).sum())
+
+
+def files(directory: Path, name: str = "values.bin") -> list[Path]:
+    return sorted(directory.glob(f"*/{name}"))
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("place", ["file", "host", "none"])
+@torch.no_grad()
+def test_outputs_are_the_models(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, place: str) -> None:
+    """Each row's, at the first time of asking and the second, in the order of the pack."""
+    outputs = outputs_of(tmp_path if place == "file" else None, uses=1 if place == "none" else 3)
+    assert outputs.place == place
+    order = np.random.default_rng(0).permutation(ROWS).tolist()
+    for rows in (order[:20], order[10:], order):
+        got = ask(outputs, rows)
+        assert list(got) == rows
+        for row in rows:
+            ids = outputs.dataset[row]["input_ids"][:-1]
+            want = outputs.engine.model.trunk(ids[None], torch.arange(len(ids))[None], Rows())[0]
+            torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["file", "host"])
+def test_any_order_gets_the_same_bits(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, place: str) -> None:
+    """A row is computed in the company of its group, whoever asks first: a resumed training repeats the original."""
+    first = outputs_of(tmp_path / "one" if place == "file" else None)
+    want = ask(first)
+    assert same_bits(ask(first), want)
+    for seed in range(3):
+        other = outputs_of(tmp_path / f"cache{seed}" if place == "file" else None)
+        order = np.random.default_rng(seed).permutation(ROWS).tolist()
+        got: dict[int, Tensor] = {}
+        for start in range(0, ROWS, 5):
+            got |= ask(other, order[start : start + 5])
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[row], want[row]) for row in want)
+
+
+def test_rows_are_computed_with_their_group_whole(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rows are asked for, or were found damaged: products have the shapes they had the first time."""
+    computed: list[list[int]] = []
+    trunk = Engine.trunk
+
+    def spy(self: Engine, batch: Pack) -> Tensor:
+        computed.append(batch.rows.tolist())
+        return trunk(self, batch)
+
+    monkeypatch.setattr(Engine, "trunk", spy)
+    outputs = outputs_of(tmp_path)
+    groups = [group.tolist() for group in outputs.groups]
+    assert len(groups) > 5
+    assert sorted(np.concatenate(outputs.groups).tolist()) == list(range(ROWS))
+    assert max(map(len, groups)) > 1
+    for row in np.random.default_rng(0).permutation(ROWS).tolist():
+        ask(outputs, [row])
+    assert sorted(computed) == sorted(groups)
+    spoil_byte(files(tmp_path)[0])
+    computed.clear()
+    ask(outputs_of(tmp_path))
+    assert len(computed) == 1
+    assert computed[0] in groups
+
+
+def test_scores_are_the_same_with_and_without(
+    outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path
+) -> None:
+    """Validation from the cache is validation: first and second time."""
+    outputs = outputs_of(tmp_path, split="validation")
+    want, _ = row_losses(Engine(load(), torch.float32), outputs.dataset, 150)
+    for _ in range(2):
+        got, _ = row_losses(outputs.engine, outputs.dataset, 150, outputs)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert outputs.hit_share == 0.5
+
+
+# What finds it again
+
+
+def test_second_process_computes_nothing(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
+    """Same directory, same trunk and rows: all is read, bit for bit, in whatever grouping."""
+    first = outputs_of(tmp_path)
+    want = ask(first)
+    assert first.computed == inputs_of(first, list(range(ROWS)))
+    for group_tokens in (200, 1, 10_000):
+        second = outputs_of(tmp_path, group_tokens=group_tokens)
+        assert same_bits(ask(second), want)
+        assert second.computed == 0
+        assert second.hit_share == 1.0
+    assert len(files(tmp_path)) == 1
+
+
+def test_partly_filled_file_is_used_as_far_as_it_goes(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path
+) -> None:
+    """A process that was stopped leaves what it had computed."""
+    first = outputs_of(tmp_path, group_tokens=1)
+    some = ask(first, [0, 5, 9])
+    second = outputs_of(tmp_path, group_tokens=1)
+    got = ask(second, [9, 0, 5, 7])
+    assert all(torch.equal(got[row], some[row]) for row in some)
+    assert second.computed == inputs_of(second, [7])
+
+
+def test_other_top_finds_it(
+    outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path
+) -> None:
+    """A night that starts from the champion: other trained blocks and norm, the same trunk."""
+    want = ask(outputs_of(tmp_path))
+    champion = load()
+    for parameter in (p for p in champion.parameters() if p.requires_grad):
+        parameter.data += 0.1
+    second = outputs_of(tmp_path, champion)
+    assert same_bits(ask(second), want)
+    assert second.computed == 0
+
+
+def shift(name: str) -> Callable[[GPTModel], None]:
+    def change(model: GPTModel) -> None:
+        dict(model.named_parameters())[name].data.view(-1)[5] += 1e-3
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.ln_1.bias", "h.1.mlp.c_proj.weight"])
+def test_other_trunk_does_not_find_it(
+    outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path, name: str
+) -> None:
+    """One number of the trunk is another trunk."""
+    ask(outputs_of(tmp_path))
+    model = load()
+    shift(name)(model)
+    other = outputs_of(tmp_path, model)
+    ask(other)
+    assert other.computed == inputs_of(other, list(range(ROWS)))
+    assert len(files(tmp_path)) == 2
+
+
+def test_other_depth_rows_ids_or_dtype_do_not_find_it(
+    outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], token_dir: Path, tmp_path: Path
+) -> None:
+    """Whatever determines the outputs is in the key."""
+    directory = tmp_path / "cache"
+    ask(outputs_of(directory))
+    changed = tmp_path / "tokens"
+    changed.mkdir()
+    for path in token_dir.iterdir():
+        (changed / path.name).write_bytes(path.read_bytes())
+    content = bytearray((changed / "train.ids.bin").read_bytes())
+    content[0] ^= 1
+    (changed / "train.ids.bin").write_bytes(content)
+    others: list[dict[str, Any]] = [
+        {"model": load(2)},
+        {"split": "validation"},
+        {"limit": ROWS - 1},
+        {"tokens": changed},
+        {"dtype": torch.bfloat16},
+    ]
+    for number, settings in enumerate(others, 2):
+        other = outputs_of(directory, **settings)
+        ask(other)
+        assert other.computed == inputs_of(other, list(range(len(other.dataset))))
+        assert len(files(directory)) == number
+
+
+def test_second_training_computes_nothing(load: Callable[..., GPTModel], token_dir: Path, tmp_path: Path) -> None:
+    """On the same rows, and from the champion: it finds the first one's outputs, validation's too."""
+    cache = TrunkCacheConfig(tmp_path / "cache")
+    champion = load()
+    first = train(champion, token_dir, TRAIN, tmp_path / "one", "one", cache=cache)
+    assert first.trunk_hit_share == 0.5  # two epochs
+    assert len(files(tmp_path / "cache")) == 2
+    before = [path.read_bytes() for path in files(tmp_path / "cache")]
+    second = train(champion, token_dir, TRAIN, tmp_path / "two", "two", cache=cache)
+    assert second.trunk_hit_share == 1.0
+    assert [path.read_bytes() for path in files(tmp_path / "cache")] == before
+
+
+# Damage
+
+
+def spoil_byte(path: Path) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(path.stat().st_size // 2)
+        [byte] = stream.read(1)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 0x10]))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2 + 1)
+
+
+@pytest.mark.parametrize("name", ["values.bin", "checksums.bin"])
+@pytest.mark.parametrize("damage", [spoil_byte, cut, lambda path: path.write_bytes(b""), Path.unlink])
+def test_damage_is_computed_anew(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    """A flipped bit, a file cut short, emptied or gone: never used, but repaired."""
+    want = ask(outputs_of(tmp_path))
+    [path] = files(tmp_path, name)
+    damage(path)
+    second = outputs_of(tmp_path)
+    assert same_bits(ask(second), want)
+    assert second.computed > 0
+    if damage is spoil_byte:
+        assert second.computed <= 200 + 80  # its group alone
+    third = outputs_of(tmp_path)
+    assert same_bits(ask(third), want)
+    assert third.computed == 0
+
+
+def test_longer_file_is_cut_to_size(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
+    """What was appended is nobody's output."""
+    want = ask(outputs_of(tmp_path))
+    [path] = files(tmp_path)
+    with path.open("ab") as stream:
+        stream.write(b"more")
+    second = outputs_of(tmp_path)
+    assert same_bits(ask(second), want)
+    assert path.stat().st_size == second.bytes
+
+
+# Limits
+
+
+def test_beyond_the_budget_nothing_is_kept(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
+    """Computed anew each time, and no file; at exactly the budget all is kept."""
+    size = outputs_of().bytes
+    assert size == inputs_of(outputs_of(), list(range(ROWS))) * 32 * 4
+    outputs = outputs_of(tmp_path / "cache", max_bytes=size - 1)
+    ask(outputs, [1, 2])
+    ask(outputs, [1, 2])
+    assert outputs.computed == outputs.requested == 2 * inputs_of(outputs, [1, 2])
+    assert (outputs.place, outputs.bytes_kept, outputs.hit_share) == ("none", 0, 0.0)
+    assert not files(tmp_path / "cache")
+    assert outputs_of(tmp_path / "cache", max_bytes=size).bytes_kept == size
+
+
+def directory_of(outputs: TrunkOutputs, root: Path) -> Path:
+    """The directory whose file has that cache's size."""
+    [path] = [path.parent for path in files(root) if path.stat().st_size == outputs.bytes]
+    return path
+
+
+@pytest.mark.parametrize("used_again", [False, True])
+def test_file_used_longest_ago_makes_room(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, used_again: bool
+) -> None:
+    """Of others' files the one used longest ago goes, and no more than must; to be read counts as use."""
+    train_rows, validation = outputs_of(tmp_path), outputs_of(tmp_path, split="validation")
+    old, new = directory_of(train_rows, tmp_path), directory_of(validation, tmp_path)
+    os.utime(old, (1000, 1000))
+    os.utime(new, (2000, 2000))
+    if used_again:
+        outputs_of(tmp_path)
+        old, new = new, old
+    three = train_rows.bytes + validation.bytes + outputs_of(split="test").bytes
+    test = outputs_of(tmp_path, split="test", max_bytes=three - 1)
+    assert test.place == "file"
+    assert {path.parent for path in files(tmp_path)} == {new, directory_of(test, tmp_path)}
+    ask(train_rows)  # whoever has it mapped keeps it until then
+
+
+def test_no_room_is_made_without_need(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
+    """Three files that fit stay."""
+    for split in ("train", "validation", "test"):
+        outputs_of(tmp_path, split=split)
+    assert len(files(tmp_path)) == 3
+
+
+def test_validation_does_not_evict_its_own_trainings_file(
+    load: Callable[..., GPTModel], outputs_of: Callable[..., TrunkOutputs], token_dir: Path, tmp_path: Path
+) -> None:
+    """A budget that holds both files of a training holds both: the rows' own count once."""
+    together = sum(outputs_of(split=split).bytes for split in ("train", "validation"))
+    cache = TrunkCacheConfig(tmp_path / "cache", max_bytes=together)
+    for name, share in (("one", 0.5), ("two", 1.0)):
+        result = train(load(), token_dir, TRAIN, tmp_path / name, name, cache=cache)
+        assert result.trunk_hit_share == share
+        assert len(files(tmp_path / "cache")) == 2
+
+
+def test_validation_has_what_the_training_leaves(
+    load: Callable[..., GPTModel], outputs_of: Callable[..., TrunkOutputs], token_dir: Path, tmp_path: Path
+) -> None:
+    """A budget for the training rows alone: no file of the validation."""
+    cache = TrunkCacheConfig(tmp_path / "cache", max_bytes=outputs_of().bytes)
+    train(load(), token_dir, TRAIN, tmp_path / "training", "me", cache=cache)
+    assert [path.stat().st_size for path in files(tmp_path / "cache")] == [cache.max_bytes]
+
+
+def test_nothing_is_kept_for_a_single_use(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
+    """One epoch has no use for memory; a file is for later runs."""
+    assert outputs_of(uses=1).place == "none"
+    assert outputs_of(uses=1.5).place == "host"
+    assert outputs_of(tmp_path, uses=1).place == "file"
+
+
+def test_nothing_frozen_nothing_kept(
+    outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path
+) -> None:
+    """Embeddings alone are looked up as fast; and where they train, outputs would be stale."""
+    assert outputs_of(tmp_path / "cache", load(3)).place == "none"
+    assert not files(tmp_path / "cache")
+
+
+def test_no_file_where_computing_is_faster_than_reading(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny trunk is not worth the disk; memory still is."""
+    monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1.0)
+    assert outputs_of(tmp_path / "cache").place == "host"
+    assert not files(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_room_is_taken_when_a_file_is_opened(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """A map of a sparse file ends the process where the disk is full later. Mocks a disk that is full by then."""
+    if known:
+        first = outputs_of(tmp_path)
+        ask(first, [0])
+        blocks = sum(path.stat().st_blocks for path in tmp_path.rglob("*.bin"))
+        assert 512 * blocks >= first.bytes  # not sparse, though few rows are in it
+
+    def no_room(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", no_room)
+    later = outputs_of(tmp_path)
+    assert later.place == "host"
+    assert same_bits(ask(later), ask(outputs_of()))
+    assert {path.name for path in tmp_path.rglob("*.bin")} == ({"values.bin", "checksums.bin"} if known else set())
+
+
+def test_no_file_on_a_full_disk(
+    outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most half of what is free; an existing file is used all the same."""
+    size = outputs_of().bytes
+    usage = type("usage", (), {"free": 2 * size - 1})
+    monkeypatch.setattr("model.engine.trunk.shutil.disk_usage", lambda path: usage)
+    assert outputs_of(tmp_path).place == "host"
+    monkeypatch.undo()
+    monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)
+    ask(outputs_of(tmp_path))
+    monkeypatch.setattr("model.engine.trunk.shutil.disk_usage", lambda path: usage)
+    assert outputs_of(tmp_path).place == "file"
+
+
+# Numbers for people
+
+
+def test_hit_share_by_hand(outputs_of: Callable[..., TrunkOutputs]) -> None:
+    """Rows that are groups of their own: only the third one is new at the second time."""
+    outputs = outputs_of(group_tokens=1)
+    assert outputs.hit_share == 0.0
+    ask(outputs, [0, 1])
+    old, new = inputs_of(outputs, [0, 1]), inputs_of(outputs, [2])
+    assert (outputs.requested, outputs.computed, outputs.hit_share) == (old, old, 0.0)
+    ask(outputs, [0, 1, 2])
+    assert (outputs.requested, outputs.computed) == (2 * old + new, old + new)
+    assert outputs.hit_share == pytest.approx(old / (2 * old + new))
+
+
+def test_hit_share_is_a_share(outputs_of: Callable[..., TrunkOutputs]) -> None:
+    """Where more was computed than needed so far (a row's whole group), it is 0 and not less."""
+    outputs = outputs_of(group_tokens=10_000)
+    ask(outputs, [3])
+    assert outputs.computed > outputs.requested
+    assert outputs.hit_share == 0.0
+
+
+def test_describe(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
+    """Size, place and share."""
+    assert outputs_of(uses=1).describe() == "trunk outputs are computed anew each time"
+    for place, outputs in (("host", outputs_of()), ("file", outputs_of(tmp_path))):
+        ask(outputs)
+        ask(outputs)
+        tokens = 2 * inputs_of(outputs, list(range(ROWS)))
+        size = f"{outputs.bytes / 1e9:.2f} GB"
+        assert outputs.describe() == f"trunk outputs: {size} on the {place}, 50% of {tokens:,} tokens from there"
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8000 * 1024),
+        ({"memory.max": "max", "memory.current": "900"}, 8000 * 1024),
+        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 3\ninactive_file 50\n"}, 150),
+        ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "400",
+          "memory/memory.stat": "cache 90\ninactive_file 20\n"}, 620),
+        ({"memory.max": "1000", "memory.current": "1900", "memory.stat": "inactive_file 0\n"}, 0),
+    ],
+)  # fmt: skip
+def test_available_memory_heeds_a_containers_limit(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    """By the kernel's files of both cgroup versions; what files are cached in can be taken."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert available_memory(tmp_path) == available

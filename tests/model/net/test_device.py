@@ -1,0 +1,109 @@
+"""Device and precision."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPTModel
+from model.net.device import autocast, cast_frozen, let_memory_grow, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_device_names() -> None:
+    """auto is the GPU where there is one; asking for one that is not there names the way out."""
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"'cuda' is asked for.*device=cpu"):
+            resolve_device("cuda")
+
+
+def test_precision_names() -> None:
+    """Named precisions are what they say; an unknown one is refused."""
+    assert resolve_precision("fp32", CPU) == torch.float32
+    assert resolve_precision("bf16", CPU) == torch.bfloat16
+    assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
+    with pytest.raises(ValueError, match="precision 'fp16' is none of auto, bf16, fp32"):
+        resolve_precision("fp16", CPU)
+
+
+def test_cast_frozen_leaves_the_trained_in_fp32(tiny_model: GPTModel) -> None:
+    """The frozen rest is stored in bf16, and the tied head stays tied."""
+    cast_frozen(tiny_model, torch.bfloat16)
+    for name, parameter in tiny_model.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+    assert tiny_model.lm_head.weight is tiny_model.wte.weight
+    assert tiny_model.lm_head.weight.data_ptr() == tiny_model.wte.weight.data_ptr()
+
+
+def test_autocast_acts_in_bf16_only() -> None:
+    """fp32 means fp32."""
+    x = torch.randn(4, 4)
+    with autocast(CPU, torch.float32):
+        assert (x @ x).dtype == torch.float32
+    with autocast(CPU, torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+
+
+_SHAPES = """
+import torch
+import model.engine.training
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) / 1024
+weight, x = torch.randn(64, 64).bfloat16(), torch.randn(1000, 64).bfloat16()
+for rows in range(200, 1000):
+    torch.nn.functional.linear(x[:rows], weight)
+    if rows == 400:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what is resident")
+def test_memory_does_not_grow_with_the_shapes_of_products() -> None:
+    """600 more sizes of a pack take no 100 MB; without a limit they take nearly 400."""
+    if resolve_precision("auto", torch.device("cpu")) != torch.bfloat16:
+        pytest.skip("this processor has no bf16 products")
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_CACHE_CAPACITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", _SHAPES], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 100
+
+
+@pytest.mark.parametrize(("variable", "fails", "chosen"), [
+    (None, False, ["expandable_segments:True"]),
+    (None, True, ["expandable_segments:True", "expandable_segments:False"]),
+    ("PYTORCH_ALLOC_CONF", False, []),
+    ("PYTORCH_CUDA_ALLOC_CONF", False, []),
+])  # fmt: skip
+def test_segments_grow_where_the_driver_can(
+    variable: str | None, fails: bool, chosen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mocks a GPU, with a driver that lacks virtual memory management in one case: neither exists here."""
+    settings: list[str] = []
+
+    def allocate(*_: object, **__: object) -> None:
+        if fails:
+            raise RuntimeError("CUDA driver error: operation not supported")
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:64")
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch, "empty", allocate)
+    let_memory_grow.__wrapped__(torch.device("cuda", 0))  # once a process, else
+    assert settings == chosen

@@ -1,0 +1,74 @@
+"""One renderer for training and inference; data never yields a special id; EOS ends every example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model import format_prompt
+from model.net.prompt import encode, encode_examples, encode_prompts
+
+PROMPTS = ["Write a function that adds 1 to a price.", "Explain\nthis", "  leading and trailing  ", "p"]
+COMPLETIONS = ["def add_1(price):\n    return price + 1", " a space first", "x", "\n\nblank lines first"]
+
+
+def test_text_is_the_seeds() -> None:
+    """The seed's format, character for character."""
+    entry = {"prompt": "Do it", "completion": "done"}
+    assert format_prompt(entry) == "### Instruction:\nDo it\n\n### Response:\ndone"
+
+
+def test_without_completion_it_ends_where_the_response_begins() -> None:
+    """axolotl#834: what generation starts from is what stands before the response in training."""
+    for entry in ({"prompt": "Do it"}, {"prompt": "Do it", "completion": None}):
+        assert format_prompt(entry) == "### Instruction:\nDo it\n\n### Response:\n"
+    entry = {"prompt": "Do it", "completion": "done"}
+    assert format_prompt(entry).startswith(format_prompt({"prompt": "Do it"}))
+
+
+def test_inference_ids_are_the_training_ids(tokenizer: Any) -> None:
+    """axolotl#834: id for id, also where BPE would merge across the border."""
+    examples = encode_examples(tokenizer, PROMPTS, COMPLETIONS)
+    prompts, completions = encode_prompts(tokenizer, PROMPTS), encode(tokenizer, COMPLETIONS)
+    for (ids, prompt_length), prompt, completion in zip(examples, prompts, completions, strict=True):
+        assert ids[:prompt_length] == prompt
+        assert ids[prompt_length:-1] == completion
+    whole = encode(tokenizer, [format_prompt({"prompt": PROMPTS[3], "completion": COMPLETIONS[3]})])[0]
+    assert examples[3][0][:-1] != whole  # this is such a border
+
+
+def test_example_decodes_to_its_text(tokenizer: Any) -> None:
+    """Nothing is lost between the halves."""
+    for (ids, _), prompt, completion in zip(
+        encode_examples(tokenizer, PROMPTS, COMPLETIONS), PROMPTS, COMPLETIONS, strict=True
+    ):
+        text = format_prompt({"prompt": prompt, "completion": completion})
+        assert tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False) == text
+
+
+def test_eos_ends_every_example_once(tokenizer: Any) -> None:
+    """Completion + EOS, and no EOS elsewhere."""
+    for ids, _ in encode_examples(tokenizer, PROMPTS, COMPLETIONS):
+        assert ids[-1] == tokenizer.eos_token_id
+        assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_prompt_ends_without_eos(tokenizer: Any) -> None:
+    """Generation must not start behind an end of text."""
+    assert all(tokenizer.eos_token_id not in ids for ids in encode_prompts(tokenizer, PROMPTS))
+
+
+def test_end_of_text_in_data_is_ordinary_text(tokenizer: Any) -> None:
+    """The literal marker, in prompt or completion, never becomes the EOS id, and survives as text."""
+    text = "stop <|endoftext|> here<|endoftext|>"
+    assert tokenizer.eos_token_id in tokenizer.encode(text)  # the trap: the plain call does it
+    assert tokenizer.eos_token_id not in encode(tokenizer, [text])[0]
+    assert tokenizer.decode(encode(tokenizer, [text])[0]) == text
+    [(ids, prompt_length)] = encode_examples(tokenizer, [text], [text])
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
+    assert prompt_length == len(encode(tokenizer, [format_prompt({"prompt": text})])[0])
+
+
+def test_nothing_to_encode(tokenizer: Any) -> None:
+    """A chunk may be empty."""
+    assert encode(tokenizer, []) == encode_prompts(tokenizer, []) == encode_examples(tokenizer, [], []) == []

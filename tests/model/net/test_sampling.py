@@ -1,0 +1,324 @@
+"""Temperature, top-k, top-p, and batched generation with a cache."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from model import GPTConfig, GPTModel, filter_logits, generate
+from model.net.device import autocast, cast_frozen
+from model.net.sampling import _last_logits
+
+
+def logits_of(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows).log()
+
+
+def kept(logits: Tensor) -> list[list[int]]:
+    return [row.isfinite().nonzero()[:, 0].tolist() for row in logits]
+
+
+def test_top_p_keeps_the_token_that_crosses() -> None:
+    """0.5 + 0.3 crosses 0.6, so both stay; the seed keeps one."""
+    assert kept(filter_logits(logits_of([0.5, 0.3, 0.2]), top_p=0.6)) == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("p", "want"), [(0.05, [2]), (0.39, [2]), (0.41, [0, 2]), (0.69, [0, 2]), (0.71, [0, 2, 3]), (0.95, [0, 1, 2, 3])]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, want: list[int]) -> None:
+    """Neither one token more nor one less, in any order of the vocabulary."""
+    assert kept(filter_logits(logits_of([0.3, 0.1, 0.4, 0.2]), top_p=p)) == [want]
+
+
+def test_first_token_above_p_is_kept_alone() -> None:
+    """The seed removes everything, and multinomial fails."""
+    filtered = filter_logits(logits_of([0.05, 0.9, 0.05]), top_p=0.5)
+    assert kept(filtered) == [[1]]
+    assert torch.multinomial(filtered.softmax(-1), 1).item() == 1
+
+
+def test_top_p_of_one_keeps_all() -> None:
+    """No token is lost to the rounding of the cumulated sum."""
+    assert kept(filter_logits(torch.randn(3, 1000), top_p=1.0)) == [list(range(1000))] * 3
+
+
+def test_rows_are_filtered_independently() -> None:
+    """Indexing with logits[0, ...] filters the first row only, with the other rows' indices."""
+    rows = logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.3, 0.36, 0.34])
+    assert kept(filter_logits(rows, top_p=0.6)) == [[0, 1], [2], [1, 2]]
+    assert kept(filter_logits(rows, top_k=1)) == [[0], [2], [1]]
+    torch.manual_seed(0)
+    many = torch.randn(7, 50)
+    together = filter_logits(many, 0.8, 20, 0.7)
+    for i in range(7):
+        assert torch.equal(together[i : i + 1], filter_logits(many[i : i + 1], 0.8, 20, 0.7))
+
+
+def test_temperature_divides() -> None:
+    """0.5 sharpens: probabilities are squared and normalised."""
+    got = filter_logits(logits_of([0.6, 0.3, 0.1]), temperature=0.5).softmax(-1)
+    torch.testing.assert_close(got, torch.tensor([[0.36, 0.09, 0.01]]) / 0.46)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+def test_any_low_temperature_is_nearly_argmax(temperature: float) -> None:
+    """Logits that fp32 could not divide by it: the most probable tokens share all of the mass."""
+    got = filter_logits(torch.tensor([[50.0, 80.0, 80.0], [-70.0, -80.0, -90.0]]), temperature, top_p=0.9)
+    assert got.softmax(-1).tolist() == [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
+
+
+def test_temperature_zero_is_argmax() -> None:
+    """T = 0 divides by zero in the seed; here it keeps the most probable token, whatever else is set."""
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 0.0]])
+    for settings in ({}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.1}):
+        filtered = filter_logits(logits, temperature=0.0, **settings)
+        assert kept(filtered) == [[1], [0]]
+        assert not filtered.isnan().any()
+
+
+def test_top_k_above_the_vocabulary_keeps_all() -> None:
+    """With k > V torch.topk fails."""
+    logits = torch.randn(2, 5)
+    assert torch.equal(filter_logits(logits, top_k=6), logits)
+    assert torch.equal(filter_logits(logits, top_k=5), logits)
+
+
+def test_ties_keep_exactly_k() -> None:
+    """Comparing logits < min keeps every token that ties with the k-th."""
+    assert [len(row) for row in kept(filter_logits(torch.zeros(3, 10), top_k=4))] == [4, 4, 4]
+
+
+def test_order_is_temperature_then_top_k_then_top_p() -> None:
+    """The nucleus is taken from the tempered, renormalised top k."""
+    logits = logits_of([0.4, 0.3, 0.2, 0.1])
+    # Top 2 renormalised: 0.57, 0.43, so 0.5 keeps one; of all four it would keep two.
+    assert kept(filter_logits(logits, top_k=2, top_p=0.5)) == [[0]]
+    assert kept(filter_logits(logits, top_p=0.5)) == [[0, 1]]
+    # At T = 0.5 the shares are 0.53, 0.30, 0.13, 0.03: 0.5 keeps one.
+    assert kept(filter_logits(logits, temperature=0.5, top_p=0.5)) == [[0]]
+    # At T = 4 they are 0.29, 0.27, 0.24, 0.20: 0.7 keeps three, where T = 1 keeps two.
+    assert kept(filter_logits(logits, temperature=4.0, top_p=0.69)) == [[0, 1, 2]]
+
+
+def test_bf16_is_filtered_in_fp32() -> None:
+    """A cumulated sum in bf16 stalls near 1, so that a long tail of 512 tokens is miscounted."""
+    logits = torch.zeros(2, 512, dtype=torch.bfloat16)
+    filtered = filter_logits(logits, top_p=0.7)
+    assert filtered.dtype == torch.float32
+    assert {len(row) for row in kept(filtered)} <= {358, 359, 360}  # 0.7 * 512 = 358.4
+
+
+def test_argument_is_not_changed() -> None:
+    """The caller's logits stay whole."""
+    logits = torch.randn(2, 8)
+    before = logits.clone()
+    filter_logits(logits, 0.7, 3, 0.5)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"top_k": -5}, "top_k -5"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"top_p": math.nan}, "top_p nan"),
+    ],
+)
+def test_bad_setting_is_refused_by_name(tiny_model: GPTModel, settings: dict[str, Any], name: str) -> None:
+    """A setting that keeps nothing fails before anything is computed, in generate too."""
+    with pytest.raises(ValueError, match=name):
+        filter_logits(torch.zeros(1, 4), **settings)
+    with pytest.raises(ValueError, match=name):
+        generate(tiny_model, [[1]], 0, **settings)
+
+
+# Generation
+
+
+@pytest.fixture(scope="module")
+def model(gpt2_dir: Path) -> GPTModel:
+    return GPTModel.from_pretrained(gpt2_dir)
+
+
+@pytest.fixture(scope="module")
+def reference(gpt2_dir: Path) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 300, (n,), generator=rng).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def plain_loop(model: GPTModel, prompt: list[int], steps: int) -> list[int]:
+    """nanoGPT's generate, greedy: every step computes the last n_positions tokens anew."""
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(int(model(torch.tensor([ids[-model.config.n_positions :]]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_transformers(model: GPTModel, reference: GPT2LMHeadModel) -> None:
+    """A batch of prompts of different lengths, token for token."""
+    prompts = prompts_of(5, 17, 1, 30)
+    got = generate(model, prompts, 40, temperature=0)
+    for prompt, row in zip(prompts, got, strict=True):
+        want = reference.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0,
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        )  # fmt: skip
+        assert row == want[0, len(prompt) :].tolist()
+    assert len({tuple(row) for row in got}) == 4  # else the test would say little
+
+
+def test_cache_equals_the_plain_loop(model: GPTModel) -> None:
+    """Keys and values reused or computed anew, the tokens are the same."""
+    prompts = prompts_of(3, 20, 9)
+    assert generate(model, prompts, 30, temperature=0) == [plain_loop(model, p, 30) for p in prompts]
+
+
+def test_text_beyond_the_context_is_cropped(model: GPTModel) -> None:
+    """The context is 96: one prompt crosses it at once, one on the way, one never."""
+    prompts = prompts_of(120, 80, 10)
+    assert generate(model, prompts, 30, temperature=0) == [plain_loop(model, p, 30) for p in prompts]
+
+
+@pytest.mark.parametrize("length", [95, 96, 97])
+def test_edge_of_the_context(model: GPTModel, length: int) -> None:
+    """No position is off by one where the cache is full."""
+    prompts = prompts_of(length)
+    assert generate(model, prompts, 4, temperature=0) == [plain_loop(model, p, 4) for p in prompts]
+
+
+def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at T = 1, each row's logits are those of its own text, to rounding."""
+    seen: list[Tensor] = []
+
+    def spy(logits: Tensor, *settings: Any) -> Tensor:
+        seen.append(logits)
+        return filter_logits(logits, *settings)
+
+    monkeypatch.setattr("model.net.sampling.filter_logits", spy)
+    prompts = prompts_of(7, 2)
+    new = generate(model, prompts, 12, seed=3)
+    for step, logits in enumerate(seen):
+        for row in range(2):
+            with torch.no_grad():
+                want = model(torch.tensor([prompts[row] + new[row][:step]]))[0, -1]
+            torch.testing.assert_close(logits[row], want, atol=1e-4, rtol=0)
+
+
+def test_each_row_stops_at_its_own_eos(model: GPTModel) -> None:
+    """EOS ends its row, is its last id, and changes nothing in the others."""
+    prompts = prompts_of(5, 17, 1, 30)
+    free = generate(model, prompts, 30, seed=5)
+    eos = free[1][8]
+    got = generate(model, prompts, 30, eos_token_id=eos, seed=5)
+    assert got == [row[: row.index(eos) + 1] if eos in row else row for row in free]
+    assert len(got[1]) <= 9
+    assert max(map(len, got)) == 30
+
+
+def test_generation_ends_when_every_row_has(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is computed for rows that are all done."""
+    first = generate(model, prompts_of(5), 1, temperature=0)[0][0]
+    calls: list[int] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *args: calls.append(1) or hidden(*args))
+    assert generate(model, prompts_of(5), 50, eos_token_id=first, temperature=0) == [[first]]
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("length", [90, 120])
+def test_a_row_that_is_done_costs_the_others_nothing(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """It would have passed the context of 96: the others keep their cache, or get one once it is done."""
+    prompts = prompts_of(length, 10)
+    free = generate(model, prompts, 30, seed=5)
+    eos = next(token for token in free[0][:6] if token not in free[1][:8])
+    calls: list[int] = []
+    monkeypatch.setattr("model.net.sampling._last_logits", lambda *args: calls.append(1) or _last_logits(*args))
+    got = generate(model, prompts, 30, eos_token_id=eos, seed=5)
+    assert got == [row[: row.index(eos) + 1] if eos in row else row for row in free]
+    assert len(calls) == (1 if length < 96 else len(got[0]) + 1)
+
+
+def test_same_seed_same_text(model: GPTModel) -> None:
+    """The draw depends on the seed, and on nothing before it."""
+    prompts = prompts_of(4, 6)
+    first = generate(model, prompts, 20, seed=7)
+    torch.rand(5)
+    assert generate(model, prompts, 20, seed=7) == first
+    assert generate(model, prompts, 20, seed=8) != first
+
+
+def test_global_generator_is_left_alone(model: GPTModel) -> None:
+    """Sampling during training must not move dropout's random numbers."""
+    before = torch.get_rng_state()
+    generate(model, prompts_of(4), 10, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mode_is_restored_and_dropout_is_off(tiny_model: GPTModel) -> None:
+    """Generation between training steps is neither noised nor leaves the model in eval mode."""
+    want = generate(tiny_model.eval(), prompts_of(4), 10, temperature=0)
+    assert not tiny_model.training
+    tiny_model.set_dropout(0.9)
+    tiny_model.train()
+    assert generate(tiny_model, prompts_of(4), 10, temperature=0) == want
+    assert tiny_model.training
+    assert [block.training for block in tiny_model.h] == [False, False, True]  # the trunk's mode, too
+
+
+def test_frequencies_follow_the_filtered_distribution() -> None:
+    """4,000 first tokens of a model with known logits: top 2 of (0.5, 0.3, 0.2) is 0.625 to 0.375."""
+    model = GPTModel(GPTConfig(3, 4, 4, 1, 1))
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+        model.wte.weight[:, 0] = torch.tensor([0.5, 0.3, 0.2]).log()
+    draws = [row[0] for row in generate(model, [[0]] * 4000, 1, top_k=2, seed=1)]
+    assert draws.count(2) == 0
+    assert draws.count(0) / 4000 == pytest.approx(0.625, abs=0.03)  # four standard deviations
+
+
+def test_no_prompts_or_no_tokens(model: GPTModel) -> None:
+    """Empty work gives empty answers."""
+    assert generate(model, [], 5) == []
+    assert generate(model, [[1], [2]], 0) == [[], []]
+
+
+def test_empty_prompt_is_refused(model: GPTModel) -> None:
+    """There is no token to predict from."""
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate(model, [[1], []], 5)
+
+
+def test_generation_in_mixed_precision(tiny_model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bf16 trunk under an fp32 top generates under autocast, near the fp32 logits."""
+    seen: list[Tensor] = []
+
+    def spy(logits: Tensor, *settings: Any) -> Tensor:
+        seen.append(logits.float())
+        return filter_logits(logits, *settings)
+
+    monkeypatch.setattr("model.net.sampling.filter_logits", spy)
+    generate(tiny_model, prompts_of(6, 3), 1, temperature=0)
+    cast_frozen(tiny_model, torch.bfloat16)
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        rows = generate(tiny_model, prompts_of(6, 3), 5, temperature=0)
+    assert [len(row) for row in rows] == [5, 5]
+    assert (seen[1] - seen[0]).abs().max() < 0.1 * seen[0].std()

@@ -1,0 +1,224 @@
+"""Device locks: exclusive between processes, free when their holder dies, kept by a child that inherited them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ops.machine.lock import exclusive, exclusive_any, read_locks, shared_directory
+
+# Holds the first free of the devices named, says which, and starts a child that inherits the lock if asked to.
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from ops.machine.lock import exclusive_any
+directory, name, child, *devices = sys.argv[1:]
+with exclusive_any(Path(directory), devices, name, lambda line: print(line, flush=True)) as held:
+    pid = 0
+    if child == "child":
+        pid = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[held.descriptor],
+            stdout=subprocess.DEVNULL).pid
+    print("held", held.what, pid, flush=True)
+    time.sleep(60)
+"""
+Hold = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """hold(name, *devices): a process that takes the first free device, or waits; killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str, *devices: str, child: bool = False) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD, str(tmp_path), name, "child" if child else "-", *devices]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_killed_holder_frees_the_device(tmp_path: Path, hold: Hold) -> None:
+    """Who waits is told for whom; kill -9 of the holder lets the next one in at once."""
+    process = hold("the holder", "cuda:0")
+    assert _line(process) == "held cuda:0 0"
+    said: list[str] = []
+    shown: list[str | None] = []
+
+    def log(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            os.kill(process.pid, signal.SIGKILL)
+
+    started = time.monotonic()
+    with exclusive(tmp_path, "cuda:0", "the next", log, show=shown.append):
+        assert time.monotonic() - started < 10
+    assert "the holder" in said[0]
+    assert f"pid {process.pid}" in said[0]
+    assert said[-1] == "cuda:0 is free: going on"
+    assert shown == [said[0], None]
+
+
+def test_a_living_child_keeps_the_device(tmp_path: Path, hold: Hold) -> None:
+    """The holder is dead, the process it passed the lock on to still computes: nobody else may. It is named."""
+    process = hold("the holder", "cuda:0", child=True)
+    child = int(_line(process).split()[2])
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    said: list[str] = []
+
+    def log(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            (lock,) = read_locks(tmp_path)
+            assert lock.held
+            assert lock.pids == [child]
+            assert lock.owner is not None
+            assert lock.owner.is_dead
+            os.kill(child, signal.SIGKILL)
+
+    with exclusive(tmp_path, "cuda:0", "the next", log):
+        assert "the holder" in said[0]
+        assert f"left behind when it died: pid {child}" in said[0]
+
+
+def test_each_device_has_one_holder(hold: Hold) -> None:
+    """Two devices give two holders, each its own; the third waits, is told for both, and gets what is free first."""
+    first, second = hold("one", "cuda:0", "cuda:1"), hold("two", "cuda:0", "cuda:1")
+    held = {_line(first): first, _line(second): second}
+    assert set(held) == {"held cuda:0 0", "held cuda:1 0"}
+    third = hold("three", "cuda:0", "cuda:1")
+    waits = _line(third)
+    assert waits.startswith("waiting for cuda:0, held by ")
+    assert "or cuda:1, held by " in waits
+    assert "one (pid" in waits
+    assert "two (pid" in waits
+    held["held cuda:1 0"].kill()
+    assert _line(third) == "cuda:1 is free: going on"
+    assert _line(third) == "held cuda:1 0"
+
+
+def test_devices_are_locked_apart(tmp_path: Path, hold: Hold) -> None:
+    """A run on one GPU does not wait for a run on another."""
+    process = hold("one", "cuda:0")
+    assert _line(process) == "held cuda:0 0"
+    said: list[str] = []
+    with exclusive(tmp_path, "cuda:1", "another", said.append):
+        assert said == []
+        assert process.poll() is None
+
+
+def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
+    """An exception in the block releases the device."""
+    with pytest.raises(RuntimeError, match="injected"), exclusive(tmp_path, "cpu", "first", print):
+        raise RuntimeError("injected")
+    said: list[str] = []
+    with exclusive(tmp_path, "cpu", "second", said.append):
+        assert said == []
+    assert [lock.held for lock in read_locks(tmp_path)] == [False]
+
+
+def test_a_look_is_no_reason_to_wait(tmp_path: Path) -> None:
+    """Reading who holds a lock does not take it, nor does it change what is written there."""
+    with exclusive_any(tmp_path, ["gpu GPU-1"], "me", print, flow_run_id="an-id"):
+        for _ in range(3):
+            (lock,) = read_locks(tmp_path)
+            assert (lock.what, lock.held, lock.holder, lock.flow_run_id) == ("gpu GPU-1", True, "me", "an-id")
+            assert lock.owner is not None
+            assert lock.owner.pid == os.getpid()
+            assert not lock.owner.is_dead
+            assert lock.pids == [os.getpid()]
+
+
+def test_a_removed_lock_file_lets_nobody_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed between opening and locking, as a cleaner of /tmp may do: a lock that no other sees is none."""
+    path = tmp_path / "cpu.lock"
+    flock, removed = fcntl.flock, []
+
+    def unlucky(descriptor: int, operation: int) -> None:
+        if not removed:
+            path.unlink()
+            removed.append(path)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr("ops.machine.lock.fcntl.flock", unlucky)
+    with exclusive(tmp_path, "cpu", "me", print) as held:
+        assert removed
+        assert os.path.samestat(os.fstat(held.descriptor), path.stat())
+
+
+def test_a_child_outlives_the_block(tmp_path: Path) -> None:
+    """The run has ended well, and what it started has not: the device is not free."""
+    with exclusive(tmp_path, "cpu", "me", print) as held:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.descriptor])
+    try:
+        (lock,) = read_locks(tmp_path)
+        assert lock.held
+        assert lock.pids == [child.pid]
+    finally:
+        child.kill()
+        child.wait()
+    assert [lock.held for lock in read_locks(tmp_path)] == [False]
+
+
+def test_a_holder_that_opens_and_closes_files_is_found(tmp_path: Path) -> None:
+    """Descriptors vanish while its list is read, as in every program that starts; the lock's own does not."""
+    busy = "import os, sys\nprint(flush=True)\nwhile True: [os.close(os.dup(0)) for _ in range(9)]"
+    with exclusive(tmp_path, "cpu", "me", print) as held:
+        child = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE, pass_fds=[held.descriptor])
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        (lock,) = read_locks(tmp_path)
+        assert [lock.pids for _ in range(100)] == [[child.pid]] * 100
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_every_user_may_lock(tmp_path: Path) -> None:
+    """The folder is made as /tmp is, the files can be locked by anybody, whatever the umask says."""
+    before = os.umask(0o077)
+    try:
+        directory = shared_directory(tmp_path / "locks")
+        assert shared_directory(directory) == directory
+        with exclusive(directory, "cpu", "me", print):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o1777
+    assert stat.S_IMODE((directory / "cpu.lock").stat().st_mode) == 0o666
+
+
+def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    """Somebody else could have put it there, and would choose where the locks are."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NotADirectoryError, match="FINETUNE_LOCKS"):
+        shared_directory(tmp_path / "locks")
+
+
+def test_scribble_in_a_lock_file_is_survived(tmp_path: Path) -> None:
+    """Anybody may write there: it is shown as unknown, and locks as before."""
+    (tmp_path / "cpu.lock").write_text('{"process": [1, 2]')
+    with exclusive(tmp_path, "cpu", "me", print):
+        pass
+    (tmp_path / "cpu.lock").write_text("\0")
+    (lock,) = read_locks(tmp_path)
+    assert (lock.held, lock.owner) == (False, None)

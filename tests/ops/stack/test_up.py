@@ -1,0 +1,279 @@
+"""``make up`` and ``make down`` as users meet them: real servers, a real worker, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+import yaml
+from made_up import ROOT, MadeUp, wait_for
+
+from ops.tracking.runs import client
+
+pytestmark = pytest.mark.slow
+FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
+    """Two GPUs by its settings, no password. Its tests stand in an order; the last one ends it."""
+    made = MadeUp(tmp_path_factory.mktemp("up"), FINETUNE_GPUS="2")
+    try:
+        made.load = os.getloadavg()[0]  # type: ignore[attr-defined]
+        made.seconds = made.start()  # type: ignore[attr-defined]
+        yield made
+    finally:
+        made.stop()
+
+
+def test_it_is_ready_within_forty_seconds(up: MadeUp) -> None:
+    seconds = up.seconds  # type: ignore[attr-defined]
+    print(f"ready after {seconds:.1f} s")
+    if seconds > 40 and up.load > 1:  # type: ignore[attr-defined]
+        pytest.skip(f"{seconds:.0f} s, while others kept this machine busy: says nothing")
+    assert seconds <= 40
+
+
+def test_it_prints_two_urls_and_what_to_do_next(up: MadeUp) -> None:
+    assert f"Prefect  {up.prefect}\n" in up.output
+    assert f"MLflow   {up.mlflow}\n" in up.output
+    assert f". {up.home}/client.env\n" in up.output
+    assert "prefect deployment run finetune/tiny --watch\n" in up.output
+    assert up.client_environment["PREFECT_API_URL"] == f"{up.prefect}/api"
+    assert up.client_environment["MLFLOW_TRACKING_URI"] == up.mlflow
+
+
+def test_everything_is_set_up(up: MadeUp) -> None:
+    assert up.api("/work_pools/gpu")["concurrency_limit"] == 4
+    assert up.api("/v2/concurrency_limits/tag:gpu")["limit"] == 2
+    names = {deployment["name"] for deployment in up.api("/deployments/filter", {})}
+    assert names == {d["name"] for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+    (automation,) = up.api("/automations/filter", {})
+    assert automation["enabled"]
+    assert automation["trigger"]["posture"] == "Proactive"
+    assert automation["trigger"]["within"] == 90
+    assert automation["actions"][0]["state"] == "CRASHED"
+    server = up.api("/admin/settings")["server"]
+    assert server["concurrency"]["lease_storage"].endswith(".filesystem")
+    assert server["tasks"]["tag_concurrency_slot_wait_seconds"] == 2
+    assert not server["analytics_enabled"]
+    assert not server["ui"]["show_promotional_content"]
+    assert not server["ui"]["v2_enabled"]
+    worker = Path(f"/proc/{up.one('prefect worker').pid}/environ").read_text().split("\0")
+    assert "PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30" in worker
+    watcher = Path(f"/proc/{up.one('ops.recovery.watch').pid}/environ").read_text().split("\0")
+    assert "FINETUNE_GPUS=2" in watcher
+
+
+def test_only_this_machine_reaches_it(up: MadeUp) -> None:
+    """Each port of its processes is bound to the loopback."""
+    inodes = set()
+    for process in up.processes():
+        for link in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+    bound = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:  # listening
+                bound.append(fields[1].split(":")[0])
+    assert len(bound) >= 2
+    assert set(bound) == {"0100007F"}
+
+
+def test_a_page_of_elsewhere_may_not_use_prefect(up: MadeUp) -> None:
+    """The browser lets a page read and send what the server's answer allows its origin."""
+    for origin, allowed in ((up.prefect, up.prefect), ("http://evil.example", None)):
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        asked = Request(f"{up.prefect}/api/flow_runs/filter", headers=headers, method="OPTIONS")
+        try:
+            with urlopen(asked, timeout=10) as answer:
+                told = answer.headers.get("Access-Control-Allow-Origin")
+        except HTTPError as refused:
+            told = refused.headers.get("Access-Control-Allow-Origin")
+        assert told == allowed
+
+
+def test_prefect_s_pages_ask_the_server_that_sent_them(up: MadeUp) -> None:
+    """By a path: an address of the loopback would be another machine's own."""
+    with urlopen(f"{up.prefect}/ui-settings", timeout=10) as answer:
+        assert json.load(answer)["api_url"] == "/api"
+
+
+def test_a_second_one_says_where_the_first_is(up: MadeUp) -> None:
+    before = up.processes()
+    second = up.make("up")
+    assert second.returncode == 0, second.stdout
+    assert "running already" in second.stdout
+    assert up.prefect in second.stdout
+    assert up.mlflow in second.stdout
+    assert up.processes() == before
+
+
+def test_a_run_completes_and_both_sides_have_it(up: MadeUp) -> None:
+    output, _ = up.run(*FEW_STEPS).communicate(timeout=150)
+    run = up.flow_run(output)
+    assert up.api(f"/flow_runs/{run}")["state"]["type"] == "COMPLETED", output[-3000:]
+    mlflow = client(up.mlflow)
+    (found,) = mlflow.search_runs(
+        [mlflow.get_experiment_by_name("finetune").experiment_id], f"tags.`prefect.flow_run_id` = '{run}'"
+    )
+    assert found.info.status == "FINISHED"
+    computing = found.data.metrics["time/train_seconds"] + found.data.metrics["time/evaluate_seconds"]
+    facts = up.api(f"/flow_runs/{run}")
+    submitted, started, ended = (
+        datetime.fromisoformat(facts[moment]) for moment in ("expected_start_time", "start_time", "end_time")
+    )
+    around = (ended - started).total_seconds() - computing
+    print(
+        f"started {(started - submitted).total_seconds():.1f} s after it was submitted; "
+        f"{computing:.1f} s of training and evaluation, {around:.1f} s around them"
+    )
+
+
+def test_idle_it_needs_less_than_a_gigabyte_and_a_half(up: MadeUp) -> None:
+    """After a run has come and gone."""
+    memory = up.memory()
+    print("\n".join(f"{megabytes:6.0f} MB  {process}" for process, megabytes in memory.items()))
+    assert len(memory) >= 6
+    assert sum(memory.values()) <= 1536
+
+
+@pytest.mark.parametrize("server", ["prefect server", "mlflow"])
+def test_a_killed_server_is_started_again(server: str, up: MadeUp) -> None:
+    """The worker outlives it."""
+    worker = up.one("prefect worker").pid
+    killed = up.one(server).pid
+    os.kill(killed, signal.SIGKILL)
+    url = f"{up.prefect}/api/health" if "prefect" in server else f"{up.mlflow}/health"
+    wait_for("another process", lambda: up.processes(server) and up.one(server).pid != killed, 30)
+    # MLflow's has a child that listens, and would keep the port.
+    orphans = [process for process in up.processes("uvicorn") if process.parent != up.one("mlflow").pid]
+    wait_for("the end of orphans", lambda: set(orphans).isdisjoint(up.processes()), 30)
+    wait_for(server, lambda: urlopen(url, timeout=5).status == 200, 60)
+    assert up.one("prefect worker").pid == worker
+    output, _ = up.run(*FEW_STEPS).communicate(timeout=150)
+    assert up.api(f"/flow_runs/{up.flow_run(output)}")["state"]["type"] == "COMPLETED", output[-3000:]
+
+
+def test_a_killed_worker_is_started_again(up: MadeUp) -> None:
+    killed = up.one("prefect worker").pid
+    os.kill(killed, signal.SIGKILL)
+    wait_for("a worker", lambda: [p for p in up.processes("prefect worker") if p.pid != killed], 30)
+
+
+def _train(up: MadeUp) -> str:
+    """Start a run that will not end by itself, and wait until it trains. Returns its id."""
+    output, _ = up.run("epochs=500", watch=False).communicate(timeout=60)
+    run = up.flow_run(output)
+    running = {"flow_runs": {"id": {"any_": [run]}}, "task_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    wait_for(
+        "a training",
+        lambda: [task for task in up.api("/task_runs/filter", running) if task["name"].startswith("train-")],
+        180,
+    )
+    return run
+
+
+def _state(up: MadeUp, run: str) -> str:
+    """What Prefect has written down, after its server has ended."""
+    with sqlite3.connect(up.home / "prefect" / "prefect.db") as connection:
+        (state,) = connection.execute("select state_type from flow_run where id = ?", (run,)).fetchone()
+    return str(state)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_and_a_training_too(number: signal.Signals, up: MadeUp) -> None:
+    """The training's run is Crashed in Prefect: the servers live long enough to be told.
+
+    The signal goes to the group, and make passes SIGTERM on: the two that arrive are one.
+    """
+    if not up.processes():
+        up.start()
+    run = _train(up)
+    assert any(process.flow_run == run for process in up.processes())
+
+    status = up.interrupt(number)
+
+    assert up.processes() == []
+    assert status in (0, -number)  # make's own habit
+    assert "everything has ended" in up.output
+    for port in (up.prefect, up.mlflow):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port.rpartition(":")[2])), timeout=1)
+    assert _state(up, run) == "CRASHED"
+
+
+def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
+    """kill -9 of supervisord and of `make up` itself; meanwhile a GPU was taken out."""
+    up.environment["FINETUNE_GPUS"] = "1"
+    up.start()
+    assert up.api("/work_pools/gpu")["concurrency_limit"] == 3
+    assert up.api("/v2/concurrency_limits/tag:gpu")["limit"] == 1
+    assert len(up.api("/automations/filter", {})) == 1
+    run = _train(up)
+    supervisor = up.one("supervisord")
+    before = {process.pid for process in up.processes()}
+    assert up.process
+    for pid in (supervisor.pid, supervisor.parent):
+        os.kill(pid, signal.SIGKILL)
+    up.process.wait(timeout=20)
+    wait_for("its end", lambda: not up.processes("supervisord"), 10)
+    training = {process.pid for process in up.processes() if process.flow_run == run}
+    strays = {process.pid for process in up.processes()} - training
+    assert len(strays) >= 4
+    assert strays < before
+    assert training
+
+    up.start()
+    for pid in strays:
+        assert f"pid {pid} (" in up.output
+    assert strays.isdisjoint(process.pid for process in up.processes())
+
+    # The training goes on, and Prefect's new server hears of it.
+    assert "left alone, a flow run" in up.output
+    assert training <= {process.pid for process in up.processes()}
+    assert up.api(f"/flow_runs/{run}")["state"]["type"] == "RUNNING"
+
+    ended = up.make("down")
+    assert ended.returncode == 0, ended.stdout
+    assert "ending make up (pid" in ended.stdout
+    assert up.process.wait(timeout=10) is not None
+    assert up.processes() == []
+    assert _state(up, run) == "CRASHED"
+    assert "nothing to end" in up.make("down").stdout
+
+
+def test_make_up_alone_killed_ends_the_rest(up: MadeUp) -> None:
+    """And so does an interrupt before it is ready."""
+    up.begin()
+    wait_for("supervisord", lambda: up.processes("supervisord"), 20)
+    wait_for("both servers", lambda: up.processes("prefect server") and up.processes("mlflow"), 20)
+    os.kill(up.one("supervisord").parent, signal.SIGKILL)
+    wait_for("the end of all", lambda: not up.processes(), 60)
+
+    up.begin()
+    wait_for("both servers", lambda: up.processes("prefect server") and up.processes("mlflow"), 20)
+    up.interrupt()
+    assert "everything has ended" in up.output
+    assert up.processes() == []
+
+
+def test_supervisord_alone_killed_ends_the_rest(up: MadeUp) -> None:
+    up.start()
+    os.kill(up.one("supervisord").pid, signal.SIGKILL)
+    assert up.process
+    assert up.process.wait(timeout=60) != 0
+    assert "supervisord is gone" in up.output
+    assert up.processes() == []

@@ -1,0 +1,177 @@
+"""A version's files: fetched once, verified before each use; and what is said when they cannot be had."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.settings import Settings
+from ops.tracking.registry import champion, fetch_version, find_version, version_of_alias, version_uri
+from ops.tracking.runs import FILES_TAG, client, log_model, tracked_run
+
+NAME = "gpt2-code-tiny"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A store with two versions of a model, of which the second is champion. Read only but for what a test adds."""
+    root = tmp_path_factory.mktemp("registry")
+    settings = Settings(root, f"sqlite:///{root}/mlflow/mlflow.db")
+    directory = root / "model"
+    directory.mkdir()
+    for content in ("one", "two"):
+        (directory / "model.safetensors").write_text(content)
+        (directory / "config.json").write_text("{}")
+        with tracked_run(settings, content, {}, {}) as run:
+            log_model(run, directory, NAME, {}, {"test/loss": 1.0}, 3)
+    client(settings.tracking_uri).set_registered_model_alias(NAME, "champion", "2")
+    return settings
+
+
+@pytest.fixture
+def machine(store: Settings, tmp_path: Path) -> Settings:
+    """Another machine: a data root of the test's own, the same tracking server."""
+    return Settings(tmp_path / "root", store.tracking_uri)
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of MLflow."""
+    import mlflow
+
+    asked: list[str] = []
+    real = mlflow.artifacts.download_artifacts
+
+    def counted(uri: str, **options: Any) -> str:
+        asked.append(uri)
+        return real(uri, **options)
+
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", counted)
+    return asked
+
+
+def _fetch(machine: Settings, version: str = "2") -> Path:
+    found = client(machine.tracking_uri).get_model_version(NAME, version)
+    directory, files = fetch_version(machine, found, print)
+    assert set(files) == {"config.json", "model.safetensors"}
+    return directory
+
+
+def _stored(store: Settings, version: str) -> Path:
+    """Where MLflow itself keeps a version's weights."""
+    source = client(store.tracking_uri).get_model_version(NAME, version).source.removeprefix("models:/")
+    return store.artifacts / "models" / source / "artifacts" / "model.safetensors"
+
+
+def test_who_is_champion(store: Settings) -> None:
+    """By alias, by number; nobody, where nobody is."""
+    mlflow = client(store.tracking_uri)
+    found = champion(store, "tiny")
+    assert found is not None
+    assert version_uri(found) == f"models:/{NAME}/2"
+    for uri, number in ((f"models:/{NAME}/1", 1), (f"models:/{NAME}@champion", 2)):
+        assert int(find_version(mlflow, uri).version) == number
+    assert champion(store, "355m") is None  # never registered
+    assert version_of_alias(mlflow, NAME, "challenger") is None
+
+
+@pytest.mark.parametrize("uri", [f"models:/{NAME}/3", f"models:/{NAME}@best", "models:/gpt2-code-124m/1"])
+def test_a_version_that_is_not_there(store: Settings, uri: str) -> None:
+    """The sentence names the server that was asked."""
+    with pytest.raises(LookupError, match=r"is not registered at sqlite:.*MLFLOW_TRACKING_URI"):
+        find_version(client(store.tracking_uri), uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["models:/m-0123456789abcdef", f"models:/{NAME}", "runs:/1/model", f"models:/{NAME}/x"]
+)
+def test_a_uri_of_another_form(store: Settings, uri: str) -> None:
+    """The forms that are taken are named."""
+    with pytest.raises(ValueError, match="none of base, champion, models:/NAME/VERSION"):
+        find_version(client(store.tracking_uri), uri)
+
+
+def test_files_are_fetched_once(machine: Settings, downloads: list[str]) -> None:
+    """The second use finds them; another version is another directory."""
+    first = _fetch(machine)
+    assert (first / "model.safetensors").read_text() == "two"
+    assert _fetch(machine) == first
+    assert (_fetch(machine, "1") / "model.safetensors").read_text() == "one"
+    assert downloads == [f"models:/{NAME}/2", f"models:/{NAME}/1"]
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "a missing file", "a file too many"])
+def test_damaged_files_are_fetched_anew(machine: Settings, downloads: list[str], damage: str) -> None:
+    """They are hashed before each use."""
+    directory = _fetch(machine)
+    weights = directory / "model.safetensors"
+    if damage == "a missing file":
+        weights.unlink()
+    else:
+        (weights if damage == "a flipped byte" else directory / "more").write_text("twp")
+    assert _fetch(machine) == directory
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
+    assert weights.read_text() == "two"
+    assert len(downloads) == 2
+
+
+@pytest.fixture
+def spare(store: Settings, tmp_path: Path) -> Any:
+    """A third version, to be damaged."""
+    with tracked_run(store, "three", {}, {}) as run:
+        directory = tmp_path / "spare"
+        directory.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (directory / name).write_text("three")
+        version = log_model(run, directory, NAME, {}, {"test/loss": 1.0}, 3)
+    yield version
+    client(store.tracking_uri).delete_model_version(NAME, str(version.version))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: path.write_text("other"), r"model\.safetensors missing or of another sha256"),
+        (lambda path: path.unlink(), r"model\.safetensors missing or of another sha256"),
+        (lambda path: shutil.rmtree(path.parent), r"the files of .* cannot be had from sqlite:.*there are none"),
+    ],
+)
+def test_files_that_are_not_what_was_registered(
+    store: Settings, machine: Settings, spare: Any, damage: Callable[[Path], Any], complaint: str
+) -> None:
+    """A version damaged where MLflow keeps it is refused, with the ways out."""
+    damage(_stored(store, spare.version))
+    with pytest.raises(RuntimeError, match=f"{complaint}.*make rollback SIZE=.*start_from=base"):
+        fetch_version(machine, spare, print)
+
+
+def test_a_version_of_an_older_release(store: Settings, machine: Settings, spare: Any, downloads: list[str]) -> None:
+    """Without registered hashes the first download counts; what changes afterwards is found out."""
+    client(store.tracking_uri).delete_model_version_tag(NAME, str(spare.version), FILES_TAG)
+    old = client(store.tracking_uri).get_model_version(NAME, str(spare.version))
+    directory, _ = fetch_version(machine, old, print)
+    assert fetch_version(machine, old, print)[0] == directory
+    assert len(downloads) == 1
+    (directory / "config.json").write_text("changed")
+    fetch_version(machine, old, print)
+    assert (directory / "config.json").read_text() == "three"
+    _stored(store, spare.version).write_text("changed")
+    shutil.rmtree(directory)
+    with pytest.raises(RuntimeError, match=r"model\.safetensors missing or of another sha256"):
+        fetch_version(machine, old, print)
+
+
+def test_versions_nobody_uses_are_deleted(machine: Settings) -> None:
+    """Champions come and go, and each is gigabytes: after a week without use MLflow's copy is enough."""
+    old, used = _fetch(machine, "1"), _fetch(machine, "2")
+    for directory, days in ((old, 8), (used, 9)):
+        moment = time.time() - days * 86_400
+        os.utime(directory, (moment, moment))
+    assert _fetch(machine, "2") == used
+    assert [path for path in machine.models.iterdir() if path.is_dir()] == [used]

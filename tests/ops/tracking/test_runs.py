@@ -1,0 +1,145 @@
+"""Runs, statuses and the journal's way to MLflow, on a real sqlite store."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from model.engine.journal import MetricsJournal
+from ops.settings import Settings
+from ops.tracking.runs import (
+    JournalShipper,
+    RunRef,
+    client,
+    git_sha,
+    installed_packages,
+    log_data,
+    log_model,
+    tracked_run,
+)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A data root with its own store."""
+    return Settings(tmp_path, f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
+)
+def test_the_run_ends_as_the_flow_did(settings: Settings, error: type[BaseException] | None, status: str) -> None:
+    """An exception is a failure, a signal or an interrupt is not; nothing stays RUNNING."""
+    mlflow = client(settings.tracking_uri)
+    expected = pytest.raises(error) if error else nullcontext()
+    with expected, tracked_run(settings, "a run", {"epochs": 1}, {}) as run:
+        assert mlflow.get_run(run.run_id).info.status == "RUNNING"
+        if error:
+            raise error
+    finished = mlflow.get_run(run.run_id)
+    assert finished.info.status == status
+    assert finished.data.params == {"epochs": "1"}
+    assert mlflow.get_experiment(run.experiment_id).artifact_location == settings.artifacts.as_uri()
+
+
+def test_the_journal_arrives_once_and_whole(settings: Settings) -> None:
+    """No point twice after a retry, none missing after a resumption, all of them in a run that takes over."""
+    path = settings.data_root / "metrics.jsonl"
+    journal = MetricsJournal(path)
+    mlflow = client(settings.tracking_uri)
+
+    def points(run_id: str) -> list[tuple[int, float]]:
+        return [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "train/loss")]
+
+    with tracked_run(settings, "first", {}, {}) as first:
+        for step in range(1, 1501):  # more than one request's worth
+            journal.append(step, {"train/loss": 1 / step, "train/lr": 0.1})
+        JournalShipper(first, path).ship()
+        assert points(first.run_id) == [(step, 1 / step) for step in range(1, 1501)]
+        journal.truncate(1400)  # a killed process had got beyond its checkpoint
+        JournalShipper(first, path).ship()
+        for step in range(1401, 1511):
+            journal.append(step, {"train/loss": 1 / step, "train/lr": 0.1})
+        JournalShipper(first, path).ship()
+        assert points(first.run_id) == [(step, 1 / step) for step in range(1, 1511)]
+    with tracked_run(settings, "second", {}, {}) as second:
+        JournalShipper(second, path).ship()
+        assert points(second.run_id) == points(first.run_id)
+
+
+def test_a_dead_server_does_not_stop_the_training(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """Shipping gives up quickly, says so, and loses nothing."""
+    with tracked_run(settings, "a run", {}, {}) as run:
+        pass
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = type(run)(f"http://127.0.0.1:{unused.getsockname()[1]}", run.experiment_id, run.run_id)
+    journal = MetricsJournal(settings.data_root / "metrics.jsonl")
+    journal.append(1, {"train/loss": 1.0})
+    started = time.monotonic()
+    JournalShipper(dead, journal.path).maybe_ship()
+    assert time.monotonic() - started < 30
+    assert "metrics stay in" in caplog.text
+    JournalShipper(run, journal.path).ship()
+    history = client(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
+    assert [point.value for point in history] == [1.0]
+
+
+def test_runs_on_the_same_new_data_at_once(settings: Settings) -> None:
+    """Each gets it as its input, whoever of them is the first to enter it."""
+    mlflow = client(settings.tracking_uri)
+    experiment = mlflow.create_experiment("finetune")
+    together = Barrier(8)
+
+    def log(run: RunRef) -> None:
+        together.wait(60)
+        log_data(run, "rows.jsonl", None, "ab" * 32)
+
+    with ThreadPoolExecutor(together.parties) as pool:
+        runs = [
+            RunRef(settings.tracking_uri, experiment, mlflow.create_run(experiment).info.run_id)
+            for _ in range(together.parties)
+        ]
+        list(pool.map(log, runs))
+
+    for run in runs:
+        (entry,) = mlflow.get_run(run.run_id).inputs.dataset_inputs
+        assert entry.dataset.digest == "ab" * 6
+
+
+def test_two_models_are_two_versions(settings: Settings) -> None:
+    """Registering again adds a version; each leads to its own files."""
+    import mlflow
+
+    directory = settings.data_root / "model"
+    directory.mkdir()
+    versions = []
+    for content in ("one", "two"):
+        (directory / "weights").write_text(content)
+        with tracked_run(settings, content, {}, {}) as run:
+            versions.append(log_model(run, directory, "gpt2-code-test", {}, {"test/loss": 1.0}, 3))
+    assert [int(version.version) for version in versions] == [1, 2]
+    for version, content in zip(versions, ("one", "two"), strict=True):
+        local = mlflow.artifacts.download_artifacts(f"models:/gpt2-code-test/{version.version}/weights")
+        assert Path(local).read_text() == content
+
+
+def test_constraints_are_those_installed() -> None:
+    """The logged list is what ran, not what was asked for."""
+    import torch
+
+    assert f"torch=={torch.__version__}" in installed_packages().splitlines()
+
+
+def test_git_sha_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without git, or no checkout, is no error."""
+    monkeypatch.setenv("PATH", os.devnull)
+    assert git_sha() is None
