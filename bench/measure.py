@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,7 +43,7 @@ class Job:
     num_unfrozen_layers: int
     batch_size: int
     device: str
-    precision: str
+    precision: Literal["auto", "bf16", "fp32"]
     warm_up: int
     steps: int
     epochs: int

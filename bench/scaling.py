@@ -33,8 +33,9 @@ from model.data.rows import UnusableRow, find_splits, normalize_row, read_record
 from model.data.tokens import CodeAlpacaDataset, PrepareConfig, prepare
 from model.demo import EMBEDDED_BASE
 from model.demo.grammar import write_rows
+from model.engine.config import TrainConfig
 from model.engine.engine import Engine
-from model.engine.training import StepReport, TrainConfig, default_micro_batch_tokens, train
+from model.engine.training import StepReport, default_micro_batch_tokens, train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.files import write_json
 from model.net.config import GPTConfig

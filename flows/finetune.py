@@ -19,10 +19,11 @@ from flows.nightly import Night, begin_night
 from flows.plan import check_disk, describe_plan
 from flows.waiting import hold_device, hold_training
 from model.data.tokens import PrepareConfig
-from model.engine.training import TrainConfig
+from model.engine.config import TrainConfig
 from model.evaluation.completions import SamplingConfig
 from model.net.config import PRESETS, normalize_size
 from model.net.device import resolve_device
+from model.net.freezing import FreezeConfig
 from ops.hub import DEFAULT_DATASET
 from ops.recovery.limits import ensure_limit
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
@@ -209,7 +210,7 @@ def finetune(
         max_dropped_share=max_dropped_share,
     )
     sampling = SamplingConfig(
-        rows=sample_rows,
+        sample_rows=sample_rows,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -268,7 +269,7 @@ def finetune(
             laps.end("mlflow")
             model = load_weights(sources.weights, model_size)
             laps.end("load_weights")
-            plan = freeze(model, freeze_layers, num_unfrozen_layers, train_head)
+            plan = freeze(model, FreezeConfig(freeze_layers, num_unfrozen_layers, train_head))
             laps.end("freeze")
             facts = describe_plan(tokens.counts, f"{model_size} from {model.source}", plan, train_config, device)
             log_params(run, facts.params)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from model.engine.training import TrainConfig
+from model.engine.config import TrainConfig
 from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
 

@@ -12,9 +12,9 @@ from prefect.cache_policies import NO_CACHE
 
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.checkpoint import load_trained
+from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.scoring import mean_loss, perplexity, row_losses
-from model.engine.training import TrainConfig
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.evaluation.completions import SamplingConfig, complete, pass_table, row_table, sample_table
 from model.files import write_json
@@ -46,7 +46,7 @@ def evaluate(
     place = resolve_device(device)
     dtype = resolve_precision(config.precision, place)
     test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
-    prompts = [row["prompt"] for row in test.rows[: sampling.rows]]
+    prompts = [row["prompt"] for row in test.rows[: sampling.sample_rows]]
     tested = [row for row in test.rows if row.get("tests")][: sampling.pass_rows]
     requests = [row["prompt"] for row in tested]
     greedy = replace(sampling, temperature=0.0)
@@ -91,7 +91,7 @@ def evaluate(
     passes_file = Path(checkpoint.directory) / "pass_rate.json"
     write_json(passes_file, pass_table(tested, base_passes, tuned_passes))
     write_json(rows_file, row_table(test, base, tuned))
-    write_json(samples_file, sample_table(test.rows[: sampling.rows], base_samples, tuned_samples))
+    write_json(samples_file, sample_table(test.rows[: sampling.sample_rows], base_samples, tuned_samples))
     log.info(
         "test loss %.4f, the base's %.4f, over %d rows", metrics["test/loss"], metrics["base/test_loss"], len(test)
     )

@@ -6,18 +6,18 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.net.config import GPTConfig
-from model.net.freezing import FreezePlan, plan_freeze
+from model.net.freezing import FreezeConfig, FreezePlan, plan_freeze
 from tasks.references import ModelRef
 
 
 @task(name="freeze", cache_policy=NO_CACHE)
-def freeze(model: ModelRef, freeze_layers: bool, num_unfrozen_layers: int, train_head: bool) -> FreezePlan:
+def freeze(model: ModelRef, config: FreezeConfig) -> FreezePlan:
     """Plan the freeze; ``train`` and ``evaluate`` apply it to the model they load.
 
     Raises:
         ValueError: num_unfrozen_layers is more than the model's blocks.
     """
-    plan = plan_freeze(GPTConfig(**model.config), freeze_layers, num_unfrozen_layers, train_head)
+    plan = plan_freeze(GPTConfig(**model.config), config)
     get_run_logger().info(
         "%d of %d parameters train (%.1f %%), in %d tensors",
         plan.trainable,

@@ -9,9 +9,9 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.data.tokens import CodeAlpacaDataset
+from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.scoring import row_losses
-from model.engine.training import TrainConfig
 from model.files import write_json
 from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan

@@ -7,10 +7,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from model.data.rows import (
@@ -27,6 +28,7 @@ from model.data.rows import (
 )
 from model.files import atomic_directory, sha256_file, write_json
 from model.net.prompt import encode_examples, encode_prompts, format_prompt
+from model.parameters import Count, Seeded, Share, WholeNumber, internal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,28 +39,23 @@ _CHUNK = 1000  # rows tokenised at a time
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """How rows become tokens.
+class PrepareConfig(Seeded):
+    """How rows become tokens."""
 
-    Attributes:
-        max_length: tokens a row is cut at, prompt included.
-        subset_start: first source row of train to use.
-        subset_count: source rows of train to use from there; None for all.
-        subset_keys: a .npy file with the content keys (uint64) of the rows of train to use instead.
-        test_share: share of train that becomes test where the source has no test split.
-        validation_share: share of train that becomes validation where the source has none.
-        seed: draws both shares.
-        max_dropped_share: more unusable rows than this share is an error.
-    """
-
-    max_length: int = 512
-    subset_start: int = 0
-    subset_count: int | None = None
-    subset_keys: str | None = None
-    test_share: float = 0.1
-    validation_share: float = 0.02
-    seed: int = 42
-    max_dropped_share: float = 0.05
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens a row is cut at, prompt included."""
+    subset_start: WholeNumber = 0
+    """First row of train to use, counted from 0."""
+    subset_count: Count | None = None
+    """Rows of train to use from there; null uses all. With subset=next: fresh rows to use at most."""
+    subset_keys: str | None = internal(None)
+    """A .npy file with the content keys (uint64) of the rows of train to use instead."""
+    test_share: Share = 0.1
+    """Share of train that becomes test where the data set has no test split."""
+    validation_share: Share = 0.02
+    """Share of train that becomes validation where the data set has no validation split."""
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """A larger share of unusable rows is an error."""
 
 
 @dataclass

@@ -19,6 +19,7 @@ import torch
 from model.data.packing import Pack, pack, split_evenly
 from model.data.tokens import CodeAlpacaDataset, epoch_order
 from model.engine.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, newest_checkpoint
+from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import matmul_ceiling, necessary_flops
 from model.engine.journal import MetricsJournal
@@ -30,49 +31,6 @@ from model.net.gpt import GPTModel
 JOURNAL_FILE = "metrics.jsonl"
 _FEWEST_TOKENS = 1_024  # of a pass that is chosen for want of memory
 _LAG = 4  # steps a GPU may be behind: the host reads a step's loss only when the next ones are queued
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Hyper-parameters of a training.
-
-    Attributes:
-        epochs: passes over the training rows.
-        max_steps: stop after this many optimizer steps, if that is sooner.
-        batch_size: rows per optimizer step; micro-batches never change the step, but for the noise of dropout.
-        micro_batch_tokens: tokens per forward and backward pass, about; None chooses by device. Halved where a GPU's
-            memory does not hold them.
-        learning_rate: peak of the schedule.
-        weight_decay: on matrices only, not on biases and norms.
-        warmup_ratio: share of the steps over which the learning rate rises from 0.
-        max_grad_norm: gradients are scaled down to this global norm.
-        prompt_loss_weight: weight of the loss on prompt tokens, in training only.
-        dropout: rate in the trained blocks.
-        eval_freq: steps between validations, each of which also saves a checkpoint.
-        eval_rows: validation rows scored at most; None for all.
-        precision: auto, bf16 or fp32.
-        seed: of the order of rows and of dropout.
-    """
-
-    epochs: int = 3
-    max_steps: int | None = None
-    batch_size: int = 32
-    micro_batch_tokens: int | None = None
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.03
-    max_grad_norm: float = 1.0
-    prompt_loss_weight: float = 0.0
-    dropout: float = 0.0
-    eval_freq: int = 100
-    eval_rows: int | None = 1000
-    precision: str = "auto"
-    seed: int = 42
-
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps of the whole training over ``rows`` rows."""
-        steps = self.epochs * math.ceil(rows / self.batch_size)
-        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 @dataclass(frozen=True)

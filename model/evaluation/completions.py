@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from model.data.tokens import CodeAlpacaDataset
 from model.net.device import autocast
 from model.net.gpt import GPTModel
 from model.net.prompt import encode_prompts
 from model.net.sampling import generate
+from model.parameters import Count, NonNegative, Seeded, WholeNumber, internal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How completions are drawn.
+class SamplingConfig(Seeded):
+    """How completions are drawn; base and tuned model draw with the same seed."""
 
-    Attributes:
-        rows: how many prompts of the test split, from its beginning.
-        max_new_tokens: per completion.
-        temperature, top_k, top_p: as ``filter_logits``.
-        seed: of the draw; base and tuned model draw with the same.
-        batch_size: prompts generated together.
-        pass_rows: rows with tests, from the beginning of test, whose greedy completions are run.
-    """
-
-    rows: int = 16
-    max_new_tokens: int = 128
-    temperature: float = 0.7
-    top_k: int | None = 50
-    top_p: float | None = 0.95
-    seed: int = 42
-    batch_size: int = 64
-    pass_rows: int = 500
+    sample_rows: WholeNumber = 16
+    """Prompts of the test split, from its beginning, that both models complete."""
+    pass_rows: WholeNumber = 500
+    """Rows of the test split with tests, from its beginning, whose greedy completions are run in a sandbox."""
+    max_new_tokens: Count = 128
+    """Length limit of a completion."""
+    temperature: NonNegative = 0.7
+    """Divides the logits; 0 is greedy."""
+    top_k: Count | None = 50
+    """Sample among this many most probable tokens; null sets no limit."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
+    """Sample within this probability mass; null sets no limit."""
+    batch_size: int = internal(64)
+    """Prompts generated together."""
 
 
 def complete(

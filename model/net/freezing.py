@@ -9,6 +9,28 @@ from torch import nn
 
 from model.net.config import GPTConfig
 from model.net.gpt import GPTModel
+from model.parameters import Parameters, WholeNumber
+
+
+@dataclass(frozen=True)
+class FreezeConfig(Parameters):
+    """What trains."""
+
+    freeze_layers: bool = True
+    """Freeze all but the top blocks and the final norm."""
+    num_unfrozen_layers: WholeNumber = 4
+    """Blocks that train, counted from the top; 0 trains the final norm alone."""
+    train_head: bool = False
+    """Also train an untied copy of the output head; with freeze_layers=false the tied head trains anyway."""
+
+    def check(self, blocks: int) -> None:
+        """Refuse more blocks than a model has.
+
+        Raises:
+            ValueError: num_unfrozen_layers is not between 0 and ``blocks``; ignored without freeze_layers.
+        """
+        if self.freeze_layers and not 0 <= self.num_unfrozen_layers <= blocks:
+            raise ValueError(f"num_unfrozen_layers {self.num_unfrozen_layers} is not between 0 and {blocks}")
 
 
 @dataclass(frozen=True)
@@ -50,8 +72,7 @@ def freeze_bottom_layers(model: GPTModel, num_unfrozen_layers: int, train_head: 
         ValueError: num_unfrozen_layers is not between 0 and the number of blocks.
     """
     config = model.config
-    if not 0 <= num_unfrozen_layers <= config.n_layer:
-        raise ValueError(f"num_unfrozen_layers {num_unfrozen_layers} is not between 0 and {config.n_layer}")
+    FreezeConfig(num_unfrozen_layers=num_unfrozen_layers).check(config.n_layer)
     if train_head and model.lm_head.weight is model.wte.weight:
         model.lm_head.weight = nn.Parameter(model.wte.weight.detach().clone())
         model.config = replace(config, tie_word_embeddings=False)
@@ -78,12 +99,14 @@ def _describe(model: GPTModel, num_unfrozen_layers: int | None, train_head: bool
     )
 
 
-def plan_freeze(
-    config: GPTConfig, freeze_layers: bool, num_unfrozen_layers: int, train_head: bool = False
-) -> FreezePlan:
-    """The plan for a model of this shape, without its weights (built on the meta device)."""
+def plan_freeze(config: GPTConfig, freeze: FreezeConfig) -> FreezePlan:
+    """The plan for a model of this shape, without its weights (built on the meta device).
+
+    Raises:
+        ValueError: as FreezeConfig.check.
+    """
     with torch.device("meta"):
         model = GPTModel(config)
-    if freeze_layers:
-        return freeze_bottom_layers(model, num_unfrozen_layers, train_head)
+    if freeze.freeze_layers:
+        return freeze_bottom_layers(model, freeze.num_unfrozen_layers, freeze.train_head)
     return _describe(model, None, train_head=False)

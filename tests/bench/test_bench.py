@@ -24,7 +24,7 @@ from bench.train import compare, parse, record, run_contestant, table
 from bench.tutorial import LENGTH, NaiveGPT, pad
 from model import GPTModel, freeze_bottom_layers
 from model.data.tokens import IGNORE, CodeAlpacaDataset
-from model.engine.training import TrainConfig
+from model.engine.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,9 +14,9 @@ from prefect.logging import disable_run_logger
 
 from model.data.tokens import PrepareConfig
 from model.demo import EMBEDDED_BASE, grammar
-from model.engine.training import TrainConfig
+from model.engine.config import TrainConfig
 from model.net.config import GPTConfig
-from model.net.freezing import plan_freeze
+from model.net.freezing import FreezeConfig, plan_freeze
 from model.net.gpt import GPTModel
 from ops.settings import Settings
 from ops.tracking.runs import client, log_model, tracked_run
@@ -107,7 +107,7 @@ def _score(data: Path, start_from: str = "base") -> tuple[RivalRef, Any]:
         tokens = prepare.fn(sources, config)
         model = load_weights.fn(sources.weights, "tiny")
         checkpoint = CheckpointRef(str(data.with_name("training")), "", 0, 0.0, 0.0, 0, 0, 2_048, "")
-        plan = plan_freeze(GPTConfig(**model.config), True, 2)
+        plan = plan_freeze(GPTConfig(**model.config), FreezeConfig(num_unfrozen_layers=2))
         rival = score_champion.fn(tokens, model, plan, checkpoint, TrainConfig(precision="fp32"), "cpu")
     return rival, json.loads(Path(rival.rows).read_text()) if rival.rows else None
 

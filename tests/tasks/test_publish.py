@@ -9,7 +9,7 @@ import pytest
 
 from model import GPTModel
 from model.demo import EMBEDDED_BASE
-from model.net.freezing import plan_freeze
+from model.net.freezing import FreezeConfig, plan_freeze
 from ops.hub import DEFAULT_DATASET
 from tasks.publish import _model_card
 from tasks.references import DatasetRef, ModelRef, Sources, WeightsRef
@@ -24,7 +24,7 @@ def _card(directory: Path, source: str, dataset: str) -> str:
     network = GPTModel.from_pretrained(EMBEDDED_BASE)
     weights = WeightsRef(source, None, str(directory), {}, str(directory))
     model = ModelRef("tiny", str(directory), str(directory), source, "0" * 64, asdict(network.config))
-    plan = plan_freeze(network.config, True, 2)
+    plan = plan_freeze(network.config, FreezeConfig(num_unfrozen_layers=2))
     return _model_card(network, plan, model, Sources(DatasetRef(dataset, None, {}), weights), {"test/loss": 1.0})
 
 

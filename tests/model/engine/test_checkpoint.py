@@ -357,7 +357,8 @@ from pathlib import Path
 import torch
 from model.engine import checkpoint, trunk
 from model import GPTModel, freeze_bottom_layers
-from model.engine.training import TrainConfig, train
+from model.engine.config import TrainConfig
+from model.engine.training import train
 
 weights, tokens, directory, settings, hold_at, die_in_save, cache = sys.argv[1:]
 trunk._READ_BYTES = 1e30  # so small a trunk would be computed faster than read

@@ -18,10 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from model import GPTModel, freeze_bottom_layers
 from model.data.packing import pack
 from model.data.tokens import CodeAlpacaDataset, epoch_order
+from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.journal import read_journal
 from model.engine.scoring import head_loss, padded_head
-from model.engine.training import TrainConfig, TrainResult, learning_rate_at, train
+from model.engine.training import TrainResult, learning_rate_at, train
 from model.engine.trunk import TrunkCacheConfig
 
 BASE = TrainConfig(

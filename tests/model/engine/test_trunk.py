@@ -16,9 +16,10 @@ from torch import Tensor
 from model import GPTModel, freeze_bottom_layers
 from model.data.packing import Pack, pack
 from model.data.tokens import CodeAlpacaDataset
+from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.scoring import row_losses
-from model.engine.training import TrainConfig, train
+from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs, available_memory
 from model.net.attention import Rows
 

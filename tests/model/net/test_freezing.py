@@ -12,11 +12,12 @@ from torch import Tensor
 from model import GPTConfig, GPTModel, freeze_bottom_layers
 from model.data.packing import pack
 from model.data.tokens import CodeAlpacaDataset
+from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.scoring import head_loss, padded_head
-from model.engine.training import TrainConfig, build_optimizer
+from model.engine.training import build_optimizer
 from model.net.attention import Rows
-from model.net.freezing import plan_freeze
+from model.net.freezing import FreezeConfig, plan_freeze
 
 
 def one_step(model: GPTModel, token_dir: Path) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ def test_exact_counts_at_four_blocks(size: str, trainable: int, total: int) -> N
     """Pinned, and equal to the formula; embeddings or head left on would show."""
     width = GPTConfig.preset(size).n_embd
     block = 12 * width**2 + 13 * width  # qkv, projection, two MLP matrices; their biases; two norms
-    plan = plan_freeze(GPTConfig.preset(size), freeze_layers=True, num_unfrozen_layers=4)
+    plan = plan_freeze(GPTConfig.preset(size), FreezeConfig(num_unfrozen_layers=4))
     assert plan.trainable == trainable == 4 * block + 2 * width
     assert plan.total == total
     assert plan.share == trainable / total
@@ -68,7 +69,7 @@ def test_exact_counts_at_four_blocks(size: str, trainable: int, total: int) -> N
 
 def test_names_left_on() -> None:
     """The top blocks and the final norm, nothing below, no embedding, no head."""
-    plan = plan_freeze(GPTConfig(50, 16, 32, 3, 2), True, 2)
+    plan = plan_freeze(GPTConfig(50, 16, 32, 3, 2), FreezeConfig(num_unfrozen_layers=2))
     assert {name.rsplit(".", 1)[0].split(".")[0] for name in plan.names} == {"h", "ln_f"}
     assert {name.split(".")[1] for name in plan.names if name.startswith("h.")} == {"1", "2"}
     assert len(plan.names) == 2 * 12 + 2
@@ -76,12 +77,15 @@ def test_names_left_on() -> None:
 
 def test_no_block_unfrozen_trains_the_final_norm() -> None:
     """The lower bound is usable."""
-    assert plan_freeze(GPTConfig(50, 16, 32, 3, 2), True, 0).names == ("ln_f.weight", "ln_f.bias")
+    assert plan_freeze(GPTConfig(50, 16, 32, 3, 2), FreezeConfig(num_unfrozen_layers=0)).names == (
+        "ln_f.weight",
+        "ln_f.bias",
+    )
 
 
 def test_freeze_layers_false_trains_everything() -> None:
     """The seed's freeze_layers=False."""
-    plan = plan_freeze(GPTConfig.preset("124m"), freeze_layers=False, num_unfrozen_layers=4)
+    plan = plan_freeze(GPTConfig.preset("124m"), FreezeConfig(freeze_layers=False))
     assert plan.trainable == plan.total == 124_439_808
     assert plan.num_unfrozen_layers is None
 
@@ -90,7 +94,7 @@ def test_freeze_layers_false_trains_everything() -> None:
 def test_impossible_number_of_blocks_is_refused(n: int) -> None:
     """-1 would slice from the wrong end, and more blocks than there are would pass in silence."""
     with pytest.raises(ValueError, match=rf"num_unfrozen_layers {n} is not between 0 and 3"):
-        plan_freeze(GPTConfig(50, 16, 32, 3, 2), True, n)
+        plan_freeze(GPTConfig(50, 16, 32, 3, 2), FreezeConfig(num_unfrozen_layers=n))
 
 
 def test_frozen_parameters_stay_bitwise_and_have_no_gradient(tiny_model: GPTModel, token_dir: Path) -> None:

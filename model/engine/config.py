@@ -1,0 +1,49 @@
+"""Hyper-parameters of a training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from model.parameters import Count, NonNegative, Positive, Seeded, Share
+
+
+@dataclass(frozen=True)
+class TrainConfig(Seeded):
+    """Hyper-parameters of a training; all of them are part of its identity."""
+
+    epochs: Count = 3
+    """Passes over the training rows."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, if that is sooner."""
+    batch_size: Count = 32
+    """Rows per optimizer step."""
+    micro_batch_tokens: Count | None = None
+    """Tokens per forward and backward pass, about. It decides memory and speed, and changes a step only by the noise
+    of dropout. null chooses by device. It is halved where memory does not hold a pass."""
+    learning_rate: Positive = 1e-4
+    """Peak of the schedule: linear warm-up, then a cosine to zero."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's decay of matrices; biases and norms have none."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
+    prompt_loss_weight: NonNegative = 0.0
+    """Weight of the loss on prompt tokens, in training only; 0 trains on responses alone."""
+    dropout: Share = 0.0
+    """Dropout rate in the trained blocks."""
+    eval_freq: Count = 100
+    """Steps between validations; each also saves a checkpoint."""
+    eval_rows: Count | None = 1000
+    """Rows of validation and of test that are used at most, for scores and completions; null uses all."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16, fp32, or auto: bf16 where the hardware has it."""
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of the whole training over ``rows`` rows."""
+        steps = self.epochs * math.ceil(rows / self.batch_size)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
