@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format bench up down doctor deploy worker watch rollback sample clean
+.PHONY: help install run test test-slow check format parameters bench up down doctor deploy worker watch rollback sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,9 @@ check: $(INSTALLED) ## Lint, format and types
 
 bench: $(INSTALLED) ## Training speed beside others; ARGS="--data rows --tokenizer DIR --size 355m"
 	$(BIN)/python -m bench.train $(ARGS)
+
+parameters: $(INSTALLED) ## Write the README's table of parameters anew
+	$(BIN)/python -m flows.job README.md
 
 format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff check --fix .

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from model.engine.config import TrainConfig
 from model.net.device import resolve_device, resolve_precision
-from model.net.freezing import FreezePlan
+from ops.settings import Settings
+from ops.tracking.runs import RunRef, log_params
+from ops.tracking.stopwatch import end_step
+from tasks.references import TrainingRef
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,22 @@ class Plan:
     disk_bytes: int
 
 
-def describe_plan(
-    counts: dict[str, Any], model_name: str, freeze: FreezePlan, config: TrainConfig, device: str
-) -> Plan:
-    """Rows, tokens, steps, trainable share, device and disk of a run.
+def announce(run: RunRef, settings: Settings, training: TrainingRef, device: str) -> None:
+    """Print what the run is going to do, log it, and refuse what would end in a full disk.
 
-    Args:
-        counts: of the prepared tokens, as in their meta.json.
-        model_name: size and source, for people.
+    Raises:
+        OSError: as check_disk.
     """
+    plan = describe_plan(training, device)
+    log_params(run, plan.params)
+    print(plan.text)
+    check_disk(settings.data_root, plan.disk_bytes)
+    end_step("plan")
+
+
+def describe_plan(training: TrainingRef, device: str) -> Plan:
+    """Rows, tokens, steps, trainable share, device and disk of a run."""
+    config, freeze, counts = training.config, training.plan, training.tokens.counts
     place = resolve_device(device)
     dtype = str(resolve_precision(config.precision, place)).removeprefix("torch.")
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
@@ -46,7 +55,8 @@ def describe_plan(
     # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
     disk = 3 * 12 * freeze.trainable + 2 * 4 * freeze.total
     text = (
-        f"model      {model_name}, {freeze.total:,} parameters, {freeze.trainable:,} train ({freeze.share:.1%})\n"
+        f"model      {training.model.model_size} from {training.model.source}, {freeze.total:,} parameters, "
+        f"{freeze.trainable:,} train ({freeze.share:.1%})\n"
         f"rows       {rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test\n"
         f"tokens     {tokens['train']:,} an epoch, {counts['target_tokens']['train']:,} of them targets\n"
         f"steps      {steps:,} of {config.batch_size} rows\n"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-import torch
 from prefect import get_run_logger
 from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -20,6 +19,7 @@ from ops.machine.lock import exclusive, exclusive_any, shared_directory
 from ops.recovery.limits import LEASE_SECONDS, read_slots, release_all
 from ops.settings import Settings
 from ops.tracking.registry import shared_name
+from ops.tracking.stopwatch import end_step
 
 WAITING_FOR_GPU = "WaitingForGpu"
 WAITING_FOR_TRAINING = "WaitingForTraining"
@@ -28,11 +28,11 @@ _POLL_SECONDS = 2.0
 
 
 @contextmanager
-def hold_device(settings: Settings, device: str) -> Iterator[torch.device]:
-    """Hold a device of the machine against every other run, of whatever user; any GPU for ``auto`` and ``cuda``.
+def hold_device(settings: Settings, device: str) -> Iterator[str]:
+    """Hold a device of the machine against the runs of all users; any GPU for ``auto`` and ``cuda``.
 
     Yields:
-        The device to compute on.
+        The device to compute on: cpu or cuda:N.
 
     Raises:
         ValueError: as model.device.resolve_device.
@@ -44,7 +44,8 @@ def hold_device(settings: Settings, device: str) -> Iterator[torch.device]:
     name, run_id = str(flow_run.name), str(flow_run.id)
     with exclusive_any(directory, list(places), name, log.info, show=waiting.show, flow_run_id=run_id) as held:
         _free_slots(waiting)
-        yield places[held.what]
+        end_step("wait")
+        yield str(places[held.what])
 
 
 @contextmanager

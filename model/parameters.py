@@ -48,8 +48,9 @@ class Parameters:
 
     @classmethod
     def take(cls, values: Mapping[str, Any]) -> Self:
-        """Fill the fields by name from a mapping that may hold more."""
-        return cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
+        """Fill the parameters by name from a mapping that may hold more."""
+        names = [each.name for each in fields(cls) if not each.metadata.get(_INTERNAL)]
+        return cls(**{name: values[name] for name in names if name in values})
 
     @classmethod
     @cache

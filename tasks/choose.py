@@ -15,10 +15,12 @@ from model.net.loading import CONFIG_FILE, load_tokenizer
 from ops.settings import Settings
 from ops.tracking.ledger import choose_rows, read_ledger, write_choice
 from ops.tracking.registry import model_name
+from ops.tracking.stopwatch import timed
 from tasks.references import Sources, SubsetRef
 
 
 @task(name="choose", cache_policy=NO_CACHE)
+@timed
 def choose(
     sources: Sources, size: str, dataset: str, config: PrepareConfig, count: int | None, replay_share: float
 ) -> SubsetRef | None:
@@ -44,8 +46,7 @@ def choose(
     weights = sources.weights
     shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE)
     tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
-    files = {split: [Path(file.path) for file in files] for split, files in sources.dataset.splits.items()}
-    present, held_out = training_keys(files, tokenizer, config)
+    present, held_out = training_keys(sources.dataset.paths, tokenizer, config)
     ledger = read_ledger(settings.tracking_uri, model_name(size), dataset, settings.ledger)
     leaked = len(set(held_out.tolist()) & set(ledger.used.tolist()))
     if leaked:

@@ -5,45 +5,62 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from pydantic import AfterValidator, Field
 
 from model.data.rows import SUFFIXES, find_splits
 from model.demo import EMBEDDED_BASE, grammar
 from model.files import atomic_directory, sha256_file, write_json
-from model.net.config import GPTConfig, normalize_size
+from model.net.config import PRESETS, GPTConfig, normalize_size
 from model.net.loading import CONFIG_FILE, check_size, weight_files
-from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
+from model.parameters import Parameters
+from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS, fetch_dataset, fetch_weights
 from ops.settings import Settings
 from ops.tracking.registry import fetch_version, find_version, starting_uri
 from ops.tracking.runs import client
+from ops.tracking.stopwatch import timed
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
 
 DEMO = "demo"
 
 
+# The pattern lets Prefect's server refuse a wrong size when a run is submitted.
+Size = Annotated[
+    str,
+    AfterValidator(normalize_size),
+    Field(json_schema_extra={"pattern": f"^({'|'.join([*PRESETS, *(name.upper() for name in PRESETS)])})$"}),
+]
+
+
+@dataclass(frozen=True)
+class SourceConfig(Parameters):
+    """Where rows and weights come from."""
+
+    model_size: Size = "124m"
+    """tiny, 124m, 355m, 774m or 1558m."""
+    dataset: str = DEFAULT_DATASET
+    """A hub id, a local .jsonl/.json/.parquet/.csv file or a folder of them, or "demo"."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a hub data set; the commit that it resolves to is recorded."""
+    weights_dir: str | None = None
+    """A local directory in Hugging Face's GPT-2 layout; null takes the hub's weights at a pinned commit."""
+    tokenizer_dir: str | None = None
+    """A local directory with the tokenizer, if it is not beside the weights."""
+    start_from: Annotated[str, Field(pattern=r"^(base|champion|models:/.+)$")] = "base"
+    """base; champion (the base if there is none yet); or a registered version, models:/NAME/VERSION or
+    models:/NAME@ALIAS, which brings its own weights and tokenizer."""
+
+
 # No retries: ops.hub has its own, bounded, so that a dead network is reported within a minute.
 @task(name="download", cache_policy=NO_CACHE)
-def download(
-    dataset: str,
-    dataset_revision: str | None,
-    model_size: str,
-    weights_dir: str | None,
-    tokenizer_dir: str | None,
-    start_from: str = "base",
-) -> Sources:
-    """Find or fetch the data set and the weights.
-
-    Args:
-        dataset: a local file or folder, a hub id, or "demo".
-        dataset_revision: of the hub's data set; the commit it resolves to is recorded.
-        model_size: chooses the pinned weights on the hub; "tiny" is the embedded base.
-        weights_dir: a local directory in Hugging Face's layout instead.
-        tokenizer_dir: a local directory with the tokenizer, if it is not beside the weights.
-        start_from: "base"; "champion", the registered champion of this size, or the base if there is none; or the
-            URI of a registered version. A version brings its own weights and tokenizer.
+@timed
+def download(config: SourceConfig) -> Sources:
+    """Find or fetch the data set and the weights, and verify them.
 
     Raises:
         HubError: the hub cannot be reached and nothing is cached.
@@ -52,14 +69,15 @@ def download(
     """
     settings = Settings.load()
     log = get_run_logger()
-    uri = starting_uri(settings.tracking_uri, start_from, normalize_size(model_size))
-    if start_from != "base" and not uri:
+    size = normalize_size(config.model_size)
+    uri = starting_uri(settings.tracking_uri, config.start_from, size)
+    if config.start_from != "base" and not uri:
         log.info("there is no champion yet: starting from the base")
     if uri:
-        weights = registered_weights(settings, uri, normalize_size(model_size), tokenizer_dir, log.info)
+        weights = registered_weights(settings, uri, size, config.tokenizer_dir, log.info)
     else:
-        weights = _weights(settings, normalize_size(model_size), weights_dir, tokenizer_dir)
-    sources = Sources(_dataset(settings, dataset, dataset_revision), weights)
+        weights = _weights(settings, size, config.weights_dir, config.tokenizer_dir)
+    sources = Sources(_dataset(settings, config.dataset, config.dataset_revision), weights)
     log.info("data set %s, %s", sources.dataset.source, sources.dataset.revision or "local")
     log.info("weights %s, %s", sources.weights.source, sources.weights.revision or "local")
     return sources

@@ -11,12 +11,25 @@ from prefect.cache_policies import NO_CACHE
 from model.files import sha256_json
 from model.net.config import normalize_size
 from model.net.loading import check_pretrained, check_size
+from ops.tracking.stopwatch import timed
 from tasks.references import ModelRef, WeightsRef
 
 
 @task(name="load_weights", cache_policy=NO_CACHE)
+@timed
 def load_weights(weights: WeightsRef, model_size: str) -> ModelRef:
     """Check the base against its config and the size asked for, from the files' headers.
+
+    Raises:
+        FileNotFoundError, ValueError: as check_weights.
+    """
+    model = check_weights(weights, model_size)
+    get_run_logger().info("%s: every key and shape fits a %s GPT-2", model.directory, model_size)
+    return model
+
+
+def check_weights(weights: WeightsRef, model_size: str) -> ModelRef:
+    """A reference to a base whose every key and shape fits its config and the size.
 
     Raises:
         FileNotFoundError: config.json or model.safetensors is missing.
@@ -25,7 +38,6 @@ def load_weights(weights: WeightsRef, model_size: str) -> ModelRef:
     directory = Path(weights.directory)
     config = check_pretrained(directory)
     check_size(config, model_size, directory)
-    get_run_logger().info("%s: every key and shape fits a %s GPT-2", directory, model_size)
     return ModelRef(
         model_size=normalize_size(model_size),
         directory=weights.directory,

@@ -14,6 +14,8 @@ from model.files import sha256_file, sha256_json
 from model.net.config import GPTConfig
 from model.net.loading import CONFIG_FILE, load_tokenizer
 from ops.settings import Settings
+from ops.tracking.runs import RunRef, log_data, log_metrics, set_tags
+from ops.tracking.stopwatch import timed
 from tasks.references import Sources, TokensRef
 
 _CODE_VERSION = 2  # to be raised when the same inputs would give other token files
@@ -28,8 +30,22 @@ _TOKENIZER_FILES = (
 
 
 @task(name="prepare", cache_policy=NO_CACHE)
-def prepare(sources: Sources, config: PrepareConfig) -> TokensRef:
-    """Turn rows into token files, or find those of an earlier run and verify them.
+@timed
+def prepare(run: RunRef, sources: Sources, config: PrepareConfig) -> TokensRef:
+    """Turn rows into token files, or find those of an earlier run; log what they hold.
+
+    Raises:
+        ValueError: as find_or_write_tokens.
+    """
+    tokens = find_or_write_tokens(sources, config)
+    set_tags(run, {"data_sha256": tokens.data_sha256})
+    log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
+    log_metrics(run, _data_metrics(tokens), step=0)
+    return tokens
+
+
+def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
+    """Turn rows into token files; those of an earlier run with equal inputs are verified and used again.
 
     Raises:
         ValueError: too many unusable rows, an empty split, or max_length beyond the model's context.
@@ -39,10 +55,24 @@ def prepare(sources: Sources, config: PrepareConfig) -> TokensRef:
     shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE)
     if config.max_length > shape.n_positions:
         raise ValueError(f"max_length {config.max_length} is beyond the model's context of {shape.n_positions}")
-    tokenizer_files = [Path(weights.tokenizer_directory) / name for name in _TOKENIZER_FILES]
-    splits = {split: [Path(file.path) for file in files] for split, files in sources.dataset.splits.items()}
+    key = _tokens_key(sources, config)
+    directory = Settings.load().tokens / key
+    meta = verify_tokens(directory)
+    if meta:
+        log.info("tokens of an earlier run are used: %s", directory)
+    else:
+        tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
+        meta = write_tokens(sources.dataset.paths, tokenizer, config, directory)
+    counts = meta["counts"]
+    log.info("rows %s, tokens %s, dropped %s", counts["rows"], counts["tokens"], counts["dropped"] or "none")
+    return TokensRef(str(directory), key, meta["data_sha256"], counts)
+
+
+def _tokens_key(sources: Sources, config: PrepareConfig) -> str:
+    """A sha256 over all that determines token files: code, settings, rows and tokenizer."""
     chosen = sha256_file(Path(config.subset_keys)) if config.subset_keys else None  # its content, wherever it lies
-    key = sha256_json(
+    tokenizer_files = [Path(sources.weights.tokenizer_directory) / name for name in _TOKENIZER_FILES]
+    return sha256_json(
         {
             "code": _CODE_VERSION,
             "config": {**asdict(config), "subset_keys": chosen},
@@ -50,13 +80,13 @@ def prepare(sources: Sources, config: PrepareConfig) -> TokensRef:
             "tokenizer": {path.name: sha256_file(path) for path in tokenizer_files if path.exists()},
         }
     )
-    directory = Settings.load().tokens / key
-    meta = verify_tokens(directory)
-    if meta:
-        log.info("tokens of an earlier run are used: %s", directory)
-    else:
-        tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
-        meta = write_tokens(splits, tokenizer, config, directory)
-    counts = meta["counts"]
-    log.info("rows %s, tokens %s, dropped %s", counts["rows"], counts["tokens"], counts["dropped"] or "none")
-    return TokensRef(str(directory), key, meta["data_sha256"], counts)
+
+
+def _data_metrics(tokens: TokensRef) -> dict[str, float]:
+    """Rows kept, cut and dropped by reason, under the names MLflow shows."""
+    counts = tokens.counts
+    metrics = {f"data/{split}_rows": rows for split, rows in counts["rows"].items()}
+    metrics["data/train_tokens"] = counts["tokens"]["train"]
+    metrics["data/truncated_share"] = counts["truncated"] / sum(counts["rows"].values())
+    metrics["data/dropped_rows"] = sum(counts["dropped"].values())
+    return metrics | {f"data/dropped/{reason}": count for reason, count in counts["dropped"].items()}

@@ -9,27 +9,25 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.data.tokens import CodeAlpacaDataset
-from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.scoring import row_losses
 from model.files import write_json
 from model.net.device import resolve_device, resolve_precision
-from model.net.freezing import FreezePlan
 from model.net.prompt import encode_examples
 from ops.settings import Settings
 from ops.tracking.promotion import Verdict, announce, judge, settle
 from ops.tracking.registry import champion, find_version, version_uri
 from ops.tracking.runs import RunRef, client
+from ops.tracking.stopwatch import timed
 from tasks.download import registered_weights
 from tasks.frozen import load_frozen
-from tasks.load_weights import load_weights
-from tasks.references import CheckpointRef, EvaluationRef, ModelRef, RivalRef, TokensRef
+from tasks.load_weights import check_weights
+from tasks.references import CheckpointRef, EvaluationRef, RivalRef, TrainingRef
 
 
 @task(name="score_champion", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
-def score_champion(
-    tokens: TokensRef, model: ModelRef, plan: FreezePlan, checkpoint: CheckpointRef, config: TrainConfig, device: str
-) -> RivalRef:
+@timed
+def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str) -> RivalRef:
     """Find what the new version is to be compared with, and score it unless the evaluation has.
 
     The caller holds the device. A champion that cannot be had or compared is no failure: the training is done, and
@@ -37,19 +35,20 @@ def score_champion(
     """
     log = get_run_logger()
     settings = Settings.load()
-    version = champion(settings, model.model_size)
+    version = champion(settings, training.model.model_size)
     if version is None:
-        return RivalRef(f"{model.source}, for want of a champion", None)
+        return RivalRef(f"{training.model.source}, for want of a champion", None)
     uri = version_uri(version)
     rival = RivalRef(f"the champion {uri}", str(version.version))
-    if model.source == uri:
+    if training.model.source == uri:
         return rival
     place = resolve_device(device)
-    dtype = resolve_precision(config.precision, place)
-    test = CodeAlpacaDataset(Path(tokens.directory), "test", limit=config.eval_rows)
+    dtype = resolve_precision(training.config.precision, place)
+    test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=training.config.eval_rows)
     try:
-        weights = registered_weights(settings, uri, model.model_size, None, log.info)
-        network, tokenizer = load_frozen(load_weights.fn(weights, model.model_size), plan, place, dtype)
+        weights = registered_weights(settings, uri, training.model.model_size, None, log.info)
+        champion_model = check_weights(weights, training.model.model_size)
+        network, tokenizer = load_frozen(champion_model, training.plan, place, dtype)
     except (OSError, ValueError, RuntimeError) as error:
         return RivalRef(rival.name, rival.champion, trouble=str(error))
     examples = encode_examples(
@@ -69,6 +68,7 @@ def score_champion(
 
 
 @task(name="promote", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE)
+@timed
 def promote(run: RunRef, uri: str, evaluation: EvaluationRef, rival: RivalRef, margin: float, seed: int) -> Verdict:
     """Make a new version champion if it is surely better than its rival, else challenger, and tell people.
 

@@ -6,7 +6,11 @@ Prefect hashes and may store every argument and result, so these stay small and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from model.engine.config import TrainConfig
+from model.net.freezing import FreezePlan
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class DatasetRef:
     source: str
     revision: str | None
     splits: dict[str, list[FileRef]]
+
+    @property
+    def paths(self) -> dict[str, list[Path]]:
+        """The files alone, by split."""
+        return {split: [Path(file.path) for file in files] for split, files in self.splits.items()}
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,26 @@ class ModelRef:
     source: str
     sha256: str
     config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingRef:
+    """A training that is about to begin: all that determines it, and where it lies.
+
+    Attributes:
+        tokens, model, plan, config: the rows, the base, the parameters that train, the hyper-parameters.
+        determinants: what the identity is made of, as JSON.
+        identity: sha256 over the determinants; a checkpoint is resumed by a training of the same identity only.
+        directory: of its checkpoints and its journal.
+    """
+
+    tokens: TokensRef
+    model: ModelRef
+    plan: FreezePlan
+    config: TrainConfig
+    determinants: dict[str, Any]
+    identity: str
+    directory: str
 
 
 @dataclass(frozen=True)

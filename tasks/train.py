@@ -25,8 +25,9 @@ from model.net.freezing import FreezePlan
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
 from ops.tracking.runs import JournalShipper, RunRef, log_metrics
+from ops.tracking.stopwatch import timed
 from tasks.frozen import load_frozen
-from tasks.references import CheckpointRef, ModelRef, TokensRef
+from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
@@ -35,8 +36,8 @@ _CODE_VERSION = 3  # to be raised when the same inputs would train another model
 _LOG_SECONDS = 10.0
 
 
-def _may_help_to_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
-    """A wrong setting, a diverged training or too small a GPU fails the same way again."""
+def _is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether a second try may succeed: a wrong setting, a diverged training or too small a GPU fails again."""
     try:
         state.result(raise_on_failure=True)
     except (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError):
@@ -46,16 +47,16 @@ def _may_help_to_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     return False
 
 
-def training_identity(tokens: TokensRef, model: ModelRef, plan: FreezePlan, config: TrainConfig, device: str) -> str:
-    """A sha256 over all that determines a training; a checkpoint is resumed by an equal one only."""
-    return sha256_json(_determinants(tokens, model, plan, config, device))
-
-
-def _determinants(
+def identify_training(
     tokens: TokensRef, model: ModelRef, plan: FreezePlan, config: TrainConfig, device: str
-) -> dict[str, Any]:
+) -> TrainingRef:
+    """Put together all that determines a training, and hash it.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N; GPUs of one machine count as the same.
+    """
     place = resolve_device(device)
-    return {
+    determinants = {
         "code": _CODE_VERSION,
         "tokens": tokens.key,
         "base": model.sha256,
@@ -64,6 +65,9 @@ def _determinants(
         "device": place.type,
         "dtype": str(resolve_precision(config.precision, place)),
     }
+    identity = sha256_json(determinants)
+    directory = Settings.load().trainings / identity
+    return TrainingRef(tokens, model, plan, config, determinants, identity, str(directory))
 
 
 @task(
@@ -71,18 +75,11 @@ def _determinants(
     tags=["gpu"],
     retries=1,
     retry_delay_seconds=10,
-    retry_condition_fn=_may_help_to_retry,
+    retry_condition_fn=_is_worth_a_retry,
     cache_policy=NO_CACHE,
 )
-def train(
-    tokens: TokensRef,
-    model: ModelRef,
-    plan: FreezePlan,
-    config: TrainConfig,
-    device: str,
-    run: RunRef,
-    trunk_cache_gb: float,
-) -> CheckpointRef:
+@timed
+def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float) -> CheckpointRef:
     """Train, resuming a training of the same data, base, freeze and settings that was cut short.
 
     A cancellation or SIGTERM ends it between two steps, with a checkpoint of the last one.
@@ -95,14 +92,12 @@ def train(
     """
     log = get_run_logger()
     place = resolve_device(device)
-    dtype = resolve_precision(config.precision, place)
-    determinants = _determinants(tokens, model, plan, config, device)
-    identity = sha256_json(determinants)
-    settings = Settings.load()
-    directory = settings.trainings / identity
-    # For whoever finds the directory: whose checkpoints these are, the base's sha256 among it.
-    write_json(directory / "training.json", determinants)
-    network, _ = load_frozen(model, plan, place, dtype)
+    directory = Path(training.directory)
+    # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
+    write_json(directory / "training.json", training.determinants)
+    network, _ = load_frozen(
+        training.model, training.plan, place, resolve_precision(training.config.precision, place)
+    )
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     progress = _Progress(log)
 
@@ -110,25 +105,26 @@ def train(
         progress.show(report)
         shipper.maybe_ship()
 
-    cache = TrunkCacheConfig(settings.trunk_outputs, int(trunk_cache_gb * 1e9))
-
-    def training(should_stop: Callable[[], bool]) -> TrainResult:
+    def work(should_stop: Callable[[], bool]) -> TrainResult:
         return run_training(
-            network, Path(tokens.directory), config, directory, identity, on_step, log.warning, cache, should_stop
+            network,
+            Path(training.tokens.directory),
+            training.config,
+            directory,
+            training.identity,
+            on_step=on_step,
+            warn=log.warning,
+            cache=TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9)),
+            should_stop=should_stop,
         )
 
-    result = run_stoppable(training)
+    result = run_stoppable(work)
     shipper.ship()
     log.info(result.trunk)
-    measured = {
-        "train/first_step_seconds": result.first_step_seconds,
-        "train/peak_memory_gib": result.peak_memory_bytes / 2**30,
-        "train/trunk_hit_share": result.trunk_hit_share,
-    }
-    log_metrics(run, {name: value for name, value in measured.items() if math.isfinite(value)}, step=0)
     if result.resumed_from:
         log.info("this training was taken over at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
+    _log_result(run, result)
     return CheckpointRef(
         directory=str(directory),
         best=str(result.best),
@@ -142,8 +138,18 @@ def train(
     )
 
 
+def _log_result(run: RunRef, result: TrainResult) -> None:
+    """Log what is known at the end only; a training that was complete already has no first step."""
+    measured = {
+        "train/first_step_seconds": result.first_step_seconds,
+        "train/peak_memory_gib": result.peak_memory_bytes / 2**30,
+        "train/trunk_hit_share": result.trunk_hit_share,
+    }
+    log_metrics(run, {name: value for name, value in measured.items() if math.isfinite(value)}, step=0)
+
+
 class _Progress:
-    """Throttled log lines and Prefect's progress bar; trouble with either never stops the training."""
+    """Log lines and Prefect's progress bar, one at most every ten seconds; errors in them never stop the training."""
 
     def __init__(self, log: Any):
         self.log = log

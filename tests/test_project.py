@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import os
 import re
 import subprocess
@@ -154,15 +153,30 @@ def test_deployments_fit_the_flow() -> None:
     assert schedule["timezone"] == "UTC"
 
 
-def test_the_readme_lists_every_parameter() -> None:
-    """The README's table and the flow's signature name the same parameters with the same defaults."""
-    from flows.finetune import finetune
+def test_the_readme_shows_the_table_of_parameters() -> None:
+    """The table is the one that is made from the declarations; ``make parameters`` writes it anew."""
+    from flows.job import parameter_table
 
-    text = (ROOT / "README.md").read_text()
-    table = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", text, flags=re.MULTILINE))
-    signature = inspect.signature(finetune.fn).parameters
-    shown = {name: "null" if p.default is None else str(p.default) for name, p in signature.items()}
-    assert table == shown
+    assert parameter_table() in (ROOT / "README.md").read_text()
+
+
+def test_the_server_is_told_every_parameter() -> None:
+    """Prefect's schema of the flow has each parameter's name, default, bounds and meaning."""
+    from flows.finetune import finetune
+    from flows.job import Job, parameters
+
+    schema = finetune.parameters.properties
+    assert list(schema) == [parameter.name for parameter in parameters()]
+    for parameter in parameters():
+        assert schema[parameter.name]["default"] == parameter.default
+        assert schema[parameter.name]["description"] == parameter.meaning
+        assert parameter.meaning.endswith(".")
+    assert schema["dropout"] | {"minimum": 0, "exclusiveMaximum": 1} == schema["dropout"]
+    assert Job.from_parameters({}).flat() == {parameter.name: parameter.default for parameter in parameters()}
+    changed = {"seed": 7, "batch_size": 5, "sample_rows": 3, "trunk_cache_gb": 1.0, "num_unfrozen_layers": 2}
+    job = Job.from_parameters(changed)
+    assert {name: job.flat()[name] for name in changed} == changed
+    assert job.train.seed == job.prepare.seed == job.sampling.seed == 7
 
 
 def test_make_targets_of_the_readme_exist() -> None:

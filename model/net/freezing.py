@@ -23,14 +23,16 @@ class FreezeConfig(Parameters):
     train_head: bool = False
     """Also train an untied copy of the output head; with freeze_layers=false the tied head trains anyway."""
 
-    def check(self, blocks: int) -> None:
-        """Refuse more blocks than a model has.
+    def check(self, blocks: int, model: str = "the model") -> None:
+        """Refuse more blocks than a model has; without freeze_layers the number is ignored.
 
         Raises:
-            ValueError: num_unfrozen_layers is not between 0 and ``blocks``; ignored without freeze_layers.
+            ValueError: num_unfrozen_layers is not between 0 and ``blocks``.
         """
         if self.freeze_layers and not 0 <= self.num_unfrozen_layers <= blocks:
-            raise ValueError(f"num_unfrozen_layers {self.num_unfrozen_layers} is not between 0 and {blocks}")
+            raise ValueError(
+                f"num_unfrozen_layers {self.num_unfrozen_layers} is not between 0 and {blocks}, the blocks of {model}"
+            )
 
 
 @dataclass(frozen=True)

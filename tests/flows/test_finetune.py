@@ -213,7 +213,7 @@ def test_too_many_layers_are_refused_before_anything_is_fetched(
     """A size's number of blocks is known; weights of gigabytes need not come first."""
     from flows.finetune import finetune
 
-    with pytest.raises(ValueError, match="num_unfrozen_layers 7 is beyond the 6 blocks of tiny"):
+    with pytest.raises(ValueError, match="num_unfrozen_layers 7 is not between 0 and 6, the blocks of tiny"):
         finetune(**{**tiny, "num_unfrozen_layers": 7, "dataset": "missing.jsonl"})
     assert not (data_root / "mlflow").exists()
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import RUN, complaint, main
+from flows.__main__ import complaint, main
+from flows.local import RUN
 from ops.machine.marked import end, marked
 from ops.machine.process import mark_process
 

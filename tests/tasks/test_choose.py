@@ -18,7 +18,7 @@ from ops.settings import Settings
 from ops.tracking.ledger import record_night
 from ops.tracking.runs import tracked_run
 from tasks.choose import choose
-from tasks.download import download
+from tasks.download import SourceConfig, download
 from tasks.references import Sources, SubsetRef
 
 CONFIG = PrepareConfig(max_length=128, validation_share=0.1)
@@ -33,7 +33,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sources:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join((tmp_path / "train.jsonl").read_text().splitlines()[:80]) + "\n")
     with disable_run_logger():
-        return download.fn(str(rows), None, "tiny", None, None)
+        return download.fn(SourceConfig("tiny", str(rows)))
 
 
 def _choose(sources: Sources, config: PrepareConfig = CONFIG, count: int | None = None) -> SubsetRef | None:

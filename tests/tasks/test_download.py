@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prefect.logging import disable_run_logger
 
-from tasks.download import download
+from tasks.download import SourceConfig, download
 from tasks.references import Sources
 
 
@@ -28,7 +28,7 @@ def _download(**changes: Any) -> Sources:
         "tokenizer_dir": None,
     }
     with disable_run_logger():
-        return download.fn(**{**given, **changes})
+        return download.fn(SourceConfig(**{**given, **changes}))
 
 
 def test_demo_is_made_once() -> None:

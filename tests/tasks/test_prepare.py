@@ -11,8 +11,8 @@ from prefect.logging import disable_run_logger
 
 from model.data.tokens import PrepareConfig, training_keys
 from model.net.loading import load_tokenizer
-from tasks.download import download
-from tasks.prepare import prepare
+from tasks.download import SourceConfig, download
+from tasks.prepare import find_or_write_tokens
 from tasks.references import Sources, TokensRef
 
 CONFIG = PrepareConfig(max_length=80, validation_share=0.2)
@@ -23,12 +23,12 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_dir: Path, gpt
     """A tiny model and 60 rows."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
     with disable_run_logger():
-        return download.fn(str(data_dir), None, "tiny", str(gpt2_dir), None)
+        return download.fn(SourceConfig("tiny", str(data_dir), weights_dir=str(gpt2_dir)))
 
 
 def _prepare(sources: Sources, config: PrepareConfig = CONFIG) -> TokensRef:
     with disable_run_logger():
-        return prepare.fn(sources, config)
+        return find_or_write_tokens(sources, config)
 
 
 def test_equal_inputs_are_tokenised_once(sources: Sources) -> None:
@@ -58,7 +58,7 @@ def test_a_subset_is_known_by_its_keys(sources: Sources, tmp_path: Path) -> None
     """Not by the path of the file that holds them: the same rows are not tokenised again, other rows are."""
     whole = _prepare(sources)
     train, _ = training_keys(
-        {split: [Path(file.path) for file in files] for split, files in sources.dataset.splits.items()},
+        sources.dataset.paths,
         load_tokenizer(sources.weights.tokenizer_directory, 320),
         CONFIG,
     )

@@ -20,11 +20,12 @@ from model.net.freezing import FreezeConfig, plan_freeze
 from model.net.gpt import GPTModel
 from ops.settings import Settings
 from ops.tracking.runs import client, log_model, tracked_run
-from tasks.download import download
-from tasks.load_weights import load_weights
-from tasks.prepare import prepare
+from tasks.download import SourceConfig, download
+from tasks.load_weights import check_weights
+from tasks.prepare import find_or_write_tokens
 from tasks.promote import promote, score_champion
 from tasks.references import CheckpointRef, EvaluationRef, RivalRef, Sources
+from tasks.train import identify_training
 
 NAME = "gpt2-code-tiny"
 
@@ -96,7 +97,7 @@ def _download(data: Path, **changes: Any) -> Sources:
         "start_from": "champion",
     }
     with disable_run_logger():
-        return download.fn(**{**given, **changes})
+        return download.fn(SourceConfig(**{**given, **changes}))
 
 
 def _score(data: Path, start_from: str = "base") -> tuple[RivalRef, Any]:
@@ -104,11 +105,12 @@ def _score(data: Path, start_from: str = "base") -> tuple[RivalRef, Any]:
     config = PrepareConfig(max_length=128, validation_share=0.1)
     with disable_run_logger():
         sources = _download(data, start_from=start_from)
-        tokens = prepare.fn(sources, config)
-        model = load_weights.fn(sources.weights, "tiny")
+        tokens = find_or_write_tokens(sources, config)
+        model = check_weights(sources.weights, "tiny")
         checkpoint = CheckpointRef(str(data.with_name("training")), "", 0, 0.0, 0.0, 0, 0, 2_048, "")
         plan = plan_freeze(GPTConfig(**model.config), FreezeConfig(num_unfrozen_layers=2))
-        rival = score_champion.fn(tokens, model, plan, checkpoint, TrainConfig(precision="fp32"), "cpu")
+        training = identify_training(tokens, model, plan, TrainConfig(precision="fp32"), "cpu")
+        rival = score_champion.fn(training, checkpoint, "cpu")
     return rival, json.loads(Path(rival.rows).read_text()) if rival.rows else None
 
 

@@ -1,16 +1,14 @@
-"""Base and tuned model side by side."""
+"""Completions of prompts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from model import GPTModel, generate
-from model.data.tokens import CodeAlpacaDataset
-from model.evaluation.completions import SamplingConfig, complete, row_table, sample_table
+from model.evaluation.completions import SamplingConfig, complete
 from model.net.prompt import encode_prompts
 
 PROMPTS = ["Write a function.", "Add 3 to a price, please.", "x"]
@@ -19,7 +17,7 @@ PROMPTS = ["Write a function.", "Add 3 to a price, please.", "x"]
 def test_completions_start_where_training_did(gpt2_dir: Path, tokenizer: Any) -> None:
     """axolotl#834: the prompt is rendered as in training, and answered in the order asked, whatever the batches."""
     model = GPTModel.from_pretrained(gpt2_dir)
-    config = SamplingConfig(max_new_tokens=12, temperature=0.0, batch_size=2)
+    config = SamplingConfig(max_new_tokens=12, temperature=0.0, prompts_at_once=2)
     want = generate(model, encode_prompts(tokenizer, PROMPTS), 12, tokenizer.eos_token_id, temperature=0.0)
     got = complete(model, tokenizer, PROMPTS, config)
     assert [text for text, _ in got] == [
@@ -46,28 +44,7 @@ def test_stop_is_told_from_the_cut(
 def test_same_seed_same_completions(gpt2_dir: Path, tokenizer: Any) -> None:
     """Base and tuned model draw with the same numbers; batches do not repeat each other's."""
     model = GPTModel.from_pretrained(gpt2_dir)
-    config = SamplingConfig(max_new_tokens=16, temperature=1.0, top_k=None, top_p=None, batch_size=1)
+    config = SamplingConfig(max_new_tokens=16, temperature=1.0, top_k=None, top_p=None, prompts_at_once=1)
     first = complete(model, tokenizer, ["same"] * 3, config)
     assert complete(model, tokenizer, ["same"] * 3, config) == first
     assert len(set(first)) == 3
-
-
-def test_row_table_is_per_token(token_dir: Path) -> None:
-    """Nats per response token, beside the row's number in the source."""
-    dataset = CodeAlpacaDataset(token_dir, "test", limit=2)
-    counts = np.array([10, 4])
-    table = row_table(dataset, (np.array([50.0, 8.0]), counts), (np.array([20.0, 4.0]), counts))
-    assert [(row["base_loss"], row["loss"], row["tokens"]) for row in table] == [(5.0, 2.0, 10), (2.0, 1.0, 4)]
-    assert [row["prompt"] for row in table] == [row["prompt"] for row in dataset.rows]
-    assert [row["row"] for row in table] == [row["row"] for row in dataset.rows]
-
-
-def test_sample_table_puts_them_side_by_side() -> None:
-    """Reference, base and tuned, not exchanged."""
-    rows = [{"row": 4, "prompt": "p", "completion": "c"}]
-    assert sample_table(rows, [("b", False)], [("t", True)]) == [
-        {
-            "row": 4, "prompt": "p", "reference": "c",
-            "base": "b", "base_stopped": False, "tuned": "t", "tuned_stopped": True,
-        }
-    ]  # fmt: skip

@@ -9,10 +9,12 @@ import pytest
 
 from model import GPTModel
 from model.demo import EMBEDDED_BASE
+from model.engine.config import TrainConfig
 from model.net.freezing import FreezeConfig, plan_freeze
+from model.net.prompt import format_prompt
 from ops.hub import DEFAULT_DATASET
-from tasks.publish import _model_card
-from tasks.references import DatasetRef, ModelRef, Sources, WeightsRef
+from tasks.cards import model_card
+from tasks.references import DatasetRef, ModelRef, Sources, TokensRef, TrainingRef, WeightsRef
 
 WEIGHTS, ROWS = (
     "OpenAI's GPT-2 weights are under a modified MIT licence",
@@ -25,7 +27,9 @@ def _card(directory: Path, source: str, dataset: str) -> str:
     weights = WeightsRef(source, None, str(directory), {}, str(directory))
     model = ModelRef("tiny", str(directory), str(directory), source, "0" * 64, asdict(network.config))
     plan = plan_freeze(network.config, FreezeConfig(num_unfrozen_layers=2))
-    return _model_card(network, plan, model, Sources(DatasetRef(dataset, None, {}), weights), {"test/loss": 1.0})
+    training = TrainingRef(TokensRef("", "", "", {}), model, plan, TrainConfig(), {}, "", "")
+    metrics = {"base/test_loss": 2.5, "test/loss": 1.25}
+    return model_card(Sources(DatasetRef(dataset, None, {}), weights), training, metrics)
 
 
 @pytest.mark.parametrize("dataset", ["rows.jsonl", DEFAULT_DATASET])
@@ -44,3 +48,12 @@ def test_a_local_directorys_card_is_not_believed(tmp_path: Path) -> None:
     card = _card(tmp_path, str(tmp_path), "rows.jsonl")
     assert WEIGHTS not in card
     assert ROWS not in card
+
+
+def test_the_card_shows_the_prompt_format_and_the_scores(tmp_path: Path) -> None:
+    """The prompt is the renderer's own, and the scores are those of the scoreboard that were computed."""
+    card = _card(tmp_path, "embedded", "rows.jsonl")
+    lines = "\n".join(line.removeprefix("    ") for line in card.splitlines())
+    assert format_prompt({"prompt": "<the request>"}).rstrip() in lines
+    assert "| test loss | 2.5000 | 1.2500 | nats per token |" in card
+    assert "pass rate" not in card

@@ -1,0 +1,142 @@
+"""The flow's parameters: a job in groups, the flow's signature made from it, and the README's table.
+
+``python -m flows.job README.md`` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar, get_type_hints
+
+from pydantic import Field
+
+from flows.nightly import NightConfig
+from model.data.tokens import PrepareConfig
+from model.engine.config import TrainConfig
+from model.evaluation.completions import SamplingConfig
+from model.net.config import PRESETS
+from model.net.device import resolve_device
+from model.net.freezing import FreezeConfig
+from model.parameters import NonNegative, Parameter, Parameters
+from tasks.download import SourceConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+_TABLE = re.compile(r"^\| parameter \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class HardwareConfig(Parameters):
+    """What a run may use of its machine."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    trunk_cache_gb: NonNegative = 32.0
+    """GB of the frozen blocks' outputs to keep at most; a matter of speed only, 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a flow run is to do. Each field is a group of the flow's parameters."""
+
+    sources: SourceConfig
+    prepare: PrepareConfig
+    night: NightConfig
+    freeze: FreezeConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    hardware: HardwareConfig
+
+    @classmethod
+    def from_parameters(cls, values: Mapping[str, Any]) -> Self:
+        """Sort the flow's parameters into their groups, by name.
+
+        Raises:
+            ValueError: they contradict each other, or this machine.
+        """
+        groups: dict[str, Any] = {name: group.take(values) for name, group in _groups().items()}
+        job = cls(**groups)
+        job.check()
+        return job
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is fetched.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        resolve_device(self.hardware.device)
+        if self.night.subset and self.prepare.subset_start:
+            raise ValueError(
+                f"subset_start {self.prepare.subset_start} selects rows by position, and subset={self.night.subset} "
+                "by content: leave one out"
+            )
+        self.freeze.check(PRESETS[self.sources.model_size].n_layer, self.sources.model_size)
+
+    def flat(self) -> dict[str, Any]:
+        """The value of each parameter, by name."""
+        groups = [getattr(self, each.name) for each in fields(self)]
+        return {parameter.name: getattr(group, parameter.name) for group in groups for parameter in group.declared()}
+
+
+def _groups() -> dict[str, type[Parameters]]:
+    return get_type_hints(Job)
+
+
+@cache
+def parameters() -> tuple[Parameter, ...]:
+    """All parameters of the flow, group by group; one that several groups have stands once."""
+    found: dict[str, Parameter] = {}
+    for group in _groups().values():
+        for parameter in group.declared():
+            if found.setdefault(parameter.name, parameter) != parameter:
+                raise TypeError(f"{group.__name__} declares {parameter.name} unlike another group")
+    # A parameter of several groups, the seed, comes last: it belongs to none of them.
+    names = Counter(parameter.name for group in _groups().values() for parameter in group.declared())
+    return tuple(sorted(found.values(), key=lambda parameter: names[parameter.name] > 1))
+
+
+def with_parameters(function: F) -> F:
+    """Give a function of ``**parameters`` the job's parameters as its signature and its docstring.
+
+    Prefect reads both: the signature for checks, the docstring for the descriptions on its server.
+    """
+    declared = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.annotation)
+        for each in parameters()
+    ]
+    function.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+    meanings = "".join(f"    {each.name}: {each.meaning}\n" for each in parameters())
+    function.__doc__ = f"{function.__doc__}\n\nArgs:\n{meanings}"
+    return function
+
+
+def parameter_table() -> str:
+    """The parameters as a Markdown table: name, default, meaning."""
+    lines = ["| parameter | default | meaning |", "|---|---|---|"]
+    for each in parameters():
+        default = "null" if each.default is None else each.default
+        lines.append(f"| `{each.name}` | `{default}` | {each.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(page: Path) -> None:
+    """Replace the table of parameters in a Markdown page.
+
+    Raises:
+        ValueError: the page has no such table.
+    """
+    text, count = _TABLE.subn(lambda match: parameter_table(), page.read_text())
+    if count != 1:
+        raise ValueError(f"{page} has {count} tables that begin with '| parameter |', one is needed")
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    write_table(Path(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""A flow run without servers: Prefect's temporary server and MLflow on sqlite, both in the data root."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from ops.machine.lock import exclusive
+from ops.machine.marked import end, left_behind
+from ops.machine.process import mark_process
+from ops.settings import Settings
+
+RUN = "FINETUNE_RUN"  # of which run a process is, for the next one if that is killed
+_SERVERS = (
+    "PREFECT_API_URL",
+    "PREFECT_API_KEY",
+    "PREFECT_API_AUTH_STRING",
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    "PREFECT_PROFILE",
+    "MLFLOW_TRACKING_URI",
+)
+
+
+def embed(settings: Settings) -> None:
+    """Point this process at Prefect's ephemeral server and at MLflow on sqlite, both in the data root.
+
+    Whatever servers the user's environment names are left out on purpose: this run needs none.
+    """
+    for name in _SERVERS:
+        os.environ.pop(name, None)
+    home = settings.data_root / "prefect"
+    home.mkdir(parents=True, exist_ok=True)  # the server does not make it, and then cannot open its database
+    os.environ.update(
+        PREFECT_HOME=str(home),
+        PREFECT_PROFILES_PATH=str(home / "profiles.toml"),
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="true",
+        # A fresh database takes 23 s on two cores; the default limit is 20.
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    )
+
+
+def start(settings: Settings) -> None:
+    """Start Prefect's ephemeral server, and meanwhile load what the flow will need: the server takes seconds too.
+
+    One process at a time: neither Prefect nor MLflow survives that another makes the same sqlite database meanwhile.
+    """
+    # The collector takes a quarter of the time of imports, and more at the process's end, for what stays anyway.
+    gc.disable()
+    import prefect.server.api.server as prefect_server  # here, as two threads must not import parts of one package
+    from prefect.client.orchestration import get_client
+
+    # Out of the terminal's reach: a server that Ctrl-C ends too cannot be told how the run ended, and is asked for
+    # two minutes.
+    apart = partial(subprocess.Popen, start_new_session=True)
+    prefect_server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": apart})  # type: ignore[assignment, attr-defined]
+    server: Future[Any] = Future()
+
+    def start_server() -> None:
+        try:
+            server.set_result(get_client(sync_client=True))
+        except BaseException as error:
+            server.set_exception(error)
+
+    with exclusive(settings.locks, "databases", "make run", print):
+        for orphan in end(lambda: left_behind(RUN), 5):
+            print(f"ended what a killed run had left: {orphan}")
+        os.environ[RUN] = mark_process().to_json()
+        threading.Thread(target=start_server, daemon=True).start()  # no exit waits for it
+        import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
+        from transformers import AutoTokenizer  # noqa: F401
+
+        import flows.finetune  # noqa: F401
+        from ops.tracking.runs import client
+
+        client(settings.tracking_uri).search_experiments(max_results=1)  # makes a fresh database
+        server.result()
+    gc.freeze()
+    gc.enable()
+
+
+def end_in_order() -> None:
+    """Have SIGTERM, and a terminal that is closed, run what is to be done at exit: the temporary server ends then.
+
+    In a flow run Prefect's handler comes first, and hands on to this one when the run is closed.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
