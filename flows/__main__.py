@@ -10,15 +10,18 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from flows.local import embed, end_in_order, start
-from ops.settings import PROJECT_ROOT, Settings
+from ops.settings import Settings
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
+
+DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")  # a link to the checkout's, so that a wheel has it too
 
 
 class UsageError(Exception):
@@ -31,7 +34,7 @@ def read_parameters(deployment: str) -> dict[str, Any]:
     Raises:
         UsageError: there is no deployment of that name.
     """
-    deployments = yaml.safe_load((PROJECT_ROOT / "prefect.yaml").read_text())["deployments"]
+    deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
     parameters = {d["name"]: d["parameters"] for d in deployments}
     if deployment not in parameters:
         raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
