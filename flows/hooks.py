@@ -1,7 +1,7 @@
-"""What Prefect calls when a flow run ends badly: MLflow's status follows, and people are told.
+"""Hooks that Prefect calls when a flow run ends badly: they close its MLflow run and send a notice.
 
-The flow closes its own MLflow run; these are for when it could not. After kill -9 Prefect's worker calls them, in a
-process of its own. Prefect passes the arguments by these names.
+The flow closes its own MLflow run. These hooks are for the cases in which it could not. After kill -9 Prefect's
+worker calls them, in a process of its own. Prefect passes the arguments by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ops.recovery.reaper import REASON_TAG, close_run, is_retried, runs_of
 from ops.settings import Settings
 from ops.tracking.runs import RunRef
 
-_MLFLOW_SECONDS = 10.0  # then the reaper does it
+_MLFLOW_SECONDS = 10.0  # after that the reaper closes the run
 _MESSAGE = 500  # characters
 
 
@@ -29,12 +29,12 @@ def after_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
 
 
 def after_crash(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A signal or a dead process: KILLED, and a notice."""
+    """A signal, or a process that died: KILLED, and a notice."""
     _end(flow, flow_run, state, "KILLED", "crashed")
 
 
 def after_cancellation(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """Somebody wanted it so: KILLED, and no notice."""
+    """A cancellation by a user: KILLED, and no notice."""
     _end(flow, flow_run, state, "KILLED", None)
 
 
@@ -58,7 +58,7 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
     thread = threading.Thread(target=attempt, name="close-mlflow-run", daemon=True)
     thread.start()
     thread.join(_MLFLOW_SECONDS)
-    # Whoever reaped this attempt's run has told already.
+    # The reaper has sent a notice when it closed this attempt's run.
     if word is None or any(reaped for _, reaped in found):
         return
     name = f"{flow.name}/{deployment.name}" if deployment.name else flow.name

@@ -18,7 +18,7 @@ from ops.machine.marked import end, left_behind
 from ops.machine.process import mark_process
 from ops.settings import Settings
 
-RUN = "FINETUNE_RUN"  # of which run a process is, for the next one if that is killed
+RUN = "FINETUNE_RUN"  # environment variable: names the run that started a process, so that the next can end strays
 _SERVERS = (
     "PREFECT_API_URL",
     "PREFECT_API_KEY",
@@ -31,9 +31,9 @@ _SERVERS = (
 
 
 def embed(settings: Settings) -> None:
-    """Point this process at Prefect's ephemeral server and at MLflow on sqlite, both in the data root.
+    """Point this process at Prefect's temporary server and at MLflow on sqlite, both in the data root.
 
-    Whatever servers the user's environment names are left out on purpose: this run needs none.
+    Servers that the user's environment names are ignored on purpose.
     """
     for name in _SERVERS:
         os.environ.pop(name, None)
@@ -50,11 +50,11 @@ def embed(settings: Settings) -> None:
 
 
 def start(settings: Settings) -> None:
-    """Start Prefect's ephemeral server, and meanwhile load what the flow will need: the server takes seconds too.
+    """Start Prefect's temporary server, and import what the flow needs while the server starts.
 
-    One process at a time: neither Prefect nor MLflow survives that another makes the same sqlite database meanwhile.
+    A lock admits one process at a time: Prefect and MLflow both fail if two processes create one sqlite database.
     """
-    # The collector takes a quarter of the time of imports, and more at the process's end, for what stays anyway.
+    # Imports create objects that live to the end: collecting them takes a quarter of the import time.
     gc.disable()
     import prefect.server.api.server as prefect_server  # here, as two threads must not import parts of one package
     from prefect.client.orchestration import get_client
@@ -89,9 +89,9 @@ def start(settings: Settings) -> None:
 
 
 def end_in_order() -> None:
-    """Have SIGTERM, and a terminal that is closed, run what is to be done at exit: the temporary server ends then.
+    """Let SIGTERM and SIGHUP (a closed terminal) run Python's exit handlers, which end the temporary server.
 
-    In a flow run Prefect's handler comes first, and hands on to this one when the run is closed.
+    During a flow run Prefect's handler of SIGTERM comes first, and calls this one when the run is closed.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:

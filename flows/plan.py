@@ -1,4 +1,4 @@
-"""What a run is going to do, said before it does it."""
+"""The size of a run, printed and logged before training begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holding a device or a training in a flow run, and showing in Prefect who waits for whom."""
+"""Holding a device, a training or the nights of a size, and showing in Prefect what a flow run waits for."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hold_device(settings: Settings, device: str) -> Iterator[str]:
 
 @contextmanager
 def hold_training(settings: Settings, identity: str) -> Iterator[None]:
-    """Hold a training: two runs of the same one would overwrite each other's checkpoints."""
+    """Hold a training: two runs of one training would overwrite each other's checkpoints."""
     log = get_run_logger()
     waiting = _Waiting(WAITING_FOR_TRAINING, "waiting-for-training")
     name, run_id = str(flow_run.name), str(flow_run.id)
@@ -61,9 +61,9 @@ def hold_training(settings: Settings, identity: str) -> Iterator[None]:
 
 @contextmanager
 def hold_nights(settings: Settings, size: str) -> Iterator[None]:
-    """Hold the nights of a size against every run of this machine with the same MLflow server.
+    """Hold the nights of a size against all runs of this machine that use the same MLflow server.
 
-    Two at once would choose the same rows.
+    Two nights at once would choose the same rows.
     """
     log = get_run_logger()
     waiting = _Waiting(WAITING_FOR_NIGHT, "waiting-for-night")
@@ -74,10 +74,10 @@ def hold_nights(settings: Settings, size: str) -> Iterator[None]:
 
 
 def _free_slots(waiting: _Waiting) -> None:
-    """Wait, visibly, until Prefect has a slot: it would hold the first task back without a word.
+    """Wait until Prefect has a free slot, and show that the run waits: Prefect itself says nothing.
 
-    With the device in hand that is the lease of a run that died, which is taken from it here, or a limit below the
-    number of GPUs.
+    This run holds the device already. A missing slot is then either the lease of a run that died, which is released
+    here, or a limit below the number of GPUs.
     """
     log = get_run_logger()
     told = ""
@@ -92,7 +92,7 @@ def _free_slots(waiting: _Waiting) -> None:
 
 
 def _slots_taken() -> str | None:
-    """For whom a task with the tag gpu would wait now; None if it would not."""
+    """What a task with the tag gpu would wait for now; None if it would start at once."""
     try:
         with get_client(sync_client=True) as client:
             slots = None if client.server_type == ServerType.EPHEMERAL else read_slots(client)
@@ -101,7 +101,7 @@ def _slots_taken() -> str | None:
             if slots.dead and len(slots.dead) == len(slots.holders):
                 release_all(client)
                 return None
-    except Exception:  # the task will see for itself
+    except Exception:  # the task meets the same trouble, and reports it
         return None
     names = [f"{run.name} ({run.state_name})" if run else "an unknown run" for run in slots.holders.values()]
     by = ", ".join(names) or "nobody: `make doctor` mends that"
@@ -112,9 +112,9 @@ def _slots_taken() -> str | None:
 
 
 class _Waiting:
-    """Shows in Prefect that the flow run waits: name and message of its state, and an artifact.
+    """Shows in Prefect that the flow run waits: by name and message of its state, and by an artifact.
 
-    Trouble with either never stops the run.
+    Errors in either never stop the run.
     """
 
     def __init__(self, state_name: str, artifact_key: str):
@@ -124,7 +124,7 @@ class _Waiting:
         self.since = 0.0
 
     def show(self, message: str | None) -> None:
-        """Show a reason to wait; None: it is over."""
+        """Show the reason to wait; None ends the wait."""
         try:
             with get_client(sync_client=True) as client:
                 if message is None:
@@ -140,7 +140,7 @@ class _Waiting:
 
     def _set_state(self, client: SyncPrefectClient, name: str, message: str) -> None:
         run = client.read_flow_run(UUID(str(flow_run.id)))
-        # Not over a cancellation, or what else somebody may have decided meanwhile.
+        # A cancellation, or another state set by a user meanwhile, must stay.
         if run.state and run.state.is_running():
             client.set_flow_run_state(run.id, State(type=StateType.RUNNING, name=name, message=message))
 

@@ -1,8 +1,8 @@
-"""Which rows nights have trained on, as MLflow's runs remember it, and which rows come next.
+"""The ledger: which rows nights have trained on, and which rows come next.
 
-The ledger is nothing but the runs of nights that FINISHED, or whose version became champion: what a night used and
-saw lies in its artifacts. A night that failed before leaves nothing, so that the next one takes its rows again;
-deleting a run gives its rows back.
+The ledger consists of MLflow runs: those of nights that FINISHED, or whose version became champion. Their artifacts
+hold the keys of the rows that the night used and saw. A night that failed leaves no entry, so the next night takes
+its rows again. Deleting a run frees its rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 NIGHT_TAG = "nightly"  # of a night's run: the registered model it works for
-_BEGUN_TAG = "nightly.begun"  # when it chose its rows
+_BEGUN_TAG = "nightly.begun"  # when the night chose its rows
 _FOLDER, _USED, _SEEN = "nightly", "used.npy", "seen.npy"
 
 Keys = np.ndarray[Any, Any]  # uint64, one for each row's content
@@ -34,11 +34,11 @@ Keys = np.ndarray[Any, Any]  # uint64, one for each row's content
 
 @dataclass(frozen=True)
 class Ledger:
-    """What successful nights of a model remember.
+    """What the successful nights of a model have recorded.
 
     Attributes:
-        used: keys of the rows trained on for the first time by any of them, sorted.
-        seen: keys of the rows that stood in the data set at the last night on it, those that appeared first first.
+        used: keys of all rows that a night was the first to train on, sorted.
+        seen: keys of the rows of the data set at its last night, in the order in which they first appeared.
     """
 
     used: Keys
@@ -50,9 +50,9 @@ class Choice:
     """The rows of a night.
 
     Attributes:
-        fresh: not trained on by any successful night.
-        replay: trained on before, so that they are not forgotten.
-        seen: all that stand in the data set, those that appeared first first.
+        fresh: keys of rows that no successful night has trained on.
+        replay: keys of rows trained on before, repeated so that they are not forgotten.
+        seen: keys of all rows of the data set, in the order in which they first appeared.
     """
 
     fresh: Keys
@@ -61,12 +61,12 @@ class Choice:
 
     @property
     def keys(self) -> Keys:
-        """All rows to train on, in an order that only their contents decide."""
+        """Keys of all rows to train on, sorted: the order depends on their contents only."""
         return np.sort(np.concatenate([self.fresh, self.replay]))
 
     @property
     def sha256(self) -> str:
-        """Names the subset."""
+        """A hash over the keys, which names the subset."""
         return _sha256(self.keys)
 
 
@@ -80,9 +80,9 @@ def no_keys() -> Keys:
 
 
 def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[Run]:
-    """The successful nights of a registered model, the last one last; with ``dataset``, those on it only.
+    """The successful nights of a registered model, oldest first; with ``dataset``, those on this data set.
 
-    A night that was cut between its promotion and its end counts: the next one starts from its model.
+    A night that was killed after its promotion counts: the next night starts from its model.
     """
     runs = search_runs(tracking_uri, f"tags.{NIGHT_TAG} = '{model}'", ["attributes.start_time ASC"])
     return [
@@ -94,17 +94,17 @@ def _nights(tracking_uri: str, model: str, dataset: str | None = None) -> list[R
 
 
 def caught_up(tracking_uri: str, model: str, dataset: str, scheduled: datetime) -> bool:
-    """Whether a night due at this time has been made up for: a successful one on its data began after that."""
+    """Whether a successful night on this data set began after the time at which this one was due."""
     nights = _nights(tracking_uri, model, dataset)
     begun = [run.data.tags[_BEGUN_TAG] for run in nights if _BEGUN_TAG in run.data.tags]
     return any(scheduled < datetime.fromisoformat(moment) for moment in begun)
 
 
 def read_ledger(tracking_uri: str, model: str, dataset: str, copies: Path | None = None) -> Ledger:
-    """Read back what the nights of a registered model used, and what the last one on this data set saw.
+    """Read what the nights of a registered model used, and what the last one on this data set saw.
 
     Args:
-        copies: folder for what was read before, by run: a year has 365 nights, and a server takes 0.1 s for each.
+        copies: folder that caches the artifacts by run: a server takes 0.1 s for each night.
 
     Raises:
         RuntimeError: the artifacts of a night cannot be read; without them rows would be trained twice.
@@ -118,7 +118,7 @@ def read_ledger(tracking_uri: str, model: str, dataset: str, copies: Path | None
 
 
 def _read_used(tracking_uri: str, run_id: str, copies: Path | None) -> Keys:
-    """What a night used, from its copy if there is a whole one: the artifacts of a FINISHED run do not change."""
+    """What a night used, from the cache where it is readable: the artifacts of a FINISHED run do not change."""
     if copies is None:
         return _read(tracking_uri, run_id, _USED)
     copy = copies / f"{run_id}.npy"
@@ -137,7 +137,7 @@ def _read(tracking_uri: str, run_id: str, name: str) -> Keys:
         try:
             path = client(tracking_uri).download_artifacts(run_id, f"{_FOLDER}/{name}", scratch)
             return np.load(path, allow_pickle=False)
-        except Exception as error:  # of MLflow, its HTTP client, the disk or numpy
+        except Exception as error:  # MLflow, its HTTP client, the disk and numpy raise different ones
             raise RuntimeError(
                 f"the ledger cannot be read: {_FOLDER}/{name} of the MLflow run {run_id} at {tracking_uri}: {error}. "
                 "Restore that artifact, or delete the run in MLflow: its rows then count as not used"
@@ -145,16 +145,16 @@ def _read(tracking_uri: str, run_id: str, name: str) -> Keys:
 
 
 def choose_rows(present: Keys, ledger: Ledger, count: int | None, replay_share: float, seed: int) -> Choice:
-    """Choose the rows of a night by their content; where they stand in the file decides only among new ones.
+    """Choose the rows of a night by their content; their position in the file orders the new ones only.
 
-    Rows not used yet: those that were not there at the last successful night first, in the order of the source,
-    then the backlog, what appeared first first. Old rows are drawn from those that are still there.
+    First come unused rows that were not in the data set at the last successful night, in the order of the source,
+    then the backlog, in the order in which it appeared. Replayed rows are drawn from used rows that are still there.
 
     Args:
         present: keys of all rows that may train, in the order of the source, each once.
         count: fresh rows at most; None for all.
         replay_share: of all rows of the night, the share to draw from those used before.
-        seed: of that draw, together with the fresh rows: a night that failed is repeated as it was.
+        seed: of that draw, together with the fresh rows, so that a failed night is repeated with the same rows.
     """
     unused = present[~np.isin(present, ledger.used)]
     new = unused[~np.isin(unused, ledger.seen)]
@@ -169,13 +169,13 @@ def choose_rows(present: Keys, ledger: Ledger, count: int | None, replay_share: 
 
 
 def record_night(run: RunRef, model: str, folder: Path, begun: datetime, tags: dict[str, str]) -> None:
-    """Write a night into its run; it counts from the moment the run is FINISHED, or its version champion.
+    """Write a night into its MLflow run; it counts once the run is FINISHED, or its version champion.
 
     Args:
         model: the registered model.
         folder: as ``write_choice`` filled it.
-        begun: when it looked at the data.
-        tags: more to remember.
+        begun: when the night looked at the data.
+        tags: further tags of the run.
     """
     mlflow = client(run.tracking_uri)
     for name in (_USED, _SEEN):
@@ -184,7 +184,7 @@ def record_night(run: RunRef, model: str, folder: Path, begun: datetime, tags: d
 
 
 def write_choice(choice: Choice, folder: Path) -> Path:
-    """Write a choice's files, those of the ledger and the keys to train on.
+    """Write the files of a choice: two for the ledger, and the keys to train on.
 
     Returns:
         The file with the keys to train on.

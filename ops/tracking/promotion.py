@@ -1,4 +1,4 @@
-"""Whether a new version becomes champion, and what is written down about it."""
+"""Promotion: whether a new version becomes champion, and how the decision is recorded."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 _log = logging.getLogger(__name__)
-MIN_ROWS = 30  # the bootstrap's intervals are too narrow for fewer: three lucky rows would do
+MIN_ROWS = 30  # with fewer rows the bootstrap's intervals are too narrow
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of a new version.
+    """The decision about a new version.
 
     Attributes:
-        promoted: it becomes champion.
-        reason: a sentence for people.
-        improvement: over what it was compared with; None where nothing could be compared.
+        promoted: whether it becomes champion.
+        reason: a sentence.
+        improvement: over the model that it was compared with; None where they could not be compared.
         previous: the champion's version before; None if there was none.
     """
 
@@ -55,7 +55,7 @@ def judge(
     Args:
         records: the rows of the test split, as ``model.evaluation.completions.row_table`` gives them.
         rival: its mean loss on each row; None: the run started from it, so that it is the rows' ``base_loss``.
-        rival_name: for people.
+        rival_name: used in the reason.
         previous: the champion's version; None if there is none.
         margin: nats per token that the lower bound of the gain must exceed.
         seed: of the draws.
@@ -84,13 +84,13 @@ def judge(
 
 
 def settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
-    """Write the verdict into registry and run, and move the alias that it moves.
+    """Write the verdict into registry and run, and give the version its alias.
 
-    The champion may have changed while the version was being compared: then it stays, and the version becomes
-    challenger. May be repeated: a second call finds everything done.
+    If the champion has changed while the version was compared, the new champion stays and the version becomes
+    challenger. The call may be repeated.
 
     Returns:
-        What was written.
+        The verdict that was written.
     """
     with _promoting(run.tracking_uri, version.name):
         return _settle(run, version, verdict)
@@ -100,7 +100,7 @@ def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
     mlflow = client(run.tracking_uri)
     current = version_of_alias(mlflow, version.name, CHAMPION)
     number = None if current is None else str(current.version)
-    if number == str(version.version):  # an earlier call got so far
+    if number == str(version.version):  # an earlier call has set the alias already
         set_tags(run, {PROMOTION_TAG: CHAMPION, "promotion_reason": verdict.reason})
         return verdict
     if verdict.promoted and number != verdict.previous:
@@ -116,7 +116,7 @@ def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
         tags["previous_champion"] = verdict.previous or "none"
     for key, value in tags.items():
         mlflow.set_model_version_tag(version.name, str(version.version), key, value)
-    # Last of all, so that a champion has its tags: rollback reads them.
+    # The alias is set last, so that a champion always has its tags: rollback reads them.
     alias = CHAMPION if verdict.promoted else CHALLENGER
     mlflow.set_registered_model_alias(version.name, alias, str(version.version))
     set_tags(run, {PROMOTION_TAG: alias, "promotion_reason": verdict.reason})
@@ -125,14 +125,14 @@ def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
 
 @contextmanager
 def _promoting(tracking_uri: str, name: str) -> Iterator[None]:
-    """One at a time on this machine: between a look at the champion and its change nobody else changes it."""
+    """Hold the promotions of a model on this machine, so that the champion does not change meanwhile."""
     directory = shared_directory(Settings.load().device_locks)
     with exclusive(directory, shared_name(tracking_uri, f"promotion of {name}"), "another promotion", _log.info):
         yield
 
 
 def announce(run: RunRef, version: ModelVersion, verdict: Verdict) -> None:
-    """Tell people."""
+    """Send a notice of the verdict."""
     title = f"{version_uri(version)} is {'champion' if verdict.promoted else 'refused: the champion stays'}"
     lines = [verdict.reason]
     if verdict.promoted and verdict.previous:

@@ -1,4 +1,4 @@
-"""MLflow's registry: who is champion, and a version's files on this machine, verified."""
+"""MLflow's model registry: names, aliases and versions, and a version's files on this machine, verified."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))")
-_KEPT_SECONDS = 7 * 86_400.0  # a version that no run has used for so long is deleted here; MLflow has it
-_WAY_OUT = "Restore its artifacts, give the alias back (`make rollback SIZE=...`), or set start_from=base"
+_KEPT_SECONDS = 7 * 86_400.0  # then an unused copy of a version is deleted on this machine; MLflow keeps it
+_REMEDY = "Restore its artifacts, give the alias back (`make rollback SIZE=...`), or set start_from=base"
 
 
 def model_name(size: str) -> str:
@@ -33,8 +33,8 @@ def model_name(size: str) -> str:
 
 
 def shared_name(tracking_uri: str, what: str) -> str:
-    """``what`` of one MLflow server, under the name that all users of the machine lock it by."""
-    server = without_credentials(tracking_uri)  # whoever they are for it
+    """A lock's name for ``what`` of one MLflow server; it is the same for all users of the machine."""
+    server = without_credentials(tracking_uri)  # users differ in their credentials
     return f"{what} {hashlib.sha256(server.encode()).hexdigest()[:8]}"
 
 
@@ -44,7 +44,7 @@ def version_uri(version: ModelVersion) -> str:
 
 
 def version_of_alias(mlflow: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """The version that bears an alias; None if nobody does, or the model is not registered."""
+    """The version with an alias; None if no version has it, or the model is not registered."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -91,7 +91,7 @@ def champion(settings: Settings, size: str) -> ModelVersion | None:
 
 
 def starting_uri(tracking_uri: str, start_from: str, size: str) -> str | None:
-    """The ``models:/NAME/VERSION`` to start from; None for the base, and for a champion that there is not yet.
+    """The ``models:/NAME/VERSION`` to start from; None for the base, and where there is no champion yet.
 
     Args:
         start_from: "base", "champion" or the URI of a registered version.
@@ -113,8 +113,8 @@ def fetch_version(
 ) -> tuple[Path, dict[str, str]]:
     """Download a version's files once, and verify them before each use.
 
-    They are compared with the hashes that were registered with the version; one registered without, by an
-    older release, with those of the first download.
+    Their hashes are compared with those registered with the version. A version registered by an older release has no
+    hashes: those of the first download are used.
 
     Returns:
         The directory, and the sha256 of each file in it.
@@ -123,7 +123,7 @@ def fetch_version(
         RuntimeError: the files cannot be had, or are not those that were registered.
     """
     uri = version_uri(version)
-    # A version number means another model on another server.
+    # On another server the same name and number are another model.
     key = hashlib.sha256(f"{version.source} {version.run_id}".encode()).hexdigest()[:12]
     directory = settings.models / f"{version.name}-{version.version}-{key}"
     record = directory.with_suffix(".json")
@@ -133,7 +133,7 @@ def fetch_version(
         found = _hashes(directory)
         if not found or found != expected:
             if found:
-                log(f"{directory} is not {uri} as registered: it is downloaded anew")
+                log(f"{directory} is not {uri} as registered: it is downloaded again")
             _download(uri, directory)
             found = _hashes(directory)
             if not expected:
@@ -142,7 +142,7 @@ def fetch_version(
         if found != expected:
             wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
             raise RuntimeError(
-                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {_WAY_OUT}"
+                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {_REMEDY}"
             )
         os.utime(directory)
     _remove_unused(settings.models)
@@ -159,11 +159,11 @@ def _download(uri: str, directory: Path) -> None:
     with atomic_directory(directory) as scratch:
         try:
             mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch))
-            if not _hashes(scratch):  # MLflow calls that a success
+            if not _hashes(scratch):  # MLflow reports success without a file
                 raise FileNotFoundError("there are none")
-        except Exception as error:  # of MLflow, its HTTP client, or the disk: all mean the same to the user
+        except Exception as error:  # MLflow, its HTTP client and the disk raise different ones
             raise RuntimeError(
-                f"the files of {uri} cannot be had from {mlflow.get_tracking_uri()}: {error}. {_WAY_OUT}"
+                f"the files of {uri} cannot be had from {mlflow.get_tracking_uri()}: {error}. {_REMEDY}"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""``python -m ops.tracking.rollback SIZE``: the champion of a size is again the version that it replaced."""
+"""``python -m ops.tracking.rollback SIZE``: return the champion of a size to the version that it replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ops.tracking.runs import refusal
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Move the alias back, and say from where to where. Returns the exit status."""
+    """Move the alias champion back, and print both versions. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
     parser = argparse.ArgumentParser(prog="python -m ops.tracking.rollback", description=__doc__)

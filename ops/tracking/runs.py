@@ -1,4 +1,4 @@
-"""MLflow: one run per flow run, its metrics from the journal, its tables, pictures and the model."""
+"""MLflow runs: one for each flow run, with its parameters, metrics, tags, data set and model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
-PROMOTION_TAG = "promotion"  # of a run: what became of its version, champion or challenger
-PROCESS_TAG = "process"  # which process has a run open, so that its death can be told from elsewhere
+PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
+PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 _BATCH = 1000  # metrics per request, MLflow's limit
 _PAGE = 1000  # runs per request
-# A server answers an upload only when it has written the file; the short limit of other requests does not fit.
+# A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
 
 
@@ -69,12 +69,12 @@ def without_credentials(uri: str) -> str:
 
 
 def refusal(tracking_uri: str, error: Exception) -> str:
-    """For people: MLflow did not do what was asked."""
+    """An error message: MLflow refused a request, or did not answer."""
     return f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
 
 
 def client(tracking_uri: str) -> MlflowClient:
-    """A client for this URI, for the registry too."""
+    """A client of the tracking server and its model registry."""
     import mlflow
     from mlflow import MlflowClient
 
@@ -110,7 +110,7 @@ def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
 
 
 def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = None) -> Iterator[Run]:
-    """The experiment's runs that meet a condition, however many; none where there is no experiment yet."""
+    """All runs of the experiment that meet a condition; none where there is no experiment yet."""
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     token = None
@@ -128,13 +128,13 @@ def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = 
 def tracked_run(
     settings: Settings, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
 ) -> Iterator[RunRef]:
-    """Open the MLflow run of a flow run, and close it with the flow's fate.
+    """Open the MLflow run of a flow run, and close it with the status in which the flow ends.
 
-    An exception makes it FAILED; a signal, a cancellation or an interrupt KILLED. Where MLflow is gone by then, the
-    flow's fate stays what it is, and the reaper closes the run later.
+    An exception makes it FAILED; a signal, a cancellation or an interrupt KILLED. If MLflow does not answer then, the
+    flow ends as it would have, and the reaper closes the run later.
 
     Args:
-        params: logged as they are; None is logged as "None".
+        params: logged by name; None is logged as "None".
     """
     mlflow = client(settings.tracking_uri)
     experiment_id = _experiment_id(mlflow, settings)
@@ -172,7 +172,7 @@ def tracked_run(
 def _user() -> dict[str, str]:
     try:
         return {"mlflow.user": getpass.getuser()}
-    except (KeyError, OSError):  # a container's uid without a name
+    except (KeyError, OSError):  # in a container a uid may have no name
         return {}
 
 
@@ -203,47 +203,47 @@ def log_metrics(run: RunRef, metrics: Mapping[str, float], step: int, model_id: 
 
 
 def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> None:
-    """Log the data set as an input, its digest taken over all rows (MLflow's own samples the first 10,000)."""
+    """Log the data set as an input, with a digest over all rows (MLflow's own digest samples the first 10,000)."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
 
     origin = CodeDatasetSource(tags={"source": source, "revision": revision or "local", "sha256": sha256})
-    # Short, as the run table shows it; the whole hash is the tag data_sha256.
+    # The table of runs shows the digest, so it is short; the tag data_sha256 has the whole hash.
     dataset = MetaDataset(origin, name=Path(source).name, digest=sha256[:12])  # type: ignore[abstract]
     inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
     mlflow = client(run.tracking_uri)
     try:
         mlflow.log_inputs(run.run_id, [inputs])
     except MlflowException:
-        # MLflow looks for the data set, then inserts it: of two first runs on the same rows one may come too late.
+        # MLflow looks the data set up, then inserts it: two runs at once may both insert, and the second one fails.
         mlflow.log_inputs(run.run_id, [inputs])
 
 
 class JournalShipper:
     """Sends a training's journal to an MLflow run, each line once.
 
-    How far it got is kept beside the journal, per run: a retried task goes on behind what it sent, and a
-    new run that resumes the training gets the whole journal.
+    A file beside the journal, one for each run, keeps the number of lines sent: a retried task continues after them,
+    and a new run that resumes the training gets the whole journal.
     """
 
     def __init__(self, run: RunRef, journal: Path, every_seconds: float = 5.0):
         self.run = run
         self.journal = journal
-        self.mark = journal.with_name(f"shipped-{run.run_id}.json")
+        self.progress = journal.with_name(f"shipped-{run.run_id}.json")
         self.every_seconds = every_seconds
         self.pause = every_seconds
         self.last = 0.0
 
     def maybe_ship(self) -> None:
-        """Ship if the last time is long enough ago. MLflow being away is no reason to stop training."""
+        """Ship if the last time is long enough ago. The training goes on when MLflow does not answer."""
         if time.monotonic() - self.last >= self.pause:
             try:
                 self.ship()
                 self.pause = self.every_seconds
             except Exception as error:
-                # Each vain try holds the training up for seconds, so they become rare.
+                # Each failed try holds the training up for seconds, so the pause between tries grows.
                 self.pause = min(600.0, max(30.0, 2 * self.pause))
                 logging.getLogger(__name__).warning("metrics stay in %s for now: %s", self.journal, error)
             self.last = time.monotonic()
@@ -256,7 +256,7 @@ class JournalShipper:
         """
         from mlflow.entities import Metric
 
-        sent = json.loads(self.mark.read_text())["lines"] if self.mark.exists() else 0
+        sent = json.loads(self.progress.read_text())["lines"] if self.progress.exists() else 0
         records = read_journal(self.journal, sent)
         mlflow = client(self.run.tracking_uri)
         batch: list[Metric] = []
@@ -265,7 +265,7 @@ class JournalShipper:
             full = index == len(records) or len(batch) + len(records[index]["metrics"]) > _BATCH
             if full:
                 mlflow.log_batch(self.run.run_id, metrics=batch)
-                write_json(self.mark, {"lines": sent + index})
+                write_json(self.progress, {"lines": sent + index})
                 batch = []
 
 
@@ -274,12 +274,12 @@ def log_model(
 ) -> ModelVersion:
     """Log a directory as the run's model, with its metrics, and register it.
 
-    Files as they are, no pickled module: it loads anywhere, without this code (mlflow#9514).
+    The files are logged unchanged, without a pickled module, so that they load without this code (mlflow#9514).
 
     Args:
         directory: in Hugging Face's layout.
         name: of the registered model.
-        metrics: of the run too, at step 0: MLflow shows single values as bars there.
+        metrics: logged for the model and for the run, at step 0: MLflow shows single values as bars.
         step: of the training that the model comes from.
     """
     from mlflow.entities import LoggedModelOutput
@@ -340,7 +340,7 @@ def git_sha() -> str | None:
 
 def installed_packages() -> str:
     """Every installed package with its version, one ``name==version`` a line."""
-    # Each access to a distribution's metadata parses its file anew.
+    # Each access to a distribution's metadata parses its file again.
     found = [dist.metadata for dist in distributions()]
     pins = {f"{metadata['Name']}=={metadata['Version']}" for metadata in found if metadata["Name"]}
     return "\n".join(sorted(pins, key=str.lower)) + "\n"
