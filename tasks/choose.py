@@ -1,4 +1,4 @@
-"""Task ``choose``: the rows of a night, by what MLflow remembers of the nights before."""
+"""Task ``choose``: choose the rows of a night by the ledger of the nights before."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tasks.references import Sources, SubsetRef
 def choose(
     sources: Sources, size: str, dataset: str, config: PrepareConfig, count: int | None, replay_share: float
 ) -> SubsetRef | None:
-    """Choose the next rows that no successful night of this size has trained on, and old ones to mix in.
+    """Choose rows that no successful night of this size has trained on, and rows that one has, for replay.
 
     The caller holds the nights of this size: two at once would choose the same rows.
 
@@ -52,13 +52,13 @@ def choose(
     if leaked:
         log.warning(
             "earlier nights trained on %d of the %d rows held out now, so that the champion looks better than it is: "
-            "set seed, test_share and validation_share as they were, or give the rows their split back",
+            "set seed, test_share and validation_share as they were then, or return the rows to their split",
             leaked,
             len(held_out),
         )
     choice = choose_rows(present, ledger, count, replay_share, config.seed)
     if not len(choice.fresh):
-        log.info("each of the %d rows has been trained on, and no new one has come", len(present))
+        log.info("nights have trained on each of the %d rows, and there are no new rows", len(present))
         return None
     left = len(present) - len(choice.fresh) - len(set(present.tolist()) & set(ledger.used.tolist()))
     log.info("%d fresh rows, %d old ones; %d are left for later nights", len(choice.fresh), len(choice.replay), left)

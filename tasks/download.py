@@ -1,4 +1,4 @@
-"""Task ``download``: get the data set and the base's weights, and prove that they are what was asked for."""
+"""Task ``download``: fetch the data set and the base's weights, and verify them."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def download(config: SourceConfig) -> Sources:
 
 
 def _demo(settings: Settings) -> Path:
-    """The project's own rows, in a directory named by the code that makes them."""
+    """The project's own rows, in a directory named by the hash of the code that makes them."""
     target = settings.data_root / "demo" / sha256_file(Path(grammar.__file__))[:16]
     _write_once(target, grammar.write_rows)
     return target
 
 
 def _write_once(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory unless it is there; another run never sees half of it."""
+    """Fill a directory unless it exists; other runs never see a part of it."""
     if not target.exists():
         with atomic_directory(target) as scratch:
             write(scratch)
@@ -114,14 +114,14 @@ def _dataset(settings: Settings, dataset: str, revision: str | None) -> DatasetR
 
 
 def _is_hub_id(dataset: str) -> bool:
-    """Whether it reads like owner/name rather than like a path."""
+    """Whether ``dataset`` has the form owner/name, and not that of a path."""
     return (
         dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and Path(dataset).suffix not in SUFFIXES
     )
 
 
 def _hub_dataset(settings: Settings, dataset: str, revision: str | None) -> tuple[Path, str]:
-    """The hub's splits as JSON lines, written once a commit."""
+    """The hub's splits as JSON lines, written once for each commit."""
     tables, commit = fetch_dataset(dataset, revision, settings.hub_cache)
     target = settings.datasets / dataset.replace("/", "--") / commit
 
@@ -189,7 +189,7 @@ def _vocabulary(directory: Path) -> dict[str, int]:
 
 
 def _trusted(settings: Settings, directory: Path) -> dict[str, str]:
-    """Hash a local directory's files, and compare with what they were at first use.
+    """Hash a local directory's files, and compare the hashes with those of the first use.
 
     A flipped bit in a safetensors file loads without complaint and trains a quietly damaged model.
 

@@ -69,7 +69,7 @@ def evaluate(
     metrics = score_both(base, tuned) | _facts(base, tuned, checkpoint)
     log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
     for title, before, after, unit in score_table(metrics):
-        log.info("%s %s, the base's %s %s", title, after, before, unit)
+        log.info("%s: base %s, tuned %s %s", title, before, after, f"({unit})" if unit else "")
     directory = Path(checkpoint.directory)
     tables = {
         "test_rows.json": row_table(test.rows, tuned.row_tokens, base.row_losses, tuned.row_losses),
@@ -117,7 +117,7 @@ def _answer(
 
 
 def _outputs(validation_loss: float, losses: tuple[np.ndarray, np.ndarray], answers: _Answers, log: Any) -> Outputs:
-    """All that a model's scores are computed from; its code is run in the sandbox here."""
+    """All that a model's scores are computed from. The completions of rows with tests are run in the sandbox."""
     verdicts = run_tests([(code.text, row["tests"]) for row, code in zip(answers.tested, answers.code, strict=True)])
     refused = [verdict for verdict in verdicts if verdict.outcome == "not_executed"]
     if refused:
@@ -134,7 +134,7 @@ def _outputs(validation_loss: float, losses: tuple[np.ndarray, np.ndarray], answ
 
 
 def _facts(base: Outputs, tuned: Outputs, checkpoint: CheckpointRef) -> dict[str, float]:
-    """What is no score and is logged beside the scores."""
+    """Metrics that are no scores: counts, the best step, the base's perplexity on the validation split."""
     facts: dict[str, float] = {
         "base/perplexity": perplexity(checkpoint.base_eval_loss),
         "best/step": checkpoint.best_step,

@@ -1,4 +1,4 @@
-"""Loading the base as the plan of ``freeze`` says; ``train``, ``evaluate`` and ``publish`` share it."""
+"""Load the base, frozen as ``freeze`` planned; shared by ``train``, ``evaluate``, ``score_champion`` and ``publish``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def load_frozen(
     model: ModelRef, plan: FreezePlan, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPTModel, PreTrainedTokenizerBase]:
-    """Load the base on its device, frozen as planned and its frozen part in ``dtype``, with the tokenizer.
+    """Load the base with its tokenizer, frozen as planned, on a device; the frozen part is cast to ``dtype``.
 
     Raises:
         RuntimeError: other parameters would train than planned: the code changed between the tasks.

@@ -1,4 +1,4 @@
-"""Task ``load_weights``: account for every key and shape of the base before anything is computed."""
+"""Task ``load_weights``: check every key and shape of the base before anything is computed."""
 
 from __future__ import annotations
 

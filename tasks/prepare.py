@@ -18,7 +18,7 @@ from ops.tracking.runs import RunRef, log_data, log_metrics, set_tags
 from ops.tracking.stopwatch import timed
 from tasks.references import Sources, TokensRef
 
-_CODE_VERSION = 2  # to be raised when the same inputs would give other token files
+_CODE_VERSION = 2  # raise it when equal inputs would give other token files
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,7 +70,7 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
 
 def _tokens_key(sources: Sources, config: PrepareConfig) -> str:
     """A sha256 over all that determines token files: code, settings, rows and tokenizer."""
-    chosen = sha256_file(Path(config.subset_keys)) if config.subset_keys else None  # its content, wherever it lies
+    chosen = sha256_file(Path(config.subset_keys)) if config.subset_keys else None  # by content, whatever the path
     tokenizer_files = [Path(sources.weights.tokenizer_directory) / name for name in _TOKENIZER_FILES]
     return sha256_json(
         {

@@ -1,4 +1,4 @@
-"""Tasks ``score_champion`` (tag gpu) and ``promote``: is the new version better than the champion of the moment?"""
+"""Tasks ``score_champion`` (tag gpu) and ``promote``: compare the new version with the present champion."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from tasks.references import CheckpointRef, EvaluationRef, RivalRef, TrainingRef
 @task(name="score_champion", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
 @timed
 def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str) -> RivalRef:
-    """Find what the new version is to be compared with, and score it unless the evaluation has.
+    """Find the model that the new version is compared with, and score it unless the evaluation has done so.
 
-    The caller holds the device. A champion that cannot be had or compared is no failure: the training is done, and
+    The caller holds the device. A champion that cannot be loaded or compared is no failure: the training is done, and
     its version is registered all the same.
     """
     log = get_run_logger()
     settings = Settings.load()
     version = champion(settings, training.model.model_size)
     if version is None:
-        return RivalRef(f"{training.model.source}, for want of a champion", None)
+        return RivalRef(f"{training.model.source}, as there is no champion", None)
     uri = version_uri(version)
     rival = RivalRef(f"the champion {uri}", str(version.version))
     if training.model.source == uri:
@@ -70,7 +70,7 @@ def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str
 @task(name="promote", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE)
 @timed
 def promote(run: RunRef, uri: str, evaluation: EvaluationRef, rival: RivalRef, margin: float, seed: int) -> Verdict:
-    """Make a new version champion if it is surely better than its rival, else challenger, and tell people.
+    """Make a new version champion if it is better than its rival beyond doubt, else challenger; send a notice.
 
     Args:
         uri: of the new version.

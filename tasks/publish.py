@@ -1,4 +1,4 @@
-"""Task ``publish``: what a finished run leaves in MLflow beside its metrics: tables, the loss curve, the model."""
+"""Task ``publish``: log the tables and the loss curve of a finished run, and register its model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRe
 
 
 def _columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Records as MLflow's tables want them, by column."""
+    """Records by column, as MLflow's log_table takes them."""
     return {key: [record[key] for record in records] for key in records[0]} if records else {"row": []}
 
 

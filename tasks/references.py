@@ -1,4 +1,4 @@
-"""What tasks hand to one another: where files lie and what they hold, never tensors, models or rows.
+"""References that tasks pass to one another: where files lie and what they hold, never tensors, models or rows.
 
 Prefect hashes and may store every argument and result, so these stay small and plain.
 """
@@ -62,7 +62,7 @@ class WeightsRef:
 
 @dataclass(frozen=True)
 class Sources:
-    """What ``download`` gives."""
+    """The result of ``download``."""
 
     dataset: DatasetRef
     weights: WeightsRef
@@ -183,10 +183,10 @@ class EvaluationRef:
 
 @dataclass(frozen=True)
 class RivalRef:
-    """What a new version is compared with: the champion of that moment, else what the run started from.
+    """The model that a new version is compared with: the champion, or without one the base that the run started from.
 
     Attributes:
-        name: for people.
+        name: for messages.
         champion: its version; None if there is no champion.
         rows: JSON file with its mean loss on each row of the evaluation; None if the run started from it.
         trouble: why it cannot be compared with; None if it can.

@@ -1,4 +1,4 @@
-"""Task ``train`` (tag gpu): train the top blocks, or go on where an earlier try of the same training got to."""
+"""Task ``train`` (tag gpu): train the top blocks, or resume an earlier try of the same training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
-_CODE_VERSION = 3  # to be raised when the same inputs would train another model
+_CODE_VERSION = 3  # raise it when equal inputs would train another model
 _LOG_SECONDS = 10.0
 
 
@@ -50,7 +50,7 @@ def _is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
 def identify_training(
     tokens: TokensRef, model: ModelRef, plan: FreezePlan, config: TrainConfig, device: str
 ) -> TrainingRef:
-    """Put together all that determines a training, and hash it.
+    """Collect all that determines a training, and hash it.
 
     Args:
         device: auto, cpu, cuda or cuda:N; GPUs of one machine count as the same.
@@ -80,7 +80,7 @@ def identify_training(
 )
 @timed
 def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float) -> CheckpointRef:
-    """Train, resuming a training of the same data, base, freeze and settings that was cut short.
+    """Train, or resume a training of the same data, base, freeze and settings that was interrupted.
 
     A cancellation or SIGTERM ends it between two steps, with a checkpoint of the last one.
 
@@ -122,7 +122,7 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
     shipper.ship()
     log.info(result.trunk)
     if result.resumed_from:
-        log.info("this training was taken over at step %d", result.resumed_from)
+        log.info("this training was resumed at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
     _log_result(run, result)
     return CheckpointRef(
@@ -139,7 +139,7 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
 
 
 def _log_result(run: RunRef, result: TrainResult) -> None:
-    """Log what is known at the end only; a training that was complete already has no first step."""
+    """Log what is known at the end only. A training that was complete already has no first step."""
     measured = {
         "train/first_step_seconds": result.first_step_seconds,
         "train/peak_memory_gib": result.peak_memory_bytes / 2**30,

@@ -361,7 +361,7 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
     tasks = platform.api("/task_runs/filter", {"flow_runs": {"id": {"any_": [run.id]}}})
     (train,) = [task for task in tasks if task["name"].startswith("train-")]
     logs = platform.api("/logs/filter", {"logs": {"task_run_id": {"any_": [train["id"]]}}})
-    assert f"this training was taken over at step {steps[1]}" in [line["message"] for line in logs]
+    assert f"this training was resumed at step {steps[1]}" in [line["message"] for line in logs]
     assert [point.step for point in run.losses] == list(range(1, 1201))
 
 

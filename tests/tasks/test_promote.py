@@ -120,7 +120,7 @@ def test_the_first_run_starts_from_the_base(data: Path, tmp_path: Path, monkeypa
     assert _download(data).weights == _download(data, start_from="base").weights
     rival, rows = _score(data)
     assert (rival.champion, rival.trouble, rows) == (None, None, None)
-    assert rival.name == "embedded, for want of a champion"
+    assert rival.name == "embedded, as there is no champion"
 
 
 def test_the_champion_is_started_from(data: Path, champion: Callable[..., str]) -> None:
