@@ -1,4 +1,4 @@
-"""Load the base, frozen as ``freeze`` planned; shared by ``train``, ``evaluate``, ``score_champion`` and ``publish``."""
+"""Load the base, frozen as planned; shared by ``train``, ``evaluate``, ``score_champion`` and ``publish``."""
 
 from __future__ import annotations
 

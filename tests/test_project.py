@@ -106,6 +106,27 @@ def test_no_two_files_import_each_other() -> None:
     order.prepare()  # raises CycleError, which names the circle
 
 
+# Test files that are about a theme, and not about one module.
+THEMES = {
+    "model": {"engine/test_cuda.py", "engine/test_sameness.py"},
+    "ops": {"fakehub.py", "stack/test_pages.py", "stack/test_postgres.py", "stack/test_secured.py"},
+    "flows": {"test_deployments.py", "test_nights.py", "test_resume.py", "test_main.py"},
+    "tasks": set(),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tests_mirror_the_packages(package: str) -> None:
+    """A module's tests lie where the module does; the others are the themes above."""
+    folder = ROOT / "tests" / package
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+    found -= {name for name in found if name.endswith("conftest.py")} | THEMES[package]
+    for name in found:
+        module = ROOT / package / name.replace("test_", "")
+        assert module.exists(), f"tests/{package}/{name} has no {module.relative_to(ROOT)}"
+    assert all((folder / name).exists() for name in THEMES[package])
+
+
 def test_the_folder_mlflow_shadows_nothing() -> None:
     """From the project's root, import mlflow is the library; the folder holds no Python."""
     assert list((ROOT / "mlflow").rglob("*.py")) == []
@@ -151,32 +172,6 @@ def test_deployments_fit_the_flow() -> None:
             assert deployment["parameters"]["model_size"] == name
     (schedule,) = deployments["nightly"]["schedules"]
     assert schedule["timezone"] == "UTC"
-
-
-def test_the_readme_shows_the_table_of_parameters() -> None:
-    """The table is the one that is made from the declarations; ``make parameters`` writes it anew."""
-    from flows.job import parameter_table
-
-    assert parameter_table() in (ROOT / "README.md").read_text()
-
-
-def test_the_server_is_told_every_parameter() -> None:
-    """Prefect's schema of the flow has each parameter's name, default, bounds and meaning."""
-    from flows.finetune import finetune
-    from flows.job import Job, parameters
-
-    schema = finetune.parameters.properties
-    assert list(schema) == [parameter.name for parameter in parameters()]
-    for parameter in parameters():
-        assert schema[parameter.name]["default"] == parameter.default
-        assert schema[parameter.name]["description"] == parameter.meaning
-        assert parameter.meaning.endswith(".")
-    assert schema["dropout"] | {"minimum": 0, "exclusiveMaximum": 1} == schema["dropout"]
-    assert Job.from_parameters({}).flat() == {parameter.name: parameter.default for parameter in parameters()}
-    changed = {"seed": 7, "batch_size": 5, "sample_rows": 3, "trunk_cache_gb": 1.0, "num_unfrozen_layers": 2}
-    job = Job.from_parameters(changed)
-    assert {name: job.flat()[name] for name in changed} == changed
-    assert job.train.seed == job.prepare.seed == job.sampling.seed == 7
 
 
 def test_make_targets_of_the_readme_exist() -> None:

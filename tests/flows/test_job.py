@@ -1,0 +1,73 @@
+"""The flow's parameters: declared once, told to Prefect and to the README, and sorted into their groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.finetune import finetune
+from flows.job import Job, parameter_table, parameters, write_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_readme_shows_the_table(tmp_path: Path) -> None:
+    """The README's table is the one that is made from the declarations; ``make parameters`` writes it anew."""
+    text = (ROOT / "README.md").read_text()
+    assert parameter_table() in text
+    page = tmp_path / "README.md"
+    page.write_text(text.replace("| `epochs` | `3` |", "| `epochs` | `4` |"))
+    write_table(page)
+    assert page.read_text() == text
+
+
+def test_a_page_without_the_table_is_refused(tmp_path: Path) -> None:
+    """Nothing is written to it."""
+    page = tmp_path / "page.md"
+    page.write_text("no table\n")
+    with pytest.raises(ValueError, match="has 0 tables"):
+        write_table(page)
+    assert page.read_text() == "no table\n"
+
+
+def test_prefect_is_told_every_parameter() -> None:
+    """Prefect's schema of the flow has each parameter's name, default, bounds and meaning."""
+    schema = finetune.parameters.properties
+    assert list(schema) == [parameter.name for parameter in parameters()]
+    assert len(schema) == 41
+    for parameter in parameters():
+        assert schema[parameter.name]["default"] == parameter.default
+        assert schema[parameter.name]["description"] == parameter.meaning
+        assert parameter.meaning.endswith(".")
+    assert schema["dropout"] | {"minimum": 0, "exclusiveMaximum": 1} == schema["dropout"]
+
+
+def test_values_reach_their_groups() -> None:
+    """By name; a parameter of several groups reaches all of them, and internal fields keep their defaults."""
+    assert Job.from_parameters({}).flat() == {parameter.name: parameter.default for parameter in parameters()}
+    given: dict[str, Any] = {"seed": 7, "batch_size": 5, "sample_rows": 3, "num_unfrozen_layers": 2}
+    job = Job.from_parameters(given)
+    assert {name: job.flat()[name] for name in given} == given
+    assert job.train.seed == job.prepare.seed == job.sampling.seed == 7
+    assert job.sampling.prompts_at_once == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"subset": "next", "subset_start": 4}, "subset_start 4 selects rows by position.*leave one out"),
+        ({"num_unfrozen_layers": 13}, "num_unfrozen_layers 13 is not between 0 and 12, the blocks of 124m"),
+        ({"device": "cuda:99"}, "cuda:99"),
+    ],
+)
+def test_contradictions_are_refused(given: dict[str, Any], message: str) -> None:
+    """Before anything is fetched."""
+    with pytest.raises(ValueError, match=message):
+        Job.from_parameters(given)
+
+
+def test_layers_are_ignored_where_nothing_is_frozen() -> None:
+    """freeze_layers=false trains everything."""
+    assert not Job.from_parameters({"freeze_layers": False, "num_unfrozen_layers": 13}).freeze.freeze_layers
