@@ -1,4 +1,4 @@
-# The two commands of a fresh machine: make run, make test. The others are listed by make help.
+# On a fresh machine use make run and make test. make help lists all targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
@@ -14,7 +14,7 @@ export DO_NOT_TRACK := true
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# The first interpreter in range; PYTHON=... chooses another.
+# The first interpreter of a supported version; PYTHON=... chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 
@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-install: $(INSTALLED) ## Create .venv from the pinned constraints, if something changed
+install: $(INSTALLED) ## Create or update .venv from the pinned constraints, if they have changed
 
 run: $(INSTALLED) ## Fine-tune the embedded tiny GPT-2; ARGS="epochs=1" changes parameters
 	@$(BIN)/python -m flows $(ARGS)
@@ -35,15 +35,15 @@ test: $(INSTALLED) ## Run the tests
 test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(INSTALLED) ## Lint, format and types
+check: $(INSTALLED) ## Check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## Training speed beside others; ARGS="--data rows --tokenizer DIR --size 355m"
+bench: $(INSTALLED) ## Compare the training speed with other trainers; ARGS="--data rows --tokenizer DIR --size 355m"
 	$(BIN)/python -m bench.train $(ARGS)
 
-parameters: $(INSTALLED) ## Write the README's table of parameters anew
+parameters: $(INSTALLED) ## Write the README's table of parameters
 	$(BIN)/python -m flows.job README.md
 
 format: $(INSTALLED) ## Format the code
@@ -53,44 +53,44 @@ format: $(INSTALLED) ## Format the code
 ifdef SECURE
 up: export FINETUNE_SECURE := $(SECURE)
 endif
-up: $(INSTALLED) ## Start Prefect, MLflow, a worker and the watcher, until Ctrl-C; SECURE=1 asks for a password
+up: $(INSTALLED) ## Start Prefect, MLflow, a worker and the watcher, until Ctrl-C; SECURE=1 requires a password
 	@exec $(BIN)/python -m ops.stack.up
 
-down: $(INSTALLED) ## End make up, or what a crash left of it
+down: $(INSTALLED) ## End make up, or the processes that a crash left behind
 	@exec $(BIN)/python -m ops.stack.up down
 
 doctor: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(FINETUNE_PREFECT_PORT),4200)/api
 doctor: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:$(or $(FINETUNE_MLFLOW_PORT),5000)
-doctor: $(INSTALLED) ## Compare limits, leases, locks, states and processes; ARGS=--fix mends
+doctor: $(INSTALLED) ## Check limits, leases, locks, states and processes; ARGS=--fix repairs them
 	@$(BIN)/python -m ops.recovery.doctor $(ARGS)
 
-# Without a server, prefect would start one for each command and deploy to nobody.
+# Without this, each prefect command would start a temporary server and deploy to that.
 deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
-deploy: $(INSTALLED) ## Set up the Prefect server of PREFECT_API_URL, where it is not that of make up
+deploy: $(INSTALLED) ## Set up the Prefect server of PREFECT_API_URL, if make up did not start it
 	@exec $(BIN)/python -m ops.stack.deploy
 
 NEEDS_SERVERS = test -n "$$PREFECT_API_URL" -a -n "$$MLFLOW_TRACKING_URI" || { \
 	echo "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of make up does"; exit 1; }
 
-# Three missed heartbeats make a run Crashed.
+# In seconds. After three missed heartbeats a run becomes Crashed.
 worker: export PREFECT_FLOWS_HEARTBEAT_FREQUENCY ?= 30
 worker: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
-worker: $(INSTALLED) ## One more worker, on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI
+worker: $(INSTALLED) ## Start a worker on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI
 	@$(NEEDS_SERVERS)
 	@exec $(BIN)/prefect worker start --pool gpu
 
-watch: $(INSTALLED) ## Beside such a worker: closes the runs of processes that died on this machine
+watch: $(INSTALLED) ## Start the watcher beside such a worker: it closes the runs of processes that died on this machine
 	@$(NEEDS_SERVERS)
 	@exec $(BIN)/python -m ops.recovery.watch
 
-rollback: $(INSTALLED) ## Make the champion before the present one champion again: SIZE=355m
+rollback: $(INSTALLED) ## Make the previous champion champion again: SIZE=355m
 	@test -n "$(SIZE)" || { echo "which size? make rollback SIZE=355m"; exit 2; }
 	@$(BIN)/python -m ops.tracking.rollback $(SIZE)
 
-# As it was typed: make would expand a dollar sign.
+# The prompt is passed on unexpanded: make would expand a dollar sign.
 sample: override export PROMPT := $(value PROMPT)
 sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."
 	@$(BIN)/python -m ops.tracking.sample $(ARGS) -- "$$PROMPT"
 
-clean: ## Delete .venv, but no results
+clean: ## Delete .venv; keeps all results
 	rm -rf $(VENV)
