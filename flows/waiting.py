@@ -35,7 +35,7 @@ def hold_device(settings: Settings, device: str) -> Iterator[str]:
         The device to compute on: cpu or cuda:N.
 
     Raises:
-        ValueError: as model.device.resolve_device.
+        ValueError: as model.net.device.resolve_device.
     """
     log = get_run_logger()
     waiting = _Waiting(WAITING_FOR_GPU, "waiting-for-gpu")

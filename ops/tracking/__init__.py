@@ -1,1 +1,1 @@
-"""What MLflow remembers: runs, the model registry, promotion and the ledger of nights."""
+"""MLflow: runs, the model registry, promotion, and the ledger of nights."""

@@ -53,7 +53,7 @@ def judge(
     """Compare a new version's rows with the rival's by the paired bootstrap.
 
     Args:
-        records: the rows of the test split, as ``model.evaluation.completions.row_table`` gives them.
+        records: the rows of the test split, as ``model.evaluation.tables.row_table`` gives them.
         rival: its mean loss on each row; None: the run started from it, so that it is the rows' ``base_loss``.
         rival_name: used in the reason.
         previous: the champion's version; None if there is none.
