@@ -14,7 +14,7 @@ from model.data.tokens import CodeAlpacaDataset
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
-from model.engine.scoring import head_loss, padded_head
+from model.engine.loss import head_loss, padded_head
 from model.engine.trunk import TrunkOutputs
 from model.net.gpt import GPTModel
 

@@ -16,8 +16,8 @@ from model.data.tokens import CodeAlpacaDataset
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.journal import read_journal
-from model.engine.loss import cross_entropy
-from model.engine.scoring import head_loss, padded_head, row_losses
+from model.engine.loss import cross_entropy, head_loss, padded_head
+from model.engine.scoring import row_losses
 from model.engine.training import TrainingStoppedError, train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.attention import Documents
