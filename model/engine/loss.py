@@ -99,9 +99,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Ten
         Losses (M,), and their gradient (M, padded V), zero beyond the vocabulary.
     """
     if logits.is_cuda and logits.dtype != torch.float64:
-        from model.engine import kernels
+        from model.engine import pointwise_kernels
 
-        return kernels.cross_entropy(logits, targets, vocabulary), logits
+        return pointwise_kernels.cross_entropy(logits, targets, vocabulary), logits
     logits[:, vocabulary:] = -math.inf
     losses = torch.empty(len(targets), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     step = _ROWS * torch.get_num_threads()

@@ -52,12 +52,12 @@ def documents_of(lengths: list[int]) -> Documents:
 @pytest.mark.parametrize(("heads", "width"), [(4, 64), (2, 32), (3, 16), (1, 128)])
 def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) -> None:
     """The bf16 kernel's output and gradients, document by document, lie within bf16's error of fp32's."""
-    from model.engine import kernels
+    from model.engine import attention_kernels
 
     documents = documents_of([1, 200, 3, 64, 128, 129, 511, 1, 1, 33])
     torch.manual_seed(0)
     qkv = torch.randn(sum(documents.lengths), 3 * heads * width, device="cuda").bfloat16().requires_grad_()
-    got = kernels.attention(qkv, documents.begins, documents.ends, heads)
+    got = attention_kernels.attention(qkv, documents.begins, documents.ends, heads)
     upstream = torch.randn_like(got)
     got_gradient = torch.autograd.grad(got, qkv, upstream)[0]
     exact = qkv.detach().float().requires_grad_()
@@ -69,7 +69,7 @@ def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) 
 
 def test_documents_do_not_see_each_other() -> None:
     """Another document's values change nothing, bit for bit, forward and backward."""
-    from model.engine import kernels
+    from model.engine import attention_kernels
 
     documents = documents_of([100, 50, 90])
     qkv = torch.randn(240, 3 * 128, device="cuda").bfloat16()
@@ -77,7 +77,7 @@ def test_documents_do_not_see_each_other() -> None:
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         leaf = qkv.clone().requires_grad_()
-        out = kernels.attention(leaf, documents.begins, documents.ends, 2)
+        out = attention_kernels.attention(leaf, documents.begins, documents.ends, 2)
         return out[100:150], torch.autograd.grad(out, leaf, upstream)[0][100:150]
 
     want = run()
@@ -88,7 +88,7 @@ def test_documents_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("width", [192, 768, 1024, 1600])
 def test_add_norm_agrees_with_fp32(width: int) -> None:
     """Sum, norm and all five gradients of the fused kernels against torch's in fp32."""
-    from model.engine import kernels
+    from model.engine import pointwise_kernels
 
     torch.manual_seed(0)
     x, y = (torch.randn(1000, width, device="cuda").bfloat16().requires_grad_() for _ in range(2))
@@ -96,7 +96,7 @@ def test_add_norm_agrees_with_fp32(width: int) -> None:
     norm = torch.nn.LayerNorm(width, device="cuda")
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    outputs = kernels.add_norm(x, y, bias, norm)
+    outputs = pointwise_kernels.add_norm(x, y, bias, norm)
     upstream = [torch.randn_like(out) for out in outputs]
     inputs = [x, y, bias, norm.weight, norm.bias]
     got = torch.autograd.grad(outputs, inputs, upstream)
@@ -111,12 +111,12 @@ def test_add_norm_agrees_with_fp32(width: int) -> None:
 @pytest.mark.parametrize("width", [640, 3072, 4096, 6400])
 def test_bias_gelu_agrees_with_fp32(width: int) -> None:
     """Output and both gradients against torch's in fp32."""
-    from model.engine import kernels
+    from model.engine import pointwise_kernels
 
     torch.manual_seed(0)
     x = (3 * torch.randn(700, width, device="cuda")).bfloat16().requires_grad_()
     bias = torch.randn(width, device="cuda").bfloat16().requires_grad_()
-    out = kernels.bias_gelu(x, bias)
+    out = pointwise_kernels.bias_gelu(x, bias)
     upstream = torch.randn_like(out)
     got = torch.autograd.grad(out, [x, bias], upstream)
     exact = [p.detach().float().requires_grad_() for p in (x, bias)]
@@ -128,17 +128,17 @@ def test_bias_gelu_agrees_with_fp32(width: int) -> None:
 
 def test_chosen_rows_gradients_go_where_they_came_from() -> None:
     """As indexing by torch, bit for bit; rows that were not chosen get zeros."""
-    from model.engine import kernels
+    from model.engine import pointwise_kernels
 
     torch.manual_seed(0)
     x = torch.randn(500, 192, device="cuda").bfloat16().requires_grad_()
     index = torch.randperm(500, device="cuda")[:170]
     upstream = torch.randn(170, 192, device="cuda").bfloat16()
-    chosen = kernels.choose(x, index)
+    chosen = pointwise_kernels.choose(x, index)
     assert torch.equal(chosen, x[index])
     got = torch.autograd.grad(chosen, x, upstream)[0]
     assert torch.equal(got, torch.autograd.grad(x[index], x, upstream)[0])
-    assert kernels.choose(x, index[:0]).shape == (0, 192)
+    assert pointwise_kernels.choose(x, index[:0]).shape == (0, 192)
 
 
 def test_generation_by_a_graph_is_the_plain_loop() -> None:
