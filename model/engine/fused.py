@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.net.attention import Documents
-from model.net.gpt import Block, GPTModel
+from model.net.config import GPTConfig
+from model.net.gpt import MLP, Attention, Block, GPTModel
 
 
-def can_fuse(model: GPTModel, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``run_blocks`` can replace the model's own blocks where no dropout acts."""
-    width = model.config.n_embd // model.config.n_head
+def can_fuse(
+    model: GPTModel, blocks: Iterable[Block], norm: nn.LayerNorm | None, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether ``run_blocks`` can replace the forward pass of some of the model's blocks where no dropout acts.
+
+    Args:
+        norm: as for ``run_blocks``.
+    """
+    return has_kernels(model.config, device, dtype) and has_plain_layers(blocks, norm)
+
+
+def has_kernels(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels work on this device, in this dtype and for heads of this width."""
+    width = config.n_embd // config.n_head
     half = dtype in (torch.bfloat16, torch.float16)
     return device.type == "cuda" and half and width in (16, 32, 64, 128)
+
+
+def has_plain_layers(blocks: Iterable[Block], norm: nn.LayerNorm | None) -> bool:
+    """Whether every layer is exactly of the type that GPT-2 has.
+
+    ``run_blocks`` reads weights and biases and never calls the layers, so it would skip whatever a subclass adds in
+    its own forward pass, for example a low-rank adapter (LoRA).
+    """
+    return (norm is None or type(norm) is nn.LayerNorm) and all(map(_is_plain, blocks))
+
+
+def _is_plain(block: Block) -> bool:
+    attn, mlp = block.attn, block.mlp
+    return (
+        (type(block), type(attn), type(mlp)) == (Block, Attention, MLP)
+        and type(block.ln_1) is type(block.ln_2) is nn.LayerNorm
+        and type(attn.c_attn) is type(attn.c_proj) is type(mlp.c_fc) is type(mlp.c_proj) is nn.Linear
+    )
 
 
 def run_blocks(

@@ -188,6 +188,29 @@ def test_fused_blocks_are_the_models(token_dir: Path) -> None:
         torch.testing.assert_close(engine.top(trunk.bfloat16(), batch).float(), hidden, rtol=5e-2, atol=5e-2)
 
 
+def test_adapter_in_a_block_is_not_skipped(token_dir: Path) -> None:
+    """A linear layer with an extra term, as a low-rank adapter adds one: scores are those of the plain blocks."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0.5 * x.mean(-1, keepdim=True)
+
+    model = small_model().eval()
+    engine = Engine(model, torch.bfloat16)
+    batch = pack(CodeAlpacaDataset(token_dir, "train"), np.arange(30), engine.device)
+    x = engine.trunk(batch)
+    with torch.no_grad():
+        before = engine.top(x, batch)
+        model.h[3].mlp.c_proj.__class__ = Adapted
+        got = engine.top(x, batch)
+        exact = small_model().float()
+        exact.h[3].mlp.c_proj.__class__ = Adapted
+        want = exact.top(x.float(), batch.documents)[batch.predictors]
+    torch.testing.assert_close(got.float(), want, rtol=5e-2, atol=5e-2)
+    assert (got - before).abs().max() > 0.1
+    assert not engine._can_replay(x)
+
+
 @pytest.mark.parametrize("vocabulary", [320, 321, 50257])
 def test_fused_loss_agrees_with_autograd(vocabulary: int) -> None:
     """Loss and gradient of the head in bf16 against fp32 autograd, whatever the padding of the vocabulary."""
@@ -222,7 +245,7 @@ def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
         model = small_model()
         engine = Engine(model, torch.bfloat16)
         if not replay:
-            engine._replays = lambda x: False  # type: ignore[method-assign]
+            engine._can_replay = lambda x: False  # type: ignore[method-assign]
         head = padded_head(model.lm_head.weight, torch.bfloat16)
         losses = []
         for parameter in model.parameters():
