@@ -169,8 +169,8 @@ def attention(qkv: Tensor, begins: Tensor, ends: Tensor, heads: int) -> Tensor:
 
     Args:
         qkv: queries, keys and values of all heads, (N, 3 H K), in half precision; K a power of two, at least 16.
-        begins: for each token, where its document begins: (N,), int32.
-        ends: for each token, where its document ends, exclusive: (N,), int32.
+        begins: index of the first token of each token's document, (N,), int32.
+        ends: index after the last token of each token's document, (N,), int32.
         heads: H.
 
     Returns:

@@ -152,7 +152,7 @@ def _cross_entropy(logits, targets, losses, width, vocabulary, BLOCK: tl.constex
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """Programs that run at a time, about: each sums its share of the rows, and the shares are summed after."""
+    """Programs that run at a time, about: each sums over its share of the rows; the sums are then added up."""
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -217,7 +217,7 @@ def add_norm(x: Tensor, y: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Te
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU (tanh approximation) of x + bias: (N, W) and (W,) -> (N, W)."""
+    """GELU (tanh approximation) of x + bias, from x (N, W) and bias (W,): (N, W)."""
     return _BiasGelu.apply(x, bias)
 
 
@@ -238,7 +238,7 @@ def _write_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    """Losses in nats (M,), fp32, of logits (M, padded V), over which their gradient is written."""
+    """Losses in nats (M,), fp32, of logits (M, padded V), which are overwritten with their gradient."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
     if len(targets):
         _cross_entropy[(len(targets),)](logits, targets, losses, logits.size(1), vocabulary, BLOCK=2048, num_warps=16)

@@ -20,12 +20,13 @@ def row_losses(
     """Score every row on its response.
 
     Args:
-        dataset: with prompt_loss_weight 0.
-        max_tokens: about so many tokens per forward pass.
-        trunk: where the trunk's outputs for this data set are kept between scorings.
+        engine: runs the model.
+        dataset: rows, with prompt_loss_weight 0.
+        max_tokens: tokens per forward pass, about.
+        trunk: cache of the trunk's outputs for this data set; None computes them each time.
 
     Returns:
-        Per row the summed loss in nats (float64) and the number of response tokens.
+        For each row the summed loss in nats (float64), and the number of response tokens.
     """
     model = engine.model
     head = padded_head(model.lm_head.weight, engine.dtype)
@@ -48,10 +49,10 @@ def row_losses(
 
 
 def mean_loss(sums: np.ndarray, counts: np.ndarray) -> float:
-    """Nats per response token over all rows: the tokens are averaged, not the rows or the batches."""
+    """Nats per response token: the mean over all tokens, not over rows or batches."""
     return float(sums.sum() / counts.sum())
 
 
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats per token; of one beyond what a float can hold, the largest such number."""
+    """exp of a loss in nats per token; the loss is limited to 700, so that the result is finite."""
     return math.exp(min(loss, 700.0))

@@ -31,7 +31,7 @@ from model.net.device import give_memory_back, let_memory_grow, peak_memory, ran
 from model.net.gpt import GPTModel
 
 JOURNAL_FILE = "metrics.jsonl"
-_FEWEST_TOKENS = 1_024  # per pass: passes that are shortened for want of memory get no shorter
+_FEWEST_TOKENS = 1_024  # per pass, about: the shortest that passes become when memory runs out
 _LAG = 4  # steps a GPU may be behind: the host reads a step's loss only when the next ones are queued
 
 _ceiling = functools.cache(matmul_ceiling)  # measured once per process, device and dtype
@@ -39,7 +39,16 @@ _ceiling = functools.cache(matmul_ceiling)  # measured once per process, device 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a caller may show after each step."""
+    """Progress after a step, for ``on_step``.
+
+    Attributes:
+        step: optimizer steps done; 0 for the validation of the base.
+        total_steps: optimizer steps of the whole training.
+        loss: training loss of the step; NaN at step 0.
+        tokens_per_second: real tokens per second over the last steps; 0 at step 0.
+        eta_seconds: seconds to the end of the training, estimated; NaN at step 0.
+        eval_loss: validation loss in nats per response token; None at a step without validation.
+    """
 
     step: int
     total_steps: int
@@ -51,19 +60,20 @@ class StepReport:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a finished training lies.
+    """Result of a finished training.
 
     Attributes:
-        best: checkpoint with the lowest validation loss (step 0, the base itself, takes part).
-        best_step: its step.
-        best_eval_loss, base_eval_loss: nats per response token.
+        best: directory of the checkpoint with the lowest validation loss; it may be that of step 0, the base.
+        best_step: step of that checkpoint.
+        best_eval_loss: validation loss of that checkpoint, in nats per response token.
+        base_eval_loss: validation loss of the base, in nats per response token.
         steps: optimizer steps done.
-        resumed_from: step at which this process took over; 0 for a fresh start.
-        micro_batch_tokens: tokens per pass in the end.
-        first_step_seconds: from the call to the end of this process's first step.
-        peak_memory_bytes: as model.device.peak_memory.
-        trunk: where the trunk's outputs were kept, for people.
-        trunk_hit_share: tokens whose trunk output was there when it was needed, over all.
+        resumed_from: step at which this process resumed the training; 0 for a fresh start.
+        micro_batch_tokens: tokens per pass, about, at the end of the training.
+        first_step_seconds: seconds from the start of the last attempt to the end of its first step; NaN without one.
+        peak_memory_bytes: as ``model.net.device.peak_memory``.
+        trunk: where the trunk's outputs were kept, as a line for the log.
+        trunk_hit_share: share of the tokens whose trunk output was in the cache when it was needed.
     """
 
     best: Path
@@ -80,11 +90,11 @@ class TrainResult:
 
 
 class TrainingStoppedError(Exception):
-    """The caller asked to stop; a checkpoint of the last step is there to go on from."""
+    """The training stopped because the caller requested it; a checkpoint of the last step was saved."""
 
 
 class NonFiniteError(ArithmeticError):
-    """Loss or gradient became NaN or infinite; the model is as it was before that step."""
+    """Loss or gradient became NaN or infinite; the model is unchanged since the step before."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,10 @@ class _Call:
 
 
 def default_micro_batch_tokens(model: GPTModel) -> int:
-    """Tokens per pass: on a GPU as many as a quarter of its memory holds the activations of, 32,768 at most.
+    """Tokens per pass if the configuration names none.
 
-    Some 40 bytes x D are kept per token and trained block. On a CPU 2,048: more is no faster.
+    On a GPU the activations of a pass take a quarter of its memory, at some 40 bytes x D per token and trained block,
+    and a pass has 32,768 tokens at most. On a CPU it has 2,048, as longer passes are no faster.
     """
     device = model.wte.weight.device
     if device.type != "cuda":
@@ -131,38 +142,39 @@ def train(
     cache: TrunkCacheConfig = TrunkCacheConfig(),  # noqa: B008
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
-    """Train a frozen-and-cast model, resuming from ``directory`` where an earlier try got to.
+    """Train a model in place, from the newest checkpoint in ``directory`` if it belongs to the same training.
 
-    The loss of a step is the sum over all its target tokens divided once by their number (their weight,
-    with a prompt_loss_weight), however the rows fall into micro-batches. Order, dropout and schedule depend on
-    seed and step alone and are restored with the checkpoint: a resumed training equals an uninterrupted one
-    bit for bit on the same hardware and versions.
+    The loss of a step is the sum over all its target tokens, divided once by their number (with a prompt_loss_weight,
+    by the sum of their weights), however the rows are cut into micro-batches. Order, dropout and schedule depend only
+    on seed and step and are restored with the checkpoint: a resumed training equals an uninterrupted one bit for bit
+    on the same hardware and versions.
 
-    Where a GPU's memory does not hold a pass, the training goes on from its last checkpoint with passes half as long,
-    and so does one that resumes it. That rounds differently, and draws other dropout.
+    If a GPU's memory does not hold a pass, the training goes on from its last checkpoint with passes half as long. A
+    training that resumes this one keeps them. Shorter passes round differently and draw other dropout noise.
 
     Args:
-        model: on its device, frozen parameters cast; trained in place.
+        model: on its device, frozen parameters cast.
         tokens: directory written by ``model.data.tokens.prepare``.
         config: hyper-parameters.
-        directory: of this training alone: checkpoints ``step-*`` and the journal ``metrics.jsonl``.
-        identity: sha256 over everything that determines the training; a checkpoint of another is ignored.
+        directory: directory of this training only, for checkpoints ``step-*`` and the journal ``metrics.jsonl``.
+        identity: sha256 over everything that determines the training; checkpoints with another one are ignored.
         on_step: called after every step and validation, in order; on a GPU a few steps late. Steps repeated after
             memory ran out are reported again.
-        warn: told of damaged checkpoints, and of passes that memory did not hold.
-        cache: where the frozen blocks' outputs may be kept; a matter of speed only.
-        should_stop: asked between steps; true ends the training there, to be resumed later.
+        warn: called with a message for each damaged checkpoint, and each time that memory does not hold a pass.
+        cache: where the frozen blocks' outputs may be kept; it affects speed only.
+        should_stop: called before each step; if it returns true, the training ends there and can be resumed.
 
     Raises:
-        TrainingStoppedError: should_stop was true; a checkpoint of that very step was saved.
-        NonFiniteError: no later step changed the model, and no checkpoint holds it.
-        ValueError: an unknown precision.
+        TrainingStoppedError: should_stop returned true; a checkpoint of the last step was saved.
+        NonFiniteError: loss or gradient is not finite; the model is unchanged since the step before, and every
+            checkpoint is finite.
+        ValueError: the precision is unknown.
         torch.OutOfMemoryError: memory does not hold the shortest passes either.
     """
     device = model.wte.weight.device
     dtype = resolve_precision(config.precision, device)
     if model.ln_f.weight.dtype == torch.float64:
-        dtype = torch.float64  # proofs of sameness
+        dtype = torch.float64  # for tests that compare to many digits
     model.set_dropout(config.dropout)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
@@ -196,20 +208,21 @@ def _train_in_passes_that_fit(
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
-            reason = ". ".join(str(error).split(". ")[:2])  # that memory ran out, and the size of the request
+            reason = ". ".join(str(error).split(". ")[:2])  # memory ran out, and how much was requested
             if _FEWEST_TOKENS < engine.latest_tokens < tokens_per_pass:
                 tokens_per_pass = engine.latest_tokens  # the pass that failed was shorter than the limit
             if tokens_per_pass <= _FEWEST_TOKENS:
                 raise torch.OutOfMemoryError(
-                    f"memory does not hold passes of {tokens_per_pass:,} tokens (micro_batch_tokens): end what "
-                    f"else is in it, lower num_unfrozen_layers or trunk_cache_gb, or take a smaller model ({reason})"
+                    f"memory does not hold passes of {tokens_per_pass:,} tokens (micro_batch_tokens): end other "
+                    f"processes that use it, lower num_unfrozen_layers or trunk_cache_gb, or use a smaller model "
+                    f"({reason})"
                 ) from error
         # Outside the except clause: the error refers to everything that the failed attempt allocated.
         fewer = max(_FEWEST_TOKENS, tokens_per_pass // 2)
-        noise = " but for the noise of dropout" if call.config.dropout else ""
+        noise = " except for the noise of dropout" if call.config.dropout else ""
         call.warn(
-            f"memory does not hold passes of {tokens_per_pass:,} tokens: going on from the last checkpoint with "
-            f"{fewer:,} (micro_batch_tokens), which changes no step{noise} ({reason})"
+            f"memory does not hold passes of {tokens_per_pass:,} tokens: training goes on from the last checkpoint "
+            f"with {fewer:,} (micro_batch_tokens), and steps stay the same{noise} ({reason})"
         )
         tokens_per_pass = fewer
         del engine

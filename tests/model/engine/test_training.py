@@ -417,9 +417,10 @@ def test_passes_that_memory_does_not_hold_are_halved(
     [failed] = memory.failed
     assert 300 < failed < 1000
     assert result.micro_batch_tokens == failed // 2
+    noise = " except for the noise of dropout" if dropout else ""
     assert warnings == [
-        f"memory does not hold passes of {failed} tokens: going on from the last checkpoint with {failed // 2} "
-        f"(micro_batch_tokens), which changes no step{' but for the noise of dropout' if dropout else ''} "
+        f"memory does not hold passes of {failed} tokens: training goes on from the last checkpoint "
+        f"with {failed // 2} (micro_batch_tokens), and steps stay the same{noise} "
         "(CUDA out of memory. Tried to allocate 1.00 GiB)"
     ]
 
