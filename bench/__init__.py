@@ -1,1 +1,1 @@
-"""Speed of the training engine beside that of others: `python -m bench.train`. Not part of the installed packages."""
+"""Speed of the training engine compared with others: `python -m bench.train`. Not part of the installed packages."""

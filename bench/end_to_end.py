@@ -1,12 +1,13 @@
-"""A whole fine-tuning by the pipeline and by a script of TRL's on one machine: ``python -m bench.end_to_end --help``.
+"""A whole fine-tuning by the pipeline and by a TRL script on one machine: ``python -m bench.end_to_end --help``.
 
-From the start of the process to an evaluated model on disk, step by step. Both get the same random weights, which
-cost what pretrained ones do, the same rows, batches of as many rows, and prompts to complete. What the pipeline
-does beyond that stays in its time: it scores the base too, completes the prompts with both models, validates on the
-way and keeps checkpoints. What comes after the evaluation, the upload to MLflow's registry, is shown apart. Side
-"pipeline" finds an empty data root, and makes the databases of Prefect and MLflow; "pipeline-used" has them from a
-run of the embedded model. The modules of both are imported once before, so that neither pays for a cold disk;
-compiled kernels are not kept. Progress and a table are printed; the last line is JSON with everything in it.
+Measured from the start of the process to an evaluated model on disk, step by step. Both sides get the same random
+weights (training them takes as long as training pretrained ones), the same rows, the same number of rows per batch,
+and the same prompts to complete. The pipeline's time includes its additional work: it scores the base too, completes
+the prompts with both models, validates during the training and keeps checkpoints. The upload to MLflow's registry,
+after the evaluation, is shown separately. Side "pipeline" starts with an empty data root and creates the databases of
+Prefect and MLflow; side "pipeline-used" has them from a run of the embedded model. The modules of both sides are
+imported once before, so that neither pays for a cold disk; compiled kernels are not kept. Progress and a table are
+printed; the last line is JSON with everything in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,25 @@ from typing import Any
 import torch
 
 from bench.processes import in_one_sentence, positive, quiet_environment, run_apart, show_one_gpu
+from bench.report import Progress, print_report
 from bench.train import describe_machine, versions
-from model.files import write_json
 from model.net.config import PRESETS
 from ops.settings import PROJECT_ROOT
 
-# The modules that each side loads, its helper processes included.
+# The modules that each side and its helper processes load.
 _IMPORTS = {
     "pipeline": "import flows.finetune, mlflow, transformers, prefect.server.api.server, matplotlib.figure",
     "trl": "import trl.trainer.sft_trainer, datasets, transformers.models.gpt2.modeling_gpt2",
 }
 _USE = ("tiny", "max_steps=1", "sample_rows=0", "pass_rows=0", "device=cpu")  # no kernel is compiled for a GPU
 _START = "interpreter"  # from the start of the process until its first line runs
-_AFTER = ("publish", "exit")  # the pipeline's steps behind the evaluation
+_AFTER = ("publish", "exit")  # the pipeline's steps after the evaluation
 _PIPELINE_STEP = re.compile(r"(\w+) +(\d+\.\d+) +\d+\.\d%")
 _TRL_STEP = re.compile(r" *(\d+\.\d) s  (.+)")
+
+
+class SideError(ValueError):
+    """A run of one side failed; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Line:
     """A line that a process printed.
 
     Attributes:
-        seconds: since the process was started.
+        seconds: seconds from the start of the process.
+        text: the line without its end.
     """
 
     seconds: float
@@ -64,8 +70,8 @@ class Timing:
     """One run of one side.
 
     Attributes:
-        steps: seconds by step, in order, up to the evaluated model on disk.
-        after: seconds by step of what follows.
+        steps: seconds of each step, in order, up to the evaluated model on disk.
+        after: seconds of each later step.
     """
 
     steps: dict[str, float]
@@ -78,18 +84,14 @@ class Timing:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark as the command line says. Returns the exit status: 0 if every side came to its end."""
+    """Run the benchmark. Returns the exit status: 0 if no side failed."""
     quiet_environment()
     options = parse(arguments)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     else:
         show_one_gpu(options.device)
-    begin = time.perf_counter()
-
-    def say(message: str) -> None:
-        print(f"[{time.perf_counter() - begin:6.1f} s] {message}", flush=True)
-
+    say = Progress()
     report: dict[str, Any] = {
         "machine": run_apart(describe_machine, options.device.partition(":")[0], "auto", timeout=120),
         "versions": versions(),
@@ -104,45 +106,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scratch = Path(name)
         run_apart(make_inputs, options, scratch, timeout=600)
         say(f"{options.rows} training rows and a {options.size} GPT-2 are ready in {scratch}")
-        for side, repeat in itertools.product(options.sides, range(options.repeats)):
-            record = report["sides"].setdefault(side, {"runs": []})
-            if "error" in record:
-                continue
-            if not repeat and (error := warm_imports(side)):
-                record["error"] = error
-                say(f"{side}: {error}")
-                continue
-            variables = environment(scratch, side)
-            if side == "pipeline-used":
-                subprocess.run(
-                    [sys.executable, "-m", "flows", *_USE],
-                    cwd=PROJECT_ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, check=True,
-                )  # fmt: skip
-            status, lines = run_timed(command(side, options, scratch), variables, options.timeout)
-            if options.log:
-                write_log(options.log / f"{side}-{repeat + 1}.log", lines)
-            try:
-                timing = READERS[side](status, lines)
-            except ValueError as error:
-                record["error"] = str(error)
-                say(f"{side}: {error}")
-                continue
-            record["runs"].append({"seconds": timing.seconds, **asdict(timing)})
-            say(f"{side}: {timing.seconds:.1f} s, then {sum(timing.after.values()):.1f} s")
+        for side in options.sides:
+            report["sides"][side] = measure_side(side, options, scratch, say)
         if options.profile:
-            python, *rest = command("pipeline", options, scratch)
-            profiled = [python, "-m", "cProfile", "-o", str(options.profile.resolve()), *rest]
-            status, lines = run_timed(profiled, environment(scratch, "pipeline"), options.timeout)
-            say(f"profiled, status {status}, {lines[-1].seconds:.1f} s")
-    print("\n" + table(report["sides"]) + "\n", flush=True)
-    if options.out:
-        write_json(options.out, report)
-    print(json.dumps(report), flush=True)
+            profile_pipeline(options, scratch, say)
+    print_report(table(report["sides"]), report, options.out)
     return int(any("error" in record for record in report["sides"].values()))
 
 
+def measure_side(side: str, options: argparse.Namespace, scratch: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run one side ``options.repeats`` times.
+
+    Returns:
+        ``runs``, with the seconds of each run, and ``error`` if one failed; no further run is tried then.
+    """
+    record: dict[str, Any] = {"runs": []}
+    try:
+        warm_imports(side)
+        for repeat in range(options.repeats):
+            timing = run_side(side, repeat, options, scratch)
+            record["runs"].append({"seconds": timing.seconds, **asdict(timing)})
+            say(f"{side}: {timing.seconds:.1f} s, then {sum(timing.after.values()):.1f} s")
+    except SideError as error:
+        record["error"] = str(error)
+        say(f"{side}: {error}")
+    return record
+
+
+def run_side(side: str, repeat: int, options: argparse.Namespace, scratch: Path) -> Timing:
+    """Run one side once, in an environment of its own.
+
+    Raises:
+        SideError: the run failed.
+    """
+    variables = environment(scratch, side)
+    if side == "pipeline-used":
+        subprocess.run(
+            [sys.executable, "-m", "flows", *_USE],
+            cwd=PROJECT_ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, check=True,
+        )  # fmt: skip
+    status, lines = run_timed(command(side, options, scratch), variables, options.timeout)
+    if options.log:
+        write_log(options.log / f"{side}-{repeat + 1}.log", lines)
+    return READERS[side](status, lines)
+
+
+def profile_pipeline(options: argparse.Namespace, scratch: Path, say: Callable[[str], None]) -> None:
+    """Run the pipeline once more under cProfile."""
+    python, *rest = command("pipeline", options, scratch)
+    profiled = [python, "-m", "cProfile", "-o", str(options.profile.resolve()), *rest]
+    status, lines = run_timed(profiled, environment(scratch, "pipeline"), options.timeout)
+    say(f"profiled, status {status}, {lines[-1].seconds:.1f} s")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.end_to_end",
         description="A whole fine-tuning, from process start to evaluated model, by the pipeline and by TRL.",
@@ -173,7 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_inputs(options: argparse.Namespace, scratch: Path) -> None:
-    """In a child: the data set and the weights that both sides are given."""
+    """In a child process: write the data set and the weights that both sides get."""
     from model.net.device import resolve_device
     from model.net.gpt import GPTModel
     from model.net.loading import load_tokenizer
@@ -187,9 +205,9 @@ def make_inputs(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def write_rows(source: Path, tokenizer: Any, rows: int, scratch: Path) -> None:
-    """Write ``scratch/rows``: held-out splits as the pipeline draws them, and train repeated up to ``rows``.
+    """Write ``scratch/rows``: held-out splits as the pipeline draws them, and ``rows`` training rows, repeated.
 
-    A training row whose prompt is held out is left away: the pipeline would drop it, and TRL's script would not.
+    Training rows whose prompt is held out are left out: the pipeline would drop them, but the TRL script would not.
     """
     from model.data.rows import UnusableRow, find_splits, normalize_row, prompt_key, read_records
     from model.data.tokens import PrepareConfig, prepare
@@ -214,7 +232,7 @@ def write_rows(source: Path, tokenizer: Any, rows: int, scratch: Path) -> None:
 
 
 def command(side: str, options: argparse.Namespace, scratch: Path) -> list[str]:
-    """What a user would type."""
+    """The command that a user would type."""
     if side == "trl":
         return [
             sys.executable, "-m", "bench.end_to_end_trl",
@@ -231,7 +249,7 @@ def command(side: str, options: argparse.Namespace, scratch: Path) -> list[str]:
         "batch_size": options.batch_size,
         "num_unfrozen_layers": options.num_unfrozen_layers,
         "device": options.device.partition(":")[0],
-        # Where the deployment of the embedded model has settings of its own, those of the others.
+        # The deployment of the embedded model has other values for these; take those of the other deployments.
         "max_length": 512,
         "learning_rate": 1e-4,
         "eval_rows": "null",
@@ -246,9 +264,9 @@ def command(side: str, options: argparse.Namespace, scratch: Path) -> list[str]:
 
 
 def environment(scratch: Path, side: str) -> dict[str, str]:
-    """This process's, with places for data and compiled kernels that no earlier run has used."""
+    """Environment variables of this process, but with new directories for data and compiled kernels."""
     root = Path(tempfile.mkdtemp(prefix=f"{side}-", dir=scratch))
-    # Off in this process, which forks; these two may tokenise on all cores.
+    # Tokenisers use one thread in this process, because it forks; the two sides may use all cores.
     inherited = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     return {
         **inherited,
@@ -259,19 +277,24 @@ def environment(scratch: Path, side: str) -> dict[str, str]:
     }
 
 
-def warm_imports(side: str) -> str | None:
-    """Import what a side needs: files are in memory then, and byte code exists. Returns what went wrong, or None."""
+def warm_imports(side: str) -> None:
+    """Import the modules of a side once, so that their files are in memory and byte code exists.
+
+    Raises:
+        SideError: an import failed.
+    """
     imports = _IMPORTS[side.partition("-")[0]]
     done = subprocess.run([sys.executable, "-c", imports], cwd=PROJECT_ROOT, capture_output=True, text=True)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+    if done.returncode:
+        raise SideError(done.stderr.strip().splitlines()[-1])
 
 
 def run_timed(arguments: Sequence[str], variables: Mapping[str, str], timeout: float) -> tuple[int, list[Line]]:
     """Run a command in the project's directory.
 
     Returns:
-        Its exit status, and the lines it printed to either stream with the seconds since its start; the last one is
-        its end and has no text.
+        The exit status, and the lines that the command printed to either stream. A further line without text has the
+        time of its end.
     """
     begin = time.perf_counter()
     lines = []
@@ -302,20 +325,20 @@ def run_timed(arguments: Sequence[str], variables: Mapping[str, str], timeout: f
 
 
 def write_log(path: Path, lines: Sequence[Line]) -> None:
-    """The output of a run, with the seconds of each line."""
+    """Write the output of a run to a file, each line with its seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line.seconds:8.2f}  {line.text}\n" for line in lines))
 
 
 def read_pipeline(status: int, lines: Sequence[Line]) -> Timing:
-    """The table of times that ``python -m flows`` prints at its end.
+    """Read the table of times that ``python -m flows`` prints at its end.
 
     Raises:
-        ValueError: it is not there, or the run failed.
+        SideError: the table is missing, or the run failed.
     """
     begin = next((n for n, line in enumerate(lines) if re.match(r"time +seconds +share$", line.text)), None)
     if status or begin is None:
-        raise ValueError(_failure(status, lines))
+        raise SideError(_failure(status, lines))
     seconds: dict[str, float] = {}
     for line in lines[begin + 1 :]:
         if not (found := _PIPELINE_STEP.fullmatch(line.text)):
@@ -330,14 +353,14 @@ def read_pipeline(status: int, lines: Sequence[Line]) -> Timing:
 
 
 def read_trl(status: int, lines: Sequence[Line]) -> Timing:
-    """The stages that TRL's script prints, each with the seconds since its start.
+    """Read the stages that the TRL script prints, each with the seconds since its start.
 
     Raises:
-        ValueError: the last stage is not there, or the run failed.
+        SideError: the last stage is missing, or the run failed.
     """
     stages = [(line.seconds, float(m[1]), m[2]) for line in lines if (m := _TRL_STEP.fullmatch(line.text))]
     if status or not stages or stages[-1][2] != "saved":
-        raise ValueError(_failure(status, lines))
+        raise SideError(_failure(status, lines))
     steps = {_START: max(0.0, stages[-1][0] - stages[-1][1])}
     before = 0.0
     for _, end, stage in stages:
@@ -355,7 +378,7 @@ READERS = {"pipeline": read_pipeline, "pipeline-used": read_pipeline, "trl": rea
 
 
 def table(sides: Mapping[str, Mapping[str, Any]]) -> str:
-    """The fastest run of each side, step by step; a side that failed has one line."""
+    """The fastest run of each side, step by step; a side that failed has a line with its error."""
     lines = []
     for side, record in sides.items():
         if "error" in record:

@@ -1,21 +1,21 @@
-"""The same job as the pipeline's, as a user of TRL would script it: ``python -m bench.end_to_end_trl --help``.
+"""The pipeline's job as a user of TRL would script it: ``python -m bench.end_to_end_trl --help``.
 
-Read weights and rows, tokenise, train with packing, evaluate, generate, save. Prints the seconds
-from the start of the process to the end of each stage.
+Stages: read weights and rows, tokenise, train with packing, evaluate, generate, save. After each of them
+it prints the seconds since the start of the process.
 """
 
 from __future__ import annotations
 
 import time
 
-_START = time.perf_counter()  # ahead of every other import: they are part of what a user waits for
+_START = time.perf_counter()  # before all other imports, because a user waits for them too
 
 import argparse  # noqa: E402
 import itertools  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-_TEST_SHARE, _VALIDATION_SHARE = 0.1, 0.02  # as the pipeline's defaults, where the data has no such split
+_TEST_SHARE, _VALIDATION_SHARE = 0.1, 0.02  # the pipeline's defaults, for data without these splits
 _SAMPLES, _NEW_TOKENS = 16, 128
 _PACKED = 1024
 _MAX_LENGTH = 512
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.end_to_end_trl")
     parser.add_argument("--data", type=Path, required=True, help="file or folder of rows")
     parser.add_argument("--weights", type=Path, required=True, help="GPT-2 in Hugging Face's layout")
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
 
 
 def done(stage: str) -> None:
-    """Print a stage with the seconds since the process began."""
+    """Print a finished stage with the seconds since the start of the process."""
     print(f"{time.perf_counter() - _START:8.1f} s  {stage}", flush=True)
 
 
@@ -92,7 +92,7 @@ def freeze(model: Any, num_unfrozen_layers: int) -> None:
 
 
 def read_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
-    """Rows by split; test and validation are drawn from train where the data has none."""
+    """Rows by split; if the data has no test or validation split, it is drawn from the training rows."""
     from datasets import Dataset
 
     from model.data.rows import find_splits, normalize_row, read_records
@@ -109,7 +109,7 @@ def read_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def tokenise(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
-    """Rows as TRL takes them when they are tokenised: ids, and which of them are the response."""
+    """Tokenise rows into TRL's format: ids, and a mask of the response."""
     from datasets import Dataset
 
     from model.net.prompt import encode_examples
@@ -127,7 +127,7 @@ def tokenise(tokenizer: Any, rows: list[dict[str, Any]]) -> Any:
 def build_trainer(
     model: Any, tokenizer: Any, data: dict[str, Any], options: argparse.Namespace, flash: bool, liger: bool
 ) -> Any:
-    """SFTTrainer with packed rows, about ``batch_size`` of them a step."""
+    """SFTTrainer with packing, with about ``batch_size`` rows of the data per step."""
     from trl import SFTConfig, SFTTrainer
 
     length = min(_PACKED, model.config.n_positions)
@@ -139,8 +139,8 @@ def build_trainer(
         per_device_train_batch_size=per_step,
         per_device_eval_batch_size=per_step,
         packing=True,
-        # Without flash attention a mask that keeps documents apart is dense and three times slower: TRL's fastest
-        # setting is taken, in which they see each other.
+        # Without flash attention, keeping documents apart takes a dense mask and is three times slower. TRL's fastest
+        # setting is used then, in which documents attend to each other.
         packing_strategy="bfd" if flash else "wrapped",
         max_length=length,
         completion_only_loss=True,
@@ -161,7 +161,7 @@ def build_trainer(
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Sampled completions of all prompts in one batch, padded on the left."""
+    """Sample completions of all prompts in one batch, padded on the left."""
     import torch
 
     from model.net.prompt import format_prompt

@@ -1,4 +1,4 @@
-"""This project's engine, through its public API alone."""
+"""This project's engine, measured through its public API."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from model.net.device import cast_frozen, resolve_device, resolve_precision
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
 
-_VALIDATION_ROWS = 64  # a validation before the first step and one after the last are part of every training
+_VALIDATION_ROWS = 64  # few: every training validates before the first step and after the last
 
 
 def run_engine(
     job: Job, micro_batch_tokens: int | None = None, trunk_cache_bytes: int = TrunkCacheConfig.max_bytes
 ) -> list[Measurement]:
-    """Train for the job's epochs; the first epoch and the later ones are measured apart, if trunk outputs are kept.
+    """Train for the job's epochs. If the trunk's outputs are kept, the first epoch is measured apart from the others.
 
-    They are kept where the pipeline keeps them.
-
-    The time to the first step ends with its report, which may come late, and includes the base's validation.
+    They are kept in the same places as by the pipeline. The time to the first step includes the base's validation and
+    ends with the step's report, which on a GPU comes a few steps late.
     """
     device = resolve_device(job.device)
     dtype = resolve_precision(job.precision, device)
@@ -60,12 +59,12 @@ def run_engine(
     first_step = reports[0][1] - start
     loads = step_loads(rows, config)
     warm_up = min(job.warm_up, max(1, steps_per_epoch // 3))
-    last = job.epochs * steps_per_epoch - 1  # the step after it is followed by a validation
+    last = job.epochs * steps_per_epoch - 1  # without the last step, which a validation follows
     phases = {FIRST_EPOCH: (warm_up, min(steps_per_epoch, last))}
     if not trunk_cache_bytes:
         phases = {"every epoch": (warm_up, last)}
     elif job.epochs > 1:
-        phases[LATER_EPOCHS] = (steps_per_epoch + warm_up, last)  # once more: they may need other code
+        phases[LATER_EPOCHS] = (steps_per_epoch + warm_up, last)  # a second warm-up: other kernels may run here
     return [
         Measurement(phase, windows_of_reports(reports, loads, first, last), first_step, str(dtype))
         for phase, (first, last) in phases.items()
@@ -73,7 +72,7 @@ def run_engine(
 
 
 def step_loads(rows: CodeAlpacaDataset, config: TrainConfig) -> list[tuple[int, int]]:
-    """(tokens, targets) of each step of a training, from the order in which the engine visits the rows."""
+    """(tokens, targets) of each step of a training, in the engine's order of rows."""
     loads = []
     for epoch in range(config.epochs):
         order = epoch_order(len(rows), config.seed, epoch)

@@ -1,4 +1,4 @@
-"""What all contestants share: the job, the windows over which speed is measured, and what is reported of them."""
+"""What all contestants share: the job, the windows over which speed is measured, and the measurements."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 
 from model.net.config import GPTConfig
 
-FIRST_EPOCH, LATER_EPOCHS = "first epoch", "later epochs"  # phases of an engine that keeps the trunk's outputs
-WINDOWS = 4  # per measurement, where there are steps enough
-_TOGETHER = 1e-3  # seconds; reports that follow one another faster were handed over in one go
+FIRST_EPOCH, LATER_EPOCHS = "first epoch", "later epochs"  # phases of the engine when it keeps the trunk's outputs
+WINDOWS = 4  # per measurement, if there are enough steps
+_TOGETHER = 1e-3  # seconds: reports that follow one another faster belong to one burst
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Job:
 
     Attributes:
         tokens: directory written by ``model.data.tokens.prepare``.
-        tokenizer: directory of its tokenizer; contestants read nothing from it but the special tokens.
+        tokenizer: directory of its tokenizer; contestants read only the special tokens from it.
         model_size: preset whose shape the random weights have.
-        num_unfrozen_layers: blocks that train, from the top; the final norm trains too, all else is frozen.
+        num_unfrozen_layers: number of top blocks that train; the final norm trains too, everything else is frozen.
         batch_size: rows per optimizer step.
         device: cpu or cuda.
         precision: auto, bf16 or fp32.
         warm_up: optimizer steps ahead of the first window.
         steps: optimizer steps measured.
-        epochs: of the engine, whose later epochs are measured apart.
-        processor_time: measure the processor time of one thread instead of the clock.
+        epochs: epochs of the engine, whose first epoch is measured apart from the others.
+        processor_time: measure the processor time of one thread instead of wall-clock time.
     """
 
     tokens: Path
@@ -60,9 +60,9 @@ class Window:
     """A stretch of training between two readings of the clock.
 
     Attributes:
-        seconds: between the two, the device idle at both.
-        tokens: real tokens trained on, padding not counted.
-        targets: those of them that bear loss.
+        seconds: between the two readings; the device is idle at both.
+        tokens: real tokens trained on, without padding.
+        targets: those tokens that bear loss.
     """
 
     seconds: float
@@ -72,13 +72,14 @@ class Window:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run of a contestant gave in one phase.
+    """Result of one run of a contestant in one phase.
 
     Attributes:
-        phase: which part of the training; "steady" for contestants whose epochs are all alike.
-        windows: in order, warm-up left out.
-        seconds_to_first_step: from weights on the device and rows tokenised to the end of the first step.
-        dtype: of the matrix products.
+        phase: part of the training; "steady" for contestants whose epochs are all alike.
+        windows: windows in order, without the warm-up.
+        seconds_to_first_step: seconds to the end of the first step, with weights on the device and rows tokenised at
+            the start.
+        dtype: dtype of the matrix products.
     """
 
     phase: str
@@ -88,9 +89,9 @@ class Measurement:
 
     @property
     def tokens_per_second(self) -> float:
-        """Useful tokens per second, the median of the windows; over all of them in an engine's first epoch.
+        """Useful tokens per second: the median of the windows, but the mean in the first epoch of the engine.
 
-        There the trunk is computed for several steps' rows at once, so that windows are not alike.
+        In that epoch the engine computes the trunk for the rows of several steps at once, so windows are not alike.
         """
         if self.phase == FIRST_EPOCH:
             return sum(window.tokens for window in self.windows) / sum(window.seconds for window in self.windows)
@@ -98,7 +99,7 @@ class Measurement:
 
     @property
     def target_share(self) -> float:
-        """Share of the tokens that bore loss."""
+        """Share of the tokens that bear loss."""
         return sum(window.targets for window in self.windows) / sum(window.tokens for window in self.windows)
 
 
@@ -107,9 +108,9 @@ class Setting:
     """One way to run a contestant.
 
     Attributes:
-        contestant: its name.
-        text: the setting in words.
-        run: called with the job and ``options`` in a process of its own.
+        contestant: name of the contestant.
+        text: description of the setting.
+        run: function that measures; called with the job and ``options`` in a process of its own.
         options: keyword arguments of ``run``.
     """
 
@@ -123,29 +124,29 @@ _clock = time.perf_counter
 
 
 def use_processor_time() -> None:
-    """Measure this process by the processor time it takes, on one thread, as other processes cannot disturb that."""
+    """Measure the processor time of this process on one thread, which other processes hardly affect."""
     global _clock
     _clock = time.process_time
     torch.set_num_threads(1)
 
 
 def now() -> float:
-    """Seconds."""
+    """Current reading of the clock in seconds."""
     return _clock()
 
 
 def read_clock(device: torch.device) -> float:
-    """Seconds, once the device has done all it was given."""
+    """Reading of the clock in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return now()
 
 
 class Meter:
-    """Counts what batches hold and reads the clock at the bounds of windows, and nowhere else.
+    """Counts the tokens of batches, and reads the clock only after the first step and at the bounds of windows.
 
     Args:
-        device: waited for before the clock is read.
+        device: device that must be idle when the clock is read.
         warm_up: optimizer steps ahead of the first window.
         steps: optimizer steps measured.
         window: optimizer steps per window; by default ``WINDOWS`` of them.
@@ -167,7 +168,7 @@ class Meter:
         self.targets += targets
 
     def step_done(self) -> bool:
-        """Note the end of an optimizer step; whether it was the last one needed."""
+        """Record the end of an optimizer step. Returns whether it was the last one needed."""
         self.steps_done += 1
         if self.steps_done == 1:
             self.seconds_to_first_step = read_clock(self.device) - self.start
@@ -191,16 +192,16 @@ class Meter:
 def windows_of_reports(
     reports: Sequence[tuple[int, float]], loads: Sequence[tuple[int, int]], first: int, last: int
 ) -> list[Window]:
-    """Windows between an engine's step reports, which may come late and several at once, but in order.
+    """Windows between the engine's step reports, which come in order but may come late and in bursts.
 
-    Reports that come together say only of the last of them when it was done, so windows end at such ones. A lag
-    that stays the same falls out of the differences.
+    In a burst only the time of the last report says when its step was done, so windows end at last reports. A
+    constant delay cancels out in the differences.
 
     Args:
         reports: (step, time in seconds) of steps 1, 2, ...
         loads: (tokens, targets) of the same steps.
         first: step after which the first window begins.
-        last: step with which the last window may end; a later report must be there.
+        last: step with which the last window may end; ``reports`` must have a later step.
 
     Raises:
         RuntimeError: fewer than two usable reports between the two steps.

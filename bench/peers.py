@@ -1,16 +1,17 @@
-"""transformers' Trainer and TRL's SFTTrainer on the same job, in the settings that their manuals offer for speed.
+"""transformers' Trainer and TRL's SFTTrainer on the same job, in the settings that their manuals recommend for speed.
 
-What decides whether packed documents see one another, in transformers 5.17 and 5.23 with TRL 1.16:
+Whether packed documents attend to each other, in transformers 5.17 and 5.23 with TRL 1.16:
 
-- ``packing="wrapped"``: the collator gives an attention mask of ones, so every token sees the documents before its
-  own in the row. Less work to launch, but not the same training; it is measured because people use it.
-- ``packing="bfd"``: the collator lays all rows of a pass end to end and gives position ids that restart with each
-  document, and no attention mask. ``create_causal_mask`` of transformers finds the documents by these restarts. With
-  flash_attention_2 each document is then attended to by itself. With sdpa a (T, T) mask over all T tokens of a pass
-  is built, and every pair of tokens is computed: right, but the cost grows with the square of the pass, which is why
-  a pass holds a few packed rows only. flex_attention is refused for GPT-2 by both versions.
+- ``packing="wrapped"``: the collator returns an attention mask of ones, so every token attends to the documents
+  before its own in the row. This launches less work but is not the same training; it is measured because people use
+  it.
+- ``packing="bfd"``: the collator joins all rows of a pass and returns position ids that restart with each document,
+  and no attention mask. ``create_causal_mask`` of transformers finds the documents by these restarts. With
+  flash_attention_2, attention is then computed for each document separately. With sdpa a (T, T) mask over all T
+  tokens of a pass is built, and all pairs of tokens are computed: correct, but the cost grows with the square of T,
+  so a pass has only a few packed rows. Both versions refuse flex_attention for GPT-2.
 
-Liger patches models by type, and "gpt2" is not among those of 0.8.5; TRL 1.16 moreover computes its loss on response
+Liger patches models by type, and version 0.8.5 does not know "gpt2". TRL 1.16 moreover computes its loss on response
 tokens in chunks by itself, and deprecates the flag.
 """
 
@@ -30,9 +31,9 @@ from model.data.tokens import IGNORE, CodeAlpacaDataset
 from model.net.device import resolve_device, resolve_precision
 
 _GROUPED = "grouped by length, padded"
-_TOKENS, _TARGETS = "bench_tokens", "bench_targets"  # beside the tensors of a batch, as plain numbers
+_TOKENS, _TARGETS = "bench_tokens", "bench_targets"  # keys of plain numbers in a batch
 
-# What is imported ahead of the first setting, and how a user gets it.
+# Modules imported before the first setting, and the command that installs them.
 LIBRARIES: dict[str, Sequence[str]] = {
     "hf": ("accelerate", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"),
     "trl": ("accelerate", "datasets", "transformers.models.gpt2.modeling_gpt2", "trl.trainer.sft_trainer"),
@@ -41,9 +42,9 @@ INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[dev,bench]'"
 
 
 class CountingCollator:
-    """A collator that also says how many real tokens and targets a batch holds.
+    """A collator that also counts the real tokens and targets of a batch.
 
-    Counted from the rows that went in, so no padding of any kind is among them.
+    The tokens are counted in the collator's input, which has no padding.
     """
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
@@ -57,7 +58,7 @@ class CountingCollator:
 
 
 class PaddingCollator:
-    """Right-pad rows to the longest, and that to a multiple of 8, which tensor cores want."""
+    """Pads rows on the right to the length of the longest, rounded up to a multiple of 8 for tensor cores."""
 
     def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         length = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
@@ -75,7 +76,7 @@ class PaddingCollator:
 
 
 def measured(trainer_class: type, meter: Meter) -> type:
-    """A Trainer class that counts each batch it trains on, and stops when the meter has seen enough."""
+    """A subclass of a Trainer that counts each batch it trains on, and stops when the meter needs no further step."""
     from transformers import TrainerCallback
 
     class EndOfStep(TrainerCallback):
@@ -96,7 +97,7 @@ def measured(trainer_class: type, meter: Meter) -> type:
 
 
 def build_model(job: Job, attention: str = "sdpa") -> Any:
-    """GPT2LMHeadModel of the job's shape with random weights on the device, frozen as the engine's, no dropout."""
+    """GPT2LMHeadModel of the job's shape on the device: random weights, frozen like the engine's, no dropout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(**job.config.to_json())
@@ -135,7 +136,7 @@ def _arguments(job: Job, rows_per_pass: int, passes: int, **settings: Any) -> di
 
 
 def run_hf(job: Job, rows_per_pass: int, compiled: bool = False, liger: bool = False) -> list[Measurement]:
-    """transformers' Trainer, rows of similar length together, padded to the longest of a pass."""
+    """transformers' Trainer, with rows of similar length in a pass, padded to the longest."""
     from transformers import Trainer, TrainingArguments
 
     model = build_model(job)
@@ -169,7 +170,7 @@ def run_trl(
     """TRL's SFTTrainer with completion-only loss.
 
     Args:
-        rows_per_pass: of a packed row, its length; else rows of the data.
+        rows_per_pass: packed rows per pass, or without packing rows of the data.
         packing: TRL's strategy, or None for padding.
     """
     from datasets import Dataset
@@ -205,7 +206,7 @@ def run_trl(
 
 
 def _warmed_up(job: Job, rows: CodeAlpacaDataset, compiled: bool) -> Job:
-    """A job that passes over all rows once before it is measured, so that little is left to be compiled then."""
+    """The job; if compiled, with a warm-up of at least one epoch, so that little is compiled while it is measured."""
     steps = math.ceil(len(rows) / job.batch_size)
     return replace(job, warm_up=max(job.warm_up, steps)) if compiled else job
 
@@ -219,27 +220,27 @@ def _trl_record(rows: CodeAlpacaDataset, index: int) -> dict[str, list[int]]:
 
 
 def grouped_window(job: Job, rows: CodeAlpacaDataset) -> int:
-    """Steps of a window where rows are grouped by length.
+    """Steps per window when rows are grouped by length.
 
-    transformers' sampler sorts the rows of each mega-batch, so that steps go from long rows to short ones again and
-    again; a window that held a part of them would be slower or faster than the training.
+    transformers' sampler sorts the rows of each mega-batch, so steps go from long rows to short ones repeatedly. A
+    window over a part of a mega-batch would be slower or faster than the training.
     """
     mega_batch = min(max(1, len(rows) // (4 * job.batch_size)), 50)
     return mega_batch * max(1, job.steps // (WINDOWS * mega_batch))
 
 
 def packed_length(job: Job) -> int:
-    """Tokens of a packed row."""
+    """Length of a packed row in tokens."""
     return min(1024, job.config.n_positions)
 
 
 def packed_rows(job: Job, rows: CodeAlpacaDataset) -> int:
-    """Packed rows that hold about as many tokens as one optimizer step of the job."""
+    """Number of packed rows with about as many tokens as one optimizer step of the job."""
     return max(1, round(job.batch_size * float(rows.lengths[:, 0].mean()) / packed_length(job)))
 
 
 def hf_settings(job: Job) -> list[Setting]:
-    """Best-known first."""
+    """Settings of transformers' Trainer, in the order in which they are tried: best-known first."""
     full = job.batch_size
     options: list[dict[str, Any]] = [{"rows_per_pass": full}]
     if job.device == "cpu":
@@ -256,7 +257,7 @@ def hf_settings(job: Job) -> list[Setting]:
 
 
 def trl_settings(job: Job) -> list[Setting]:
-    """Best-known first."""
+    """Settings of TRL's SFTTrainer, in the order in which they are tried: best-known first."""
     per_step = packed_rows(job, CodeAlpacaDataset(job.tokens, "train"))
     options: list[dict[str, Any]]
     if job.device == "cpu":
@@ -280,7 +281,7 @@ def trl_settings(job: Job) -> list[Setting]:
 
 
 def _divisor(rows: int, most: int) -> int:
-    """The largest number of rows a pass may have so that equal passes make up a step."""
+    """The largest number of rows per pass, up to ``most``, that divides the rows of a step."""
     return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
 
 

@@ -1,4 +1,4 @@
-"""Each setting in a process of its own, so that peak memory, compile caches and crashes are its own too."""
+"""Runs each setting in a process of its own, which keeps peak memory, compile caches and crashes separate."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import torch
 
 
 class ChildError(RuntimeError):
-    """A function that was run apart failed, and in which way."""
+    """A function failed in its child process; the message says how."""
 
 
 @contextmanager
 def in_one_sentence() -> Iterator[None]:
-    """What is wrong with the command line, its files or the device ends the benchmark with a sentence."""
+    """End the benchmark with a one-line message if the command line, a file or the device is unusable."""
     try:
         yield
     except (ValueError, OSError, ChildError) as error:
@@ -33,7 +33,7 @@ def in_one_sentence() -> Iterator[None]:
 
 
 def positive(text: str) -> int:
-    """An argument of the command line."""
+    """Parse an argument of the command line: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
@@ -41,8 +41,8 @@ def positive(text: str) -> int:
 
 
 def quiet_environment() -> None:
-    """Settings that the processes inherit; to be called before a library that heeds them is imported."""
-    # Tools that count GPUs through the driver's own library leave CUDA untouched, and forked children may use it.
+    """Set environment variables that child processes inherit; call it before the libraries that read them load."""
+    # GPUs are then counted through NVML, which does not initialise CUDA, so forked children can still use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
@@ -50,7 +50,7 @@ def quiet_environment() -> None:
 
 
 def show_one_gpu(device: str) -> None:
-    """Hide all GPUs but one, which is ``cuda`` from then on: a Trainer would spread its work over all it sees.
+    """Hide all GPUs except one, which is ``cuda`` from then on: a Trainer uses all the GPUs that it sees.
 
     Args:
         device: cuda or cuda:N.
@@ -61,7 +61,7 @@ def show_one_gpu(device: str) -> None:
 
 
 def import_all(modules: Sequence[str]) -> None:
-    """Import modules here, once for all children that are forked later.
+    """Import modules in this process, so that children forked later need not.
 
     Raises:
         ImportError: one of them is not installed.
@@ -73,8 +73,8 @@ def import_all(modules: Sequence[str]) -> None:
 def run_apart(function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
     """Call a function in a child process and return what it returns.
 
-    The child is forked, so that it need not import anything again; a fresh interpreter where CUDA would refuse
-    to work in a fork.
+    The child is forked, so that it need not import anything again. If CUDA is initialised here, it would not work in
+    a fork, and the child is a fresh interpreter.
 
     Args:
         function: importable by name, as its arguments and result must be picklable.
@@ -83,7 +83,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any, timeout: float) -> 
     Raises:
         ChildError: the function raised, ran out of memory or time, or its process died.
     """
-    context: Any = multiprocessing.get_context("spawn" if _fork_spoils_cuda() else "fork")
+    context: Any = multiprocessing.get_context("spawn" if _fork_breaks_cuda() else "fork")
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         child = context.Process(target=_call, args=(sender, Path(scratch), function, arguments))
@@ -100,7 +100,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any, timeout: float) -> 
             worked, value = False, _cause_of_death(child.exitcode)
         finally:
             child.join(10)
-            if child.is_alive():  # it has answered, but something of its own keeps it from ending
+            if child.is_alive():  # it has answered, but a thread or child of its own keeps it from ending
                 child.kill()
                 child.join()
     if not worked:
@@ -108,8 +108,8 @@ def run_apart(function: Callable[..., Any], *arguments: Any, timeout: float) -> 
     return value
 
 
-def _fork_spoils_cuda() -> bool:
-    """Whether this process has already set CUDA up, which a forked child cannot use."""
+def _fork_breaks_cuda() -> bool:
+    """Whether CUDA is initialised in this process, so that a forked child could not use it."""
     if not torch.cuda.is_available():
         return False
     receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -117,14 +117,14 @@ def _fork_spoils_cuda() -> bool:
     if pid == 0:
         sender.send(torch.cuda._is_in_bad_fork())
         os._exit(0)
-    spoilt = bool(receiver.recv())
+    broken = bool(receiver.recv())
     os.waitpid(pid, 0)
-    return spoilt
+    return broken
 
 
 def _call(sender: Connection, scratch: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """In the child: run, and send (True, result) or (False, what went wrong)."""
-    os.dup2(2, 1)  # libraries print; standard output is the benchmark's
+    """In the child: call the function, and send (True, result) or (False, error message)."""
+    os.dup2(2, 1)  # what libraries print goes to standard error; standard output is the benchmark's
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
     tempfile.tempdir = str(scratch)

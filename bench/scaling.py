@@ -1,8 +1,8 @@
-"""What a token costs, and how much memory is held, as a data set grows: ``python -m bench.scaling --help``.
+"""Time per token and memory as a data set grows: ``python -m bench.scaling --help``.
 
-Rows are those of a data set over and over, a number behind each prompt, so that no two prompts are equal. Each
-measurement runs on one thread of a process of its own: its processor time is then what the work costs, whatever else
-the machine does. Of several tries the cheapest counts. A table is printed; the last line is JSON with all of it.
+The rows of a small data set are repeated, with a number after each prompt, so that no two prompts are equal. Each
+measurement runs on one thread in a process of its own and takes its processor time, which other processes hardly
+affect. The cheapest of several tries counts. A table is printed; the last line is JSON with everything in it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from bench.engine import step_loads
 from bench.measure import windows_of_reports
 from bench.processes import in_one_sentence, positive, quiet_environment, run_apart
+from bench.report import Progress, align, print_report
 from bench.train import describe_processor, versions
 from model.data.packing import pack, split_evenly
 from model.data.rows import UnusableRow, find_splits, normalize_row, read_records
@@ -37,7 +38,6 @@ from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.training import StepReport, default_micro_batch_tokens, train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
-from model.files import write_json
 from model.net.config import GPTConfig
 from model.net.device import cast_frozen, peak_memory, resolve_precision
 from model.net.freezing import freeze_bottom_layers
@@ -49,7 +49,7 @@ TOKENISE, COMPUTE, FILL, READ = "tokenise", "train, trunk computed", "fill the t
 _UNFROZEN = 1
 _BATCH_SIZE = 16
 _EVAL_ROWS = 64
-_MEASURED_ONCE = 200_000  # larger data sets are
+_MEASURED_ONCE = 200_000  # rows; a larger data set is measured only once
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ class Cost:
     """One measurement.
 
     Attributes:
-        stage: what was done.
-        rows: of the source; a part of them is held out.
-        tokens: that the time was spent on.
-        cpu_seconds, seconds: of the processor and of the clock, for these tokens.
-        setup_seconds: of the clock, before the first of them; None where all is counted.
-        peak_memory_bytes: resident at most, mapped files among it, which the system takes back when it must.
-        private_memory_bytes: resident at the end and no file's.
+        stage: name of the measured work.
+        rows: rows of the source, including those held out.
+        tokens: tokens processed in the measured time.
+        cpu_seconds: processor time for these tokens.
+        seconds: wall-clock time for these tokens.
+        setup_seconds: wall-clock time before the first token; None where the measured time includes it.
+        peak_memory_bytes: peak of the resident memory, including mapped files, which the system can reclaim.
+        private_memory_bytes: resident memory at the end without mapped files; None if the system does not report it.
     """
 
     stage: str
@@ -77,20 +78,17 @@ class Cost:
 
     @property
     def cpu_per_token(self) -> float:
-        """Processor seconds."""
+        """Processor time in seconds."""
         return self.cpu_seconds / self.tokens
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure as the command line says."""
-    begin = time.perf_counter()
+    """Run the benchmark."""
+    say = Progress()
     quiet_environment()
     options = parse(arguments)
     model = model_config(options.tokenizer)
     costs: list[Cost] = []
-
-    def say(message: str) -> None:
-        print(f"[{time.perf_counter() - begin:6.1f} s] {message}", flush=True)
 
     def measure(function: Callable[..., Cost], *arguments: Any) -> None:
         cost = run_apart(function, *arguments, timeout=options.timeout)
@@ -129,14 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tries": options.tries,
         "results": results,
     }
-    print("\n" + table(results) + "\n", flush=True)
-    if options.out:
-        write_json(options.out, report)
-    print(json.dumps(report), flush=True)
+    print_report(table(results), report, options.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.scaling",
         description="What a token costs in tokenising and training, and how much memory is held, as rows grow.",
@@ -171,13 +166,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def write_numbered_rows(source: Path, rows: int, target: Path) -> None:
-    """Write a JSONL file of so many rows: the source's usable training rows over and over, numbered."""
+    """Write a JSONL file of ``rows`` rows: the source's usable training rows, repeated and numbered."""
     records = []
     for path in find_splits(source)["train"]:
         for record in read_records(path):
             with contextlib.suppress(UnusableRow):
                 records.append(normalize_row(record))
-    random.Random(0).shuffle(records)  # a few are then like many
+    random.Random(0).shuffle(records)  # so that the first few are a fair sample
     with target.open("w") as stream:
         for number, record in enumerate(itertools.islice(itertools.cycle(records), rows)):
             row = {"prompt": f"{record['prompt']}\n({number})", "completion": record["completion"]}
@@ -185,7 +180,7 @@ def write_numbered_rows(source: Path, rows: int, target: Path) -> None:
 
 
 def model_config(tokenizer: Path) -> GPTConfig:
-    """A model as small as one may be whose trunk's outputs are worth a file."""
+    """Shape of a model that is just large enough for the trunk's outputs to be kept in a file."""
     from transformers import AutoTokenizer
 
     vocabulary = len(AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True))
@@ -193,7 +188,7 @@ def model_config(tokenizer: Path) -> GPTConfig:
 
 
 def tokenise(rows: int, place: Path, tokenizer: Path, shape: GPTConfig) -> Cost:
-    """In a child: rows.jsonl to token files."""
+    """In a child process: tokenise rows.jsonl into token files."""
     encoder = load_tokenizer(tokenizer, shape.vocab_size)
     begin, cpu = time.perf_counter(), time.process_time()
     meta = prepare(find_splits(place / "rows.jsonl"), encoder, PrepareConfig(), place / "tokens")
@@ -203,7 +198,7 @@ def tokenise(rows: int, place: Path, tokenizer: Path, shape: GPTConfig) -> Cost:
 
 
 def build_model(shape: GPTConfig) -> GPTModel:
-    """Random weights, the same each time; sets the process to one thread."""
+    """A model with the same random weights each time; limits the process to one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = GPTModel(shape)
@@ -213,13 +208,17 @@ def build_model(shape: GPTConfig) -> GPTModel:
 
 
 def train_steps(rows: int, place: Path, shape: GPTConfig, steps: int, cached: bool) -> Cost:
-    """In a child: a few optimizer steps on the token files, from a full trunk file or without any."""
+    """In a child process: train a few optimizer steps on the token files.
+
+    Args:
+        cached: read the trunk's outputs from a file that has all of them, or else compute them.
+    """
     model = build_model(shape)
     dataset = CodeAlpacaDataset(place / "tokens", "train")
     warm_up = max(1, steps // 4)
     config = TrainConfig(
         epochs=math.ceil((warm_up + steps + 1) / (len(dataset) // _BATCH_SIZE)),
-        max_steps=warm_up + steps + 1,  # a step's report must follow the last window
+        max_steps=warm_up + steps + 1,  # one more: the last window ends with the report of a later step
         batch_size=_BATCH_SIZE,
         eval_freq=warm_up + steps + 2,
         eval_rows=_EVAL_ROWS,
@@ -254,7 +253,7 @@ def train_steps(rows: int, place: Path, shape: GPTConfig, steps: int, cached: bo
 
 
 def fill_trunk_file(rows: int, place: Path, shape: GPTConfig) -> Cost:
-    """In a child: the trunk's outputs of all rows, training and validation, into files."""
+    """In a child process: write the trunk's outputs for all training and validation rows to files."""
     model = build_model(shape)
     engine = Engine(model, resolve_precision("auto", CPU))
     at_a_time = default_micro_batch_tokens(model)
@@ -273,7 +272,7 @@ def fill_trunk_file(rows: int, place: Path, shape: GPTConfig) -> Cost:
 
 
 def private_memory() -> int | None:
-    """Resident bytes of this process that belong to no file, where Linux tells them."""
+    """Resident bytes of this process without mapped files; None where Linux does not report them."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -283,7 +282,7 @@ def private_memory() -> int | None:
 
 
 def summarise(costs: Sequence[Cost]) -> list[dict[str, Any]]:
-    """For each stage and size the cheapest try, its memory the most of all, beside the stage's smallest size."""
+    """For each stage and size the cheapest try, its ratio to the smallest size, and the highest peak memory."""
     results: list[dict[str, Any]] = []
     for stage in (TOKENISE, COMPUTE, FILL, READ):
         sizes = sorted({cost.rows for cost in costs if cost.stage == stage})
@@ -323,14 +322,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 f"{result['peak_memory_bytes'] / 1e9:.2f}",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return "\n".join(align(lines, left=1))
 
 
 if __name__ == "__main__":

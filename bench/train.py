@@ -1,18 +1,16 @@
 """Training speed of the engine and of its peers on one machine: ``python -m bench.train --help``.
 
-All train GPT-2 of one size with random weights, which cost what pretrained ones do, on the same rows, with the same
-parameters trainable, the loss on the same tokens and AdamW. Speed is useful tokens per second: padding is never
-counted. Progress and a table are printed; the last line is JSON with everything in them.
+All train GPT-2 of the same size on the same rows, with the same trainable parameters, the loss on the same tokens,
+and AdamW. The weights are random: training them takes as long as training pretrained ones. Speed is useful tokens per
+second, without padding. Progress and a table are printed; the last line is JSON with everything in them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -33,28 +31,24 @@ from bench.processes import (
     run_apart,
     show_one_gpu,
 )
+from bench.report import Progress, align, print_report
 from bench.tutorial import BATCH_SIZE, LENGTH, run_tutorial
 from model.engine.flops import matmul_ceiling, necessary_flops
-from model.files import write_json
 from model.net.config import PRESETS
 from model.net.device import PRODUCT_CACHES, peak_memory, resolve_device, resolve_precision
 
 PEERS = ("engine", "tutorial", "hf", "trl")
 _LIBRARIES_SHOWN = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn")
-_SMALL_PASS = 1024  # tokens; of a peer's smallest passes
+_SMALL_PASS = 1024  # tokens: as few as in a peer's smallest passes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark as the command line says."""
-    begin = time.perf_counter()
+    """Run the benchmark."""
+    say = Progress()
     quiet_environment()
     options = parse(arguments)
     if options.device != "cpu":
         show_one_gpu(options.device)
-
-    def say(message: str) -> None:
-        print(f"[{time.perf_counter() - begin:6.1f} s] {message}", flush=True)
-
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         job, data = prepare_job(options, Path(scratch))
         say(f"{data['rows']} rows, {data['tokens']} tokens, {data['target_share']:.1%} of them targets")
@@ -79,14 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "data": data,
         "results": results,
     }
-    print("\n" + table(results) + "\n", flush=True)
-    if options.out:
-        write_json(options.out, report)
-    print(json.dumps(report), flush=True)
+    print_report(table(results), report, options.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, its defaults filled in by device and data."""
+    """Parse the command line; defaults depend on device and data."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.train",
         description="Training speed of the engine and of its peers, each at its best, on one machine.",
@@ -138,7 +129,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[str, Any]]:
-    """Tokenise the rows as the pipeline does; returns the job and what its training rows are."""
+    """Tokenise the rows as the pipeline does. Returns the job, and a description of its training rows."""
     from model.data.rows import find_splits
     from model.data.tokens import PrepareConfig, prepare
     from model.demo import EMBEDDED_BASE
@@ -181,7 +172,7 @@ def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[s
 
 
 def describe_machine(device_name: str, precision: str, processor_time: bool = False) -> dict[str, Any]:
-    """Name of the device, number format of the products, and how fast it multiplies matrices."""
+    """Name of the device, dtype of matrix products, and their operations per second."""
     if processor_time:
         torch.set_num_threads(1)
     device = resolve_device(device_name)
@@ -191,7 +182,7 @@ def describe_machine(device_name: str, precision: str, processor_time: bool = Fa
 
 
 def describe_processor() -> str:
-    """The processor's name where Linux tells it."""
+    """Name of the processor, as Linux or else Python reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -201,7 +192,7 @@ def describe_processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the libraries that decide the numbers; None for one that is not installed."""
+    """Versions of Python and of the libraries that affect speed; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _LIBRARIES_SHOWN:
         try:
@@ -215,7 +206,7 @@ def settings_of(name: str, job: Job) -> list[Setting]:
     """A contestant's settings, best-known first."""
     if name == "engine":
         settings = [Setting(name, "as it comes", run_engine)]
-        if job.device != "cpu":  # little memory at the same optimizer steps
+        if job.device != "cpu":  # the same optimizer steps in little memory
             text = f"passes of {_SMALL_PASS:,} tokens, trunk outputs not kept"
             small = {"micro_batch_tokens": _SMALL_PASS, "trunk_cache_bytes": 0}
             settings.append(Setting(name, text, run_engine, small))
@@ -228,7 +219,11 @@ def settings_of(name: str, job: Job) -> list[Setting]:
 def run_contestant(
     name: str, job: Job, options: argparse.Namespace, ceiling: float, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """One record for each setting and phase; one that failed or was left out has ``error`` and no numbers."""
+    """Measure a contestant's settings.
+
+    Returns:
+        A record for each setting and phase. For a setting that failed or was not run it has ``error`` and no numbers.
+    """
     try:
         import_all(LIBRARIES.get(name, ()))
     except ImportError as error:
@@ -258,8 +253,8 @@ def run_contestant(
 
 
 def run_setting(setting: Setting, job: Job) -> tuple[list[Measurement], int]:
-    """In a child: what was measured, and the most memory that was held, in bytes."""
-    if setting.contestant != "engine":  # others run with their libraries' defaults
+    """In a child process: measure a setting. Returns the measurements, and the peak memory in bytes."""
+    if setting.contestant != "engine":  # peers run with their libraries' defaults
         for name in PRODUCT_CACHES:
             os.environ.pop(name, None)
     if job.processor_time:
@@ -271,8 +266,8 @@ def run_setting(setting: Setting, job: Job) -> tuple[list[Measurement], int]:
 def record(setting: Setting, measurement: Measurement, memory: int, job: Job, ceiling: float) -> dict[str, Any]:
     """A measurement as JSON.
 
-    The trunk is counted as necessary unless its outputs were kept from an epoch before. A row's last token is
-    counted, too, though it is only predicted: less than 1 % of these rows.
+    Necessary operations include the trunk's, unless its outputs were kept from an earlier epoch. They include a row's
+    last token too, although it is only predicted; that is less than 1 % of the tokens.
     """
     tokens = sum(window.tokens for window in measurement.windows)
     targets = sum(window.targets for window in measurement.windows)
@@ -298,7 +293,7 @@ def record(setting: Setting, measurement: Measurement, memory: int, job: Job, ce
 
 
 def compare(results: list[dict[str, Any]]) -> None:
-    """Mark each contestant's fastest setting, and say how many times faster the engine is than each."""
+    """Add to each result how many times faster the engine is, and whether it is its contestant's fastest setting."""
     finished = [result for result in results if "error" not in result]
     engine = {
         result["phase"]: result["useful_tokens_per_second"]
@@ -342,15 +337,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{result['seconds_to_first_step']:.1f}",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([*rows, *failures])
+    return "\n".join([*align(lines, left=2), *failures])
 
 
 def _times(ratio: float | None) -> str:

@@ -1,8 +1,8 @@
-"""The plain loop of teaching code: fp32, one matrix for each of query, key and value, two rows a step.
+"""The plain training loop of teaching code: fp32, separate matrices for query, key and value, two rows per step.
 
-The architecture is that of Raschka's "Build a Large Language Model (From Scratch)", from which many such scripts
-start: attention weights are materialised and masked, layer norm and GELU are written out, every row is padded to
-one length.
+The architecture is that of Raschka's "Build a Large Language Model (From Scratch)", on which many such scripts are
+based: attention weights are materialised and masked, layer norm and GELU are written out, and every row is padded to
+the same length.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from model.net.config import GPTConfig
 from model.net.device import resolve_device
 
 BATCH_SIZE = 2
-LENGTH = 128  # tokens every row is padded or cut to
+LENGTH = 128  # tokens to which every row is padded or cut
 _DROPOUT = 0.1
-_MORE_STEPS = 4  # its steps are so small that a window needs more of them
+_MORE_STEPS = 4  # factor: steps are so small that a window needs more of them
 
 
 class NaiveAttention(nn.Module):
@@ -89,7 +89,7 @@ class NaiveBlock(nn.Module):
 
 
 class NaiveGPT(nn.Module):
-    """GPT-2 as a teaching script has it; ids (B, T) -> logits (B, T, V)."""
+    """GPT-2 as in teaching scripts; ids (B, T) -> logits (B, T, V)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -118,7 +118,7 @@ class NaiveGPT(nn.Module):
 
 
 def pad(rows: CodeAlpacaDataset, indices: list[int]) -> tuple[Tensor, Tensor, int, int]:
-    """Ids and labels (B, LENGTH), and the tokens and targets among them that are real."""
+    """Ids and labels (B, LENGTH), and the numbers of real tokens and of targets among them."""
     ids = torch.zeros(len(indices), LENGTH, dtype=torch.long)
     labels = torch.full((len(indices), LENGTH), IGNORE)
     tokens = 0
@@ -132,7 +132,7 @@ def pad(rows: CodeAlpacaDataset, indices: list[int]) -> tuple[Tensor, Tensor, in
 
 
 def run_tutorial(job: Job) -> list[Measurement]:
-    """Train two rows at a time in fp32, whatever batch and precision the job names."""
+    """Train two rows per step in fp32, regardless of the job's batch size and precision."""
     device = resolve_device(job.device)
     torch.manual_seed(0)
     with torch.device(device):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,25 +82,35 @@ def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.d
     )
 
 
+def _write_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    target[index] = rows
+
+
 class _Choose(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, index: Tensor, write_rows: Callable[[Tensor, Tensor, Tensor], None]
+    ) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.shape = x.shape
+        ctx.shape, ctx.write_rows = x.shape, write_rows
         return x.index_select(0, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (index,) = ctx.saved_tensors
         whole = gradient.new_zeros(ctx.shape)
-        whole[index] = gradient
-        return whole, None
+        ctx.write_rows(whole, index, gradient)
+        return whole, None, None
 
 
-def choose(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (M,) of x (N, D), none of them twice: the backward pass writes where torch's would add up."""
-    return _Choose.apply(x, index)
+def choose(x: Tensor, index: Tensor, write_rows: Callable[[Tensor, Tensor, Tensor], None] = _write_rows) -> Tensor:
+    """Rows ``index`` (M,) of x (N, D), each at most once: the backward pass writes rows where torch's would add them.
+
+    Args:
+        write_rows: write_rows(target, index, rows) does target[index] = rows.
+    """
+    return _Choose.apply(x, index, write_rows)
 
 
 def split_evenly(

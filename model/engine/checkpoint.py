@@ -1,4 +1,4 @@
-"""Training checkpoints: complete, pickle-free, each in a directory of its own that is whole or absent."""
+"""Training checkpoints without pickle, each in a directory of its own that is either complete or absent."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _NAME = re.compile(r"step-(\d{8})$")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Directory of a step's checkpoint."""
     return directory / f"step-{step:08d}"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds of a training, on the CPU.
+    """The tensors of a checkpoint, on the CPU.
 
     Attributes:
         model: trained tensors by name.
-        trainer: moments of the optimizer by kind and name, and random states.
+        trainer: moments of the optimizer by kind and name, and the states of the random generators.
     """
 
     model: dict[str, Tensor]
@@ -44,10 +44,11 @@ class Snapshot:
 
 
 def take_snapshot(model: GPTModel, optimizer: torch.optim.Optimizer, copy: bool = False) -> Snapshot:
-    """The state of a training.
+    """The current tensors of a training.
 
     Args:
-        copy: take copies, which the training does not change; else tensors on the CPU are the training's own.
+        copy: copy all tensors, so that later steps do not change them; without it, tensors that are on the CPU
+            already are shared with the training.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
 
@@ -66,19 +67,19 @@ def take_snapshot(model: GPTModel, optimizer: torch.optim.Optimizer, copy: bool 
 def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict[str, Any]) -> Path:
     """Write what a resumed training needs: trained tensors, optimizer, random states, position.
 
-    The frozen rest is not written; ``state["identity"]`` is a hash over all that determines the training, the base's
-    sha256 among it. The directory appears under its name only when every file in it is on disk.
+    Frozen tensors are not written: ``state["identity"]``, a hash over everything that determines the training, covers
+    the base's sha256. The directory gets its name only when every file in it is on disk.
 
     Args:
-        directory: of the training.
+        directory: directory of the training.
         step: optimizer steps done.
-        state: JSON to go with it.
+        state: further content of state.json.
 
     Returns:
-        The checkpoint's own directory.
+        The directory of the checkpoint.
 
     Raises:
-        OSError: it could not be written; an older checkpoint of this step is as it was.
+        OSError: the checkpoint could not be written; an older checkpoint of this step is unchanged.
     """
     target = checkpoint_path(directory, step)
     with atomic_directory(target) as scratch:
@@ -90,16 +91,16 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict
 
 
 class CheckpointWriter:
-    """Writes a training's checkpoints while it goes on, one at a time; to be used as a context manager.
+    """Context manager that writes a training's checkpoints, one at a time, while the training goes on.
 
-    A checkpoint takes seconds to write and a fraction of one to copy from a GPU. Each is whole or absent as ever; a
-    training that is killed while one is written resumes from the one before, which is deleted only afterwards. What
-    went wrong is raised by the next ``save``, or at the end.
+    Copying a checkpoint from a GPU takes a fraction of a second; writing it takes seconds. A training that is killed
+    during a write resumes from the checkpoint before, which is deleted only after the write. An error of a write is
+    raised by the next ``save`` or ``wait``, or at the end of the context.
 
     Args:
-        directory: of the training.
-        behind: write in a thread of its own; by default for a model on a GPU, as on a CPU the copy would take up
-            memory that the training needs.
+        directory: directory of the training.
+        behind: write in a background thread. The default is to do so for a model on a GPU only: on a CPU the copy
+            would take memory that the training needs.
     """
 
     def __init__(
@@ -113,10 +114,10 @@ class CheckpointWriter:
         self.pending: Future[None] | None = None
 
     def save(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
-        """Write a checkpoint of the present state, then delete those of all steps but ``keep``.
+        """Write a checkpoint of the current state, then delete the checkpoints of all steps that ``keep`` lacks.
 
         Raises:
-            OSError: this one, or the one before it, could not be written.
+            OSError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
         snapshot = take_snapshot(self.model, self.optimizer, copy=self.behind)
@@ -129,7 +130,7 @@ class CheckpointWriter:
         """Return when the last checkpoint is on disk.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the checkpoint could not be written.
         """
         pending, self.pending = self.pending, None
         if pending is not None:
@@ -145,16 +146,16 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        self.thread.shutdown()  # waits, also where the training failed: the checkpoint before it is worth having
+        self.thread.shutdown()  # waits for the write, after a failed training too: a retry resumes from it
         if kind is None:
             self.wait()
 
 
 def load_state(path: Path, names: Collection[str] = (MODEL_FILE, TRAINER_FILE)) -> dict[str, Any]:
-    """A checkpoint's state.json, once its files have proved to be what was written.
+    """Content of a checkpoint's state.json, after its files were verified against the checksums in it.
 
     Args:
-        names: the files to verify.
+        names: files to verify.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged; the message names the file.
@@ -163,17 +164,17 @@ def load_state(path: Path, names: Collection[str] = (MODEL_FILE, TRAINER_FILE)) 
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
         for name in names:
             if sha256_file(path / name) != state["files"][name]:
-                raise ValueError(f"{path / name} is not what was written: its sha256 differs from {STATE_FILE}'s")
+                raise ValueError(f"{path / name} is damaged: its sha256 is not the one in {STATE_FILE}")
     except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"checkpoint {path} is not complete: {error}") from error
     return state
 
 
 def load_trained(path: Path, model: GPTModel) -> None:
-    """Put a checkpoint's trained tensors into a model frozen in the same way, once their file is verified.
+    """Verify a checkpoint's trained tensors and copy them into a model that is frozen in the same way.
 
     Raises:
-        ValueError: the checkpoint is damaged, or has other names or shapes than the model trains.
+        ValueError: the checkpoint is damaged, or its names or shapes differ from those that the model trains.
     """
     load_state(path, [MODEL_FILE])
     _put_trained(path, model)
@@ -194,7 +195,7 @@ def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimize
     """Restore trained tensors, optimizer and random states.
 
     Raises:
-        ValueError: as load_trained.
+        ValueError: as for ``load_trained``.
     """
     load_state(path)
     _put_trained(path, model)
@@ -206,7 +207,7 @@ def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimize
     device = model.wte.weight.device
     for key, value in trainer.items():
         kind, name = key.split(".", 1)
-        # As torch keeps it: the step counter on the CPU unless the optimizer is fused.
+        # torch keeps the step counter on the CPU unless the optimizer is fused.
         on_cpu = kind == "step" and not optimizer.defaults.get("fused")
         optimizer.state[parameters[name]][kind] = value if on_cpu else value.to(device)
 
@@ -214,10 +215,15 @@ def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimize
 def newest_checkpoint(
     directory: Path, identity: str, warn: Callable[[str], None] = lambda message: None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of this very training, or None; what a killed writer left is removed.
+    """The newest usable checkpoint of this training and its state.json, or None; scratch directories are removed.
 
-    A damaged one is passed over with a warning, and the one before it is taken; so is one whose best checkpoint so
-    far is damaged, as nothing would be better in the end.
+    A damaged checkpoint is skipped. So is one whose best checkpoint so far is damaged: a training resumed from it
+    could end without its best weights.
+
+    Args:
+        directory: directory of the training.
+        identity: checkpoints with another identity are skipped.
+        warn: called with a message for each skipped checkpoint.
     """
     if not directory.is_dir():
         return None
@@ -237,7 +243,7 @@ def newest_checkpoint(
 
 
 def prune_checkpoints(directory: Path, keep: set[int]) -> None:
-    """Delete the checkpoints of all other steps."""
+    """Delete the checkpoints of all steps that ``keep`` lacks."""
     for path in directory.iterdir():
         match = _NAME.match(path.name)
         if match and int(match[1]) not in keep:

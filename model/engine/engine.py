@@ -1,4 +1,4 @@
-"""The forward and backward pass of a partly frozen GPT-2 over packed documents, in the dtype to compute in."""
+"""Forward and backward passes of a partly frozen GPT-2 over packed documents, in one computing dtype."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,23 @@ from model.net.attention import Documents
 from model.net.device import capture_stream, give_memory_back
 from model.net.gpt import GPTModel
 
-_REHEARSAL = 512  # tokens: Triton's kernels are compiled for any number of them
+_WARM_UP_TOKENS = 512  # enough for a warm-up: a Triton kernel compiled for one number of tokens serves all
 
-# From hidden states (M, D) to a loss and its gradient (M, D).
+# From hidden states (M, D) to a loss and the gradient with respect to them (M, D).
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int) -> int:
-    """Graphs are captured for multiples of 128 tokens, or of some 1 % of their size: few, and little is unused."""
+    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 or of some 1 % of ``tokens``.
+
+    So there are few graphs, and little of each is unused.
+    """
     quantum = max(128, 1 << max(0, tokens.bit_length() - 7))
     return (tokens // quantum + 1) * quantum
 
 
 class _Top(nn.Module):
-    """The top's forward pass as a module's, so that ``functional_call`` can swap parameters."""
+    """The top's forward pass as a module of its own, so that ``functional_call`` can swap its parameters."""
 
     def __init__(self, model: GPTModel):
         super().__init__()
@@ -39,20 +43,21 @@ class _Top(nn.Module):
     def forward(self, x: Tensor, documents: Documents, chosen: Tensor) -> Tensor:
         model = self.model
         drops = model.training and model.config.dropout > 0
-        if not drops and can_fuse(model, x.device, x.dtype):
-            return run_blocks(model.h[model.num_frozen :], model.ln_f, x, documents, chosen)
+        blocks = model.h[model.num_frozen :]
+        if not drops and can_fuse(model, blocks, model.ln_f, x.device, x.dtype):
+            return run_blocks(blocks, model.ln_f, x, documents, chosen)
         return choose(model.top(x, documents), chosen)
 
 
 class Engine:
-    """Runs a model's trunk and top apart from each other.
+    """Runs the two parts of a model separately: the frozen trunk, and the top (trained blocks and final norm).
 
-    Trained parameters stay fp32 (the optimizer's master weights) and are computed with as copies in ``dtype``,
-    as in Megatron-LM; their gradients are accumulated in fp32.
+    Trained parameters stay in fp32, as the optimizer's master weights. The computation uses copies of them in
+    ``dtype``, as in Megatron-LM; their gradients are accumulated in fp32.
 
     Args:
         model: on its device, frozen parameters already in ``dtype``.
-        dtype: to compute in.
+        dtype: computing dtype.
     """
 
     def __init__(self, model: GPTModel, dtype: torch.dtype):
@@ -60,17 +65,17 @@ class Engine:
         self.dtype = dtype
         self.device = model.wte.weight.device
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # where Triton launches kernels, and graphs are captured
+            torch.cuda.set_device(self.device)  # Triton launches kernels, and graphs are captured, on this device
         self._top = _Top(model)
         used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._buffers: _Buffers | None = None
-        self.latest_tokens = 0  # of the pass that was begun last
+        self.latest_tokens = 0  # tokens of the pass that was started last
 
     @functools.cached_property
     def trunk_sha256(self) -> str:
-        """Over the frozen weights, which nobody changes while the engine lives."""
+        """sha256 of the frozen weights, which must not change while the engine exists."""
         model = self.model
         digest = hashlib.sha256()
         for module in (model.wte, model.wpe, *model.h[: model.num_frozen]):
@@ -79,19 +84,20 @@ class Engine:
         return digest.hexdigest()
 
     def trunk(self, batch: Pack) -> Tensor:
-        """Residual stream above the frozen blocks, (N, D); with gradients only where nothing is frozen."""
+        """Residual stream above the frozen blocks (N, D); part of the autograd graph only if nothing is frozen."""
         model, self.latest_tokens = self.model, len(batch.ids)
-        if model.num_frozen and can_fuse(model, self.device, self.dtype):
+        blocks = model.h[: model.num_frozen]
+        if model.num_frozen and can_fuse(model, blocks, None, self.device, self.dtype):
             with torch.no_grad():
                 x = (model.wte(batch.ids) + model.wpe(batch.positions)).to(self.dtype)
-                return run_blocks(model.h[: model.num_frozen], None, x, batch.documents)
+                return run_blocks(blocks, None, x, batch.documents)
         return model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
 
     def top(self, x: Tensor, batch: Pack) -> Tensor:
         """Final hidden states of the predicting tokens (M, D) from the trunk's outputs (N, D)."""
         self.latest_tokens = len(batch.ids)
         copies = {name: master.to(self.dtype) for name, master in self._masters.items()}
-        # No tied weight is among the copies; to look for one would mean a walk over the whole model each time.
+        # tie_weights=False: no copy is of a tied weight, and the search for one visits the whole model each time.
         inputs = (x, batch.documents, batch.predictors)
         return functional_call(self._top, copies, inputs, tie_weights=False)
 
@@ -101,13 +107,14 @@ class Engine:
         Args:
             x: the trunk's outputs, (N, D).
             loss: from the hidden states of the predicting tokens (M, D) to the loss and its gradient (M, D).
-            first: of an optimizer step: what ``keeps_gradients`` kept from the step before is written over.
+            first: whether this is the first pass of an optimizer step. If so, gradients of the step before, which
+                ``keeps_gradients`` left in place, are overwritten.
 
         Returns:
-            The loss as ``loss`` gave it.
+            The first result of ``loss``.
         """
         self.latest_tokens = len(batch.ids)
-        if self._replays(x):
+        if self._can_replay(x):
             return self._replay(x, batch, loss, first)
         hidden = self.top(x, batch)
         value, gradient = loss(hidden.detach())
@@ -117,32 +124,34 @@ class Engine:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Graphs write to the gradients' memory: it must stay where it is, and need not be zeroed."""
+        """Whether gradients must stay allocated between steps, because graphs write to their memory."""
         return bool(self._graphs)
 
-    def _replays(self, x: Tensor) -> bool:
-        """Whether to replay CUDA graphs: where kernels need nothing from the host, and no gradient goes below."""
-        can_capture = self.model.config.dropout == 0 and can_fuse(self.model, x.device, x.dtype)
-        return can_capture and not x.requires_grad
+    def _can_replay(self, x: Tensor) -> bool:
+        """Whether CUDA graphs can do the pass: it needs nothing from the host, and no gradient goes below the top."""
+        model = self.model
+        if model.config.dropout != 0 or x.requires_grad:
+            return False
+        return can_fuse(model, islice(model.h, model.num_frozen, None), model.ln_f, x.device, x.dtype)
 
     def _replay(self, x: Tensor, batch: Pack, loss: Loss, first: bool) -> Tensor:
-        # A graph's shapes follow from its pack alone: they decide how a matrix product rounds, and a resumed training
-        # must repeat the original though it begins with another pack.
+        # The shapes of a graph follow from its pack alone. They decide how a matrix product rounds, and a resumed
+        # training, whose first pack is another, must repeat the original bit for bit.
         size = _graph_size(x.size(0))
-        places = -(-4 * len(batch.predictors) // size) * size // 4  # in quarters of it
+        predictors = -(-4 * len(batch.predictors) // size) * size // 4  # rounded up to a quarter of the size
         if self._buffers is None or size > len(self._buffers.x):
-            self._make_room(size, x)
+            self._allocate_buffers(size, x)
         assert self._buffers is not None
-        key = size, places, first
+        key = size, predictors, first
         if key not in self._graphs:
             for master in self._masters.values():
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
-            self._graphs[key] = _Graph(self._top, self._masters, size, places, first, self._buffers)
+            self._graphs[key] = _Graph(self._top, self._masters, *key, self._buffers)
         return self._graphs[key].run(x, batch, loss)
 
-    def _make_room(self, size: int, x: Tensor) -> None:
-        """Buffers for graphs of up to a quarter more than ``size`` tokens."""
+    def _allocate_buffers(self, size: int, x: Tensor) -> None:
+        """Allocate buffers for graphs of up to 1.25 x ``size`` tokens, and drop the graphs that use smaller ones."""
         if self._buffers is not None:
             self._graphs.clear()
             self._buffers = None
@@ -151,28 +160,28 @@ class Engine:
 
 
 class _Buffers:
-    """What graphs of all sizes read, and the hidden states that they leave; each takes the beginning.
+    """Inputs of the graphs and the hidden states that they compute; a graph of any size uses the first elements.
 
     Args:
-        tokens: of the largest graph.
-        example: of the trunk's outputs.
+        tokens: capacity of the largest graph.
+        example: outputs of the trunk, for their width, dtype and device.
     """
 
     def __init__(self, tokens: int, example: Tensor):
         self.x = example.new_zeros(tokens, example.size(1))
         self.chosen = torch.zeros(tokens, dtype=torch.long, device=example.device)
-        # Zero, so that the rehearsal adds nothing to gradients accumulated so far.
+        # Zeros, so that the warm-up adds nothing to gradients accumulated so far.
         self.hidden, self.gradient = torch.zeros_like(self.x), torch.zeros_like(self.x)
-        # What a pack leaves unused is documents of one token each, of no consequence.
-        self.alone = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
-        self.begins, self.ends = self.alone[:-1].clone(), self.alone[1:].clone()
+        # Unused tokens behind a pack are padding: documents of one token each, whose outputs are never read.
+        self.bounds = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
+        self.begins, self.ends = self.bounds[:-1].clone(), self.bounds[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = capture_stream(example.device)
-        self.rehearsed = False
+        self.warmed_up = False
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """On a stream of their own, as capturing must be."""
+    def on_capture_stream(self) -> Iterator[None]:
+        """Run the body on a stream other than the current one, as CUDA requires for a capture."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
@@ -180,21 +189,29 @@ class _Buffers:
 
 
 class _Graph:
-    """Forward and backward pass of the top as two CUDA graphs, for packs of fewer than ``size`` tokens.
+    """Forward and backward pass of the top as two CUDA graphs.
 
-    ``places`` of them may predict. Parameters are cast, and the gradients of a step's first pack written, in a few
-    kernels: by autograd it would be three for each parameter.
+    The graphs cast all parameters, and write the gradients of a step's first pack, in a few kernels; autograd would
+    launch three for each parameter.
+
+    Args:
+        top: of the model.
+        masters: trained parameters of the top by name, each with a ``grad``.
+        size: capacity; a pack must have fewer tokens, as the last one is always padding.
+        predictors: capacity for predicting tokens.
+        first: whether gradients are overwritten, or else added to.
+        buffers: inputs and outputs.
     """
 
     def __init__(
-        self, top: _Top, masters: Mapping[str, Tensor], size: int, places: int, first: bool, buffers: _Buffers
+        self, top: _Top, masters: Mapping[str, Tensor], size: int, predictors: int, first: bool, buffers: _Buffers
     ):
         self.size = size
-        self.places = places
+        self.predictors = predictors
         self.buffers = buffers
         totals = [master.grad for master in masters.values() if master.grad is not None]
 
-        def forward(size: int, places: int) -> tuple[list[Tensor], Tensor]:
+        def forward(size: int, predictors: int) -> tuple[list[Tensor], Tensor]:
             copies = [torch.empty_like(master, dtype=buffers.x.dtype) for master in masters.values()]
             with torch.no_grad():
                 torch._foreach_copy_(copies, list(masters.values()))
@@ -202,9 +219,9 @@ class _Graph:
                 copy.requires_grad_()
             parameters = dict(zip(masters, copies, strict=True))
             documents = Documents([], buffers.begins[:size], buffers.ends[:size])
-            inputs = (buffers.x[:size], documents, buffers.chosen[:places])
+            inputs = (buffers.x[:size], documents, buffers.chosen[:predictors])
             hidden = functional_call(top, parameters, inputs, tie_weights=False)
-            buffers.hidden[:places].copy_(hidden.detach())
+            buffers.hidden[:predictors].copy_(hidden.detach())
             return copies, hidden
 
         def backward(copies: list[Tensor], hidden: Tensor) -> None:
@@ -215,54 +232,54 @@ class _Graph:
                 for total, gradient in zip(totals, gradients, strict=True):
                     total.add_(gradient)
 
-        if not buffers.rehearsed:  # libraries set themselves up, kernels are compiled
+        if not buffers.warmed_up:  # before a capture, libraries must be initialised and kernels compiled
             with deterministic():
-                backward(*forward(min(size, _REHEARSAL), min(places, _REHEARSAL)))
-            buffers.rehearsed = True
+                backward(*forward(min(size, _WARM_UP_TOKENS), min(predictors, _WARM_UP_TOKENS)))
+            buffers.warmed_up = True
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with buffers.aside(), deterministic():
+        with buffers.on_capture_stream(), deterministic():
             with _capturing(self.forward, buffers):
-                copies, hidden = forward(size, places)
+                copies, hidden = forward(size, predictors)
             with _capturing(self.backward, buffers):
                 backward(copies, hidden)
 
     def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
         """As ``Engine.forward_backward``."""
         buffers, tokens, predictors = self.buffers, x.size(0), len(batch.predictors)
-        assert tokens < self.size  # the last place belongs to no pack
+        assert tokens < self.size  # the last token is padding
         buffers.x[:tokens].copy_(x)
-        for buffer, given, alone in (
-            (buffers.begins, batch.documents.begins, buffers.alone[:-1]),
-            (buffers.ends, batch.documents.ends, buffers.alone[1:]),
+        for buffer, given, padding in (
+            (buffers.begins, batch.documents.begins, buffers.bounds[:-1]),
+            (buffers.ends, batch.documents.ends, buffers.bounds[1:]),
         ):
             buffer[:tokens].copy_(given)
-            buffer[tokens : self.size].copy_(alone[tokens : self.size])
+            buffer[tokens : self.size].copy_(padding[tokens : self.size])
         buffers.chosen[:predictors].copy_(batch.predictors)
-        buffers.chosen[predictors : self.places].fill_(self.size - 1)  # of no pack: its gradient is nobody's
+        buffers.chosen[predictors : self.predictors].fill_(self.size - 1)  # padding: receives no gradient
         self.forward.replay()
         value, gradient = loss(buffers.hidden[:predictors])
         buffers.gradient[:predictors].copy_(gradient)
-        buffers.gradient[predictors : self.places].zero_()
+        buffers.gradient[predictors : self.predictors].zero_()
         self.backward.replay()
         return value
 
 
 @contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph, buffers: _Buffers) -> Iterator[None]:
-    """Not torch.cuda.graph: it would wait for the device and empty the allocator's cache at every graph."""
+    """Capture the body; torch.cuda.graph would wait for the device and empty the allocator's cache at every graph."""
     graph.capture_begin(buffers.pool, "relaxed")
     try:
         yield
     except BaseException:
-        with suppress(RuntimeError):  # what failed counts, memory that ran out above all
-            graph.capture_end()  # else all that follows on the stream would be captured
+        with suppress(RuntimeError):  # the body's error is the one to raise: most often memory ran out
+            graph.capture_end()  # else the capture would go on with everything queued on the stream later
         raise
     graph.capture_end()
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Backward kernels that sum in a fixed order, so that a resumed training repeats the original bit for bit."""
+    """Use backward kernels that sum in a fixed order: a resumed training then repeats the original bit for bit."""
     before = torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

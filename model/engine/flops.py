@@ -1,4 +1,4 @@
-"""How much arithmetic a training cannot avoid, and how much the hardware could do: the two sides of MFU."""
+"""Operations that a training needs, and those that the hardware can do: their ratio is the MFU."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ def necessary_flops(
     trunk_tokens: int,
     train_head: bool = False,
 ) -> float:
-    """Floating-point operations that training on some tokens cannot avoid.
+    """Floating-point operations that a training on some tokens needs at least.
 
-    Matrix products of linear layers only, a multiply-add counted as two (Kaplan et al. 2020, section 2.1:
-    12 D^2 weights a block, 2 operations a weight and token forward, 4 backward; Chowdhery et al. 2022, PaLM,
-    appendix B). Not counted: attention's own scores, norms and activations, the optimizer, anything computed
-    twice, padding; nor what nobody reads: in the last block all behind its attention (9 of its 12 D^2 weights) at
-    tokens that bear no loss, and the gradient of the lowest trained block's input.
+    Counted are the matrix products of linear layers, a multiply-add as two operations (Kaplan et al. 2020, section
+    2.1: 12 D^2 weights per block, 2 operations per weight and token forward, 4 backward; Chowdhery et al. 2022, PaLM,
+    appendix B). Not counted: attention scores, norms, activations, the optimizer, padding, anything computed twice,
+    and results that are never used: in the last block everything after its attention (9 of its 12 D^2 weights) at
+    tokens that predict no target, and the gradient of the lowest trained block's input.
 
     Args:
-        config: the model's shape.
-        num_frozen: blocks of the trunk.
-        tokens: real tokens that passed the trained blocks, forward and backward; a row's last one is only predicted.
-        target_tokens: those of them that bear loss: the head is needed there only.
-        trunk_tokens: tokens whose trunk output had to be computed; 0 where all were remembered.
-        train_head: an untied head trains, so that its weight gradient is needed too.
+        config: shape of the model.
+        num_frozen: number of blocks of the trunk.
+        tokens: real tokens that passed the trained blocks, forward and backward, without the last token of each row,
+            which is only predicted.
+        target_tokens: number of targets, which is that of the tokens at which the head is needed.
+        trunk_tokens: tokens whose trunk output was computed; 0 if all were in the cache.
+        train_head: whether an untied head trains, so that the gradient of its weight is needed too.
     """
     block = 12 * config.n_embd**2
     trunk = 2 * num_frozen * block * trunk_tokens
@@ -49,11 +50,11 @@ def necessary_flops(
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second that a large square matrix product reaches, in the best of a few windows.
+    """Operations per second of a large square matrix product, in the best of a few windows; takes some 0.2 s.
 
-    8192^3 on a GPU, 1024^3 elsewhere (256^3 where the processor is too slow for that); takes some 0.2 s.
-    Work of other processes only ever slows a window down, and the smaller the product, the more.
-    Random values: zeros draw less power and run faster than any training would.
+    The size is 8192^3 on a GPU and 1024^3 elsewhere, or 256^3 if the processor is too slow for that. The best window
+    counts because other processes can only slow a window down; a small product is slowed down more. The values are
+    random: zeros need less power, and run faster than any training could.
     """
     size = 8192 if device.type == "cuda" else 256
     a, b = _factors(size, device, dtype)
@@ -67,16 +68,16 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _factors(size: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drawn from a generator of their own: a measurement must not move dropout's noise."""
+    """Two random matrices, drawn from a separate generator: a measurement must not change dropout's noise."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     return a, b
 
 
 def _seconds(a: torch.Tensor, b: torch.Tensor, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds that a number of products take; on a GPU by its own clock, so that no launch is counted.
+    """Seconds that some products take; on a GPU measured by its own clock, so that launches are not counted.
 
-    The second factor is transposed, as in a linear layer: without that, bf16 products of some processors are slow.
+    The second factor is transposed, as in a linear layer: bf16 products without it are slow on some processors.
     """
     if not a.is_cuda:
         start = clock()

@@ -1,22 +1,52 @@
-"""GPT-2's blocks over packed documents on a GPU: ``Block.forward``, what lies between its products fused."""
+"""GPT-2's blocks over packed documents on a GPU: ``Block.forward`` with fused kernels between its matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.net.attention import Documents
-from model.net.gpt import Block, GPTModel
+from model.net.config import GPTConfig
+from model.net.gpt import MLP, Attention, Block, GPTModel
 
 
-def can_fuse(model: GPTModel, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``run_blocks`` can stand for the model's own blocks where they drop nothing out."""
-    width = model.config.n_embd // model.config.n_head
+def can_fuse(
+    model: GPTModel, blocks: Iterable[Block], norm: nn.LayerNorm | None, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether ``run_blocks`` can replace the forward pass of some of the model's blocks where no dropout acts.
+
+    Args:
+        norm: as for ``run_blocks``.
+    """
+    return has_kernels(model.config, device, dtype) and has_plain_layers(blocks, norm)
+
+
+def has_kernels(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels work on this device, in this dtype and for heads of this width."""
+    width = config.n_embd // config.n_head
     half = dtype in (torch.bfloat16, torch.float16)
     return device.type == "cuda" and half and width in (16, 32, 64, 128)
+
+
+def has_plain_layers(blocks: Iterable[Block], norm: nn.LayerNorm | None) -> bool:
+    """Whether every layer is exactly of the type that GPT-2 has.
+
+    ``run_blocks`` reads weights and biases and never calls the layers, so it would skip whatever a subclass adds in
+    its own forward pass, for example a low-rank adapter (LoRA).
+    """
+    return (norm is None or type(norm) is nn.LayerNorm) and all(map(_is_plain, blocks))
+
+
+def _is_plain(block: Block) -> bool:
+    attn, mlp = block.attn, block.mlp
+    return (
+        (type(block), type(attn), type(mlp)) == (Block, Attention, MLP)
+        and type(block.ln_1) is type(block.ln_2) is nn.LayerNorm
+        and type(attn.c_attn) is type(attn.c_proj) is type(mlp.c_fc) is type(mlp.c_proj) is nn.Linear
+    )
 
 
 def run_blocks(
@@ -28,43 +58,46 @@ def run_blocks(
 ) -> Tensor:
     """Residual stream (N, D) below the blocks -> above them (N, D).
 
-    A block's last sum is left to the norm behind it, whichever that is.
+    A block's last residual sum is computed together with the norm that follows it: the next block's, or ``norm``.
 
     Args:
-        norm: of the final hidden states, where they are wanted.
-        chosen: the tokens they are wanted of, (M,), int64, none twice unless its gradient is zero; the others leave
-            the last block after its attention. The result is (M, D) then.
+        norm: the model's final norm, if final hidden states are wanted; None for the residual stream.
+        chosen: indices (M,), int64, of the tokens whose output is wanted; None for all. The others are dropped in the
+            last block after its attention, and the result is (M, D). An index may stand there more than once only if
+            the gradients of all its copies are zero.
     """
-    from model.engine import kernels
+    from model.engine.attention_kernels import attention
+    from model.engine.pointwise_kernels import add_norm, bias_gelu, choose
 
     y: Tensor | None = None
     bias = x.new_empty(0)
     for block in blocks:
-        attention, mlp = block.attn, block.mlp
+        attn, mlp = block.attn, block.mlp
         if y is None:
-            qkv = _norm_linear(x, block.ln_1, attention.c_attn)
+            qkv = _norm_linear(x, block.ln_1, attn.c_attn)
         else:
-            x, n = kernels.add_norm(x, y, bias, block.ln_1)
-            qkv = F.linear(n, attention.c_attn.weight, attention.c_attn.bias)
-        y = kernels.attention(qkv, documents.begins, documents.ends, attention.n_head)
+            x, n = add_norm(x, y, bias, block.ln_1)
+            qkv = F.linear(n, attn.c_attn.weight, attn.c_attn.bias)
+        y = attention(qkv, documents.begins, documents.ends, attn.n_head)
         if chosen is not None and block is blocks[-1]:
-            x, y = kernels.choose(x, chosen), kernels.choose(y, chosen)
-        x, n = kernels.add_norm(x, F.linear(y, attention.c_proj.weight), attention.c_proj.bias, block.ln_2)
+            x, y = choose(x, chosen), choose(y, chosen)
+        x, n = add_norm(x, F.linear(y, attn.c_proj.weight), attn.c_proj.bias, block.ln_2)
         if torch.is_grad_enabled():
-            h = kernels.bias_gelu(F.linear(n, mlp.c_fc.weight), mlp.c_fc.bias)
-        else:  # in the product's own kernel, which does not keep what a backward pass would need
+            h = bias_gelu(F.linear(n, mlp.c_fc.weight), mlp.c_fc.bias)
+        else:  # GELU inside the matrix product's kernel, which keeps nothing for a backward pass
             h = torch._addmm_activation(mlp.c_fc.bias, n, mlp.c_fc.weight.t(), use_gelu=True)
         y, bias = F.linear(h, mlp.c_proj.weight), mlp.c_proj.bias
     if y is None:
-        x = x if chosen is None else kernels.choose(x, chosen)
+        x = x if chosen is None else choose(x, chosen)
         return x if norm is None else norm(x)
-    return x + (y + bias) if norm is None else kernels.add_norm(x, y, bias, norm)[1]
+    return x + (y + bias) if norm is None else add_norm(x, y, bias, norm)[1]
 
 
 def _norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """linear(norm(x)), the norm's gain and shift moved into the weight and bias.
+    """linear(norm(x)), with the norm's gain and shift folded into the linear layer's weight and bias.
 
-    Nothing below is trained, so this spares the backward pass the product that would only lead to the two.
+    Where nothing below the block trains, this spares the backward pass a matrix product: the gradient of the norm's
+    output would serve only the gain and the shift.
     """
     if not torch.is_grad_enabled():
         return F.linear(norm(x), linear.weight, linear.bias)

@@ -1,7 +1,7 @@
-"""The trunk's outputs, computed once per document and kept where they fit.
+"""Outputs of the trunk, computed once per document and kept where there is room.
 
-The trunk is frozen and documents do not see each other, so that its output for a document depends on that
-document alone: any epoch, order, packing and learning rate can use it again.
+The trunk is frozen and documents do not see each other, so the trunk's output for a document depends on that document
+alone: any epoch, order, packing and learning rate can use it again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
 from model.files import sha256_file, sha256_json
 
-_CODE_VERSION = 3  # to be raised when the same inputs would give other outputs
+_CODE_VERSION = 3  # increase it when the same inputs give other outputs
 _VALUES, _CHECKSUMS = "values.bin", "checksums.bin"
-_READ_BYTES = 1e9  # per second: what a file must at least deliver
-_TRUNK_FLOPS = {"cuda": 4e14, "cpu": 2e12}  # per second: what the trunk at most computes
+_READ_BYTES = 1e9  # bytes per second: assumed lower bound for reading a file
+_TRUNK_FLOPS = {"cuda": 4e14, "cpu": 2e12}  # per second: assumed upper bound for computing the trunk
 
 
 @dataclass(frozen=True)
 class TrunkCacheConfig:
-    """Where outputs may be kept; it changes a result by rounding at most.
+    """Where outputs may be kept. It changes results by rounding at most.
 
     Attributes:
-        directory: of files that later runs use again; None for none.
-        max_bytes: kept at most, in memory as well as in all files together; 0 keeps nothing.
+        directory: directory of files that later runs use again; None keeps no files.
+        max_bytes: limit for the outputs in memory, and for all files together, in bytes; 0 keeps nothing.
     """
 
     directory: Path | None = None
@@ -45,20 +45,25 @@ class TrunkCacheConfig:
 
 
 class TrunkOutputs:
-    """The trunk's outputs of a data set's rows: (N, D) for a pack, from the cache or computed.
+    """Outputs of the trunk for a data set's rows: (N, D) for a pack, from the cache or computed.
 
-    A row is computed in the company of the same other rows, its group: rounding depends on the shape of a matrix
-    product, and a resumed training must repeat the original. It does so to the bit unless a file that it read was
-    filled by a training with other groups, and removed since.
+    Rows are computed in fixed chunks, whichever of them a pack needs: rounding depends on the shape of a matrix
+    product, and a resumed training must repeat the original bit for bit. The exception: the original read a file that
+    a training with other chunks had written, and that file was removed since.
 
     Args:
-        engine: with the trunk.
-        dataset: rows are known by their number in it.
-        order: all rows, in the order they will first be needed in.
-        group_tokens: computed at a time.
-        uses: how often a row will be needed, about.
+        engine: runs the trunk.
+        dataset: its rows; a row is identified by its number.
+        order: all rows, in the order in which they are needed first.
+        chunk_tokens: tokens of a chunk, about.
+        uses: how often each row will be needed, about.
         config: limits.
-        beside: bytes of ``config.max_bytes`` that another cache of this process takes.
+        beside: bytes of ``config.max_bytes`` that another cache of this process uses.
+
+    Attributes:
+        place: where outputs are kept: "device", "host" (main memory), "file" or "none".
+        requested: tokens needed so far.
+        computed: tokens computed so far.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class TrunkOutputs:
         engine: Engine,
         dataset: CodeAlpacaDataset,
         order: np.ndarray[Any, Any],
-        group_tokens: int,
+        chunk_tokens: int,
         uses: float,
         config: TrunkCacheConfig,
         beside: int = 0,
@@ -78,42 +83,46 @@ class TrunkOutputs:
         self.place = "none"
         self.requested = self.computed = 0
         self.ready = np.zeros(len(dataset), dtype=bool)
-        width = engine.model.config.n_embd
-        inputs = dataset.lengths[:, 0].astype(np.int64) - 1
-        self.starts = dataset.offsets[:-1] - np.arange(len(dataset))  # among the inputs of all rows
-        self.bytes = int(inputs.sum()) * width * engine.dtype.itemsize
-        group = np.cumsum(inputs[order]) // group_tokens
-        self.groups = np.split(order, np.flatnonzero(np.diff(group)) + 1)
-        self.group_of = np.empty(len(dataset), dtype=np.int64)
-        self.group_of[order] = np.cumsum(np.diff(group, prepend=group[:1]) > 0)
-        shape = (int(inputs.sum()), width)
-        if engine.model.num_frozen == 0 or self.bytes > config.max_bytes - beside:
-            return
-        on_gpu = engine.device.type == "cuda"
+        inputs = dataset.lengths[:, 0].astype(np.int64) - 1  # a row's last token is only predicted
+        self.starts = dataset.offsets[:-1] - np.arange(len(dataset))  # first input of each row among all inputs
+        self.shape = int(inputs.sum()), engine.model.config.n_embd
+        self.bytes = self.shape[0] * self.shape[1] * engine.dtype.itemsize
+        chunk = np.cumsum(inputs[order]) // chunk_tokens
+        self.chunks = np.split(order, np.flatnonzero(np.diff(chunk)) + 1)
+        self.chunk_of = np.empty(len(dataset), dtype=np.int64)
+        self.chunk_of[order] = np.cumsum(np.diff(chunk, prepend=chunk[:1]) > 0)
+        if engine.model.num_frozen > 0 and self.bytes <= config.max_bytes - beside:
+            self._allocate(uses, config, beside)
+
+    def _allocate(self, uses: float, config: TrunkCacheConfig, beside: int) -> None:
+        """Choose the place: the fastest that has room and is worth it."""
+        dtype, device = self.engine.dtype, self.engine.device
+        on_gpu = device.type == "cuda"
         if on_gpu and uses <= 1:
             return
-        if on_gpu and self.bytes < 0.5 * torch.cuda.mem_get_info(engine.device)[0]:
-            self.place, self.values = "device", torch.empty(shape, dtype=engine.dtype, device=engine.device)
+        if on_gpu and self.bytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+            self.place, self.values = "device", torch.empty(self.shape, dtype=dtype, device=device)
             return
-        # The other cache may have taken its part of what is available, or not yet.
+        # The other cache may have allocated its part of the available memory already, or not yet.
         fits_host = uses > 1 and self.bytes + beside < 0.5 * available_memory()
-        # On a GPU no file beside memory: a first epoch of 1558M that writes one takes 1.7 times as long, and a later
-        # training spares less than that.
+        # On a GPU no file if memory has room: a first epoch of 1558M that writes a file takes 1.7 times as long;
+        # a later training saves less than that.
         if not (on_gpu and fits_host):
-            self.file = self._find_file(config, shape)
+            self.file = self._find_file(config)
         if self.file is not None:
             self.place, self.values = "file", self.file.values
         elif fits_host:
-            self.place, self.values = "host", torch.empty(shape, dtype=engine.dtype)
+            self.place, self.values = "host", torch.empty(self.shape, dtype=dtype)
 
-    def _find_file(self, config: TrunkCacheConfig, shape: tuple[int, int]) -> _File | None:
-        """A file of these outputs, if reading it is faster than computing them, and there is room."""
+    def _find_file(self, config: TrunkCacheConfig) -> _File | None:
+        """A file for these outputs, if reading it is faster than computing them and the disk has room."""
         engine = self.engine
         flops = necessary_flops(engine.model.config, engine.model.num_frozen, 0, 0, trunk_tokens=1)
-        reads_faster = flops / _TRUNK_FLOPS[engine.device.type] > shape[1] * engine.dtype.itemsize / _READ_BYTES
+        token_bytes = self.shape[1] * engine.dtype.itemsize
+        reads_faster = flops / _TRUNK_FLOPS[engine.device.type] > token_bytes / _READ_BYTES
         if config.directory is None or not reads_faster:
             return None
-        return _open_file(config, _key(engine, self.dataset), shape, len(self.dataset), engine.dtype)
+        return _open_file(config, _key(engine, self.dataset), self.shape, len(self.dataset), engine.dtype)
 
     def __call__(self, batch: Pack) -> Tensor:
         """Outputs (N, D) on the device for the tokens of a pack."""
@@ -121,8 +130,8 @@ class TrunkOutputs:
             self.requested += len(batch.ids)
             self.computed += len(batch.ids)
             return self.engine.trunk(batch)
-        for group in np.unique(self.group_of[batch.rows[~self.ready[batch.rows]]]):
-            self._fill(self.groups[group])
+        for chunk in np.unique(self.chunk_of[batch.rows[~self.ready[batch.rows]]]):
+            self._fill(self.chunks[chunk])
         self.requested += len(batch.ids)
         if self.place == "device":
             return self.values.index_select(0, batch.slots.to(self.engine.device, non_blocking=True))
@@ -133,54 +142,54 @@ class TrunkOutputs:
 
     @property
     def hit_share(self) -> float:
-        """Tokens that need not be computed when they were needed, over all tokens needed so far."""
+        """Share of the tokens needed so far whose outputs were kept already."""
         return max(0.0, 1 - self.computed / self.requested) if self.requested else 0.0
 
     @property
     def bytes_kept(self) -> int:
-        """Bytes that the cache takes when it is full."""
+        """Bytes that the full cache takes."""
         return 0 if self.values is None else self.bytes
 
     def describe(self) -> str:
-        """Size, place and use so far, for people."""
+        """Size, place and use so far, as a line for the log."""
         if self.values is None:
             return "trunk outputs are computed anew each time"
         kept = f"{self.bytes / 1e9:.2f} GB on the {self.place}"
         return f"trunk outputs: {kept}, {self.hit_share:.0%} of {self.requested:,} tokens from there"
 
-    def _part(self, row: int) -> slice:
-        """Where a row's outputs lie."""
+    def _slots(self, row: int) -> slice:
+        """Position of a row's outputs among those of all rows."""
         return slice(self.starts[row], self.starts[row] + self.dataset.lengths[row, 0] - 1)
 
-    def _fill(self, group: np.ndarray[Any, Any]) -> None:
-        """Make a group's rows ready, from the file where it has them."""
+    def _fill(self, chunk: np.ndarray[Any, Any]) -> None:
+        """Make a chunk's rows ready: read those that the file has, or else compute the whole chunk."""
         assert self.values is not None
         if self.file is not None:
-            for row in group[~self.ready[group]]:
-                if self.file.holds(row, self._part(row)):
+            for row in chunk[~self.ready[chunk]]:
+                if self.file.is_valid(row, self._slots(row)):
                     self.ready[row] = True
-            if self.ready[group].all():
+            if self.ready[chunk].all():
                 return
-        batch = pack(self.dataset, group, self.engine.device)
+        batch = pack(self.dataset, chunk, self.engine.device)
         self.computed += len(batch.ids)
         outputs, slots = self.engine.trunk(batch), batch.slots
         missing = ~self.ready[batch.rows]
-        if not missing.all():  # rarely so: choosing would wait for the GPU
+        if not missing.all():  # rare; the selection waits for the GPU
             keep = torch.from_numpy(np.repeat(missing, batch.documents.lengths))
             outputs, slots = outputs[keep.to(outputs.device)], slots[keep]
         place = self.values.device
         self.values[slots.to(place, non_blocking=True)] = outputs.to(place)
         if self.file is not None:
             for row in batch.rows[missing]:
-                self.file.seal(row, self._part(row))
-        self.ready[group] = True  # rows without a target among them: nobody asks for those
+                self.file.write_checksum(row, self._slots(row))
+        self.ready[chunk] = True  # rows without a target too: they are in no pack
 
 
 class _File:
-    """Outputs in a memory-mapped file, a checksum for each row beside it: what was cut short is found out.
+    """Outputs in a memory-mapped file, with a second file of one checksum per row, by which damage is detected.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk has no room for the file.
     """
 
     def __init__(self, directory: Path, shape: tuple[int, int], rows: int, dtype: torch.dtype):
@@ -190,25 +199,29 @@ class _File:
             with (directory / name).open("ab") as stream:
                 if stream.tell() != length:
                     stream.truncate(length)
-                # Room now: to write to a map of a file that finds none later is the end of the process (SIGBUS).
+                # Allocate the blocks now: writing to a mapped file on a disk that has become full kills the process
+                # (SIGBUS).
                 if length and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(stream.fileno(), 0, length)
-        os.utime(directory)  # used now
+        os.utime(directory)  # marks the file as used now
         self.values = torch.from_file(str(directory / _VALUES), shared=True, size=size, dtype=dtype).view(shape)
         self.checksums = np.memmap(directory / _CHECKSUMS, dtype="<u4", mode="r+")
 
-    def holds(self, row: int, part: slice) -> bool:
-        return self.checksums[row] != 0 and self.checksums[row] == self._checksum(part)
+    def is_valid(self, row: int, slots: slice) -> bool:
+        """Whether a row's outputs were written, and are undamaged."""
+        return self.checksums[row] != 0 and self.checksums[row] == self._checksum(slots)
 
-    def seal(self, row: int, part: slice) -> None:
-        self.checksums[row] = self._checksum(part)
+    def write_checksum(self, row: int, slots: slice) -> None:
+        """Mark a row's outputs as written."""
+        self.checksums[row] = self._checksum(slots)
 
-    def _checksum(self, part: slice) -> int:
-        return zlib.crc32(self.values[part].view(torch.uint8).numpy().data) or 1
+    def _checksum(self, slots: slice) -> int:
+        """CRC-32, never 0, which stands for a row that was not written."""
+        return zlib.crc32(self.values[slots].view(torch.uint8).numpy().data) or 1
 
 
 def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:
-    """A sha256 over all that determines the outputs, the weights of the trunk among it, and of nothing else."""
+    """A sha256 over everything that determines the outputs, such as the trunk's weights, and over nothing else."""
     model = engine.model
     return sha256_json(
         {
@@ -228,59 +241,70 @@ def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:
 def _open_file(
     config: TrunkCacheConfig, key: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
 ) -> _File | None:
-    """The file of this key; files used longest ago make room for it. None if the disk has no room."""
+    """Open or create the file of this key, and delete others to stay within the limit. None if the disk is full."""
     assert config.directory is not None
     size = shape[0] * shape[1] * dtype.itemsize
     directory = config.directory / key
     config.directory.mkdir(parents=True, exist_ok=True)
-    used: dict[Path, float] = {}
-    sizes: dict[Path, int] = {}
-    for path in config.directory.iterdir():
-        with suppress(FileNotFoundError, NotADirectoryError):  # another run makes room too
-            if path != directory:
-                used[path], sizes[path] = path.stat().st_mtime, (path / _VALUES).stat().st_size
-    total = sum(sizes.values())
-    for path in sorted(sizes, key=lambda path: used[path]):
-        if total + size <= config.max_bytes:
-            break
-        shutil.rmtree(path, ignore_errors=True)  # whoever has it mapped keeps it until then
-        total -= sizes[path]
-    known = directory.exists()
-    if not known and size > 0.5 * shutil.disk_usage(config.directory).free:
+    _evict(config.directory, config.max_bytes - size, keep=directory)
+    exists = directory.exists()
+    if not exists and size > 0.5 * shutil.disk_usage(config.directory).free:
         return None
     try:
         return _File(directory, shape, rows, dtype)
     except OSError:
-        if not known:
+        if not exists:
             shutil.rmtree(directory, ignore_errors=True)
         return None
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be had now, by the system's account and by that of a container with a limit.
+def _evict(root: Path, max_bytes: int, keep: Path) -> None:
+    """Delete the files that were not used for the longest time, until the others take ``max_bytes`` at most.
 
     Args:
-        root: above ``proc`` and ``sys``.
+        root: directory of all files.
+        max_bytes: limit for all files but ``keep``.
+        keep: directory of the file that is not deleted.
+    """
+    used: dict[Path, float] = {}
+    sizes: dict[Path, int] = {}
+    for path in root.iterdir():
+        with suppress(FileNotFoundError, NotADirectoryError):  # another process may delete files at the same time
+            if path != keep:
+                used[path], sizes[path] = path.stat().st_mtime, (path / _VALUES).stat().st_size
+    total = sum(sizes.values())
+    for path in sorted(sizes, key=lambda path: used[path]):
+        if total <= max_bytes:
+            break
+        shutil.rmtree(path, ignore_errors=True)  # a process that has the file mapped can go on reading it
+        total -= sizes[path]
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that can be allocated now: the system's, or those of a container whose limit is lower.
+
+    Args:
+        root: directory that contains ``proc`` and ``sys``.
     """
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):  # free pages leave out what files are cached in
+    with suppress(OSError):  # free pages do not include the page cache, which can be reclaimed
         available = _field(root / "proc" / "meminfo", "MemAvailable:") * 1024
-    groups = root / "sys" / "fs" / "cgroup"
-    for group, limit, used in (  # cgroup v2 and v1
-        (groups, "memory.max", "memory.current"),
-        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    cgroups = root / "sys" / "fs" / "cgroup"
+    for cgroup, limit, used in (  # versions 2 and 1
+        (cgroups, "memory.max", "memory.current"),
+        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        with suppress(OSError, ValueError):  # "max" is no number, and no limit
-            room = int((group / limit).read_text()) - int((group / used).read_text())
-            available = min(available, room + _field(group / "memory.stat", "inactive_file"))
+        with suppress(OSError, ValueError):  # "max", which is no number, stands for no limit
+            free = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+            available = min(available, free + _field(cgroup / "memory.stat", "inactive_file"))
     return max(0, available)
 
 
 def _field(file: Path, name: str) -> int:
-    """The number behind a name in a file of the kernel's.
+    """The number that follows a name in a file of the kernel.
 
     Raises:
-        OSError: there is no such file or name.
+        OSError: the file or the name does not exist.
     """
     for words in map(str.split, file.read_text().splitlines()):
         if words[0] == name:

@@ -42,12 +42,12 @@ from model.engine.checkpoint import (
     write_checkpoint,
 )
 from model.engine.journal import read_journal
+from model.engine.stepper import build_optimizer
 from model.engine.training import (
     StepReport,
     TrainConfig,
     TrainingStoppedError,
     TrainResult,
-    build_optimizer,
     train,
 )
 from model.engine.trunk import TrunkCacheConfig

@@ -16,8 +16,8 @@ from model.data.tokens import CodeAlpacaDataset
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.journal import read_journal
-from model.engine.loss import cross_entropy
-from model.engine.scoring import head_loss, padded_head, row_losses
+from model.engine.loss import cross_entropy, head_loss, padded_head
+from model.engine.scoring import row_losses
 from model.engine.training import TrainingStoppedError, train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.attention import Documents
@@ -52,12 +52,12 @@ def documents_of(lengths: list[int]) -> Documents:
 @pytest.mark.parametrize(("heads", "width"), [(4, 64), (2, 32), (3, 16), (1, 128)])
 def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) -> None:
     """The bf16 kernel's output and gradients, document by document, lie within bf16's error of fp32's."""
-    from model.engine import kernels
+    from model.engine import attention_kernels
 
     documents = documents_of([1, 200, 3, 64, 128, 129, 511, 1, 1, 33])
     torch.manual_seed(0)
     qkv = torch.randn(sum(documents.lengths), 3 * heads * width, device="cuda").bfloat16().requires_grad_()
-    got = kernels.attention(qkv, documents.begins, documents.ends, heads)
+    got = attention_kernels.attention(qkv, documents.begins, documents.ends, heads)
     upstream = torch.randn_like(got)
     got_gradient = torch.autograd.grad(got, qkv, upstream)[0]
     exact = qkv.detach().float().requires_grad_()
@@ -69,7 +69,7 @@ def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) 
 
 def test_documents_do_not_see_each_other() -> None:
     """Another document's values change nothing, bit for bit, forward and backward."""
-    from model.engine import kernels
+    from model.engine import attention_kernels
 
     documents = documents_of([100, 50, 90])
     qkv = torch.randn(240, 3 * 128, device="cuda").bfloat16()
@@ -77,7 +77,7 @@ def test_documents_do_not_see_each_other() -> None:
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         leaf = qkv.clone().requires_grad_()
-        out = kernels.attention(leaf, documents.begins, documents.ends, 2)
+        out = attention_kernels.attention(leaf, documents.begins, documents.ends, 2)
         return out[100:150], torch.autograd.grad(out, leaf, upstream)[0][100:150]
 
     want = run()
@@ -88,7 +88,7 @@ def test_documents_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("width", [192, 768, 1024, 1600])
 def test_add_norm_agrees_with_fp32(width: int) -> None:
     """Sum, norm and all five gradients of the fused kernels against torch's in fp32."""
-    from model.engine import kernels
+    from model.engine import pointwise_kernels
 
     torch.manual_seed(0)
     x, y = (torch.randn(1000, width, device="cuda").bfloat16().requires_grad_() for _ in range(2))
@@ -96,7 +96,7 @@ def test_add_norm_agrees_with_fp32(width: int) -> None:
     norm = torch.nn.LayerNorm(width, device="cuda")
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    outputs = kernels.add_norm(x, y, bias, norm)
+    outputs = pointwise_kernels.add_norm(x, y, bias, norm)
     upstream = [torch.randn_like(out) for out in outputs]
     inputs = [x, y, bias, norm.weight, norm.bias]
     got = torch.autograd.grad(outputs, inputs, upstream)
@@ -111,12 +111,12 @@ def test_add_norm_agrees_with_fp32(width: int) -> None:
 @pytest.mark.parametrize("width", [640, 3072, 4096, 6400])
 def test_bias_gelu_agrees_with_fp32(width: int) -> None:
     """Output and both gradients against torch's in fp32."""
-    from model.engine import kernels
+    from model.engine import pointwise_kernels
 
     torch.manual_seed(0)
     x = (3 * torch.randn(700, width, device="cuda")).bfloat16().requires_grad_()
     bias = torch.randn(width, device="cuda").bfloat16().requires_grad_()
-    out = kernels.bias_gelu(x, bias)
+    out = pointwise_kernels.bias_gelu(x, bias)
     upstream = torch.randn_like(out)
     got = torch.autograd.grad(out, [x, bias], upstream)
     exact = [p.detach().float().requires_grad_() for p in (x, bias)]
@@ -128,17 +128,17 @@ def test_bias_gelu_agrees_with_fp32(width: int) -> None:
 
 def test_chosen_rows_gradients_go_where_they_came_from() -> None:
     """As indexing by torch, bit for bit; rows that were not chosen get zeros."""
-    from model.engine import kernels
+    from model.engine import pointwise_kernels
 
     torch.manual_seed(0)
     x = torch.randn(500, 192, device="cuda").bfloat16().requires_grad_()
     index = torch.randperm(500, device="cuda")[:170]
     upstream = torch.randn(170, 192, device="cuda").bfloat16()
-    chosen = kernels.choose(x, index)
+    chosen = pointwise_kernels.choose(x, index)
     assert torch.equal(chosen, x[index])
     got = torch.autograd.grad(chosen, x, upstream)[0]
     assert torch.equal(got, torch.autograd.grad(x[index], x, upstream)[0])
-    assert kernels.choose(x, index[:0]).shape == (0, 192)
+    assert pointwise_kernels.choose(x, index[:0]).shape == (0, 192)
 
 
 def test_generation_by_a_graph_is_the_plain_loop() -> None:
@@ -188,6 +188,29 @@ def test_fused_blocks_are_the_models(token_dir: Path) -> None:
         torch.testing.assert_close(engine.top(trunk.bfloat16(), batch).float(), hidden, rtol=5e-2, atol=5e-2)
 
 
+def test_adapter_in_a_block_is_not_skipped(token_dir: Path) -> None:
+    """A linear layer with an extra term, as a low-rank adapter adds one: scores are those of the plain blocks."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0.5 * x.mean(-1, keepdim=True)
+
+    model = small_model().eval()
+    engine = Engine(model, torch.bfloat16)
+    batch = pack(CodeAlpacaDataset(token_dir, "train"), np.arange(30), engine.device)
+    x = engine.trunk(batch)
+    with torch.no_grad():
+        before = engine.top(x, batch)
+        model.h[3].mlp.c_proj.__class__ = Adapted
+        got = engine.top(x, batch)
+        exact = small_model().float()
+        exact.h[3].mlp.c_proj.__class__ = Adapted
+        want = exact.top(x.float(), batch.documents)[batch.predictors]
+    torch.testing.assert_close(got.float(), want, rtol=5e-2, atol=5e-2)
+    assert (got - before).abs().max() > 0.1
+    assert not engine._can_replay(x)
+
+
 @pytest.mark.parametrize("vocabulary", [320, 321, 50257])
 def test_fused_loss_agrees_with_autograd(vocabulary: int) -> None:
     """Loss and gradient of the head in bf16 against fp32 autograd, whatever the padding of the vocabulary."""
@@ -222,7 +245,7 @@ def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
         model = small_model()
         engine = Engine(model, torch.bfloat16)
         if not replay:
-            engine._replays = lambda x: False  # type: ignore[method-assign]
+            engine._can_replay = lambda x: False  # type: ignore[method-assign]
         head = padded_head(model.lm_head.weight, torch.bfloat16)
         losses = []
         for parameter in model.parameters():

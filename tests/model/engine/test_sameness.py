@@ -21,8 +21,9 @@ from model.data.tokens import CodeAlpacaDataset, epoch_order
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.journal import read_journal
-from model.engine.scoring import head_loss, padded_head
-from model.engine.training import TrainResult, learning_rate_at, train
+from model.engine.loss import head_loss, padded_head
+from model.engine.stepper import learning_rate_at
+from model.engine.training import TrainResult, train
 from model.engine.trunk import TrunkCacheConfig
 
 BASE = TrainConfig(

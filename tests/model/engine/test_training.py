@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ from model.engine.checkpoint import checkpoint_path, load_trained
 from model.engine.engine import Engine
 from model.engine.journal import read_journal
 from model.engine.scoring import mean_loss, row_losses
+from model.engine.stepper import learning_rate_at
 from model.engine.training import (
     NonFiniteError,
     StepReport,
     TrainConfig,
     TrainResult,
-    build_optimizer,
-    learning_rate_at,
     train,
 )
 from model.net.device import cast_frozen, ran_out_of_memory
@@ -176,40 +175,7 @@ def test_mixed_precision(gpt2_dir: Path, token_dir: Path, tmp_path: Path, run: C
         assert values(tmp_path / "bf16", name) == pytest.approx(values(exact, name), rel=0.03)
 
 
-# Optimizer and schedule
-
-
-def test_optimizer_holds_the_trainable_alone_in_two_groups(tiny_model: GPTModel) -> None:
-    """Frozen parameters are not even known to it; biases and norms do not decay."""
-    optimizer = build_optimizer(tiny_model, TrainConfig(weight_decay=0.1, learning_rate=3e-4))
-    decayed, plain = optimizer.param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-    names = {p: name for name, p in tiny_model.named_parameters()}
-    assert {names[p] for p in decayed["params"]} == {
-        f"h.2.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    }
-    assert len(plain["params"]) == 10
-    together = {names[p] for group in optimizer.param_groups for p in group["params"]}
-    assert together == {name for name, p in tiny_model.named_parameters() if p.requires_grad}
-
-
-def test_schedule() -> None:
-    """Three warm-up steps of a hundred, then a cosine from the peak towards zero."""
-    config = TrainConfig(learning_rate=1.0, warmup_ratio=0.03)
-    lr = [learning_rate_at(step, 100, config) for step in range(100)]
-    assert lr[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
-    assert lr[3 + 97 // 3] == pytest.approx(0.5 * (1 + math.cos(math.pi * 32 / 97)))
-    assert lr[51] == pytest.approx(0.5, abs=0.01)
-    assert lr[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 96 / 97)))
-    assert 0 < lr[99] < 0.001
-    assert all(a > b for a, b in pairwise(lr[3:]))
-
-
-@pytest.mark.parametrize(("steps", "ratio"), [(1, 0.03), (1, 0.0), (5, 0.0), (5, 1.0), (2, 0.5)])
-def test_schedule_of_few_steps(steps: int, ratio: float) -> None:
-    """No division by zero, and never a learning rate of zero or above the peak."""
-    config = TrainConfig(learning_rate=2.0, warmup_ratio=ratio)
-    assert all(0 < learning_rate_at(step, steps, config) <= 2.0 for step in range(steps))
+# Schedule
 
 
 def test_schedule_is_applied(run: Callable[..., Any], gpt2_dir: Path) -> None:
@@ -239,7 +205,7 @@ def test_every_row_once_per_epoch_in_another_order(run: Callable[..., Any], monk
         seen.extend(batch.rows.tolist())
         return batch
 
-    monkeypatch.setattr("model.engine.training.pack", spy)  # validation packs elsewhere
+    monkeypatch.setattr("model.engine.stepper.pack", spy)  # validation packs elsewhere
     run(epochs=2, micro_batch_tokens=1)
     first, second = seen[:42], seen[42:]
     assert Counter(first) == Counter(second) == Counter(range(42))
@@ -451,9 +417,10 @@ def test_passes_that_memory_does_not_hold_are_halved(
     [failed] = memory.failed
     assert 300 < failed < 1000
     assert result.micro_batch_tokens == failed // 2
+    noise = " except for the noise of dropout" if dropout else ""
     assert warnings == [
-        f"memory does not hold passes of {failed} tokens: going on from the last checkpoint with {failed // 2} "
-        f"(micro_batch_tokens), which changes no step{' but for the noise of dropout' if dropout else ''} "
+        f"memory does not hold passes of {failed} tokens: training goes on from the last checkpoint "
+        f"with {failed // 2} (micro_batch_tokens), and steps stay the same{noise} "
         "(CUDA out of memory. Tried to allocate 1.00 GiB)"
     ]
 

@@ -57,14 +57,14 @@ def outputs_of(load: Callable[..., GPTModel], token_dir: Path) -> Callable[..., 
         tokens: Path = token_dir,
         limit: int | None = None,
         dtype: torch.dtype = torch.float32,
-        group_tokens: int = 200,
+        chunk_tokens: int = 200,
         uses: float = 3,
         max_bytes: int = 10**9,
     ) -> TrunkOutputs:
         dataset = CodeAlpacaDataset(tokens, split, limit=limit)
         order = np.random.default_rng(1).permutation(len(dataset))
         engine = Engine(model or load(), dtype)
-        return TrunkOutputs(engine, dataset, order, group_tokens, uses, TrunkCacheConfig(directory, max_bytes))
+        return TrunkOutputs(engine, dataset, order, chunk_tokens, uses, TrunkCacheConfig(directory, max_bytes))
 
     return build
 
@@ -124,7 +124,7 @@ def test_any_order_gets_the_same_bits(outputs_of: Callable[..., TrunkOutputs], t
         assert all(torch.equal(got[row], want[row]) for row in want)
 
 
-def test_rows_are_computed_with_their_group_whole(
+def test_chunks_are_computed_whole(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever rows are asked for, or were found damaged: products have the shapes they had the first time."""
@@ -137,18 +137,18 @@ def test_rows_are_computed_with_their_group_whole(
 
     monkeypatch.setattr(Engine, "trunk", spy)
     outputs = outputs_of(tmp_path)
-    groups = [group.tolist() for group in outputs.groups]
-    assert len(groups) > 5
-    assert sorted(np.concatenate(outputs.groups).tolist()) == list(range(ROWS))
-    assert max(map(len, groups)) > 1
+    chunks = [chunk.tolist() for chunk in outputs.chunks]
+    assert len(chunks) > 5
+    assert sorted(np.concatenate(outputs.chunks).tolist()) == list(range(ROWS))
+    assert max(map(len, chunks)) > 1
     for row in np.random.default_rng(0).permutation(ROWS).tolist():
         ask(outputs, [row])
-    assert sorted(computed) == sorted(groups)
+    assert sorted(computed) == sorted(chunks)
     spoil_byte(files(tmp_path)[0])
     computed.clear()
     ask(outputs_of(tmp_path))
     assert len(computed) == 1
-    assert computed[0] in groups
+    assert computed[0] in chunks
 
 
 def test_scores_are_the_same_with_and_without(
@@ -171,8 +171,8 @@ def test_second_process_computes_nothing(outputs_of: Callable[..., TrunkOutputs]
     first = outputs_of(tmp_path)
     want = ask(first)
     assert first.computed == inputs_of(first, list(range(ROWS)))
-    for group_tokens in (200, 1, 10_000):
-        second = outputs_of(tmp_path, group_tokens=group_tokens)
+    for chunk_tokens in (200, 1, 10_000):
+        second = outputs_of(tmp_path, chunk_tokens=chunk_tokens)
         assert same_bits(ask(second), want)
         assert second.computed == 0
         assert second.hit_share == 1.0
@@ -183,9 +183,9 @@ def test_partly_filled_file_is_used_as_far_as_it_goes(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path
 ) -> None:
     """A process that was stopped leaves what it had computed."""
-    first = outputs_of(tmp_path, group_tokens=1)
+    first = outputs_of(tmp_path, chunk_tokens=1)
     some = ask(first, [0, 5, 9])
-    second = outputs_of(tmp_path, group_tokens=1)
+    second = outputs_of(tmp_path, chunk_tokens=1)
     got = ask(second, [9, 0, 5, 7])
     assert all(torch.equal(got[row], some[row]) for row in some)
     assert second.computed == inputs_of(second, [7])
@@ -293,7 +293,7 @@ def test_damage_is_computed_anew(
     assert same_bits(ask(second), want)
     assert second.computed > 0
     if damage is spoil_byte:
-        assert second.computed <= 200 + 80  # its group alone
+        assert second.computed <= 200 + 80  # its chunk only
     third = outputs_of(tmp_path)
     assert same_bits(ask(third), want)
     assert third.computed == 0
@@ -444,7 +444,7 @@ def test_no_file_on_a_full_disk(
 
 def test_hit_share_by_hand(outputs_of: Callable[..., TrunkOutputs]) -> None:
     """Rows that are groups of their own: only the third one is new at the second time."""
-    outputs = outputs_of(group_tokens=1)
+    outputs = outputs_of(chunk_tokens=1)
     assert outputs.hit_share == 0.0
     ask(outputs, [0, 1])
     old, new = inputs_of(outputs, [0, 1]), inputs_of(outputs, [2])
@@ -456,7 +456,7 @@ def test_hit_share_by_hand(outputs_of: Callable[..., TrunkOutputs]) -> None:
 
 def test_hit_share_is_a_share(outputs_of: Callable[..., TrunkOutputs]) -> None:
     """Where more was computed than needed so far (a row's whole group), it is 0 and not less."""
-    outputs = outputs_of(group_tokens=10_000)
+    outputs = outputs_of(chunk_tokens=10_000)
     ask(outputs, [3])
     assert outputs.computed > outputs.requested
     assert outputs.hit_share == 0.0

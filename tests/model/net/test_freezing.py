@@ -14,8 +14,8 @@ from model.data.packing import pack
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
-from model.engine.scoring import head_loss, padded_head
-from model.engine.training import build_optimizer
+from model.engine.loss import head_loss, padded_head
+from model.engine.stepper import build_optimizer
 from model.net.attention import Rows
 from model.net.freezing import FreezeConfig, plan_freeze
 

@@ -1,16 +1,10 @@
-"""Triton kernels for what lies between the matrix products of a packed GPT-2, with their gradients.
+"""Triton kernels for the operations between the matrix products of a packed GPT-2, with their gradients.
 
-PyTorch launches a kernel for every residual sum, norm, bias and activation, and its attention for packed
-documents works on tiles of one document each, mostly empty where documents are short. Measured against those
-in docs/performance.md.
+PyTorch launches a kernel of its own for every residual sum, norm, bias and activation; these kernels join several of
+them. docs/performance.md compares the two. All sums have a fixed order.
 
-Attention is FlashAttention's (Dao 2023, arXiv:2307.08691, algorithms 1 and 2; softmax in base 2, log-sum-exp kept
-for the backward pass), over tiles of the whole sequence: a query looks at the keys from its document's first token
-to itself, so a tile of queries needs the keys from the first token of its first document on. All sums have a fixed
-order.
-
-Shapes: N tokens, D width, H heads, K width of a head; all inputs contiguous. Imported only where there is a GPU, and
-triton with it.
+Shapes: N tokens, D width, M rows chosen or predicted; all inputs contiguous. Imported only where there is a GPU,
+as triton may be missing elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+from model.data import packing
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -131,112 +125,6 @@ def _put_rows(values, index, out, width, BLOCK: tl.constexpr):  # type: ignore[n
     tl.store(out + tl.load(index + row) * width + lanes, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
-def _attention_forward(  # type: ignore[no-untyped-def]
-    qkv, begins, out, log_sums, tokens, heads, scale,
-    K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """A tile of queries of one head against the keys from the first token of its first document on."""
-    first, head = tl.program_id(0) * QUERIES, tl.program_id(1)
-    width = heads * K
-    lanes = tl.arange(0, K)
-    i = first + tl.arange(0, QUERIES)
-    begin = tl.load(begins + i, mask=i < tokens, other=0)
-    qkv += head * K
-    q = tl.load(qkv + i.to(tl.int64)[:, None] * (3 * width) + lanes, mask=(i < tokens)[:, None], other=0.0)
-    result = tl.zeros([QUERIES, K], tl.float32)
-    highest = tl.full([QUERIES], -1e30, tl.float32)
-    sums = tl.zeros([QUERIES], tl.float32)
-    for start in range(tl.load(begins + first), tl.minimum(first + QUERIES, tokens), KEYS):
-        j = start + tl.arange(0, KEYS)
-        place = j.to(tl.int64)[:, None] * (3 * width) + lanes
-        k = tl.load(qkv + place + width, mask=(j < tokens)[:, None], other=0.0)
-        v = tl.load(qkv + place + 2 * width, mask=(j < tokens)[:, None], other=0.0)
-        visible = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
-        scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, -1e30)
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        p = tl.where(visible, tl.exp2(scores - higher[:, None]), 0.0)
-        shrink = tl.exp2(highest - higher)
-        sums = sums * shrink + tl.sum(p, 1)
-        result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-        highest = higher
-    place = i.to(tl.int64)[:, None] * width + head * K + lanes
-    tl.store(out + place, (result / sums[:, None]).to(out.dtype.element_ty), mask=(i < tokens)[:, None])
-    tl.store(log_sums + head * tokens + i, highest + tl.log2(sums), mask=i < tokens)
-
-
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
-def _attention_backward_q(  # type: ignore[no-untyped-def]
-    qkv, begins, out, log_sums, grad_out, deltas, grad_qkv, tokens, heads, scale,
-    K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Gradient of a tile of queries, and for the other kernel each query's sum of output times its gradient."""
-    first, head = tl.program_id(0) * QUERIES, tl.program_id(1)
-    width = heads * K
-    lanes = tl.arange(0, K)
-    i = first + tl.arange(0, QUERIES)
-    inside = i < tokens
-    begin = tl.load(begins + i, mask=inside, other=0)
-    qkv += head * K
-    place_q = i.to(tl.int64)[:, None] * (3 * width) + lanes
-    place_out = i.to(tl.int64)[:, None] * width + head * K + lanes
-    q = tl.load(qkv + place_q, mask=inside[:, None], other=0.0)
-    upstream = tl.load(grad_out + place_out, mask=inside[:, None], other=0.0)
-    output = tl.load(out + place_out, mask=inside[:, None], other=0.0)
-    delta = tl.sum(output.to(tl.float32) * upstream.to(tl.float32), 1)
-    tl.store(deltas + head * tokens + i, delta, mask=inside)
-    log_sum = tl.load(log_sums + head * tokens + i, mask=inside, other=0.0)
-    gradient = tl.zeros([QUERIES, K], tl.float32)
-    for start in range(tl.load(begins + first), tl.minimum(first + QUERIES, tokens), KEYS):
-        j = start + tl.arange(0, KEYS)
-        place = j.to(tl.int64)[:, None] * (3 * width) + lanes
-        k = tl.load(qkv + place + width, mask=(j < tokens)[:, None], other=0.0)
-        v = tl.load(qkv + place + 2 * width, mask=(j < tokens)[:, None], other=0.0)
-        visible = (j[None, :] <= i[:, None]) & (j[None, :] >= begin[:, None])
-        p = tl.where(visible, tl.exp2(tl.dot(q, tl.trans(k)) * scale - log_sum[:, None]), 0.0)
-        slope = p * (tl.dot(upstream, tl.trans(v)) - delta[:, None])
-        gradient += tl.dot(slope.to(k.dtype), k)
-    gradient *= scale / _LOG2_E
-    tl.store(grad_qkv + head * K + place_q, gradient.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
-
-
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
-def _attention_backward_kv(  # type: ignore[no-untyped-def]
-    qkv, begins, ends, log_sums, grad_out, deltas, grad_qkv, tokens, heads, scale,
-    K: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a tile of keys and values, from the queries up to the last token of its last document."""
-    first, head = tl.program_id(0) * KEYS, tl.program_id(1)
-    width = heads * K
-    lanes = tl.arange(0, K)
-    j = first + tl.arange(0, KEYS)
-    inside = j < tokens
-    qkv += head * K
-    grad_out += head * K
-    place_k = j.to(tl.int64)[:, None] * (3 * width) + width + lanes
-    k = tl.load(qkv + place_k, mask=inside[:, None], other=0.0)
-    v = tl.load(qkv + place_k + width, mask=inside[:, None], other=0.0)
-    grad_k = tl.zeros([KEYS, K], tl.float32)
-    grad_v = tl.zeros([KEYS, K], tl.float32)
-    for start in range(first, tl.load(ends + tl.minimum(first + KEYS, tokens) - 1), QUERIES):
-        i = start + tl.arange(0, QUERIES)
-        real = i < tokens
-        begin = tl.load(begins + i, mask=real, other=0)
-        q = tl.load(qkv + i.to(tl.int64)[:, None] * (3 * width) + lanes, mask=real[:, None], other=0.0)
-        upstream = tl.load(grad_out + i.to(tl.int64)[:, None] * width + lanes, mask=real[:, None], other=0.0)
-        log_sum = tl.load(log_sums + head * tokens + i, mask=real, other=0.0)
-        delta = tl.load(deltas + head * tokens + i, mask=real, other=0.0)
-        visible = (j[:, None] <= i[None, :]) & (j[:, None] >= begin[None, :]) & real[None, :]
-        p = tl.where(visible, tl.exp2(tl.dot(k, tl.trans(q)) * scale - log_sum[None, :]), 0.0)  # (KEYS, QUERIES)
-        grad_v += tl.dot(p.to(v.dtype), upstream)
-        slope = p * (tl.dot(v, tl.trans(upstream)) - delta[None, :])
-        grad_k += tl.dot(slope.to(q.dtype), q)
-    grad_k *= scale / _LOG2_E
-    grad_qkv += head * K + place_k
-    tl.store(grad_qkv, grad_k.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
-    tl.store(grad_qkv + width, grad_v.to(grad_qkv.dtype.element_ty), mask=inside[:, None])
-
-
 @triton.jit  # type: ignore[untyped-decorator]
 def _cross_entropy(logits, targets, losses, width, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One row: log-sum-exp in one pass over it, its softmax minus one-hot written over it in a second."""
@@ -264,7 +152,7 @@ def _cross_entropy(logits, targets, losses, width, vocabulary, BLOCK: tl.constex
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """Programs that run at a time, about: each sums its share of the rows, and the shares are summed after."""
+    """Programs that run at a time, about: each sums over its share of the rows; the sums are then added up."""
     return 8 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -323,96 +211,34 @@ class _BiasGelu(torch.autograd.Function):
         return grad_x, partials.sum(0).to(bias.dtype)
 
 
-class _Choose(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(0, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (index,) = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.shape)
-        rows, width = gradient.shape
-        if rows:
-            _put_rows[(rows,)](
-                gradient.contiguous(), index, whole, width, BLOCK=triton.next_power_of_2(width), num_warps=4
-            )
-        return whole, None
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, begins: Tensor, ends: Tensor, heads: int) -> Tensor:  # type: ignore[override]
-        tokens, width = qkv.size(0), qkv.size(1) // 3
-        out = torch.empty(tokens, width, dtype=qkv.dtype, device=qkv.device)
-        log_sums = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
-        ctx.heads = heads
-        ctx.scale = _LOG2_E.value * (width // heads) ** -0.5
-        _attention_forward[(triton.cdiv(tokens, 64), heads)](
-            qkv, begins, out, log_sums, tokens, heads, ctx.scale,
-            K=width // heads, QUERIES=64, KEYS=32, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        ctx.save_for_backward(qkv, begins, ends, out, log_sums)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        qkv, begins, ends, out, log_sums = ctx.saved_tensors
-        tokens, width = out.shape
-        gradient = gradient.contiguous()
-        grad_qkv = torch.empty_like(qkv)
-        deltas = torch.empty_like(log_sums)
-        K = width // ctx.heads
-        _attention_backward_q[(triton.cdiv(tokens, 64), ctx.heads)](
-            qkv, begins, out, log_sums, gradient, deltas, grad_qkv, tokens, ctx.heads, ctx.scale,
-            K=K, QUERIES=64, KEYS=32, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        _attention_backward_kv[(triton.cdiv(tokens, 64), ctx.heads)](
-            qkv, begins, ends, log_sums, gradient, deltas, grad_qkv, tokens, ctx.heads, ctx.scale,
-            K=K, QUERIES=32, KEYS=64, num_warps=4, num_stages=1,
-        )  # fmt: skip
-        return grad_qkv, None, None, None
-
-
 def add_norm(x: Tensor, y: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """x + y + bias and its layer norm, both (N, D), from x and y (N, D) and bias (D,)."""
     return _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU (tanh approximation) of x + bias: (N, W) and (W,) -> (N, W)."""
+    """GELU (tanh approximation) of x + bias, from x (N, W) and bias (W,): (N, W)."""
     return _BiasGelu.apply(x, bias)
 
 
 def choose(x: Tensor, index: Tensor) -> Tensor:
-    """As ``model.data.packing.choose``; torch's deterministic way to write rows sorts them first.
+    """``model.data.packing.choose`` with a kernel of its own for the gradient.
 
-    A row may be there twice if the gradient of all its copies is zero.
+    torch's deterministic way to write rows sorts them first. A row may be chosen more than once if the gradients of
+    all its copies are zero.
     """
-    return _Choose.apply(x, index)
+    return packing.choose(x, index, _write_rows)
 
 
-def attention(qkv: Tensor, begins: Tensor, ends: Tensor, heads: int) -> Tensor:
-    """Causal attention within documents.
-
-    Args:
-        qkv: queries, keys and values of all heads, (N, 3 H K), in half precision; K a power of two, at least 16.
-        begins: for each token, where its document begins: (N,), int32.
-        ends: for each token, where its document ends, exclusive: (N,), int32.
-        heads: H.
-
-    Returns:
-        (N, H K).
-    """
-    return _Attention.apply(qkv, begins, ends, heads)
+def _write_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    """target[index] = rows: rows (M, D) to their places in target (N, D)."""
+    count, width = rows.shape
+    if count:
+        _put_rows[(count,)](rows.contiguous(), index, target, width, BLOCK=triton.next_power_of_2(width), num_warps=4)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-    """Losses in nats (M,), fp32, of logits (M, padded V), over which their gradient is written."""
+    """Losses in nats (M,), fp32, of logits (M, padded V), which are overwritten with their gradient."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
     if len(targets):
         _cross_entropy[(len(targets),)](logits, targets, losses, logits.size(1), vocabulary, BLOCK=2048, num_warps=16)

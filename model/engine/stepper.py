@@ -1,0 +1,182 @@
+"""One optimizer step: schedule, optimizer, gradients accumulated over passes, clipping and update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.data.packing import Pack, pack, split_evenly
+from model.data.tokens import CodeAlpacaDataset
+from model.engine.config import TrainConfig
+from model.engine.engine import Engine
+from model.engine.flops import necessary_flops
+from model.engine.loss import head_loss, padded_head
+from model.engine.trunk import TrunkOutputs
+from model.net.gpt import GPTModel
+
+
+def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Linear warm-up to the peak, then a cosine to zero (Loshchilov & Hutter 2017).
+
+    Args:
+        step: 0 for the first optimizer step.
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: GPTModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters only, with weight decay on matrices, and none on biases and norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # Only the fused kernel can skip an update without the host reading a result from the device: see Stepper.
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
+
+
+class PendingStep:
+    """A step queued on the device: its known numbers, and its results once the device has computed them.
+
+    Args:
+        step: number of the step, from 1.
+        learning_rate: of this step.
+        tokens: real tokens of its rows, padding not counted.
+        flops: necessary floating-point operations.
+        results: loss and gradient norm before clipping, (2,), on the device.
+    """
+
+    def __init__(self, step: int, learning_rate: float, tokens: int, flops: float, results: Tensor):
+        self.step = step
+        self.learning_rate = learning_rate
+        self.tokens = tokens
+        self.flops = flops
+        self.results = results
+        self.done: torch.cuda.Event | None = None
+        if results.is_cuda:
+            self.results = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+            self.results.copy_(results, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def read(self) -> tuple[float, float]:
+        """Loss and gradient norm before clipping; waits until the device has computed them."""
+        if self.done is not None:
+            self.done.synchronize()
+        loss, grad_norm = self.results.tolist()
+        return loss, grad_norm
+
+
+class Stepper:
+    """Queues optimizer steps without waiting for the device.
+
+    Args:
+        engine: of the model that trains.
+        optimizer: ``build_optimizer`` of that model.
+        dataset: training rows.
+        trunk: the trunk's outputs for these rows.
+        config: hyper-parameters.
+        micro_batch_tokens: tokens per pass, about.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: torch.optim.AdamW,
+        dataset: CodeAlpacaDataset,
+        trunk: TrunkOutputs,
+        config: TrainConfig,
+        micro_batch_tokens: int,
+    ):
+        self.engine = engine
+        self.optimizer = optimizer
+        self.dataset = dataset
+        self.trunk = trunk
+        self.config = config
+        self.micro_batch_tokens = micro_batch_tokens
+        self.trained = [p for p in engine.model.parameters() if p.requires_grad]
+        self.head = engine.model.lm_head.weight
+        self.frozen_head = None if self.head.requires_grad else padded_head(self.head, engine.dtype)
+        # Fused AdamW skips the update where this is 1, the mechanism that GradScaler uses: the model stays unchanged
+        # from the first step on that was not finite, although the host reads that step's loss some steps later.
+        self.stopped = torch.zeros((), device=engine.device)
+        optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
+
+    def step(self, step: int, rows: np.ndarray[Any, Any], learning_rate: float) -> PendingStep:
+        """Queue one optimizer step over ``rows``.
+
+        Args:
+            step: 0 for the first.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        lengths = self.dataset.lengths[rows, 0]
+        weight = self.dataset.loss_weight(rows)
+        computed = self.trunk.computed
+        if weight > 0:
+            loss, targets = self._accumulate_gradients(rows, weight)
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+            self._update(loss, norm)
+        else:  # no token bears loss: nothing to learn, and the mean would divide by zero (trl#6668)
+            loss = norm = torch.zeros((), device=self.engine.device, dtype=torch.float64)
+            targets = 0
+        flops = necessary_flops(
+            self.engine.model.config,
+            self.engine.model.num_frozen,
+            int(lengths.sum()) - len(lengths),
+            targets,
+            self.trunk.computed - computed,
+            self.head.requires_grad,
+        )
+        return PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, torch.stack([loss, norm.double()]))
+
+    def _accumulate_gradients(self, rows: np.ndarray[Any, Any], weight: float) -> tuple[Tensor, int]:
+        """Run forward and backward passes over the rows, which leave the gradients in the parameters' ``grad``.
+
+        Args:
+            weight: sum of the loss weights of all target tokens; the loss is divided by it.
+
+        Returns:
+            The loss, a float64 scalar on the device, and the number of target tokens.
+        """
+        engine = self.engine
+        head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
+        head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
+        loss = torch.zeros((), device=engine.device, dtype=torch.float64)
+        targets = 0
+        first = True
+        for part in split_evenly(rows, self.dataset.lengths[rows, 0], self.micro_batch_tokens):
+            batch = pack(self.dataset, part, engine.device)
+            targets += len(batch.targets)
+            if not len(batch.targets):
+                continue
+
+            def loss_of(hidden: Tensor, batch: Pack = batch) -> tuple[Tensor, Tensor]:
+                total, gradient = head_loss(
+                    hidden, head, self.head.size(0), batch.targets, batch.weights, head_gradient
+                )
+                return total / weight, gradient / weight
+
+            loss += engine.forward_backward(self.trunk(batch), batch, loss_of, first)
+            first = False
+        if head_gradient is not None:
+            head_gradient /= weight
+            self.head.grad = head_gradient if self.head.grad is None else self.head.grad + head_gradient
+        return loss, targets
+
+    def _update(self, loss: Tensor, norm: Tensor) -> None:
+        """Update the parameters unless this step, or one before it, was not finite; then drop the gradients."""
+        self.stopped.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
+        self.optimizer.step()
+        if self.engine.keeps_gradients:
+            self.head.grad = None  # not among the gradients that the engine keeps
+        else:
+            self.optimizer.zero_grad()
