@@ -56,7 +56,7 @@ def test_windows_of_reports_in_bursts() -> None:
     assert [window.tokens / window.seconds for window in windows] == pytest.approx([100.0] * 4)
 
 
-def test_windows_beside_a_disturbance() -> None:
+def test_windows_with_one_slow_step() -> None:
     """One very long step does not make all other reports count as one burst."""
     reports = [(step, 0.01 * step + (60.0 if step > 6 else 0.0)) for step in range(1, 21)]
     windows = windows_of_reports(reports, [(100, 50)] * 20, first=2, last=18)

@@ -255,7 +255,7 @@ def test_full_disk_leaves_the_old_checkpoint(fresh: Callable[[], GPTModel], tmp_
     assert load_state(tmp_path / "step-00000004")["step"] == 4
 
 
-def test_written_behind_is_what_it_was(
+def test_background_write_has_the_state_at_the_save(
     fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint written in the background has the state at the time of save, though the training goes on.
@@ -272,7 +272,7 @@ def test_written_behind_is_what_it_was(
 
     before = {name: p.clone() for name, p in parameters(model).items()}
     moments = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
-    with CheckpointWriter(tmp_path, model, optimizer, behind=True) as writer:
+    with CheckpointWriter(tmp_path, model, optimizer, in_background=True) as writer:
         writer.save(4, {"identity": "me"}, keep=[4])
         writer.wait()
         monkeypatch.setattr("model.engine.checkpoint.save_tensors", slow)
@@ -295,16 +295,16 @@ def test_written_behind_is_what_it_was(
             assert same_tensors(restored.state[parameter], moments[originals[name]])
 
 
-@pytest.mark.parametrize("behind", [True, False])
-def test_a_failed_write_is_not_forgotten(fresh: Callable[[], GPTModel], tmp_path: Path, behind: bool) -> None:
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_failed_write_is_raised_later(fresh: Callable[[], GPTModel], tmp_path: Path, in_background: bool) -> None:
     """A failed write is raised by the next save or at the end; the checkpoint before it is complete."""
     model = fresh()
     optimizer = trained_optimizer(model)
-    with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
+    with CheckpointWriter(tmp_path, model, optimizer, in_background) as writer:
         writer.save(4, {"identity": "me"}, keep=[4])
 
     def save(times: int) -> None:
-        with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
+        with CheckpointWriter(tmp_path, model, optimizer, in_background) as writer:
             for step in range(8, 8 + times):
                 writer.save(step, {"identity": "me"}, keep=[step])
                 assert step == 8  # the second save raises the error of the first
@@ -438,7 +438,7 @@ def assert_same_end(directory: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
-def test_killed_training_ends_as_if_it_had_not_been(
+def test_killed_training_ends_like_an_uninterrupted_one(
     gpt2_dir: Path,
     launch: Callable[..., subprocess.Popen[str]],
     uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
@@ -621,7 +621,7 @@ def test_finished_training_is_not_repeated(fresh: Callable[[], GPTModel], token_
     assert same_tensors({k: v for k, v in parameters(network).items() if k in last}, last)
 
 
-def test_training_resumes_behind_a_damaged_checkpoint(
+def test_training_resumes_before_a_damaged_checkpoint(
     fresh: Callable[[], GPTModel],
     token_dir: Path,
     tmp_path: Path,

@@ -425,7 +425,7 @@ def test_passes_that_memory_does_not_hold_are_halved(
     ]
 
 
-def test_resumed_training_takes_the_passes_that_memory_held(
+def test_resumed_training_keeps_the_shorter_passes(
     token_dir: Path, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed training keeps the shorter passes, which it needs to equal the uninterrupted one bit for bit."""
