@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -99,17 +99,17 @@ class CheckpointWriter:
 
     Args:
         directory: directory of the training.
-        behind: write in a background thread. The default is to do so for a model on a GPU only: on a CPU the copy
+        in_background: write in a thread. The default is to do so only for a model on a GPU: on a CPU the copy
             would take memory that the training needs.
     """
 
     def __init__(
-        self, directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, behind: bool | None = None
+        self, directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, in_background: bool | None = None
     ):
         self.directory = directory
         self.model = model
         self.optimizer = optimizer
-        self.behind = model.wte.weight.is_cuda if behind is None else behind
+        self.in_background = model.wte.weight.is_cuda if in_background is None else in_background
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 
@@ -120,8 +120,8 @@ class CheckpointWriter:
             OSError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
-        snapshot = take_snapshot(self.model, self.optimizer, copy=self.behind)
-        if self.behind:
+        snapshot = take_snapshot(self.model, self.optimizer, copy=self.in_background)
+        if self.in_background:
             self.pending = self.thread.submit(self._write, snapshot, step, state, set(keep))
         else:
             self._write(snapshot, step, state, set(keep))
@@ -212,10 +212,17 @@ def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimize
         optimizer.state[parameters[name]][kind] = value if on_cpu else value.to(device)
 
 
+class FoundCheckpoint(NamedTuple):
+    """A verified checkpoint: its directory, and the content of its state.json."""
+
+    path: Path
+    state: dict[str, Any]
+
+
 def newest_checkpoint(
     directory: Path, identity: str, warn: Callable[[str], None] = lambda message: None
-) -> tuple[Path, dict[str, Any]] | None:
-    """The newest usable checkpoint of this training and its state.json, or None; scratch directories are removed.
+) -> FoundCheckpoint | None:
+    """The newest usable checkpoint of this training, or None; scratch directories of killed processes are removed.
 
     A damaged checkpoint is skipped. So is one whose best checkpoint so far is damaged: a training resumed from it
     could end without its best weights.
@@ -238,7 +245,7 @@ def newest_checkpoint(
         except ValueError as error:
             warn(f"{error}; an earlier checkpoint is tried")
             continue
-        return path, state
+        return FoundCheckpoint(path, state)
     return None
 
 

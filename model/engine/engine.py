@@ -172,7 +172,7 @@ class _Buffers:
         self.chosen = torch.zeros(tokens, dtype=torch.long, device=example.device)
         # Zeros, so that the warm-up adds nothing to gradients accumulated so far.
         self.hidden, self.gradient = torch.zeros_like(self.x), torch.zeros_like(self.x)
-        # Unused tokens behind a pack are padding: documents of one token each, whose outputs are never read.
+        # Unused tokens after a pack are padding: documents of one token each, whose outputs are never read.
         self.bounds = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.bounds[:-1].clone(), self.bounds[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()

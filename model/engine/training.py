@@ -17,7 +17,13 @@ import numpy as np
 import torch
 
 from model.data.tokens import CodeAlpacaDataset, epoch_order
-from model.engine.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, newest_checkpoint
+from model.engine.checkpoint import (
+    CheckpointWriter,
+    FoundCheckpoint,
+    checkpoint_path,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import matmul_ceiling
@@ -32,7 +38,7 @@ from model.net.gpt import GPTModel
 
 JOURNAL_FILE = "metrics.jsonl"
 _FEWEST_TOKENS = 1_024  # per pass, about: the shortest that passes become when memory runs out
-_LAG = 4  # steps a GPU may be behind: the host reads a step's loss only when the next ones are queued
+_LAG = 4  # steps on a GPU: the host reads a step's loss only when so many later ones are queued
 
 _ceiling = functools.cache(matmul_ceiling)  # measured once per process, device and dtype
 
@@ -181,19 +187,19 @@ def train(
         let_memory_grow(device)
         torch.cuda.reset_peak_memory_stats(device)
     found = newest_checkpoint(directory, identity, warn)
-    resumed_from = int(found[1]["step"]) if found else 0
+    resumed_from = int(found.state["step"]) if found else 0
     call = _Call(tokens, config, directory, identity, on_step, warn, cache, should_stop, resumed_from)
     return _train_in_passes_that_fit(model, dtype, call, found)
 
 
 def _train_in_passes_that_fit(
-    model: GPTModel, dtype: torch.dtype, call: _Call, found: tuple[Path, dict[str, Any]] | None
+    model: GPTModel, dtype: torch.dtype, call: _Call, found: FoundCheckpoint | None
 ) -> TrainResult:
     """Train; where memory runs out, try again from the newest checkpoint with passes half as long.
 
     Args:
         dtype: to compute in.
-        found: the newest checkpoint and its state.json; None for a fresh start.
+        found: the newest checkpoint; None for a fresh start.
 
     Raises:
         torch.OutOfMemoryError: memory ran out in passes of ``_FEWEST_TOKENS``.
@@ -201,7 +207,7 @@ def _train_in_passes_that_fit(
     tokens_per_pass = call.config.micro_batch_tokens or default_micro_batch_tokens(model)
     while True:
         if found:  # a resumed training keeps the passes that memory held
-            tokens_per_pass = min(tokens_per_pass, found[1].get("micro_batch_tokens", tokens_per_pass))
+            tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens", tokens_per_pass))
         engine = Engine(model, dtype)
         try:
             return Trainer(engine, call, tokens_per_pass, found).run()
@@ -244,12 +250,10 @@ class Trainer:
         engine: of the model to train.
         call: what the attempts share.
         micro_batch_tokens: tokens per pass, about.
-        found: the checkpoint to resume from and its state.json; None for a fresh start.
+        found: the checkpoint to resume from; None for a fresh start.
     """
 
-    def __init__(
-        self, engine: Engine, call: _Call, micro_batch_tokens: int, found: tuple[Path, dict[str, Any]] | None
-    ):
+    def __init__(self, engine: Engine, call: _Call, micro_batch_tokens: int, found: FoundCheckpoint | None):
         self.begun = time.perf_counter()
         self.first_step_seconds = math.nan
         self.engine, self.call, self.config = engine, call, call.config
@@ -280,16 +284,15 @@ class Trainer:
         training = TrunkOutputs(engine, self.rows, order, size, epochs, cache)
         order = np.arange(len(self.validation_rows))
         return training, TrunkOutputs(
-            engine, self.validation_rows, order, size, validations, cache, beside=training.bytes_kept
+            engine, self.validation_rows, order, size, validations, cache, reserved_bytes=training.bytes_kept
         )
 
-    def _restore(self, found: tuple[Path, dict[str, Any]] | None) -> TrainingState:
+    def _restore(self, found: FoundCheckpoint | None) -> TrainingState:
         """Load the checkpoint and cut the journal back to it; without one, start at step 0 with an empty journal."""
         state = TrainingState(self.call.identity, self.micro_batch_tokens)
         if found:
-            path, record = found
-            load_checkpoint(path, self.engine.model, self.optimizer)
-            state = TrainingState.from_json(record, self.micro_batch_tokens)
+            load_checkpoint(found.path, self.engine.model, self.optimizer)
+            state = TrainingState.from_json(found.state, self.micro_batch_tokens)
         self.journal.truncate(state.journal_lines)
         return state
 

@@ -58,7 +58,7 @@ class TrunkOutputs:
         chunk_tokens: tokens of a chunk, about.
         uses: how often each row will be needed, about.
         config: limits.
-        beside: bytes of ``config.max_bytes`` that another cache of this process uses.
+        reserved_bytes: bytes of ``config.max_bytes`` that another cache of this process uses.
 
     Attributes:
         place: where outputs are kept: "device", "host" (main memory), "file" or "none".
@@ -74,7 +74,7 @@ class TrunkOutputs:
         chunk_tokens: int,
         uses: float,
         config: TrunkCacheConfig,
-        beside: int = 0,
+        reserved_bytes: int = 0,
     ):
         self.engine = engine
         self.dataset = dataset
@@ -91,10 +91,10 @@ class TrunkOutputs:
         self.chunks = np.split(order, np.flatnonzero(np.diff(chunk)) + 1)
         self.chunk_of = np.empty(len(dataset), dtype=np.int64)
         self.chunk_of[order] = np.cumsum(np.diff(chunk, prepend=chunk[:1]) > 0)
-        if engine.model.num_frozen > 0 and self.bytes <= config.max_bytes - beside:
-            self._allocate(uses, config, beside)
+        if engine.model.num_frozen > 0 and self.bytes <= config.max_bytes - reserved_bytes:
+            self._allocate(uses, config, reserved_bytes)
 
-    def _allocate(self, uses: float, config: TrunkCacheConfig, beside: int) -> None:
+    def _allocate(self, uses: float, config: TrunkCacheConfig, reserved_bytes: int) -> None:
         """Choose the place: the fastest that has room and is worth it."""
         dtype, device = self.engine.dtype, self.engine.device
         on_gpu = device.type == "cuda"
@@ -104,7 +104,7 @@ class TrunkOutputs:
             self.place, self.values = "device", torch.empty(self.shape, dtype=dtype, device=device)
             return
         # The other cache may have allocated its part of the available memory already, or not yet.
-        fits_host = uses > 1 and self.bytes + beside < 0.5 * available_memory()
+        fits_host = uses > 1 and self.bytes + reserved_bytes < 0.5 * available_memory()
         # On a GPU no file if memory has room: a first epoch of 1558M that writes a file takes 1.7 times as long;
         # a later training saves less than that.
         if not (on_gpu and fits_host):

@@ -1,4 +1,4 @@
-"""What a benchmark can get wrong without anybody noticing: windows, counts, who trains what; and one run of it."""
+"""Errors that a benchmark would not show: windows, counts, trained parameters. And one run of the command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def job(token_dir: Path, tokenizer_dir: Path) -> Job:
 
 
 def test_windows_of_punctual_reports() -> None:
-    """Each window holds the tokens of the steps that ended in it; a constant lag changes nothing."""
+    """Each window holds the tokens of the steps that ended in it; a constant delay changes nothing."""
     loads = [(100 + step, 10) for step in range(1, 13)]
     for lag in (0.0, 7.5):
         reports = [(step, 2.0 * step + lag) for step in range(1, 13)]
@@ -50,27 +50,27 @@ def test_windows_of_punctual_reports() -> None:
 
 
 def test_windows_of_reports_in_bursts() -> None:
-    """Five reports at a time: windows end with a burst, and the speed is the true one."""
+    """With bursts of five reports, windows end with a burst, and the speed is right."""
     reports = [(step, math.ceil(step / 5) * 5.0 + 1e-4 * ((step - 1) % 5)) for step in range(1, 41)]
     windows = windows_of_reports(reports, [(100, 50)] * 40, first=5, last=35)
     assert [window.tokens / window.seconds for window in windows] == pytest.approx([100.0] * 4)
 
 
-def test_windows_beside_a_disturbance() -> None:
-    """One very long step does not make all others look like one burst."""
+def test_windows_with_one_slow_step() -> None:
+    """One very long step does not make all other reports count as one burst."""
     reports = [(step, 0.01 * step + (60.0 if step > 6 else 0.0)) for step in range(1, 21)]
     windows = windows_of_reports(reports, [(100, 50)] * 20, first=2, last=18)
     assert [round(window.tokens / window.seconds) for window in windows].count(10_000) == 3
 
 
 def test_too_few_reports_are_no_measurement() -> None:
-    """No number rather than a guess."""
+    """Too few reports are an error."""
     with pytest.raises(RuntimeError, match="too few steps to measure between steps 5 and 6"):
         windows_of_reports([(1, 0.1), (2, 0.2)], [(1, 1)] * 2, first=5, last=6)
 
 
 def test_meter_leaves_warm_up_out() -> None:
-    """Tokens of the warm-up are in no window, and those of each window in that one alone."""
+    """No window has tokens of the warm-up, and each has only its own."""
     meter = Meter(torch.device("cpu"), warm_up=2, steps=8)
     ended = []
     for step in range(1, 11):
@@ -94,7 +94,7 @@ def test_meter_without_a_full_window_gives_no_number() -> None:
 
 
 def test_speed_is_the_median_of_the_windows() -> None:
-    """One disturbed window does not move it; the share of targets is over all of them."""
+    """One slow window does not change the speed; the share of targets is over all windows."""
     windows = [Window(1.0, 100, 50), Window(10.0, 100, 50), Window(1.0, 110, 80)]
     measurement = Measurement("steady", windows, 0.0, "torch.float32")
     assert measurement.tokens_per_second == 100
@@ -105,7 +105,7 @@ def test_speed_is_the_median_of_the_windows() -> None:
 
 
 def test_engine_steps_add_up_to_the_epochs(token_dir: Path) -> None:
-    """Every epoch counts each row's tokens and targets once, the last and smaller step included."""
+    """Each epoch counts every row once, including those of the last, smaller step."""
     rows = CodeAlpacaDataset(token_dir, "train")
     loads = step_loads(rows, TrainConfig(epochs=2, batch_size=8))
     lengths, prompts = rows.lengths.sum(axis=0).tolist()
@@ -115,7 +115,7 @@ def test_engine_steps_add_up_to_the_epochs(token_dir: Path) -> None:
 
 
 def test_collator_counts_no_padding(token_dir: Path) -> None:
-    """Real tokens and targets, whatever the batch was padded to."""
+    """Only real tokens and targets are counted, not padding."""
     rows = CodeAlpacaDataset(token_dir, "train")
     chosen = rows.lengths[:, 0].argsort()[[0, 1, -1]]  # two short rows and the longest
     batch = CountingCollator(PaddingCollator())([rows[index] for index in chosen])
@@ -126,8 +126,8 @@ def test_collator_counts_no_padding(token_dir: Path) -> None:
     assert batch["input_ids"].numel() > lengths
 
 
-def test_seed_counts_what_it_keeps_of_a_row() -> None:
-    """Beyond the fixed length nothing is trained on, and nothing counted."""
+def test_tutorial_counts_only_tokens_it_keeps() -> None:
+    """Tokens beyond the fixed length are neither trained on nor counted."""
 
     class Rows:
         def __getitem__(self, index: int) -> dict[str, Any]:
@@ -140,11 +140,11 @@ def test_seed_counts_what_it_keeps_of_a_row() -> None:
     assert (tokens, targets) == (2 * LENGTH, 2 * 3)
 
 
-# The same work
+# All contestants do the same work
 
 
 def test_all_train_the_same_parameters(job: Job) -> None:
-    """Engine, naive loop and transformers' model train equally many scalars, and give no others a gradient."""
+    """Engine, tutorial and transformers' model train the same number of scalars; no others get a gradient."""
     engine = GPTModel(job.config)
     plan = freeze_bottom_layers(engine, job.num_unfrozen_layers)
     naive = NaiveGPT(job.config)
@@ -162,7 +162,7 @@ def test_all_train_the_same_parameters(job: Job) -> None:
 
 @torch.no_grad()
 def test_which_packing_keeps_documents_apart(job: Job) -> None:
-    """transformers finds documents by restarting positions, but only where there is no attention mask (nor cache)."""
+    """transformers finds documents by restarting positions, but only without attention mask and cache."""
     model = build_model(job).eval()
     model.config.use_cache = False  # as SFTTrainer calls it
     first, second = torch.randint(job.config.vocab_size, (2, 1, 12))
@@ -176,7 +176,7 @@ def test_which_packing_keeps_documents_apart(job: Job) -> None:
 
 
 def test_settings_keep_the_effective_batch(job: Job) -> None:
-    """Passes times rows is the batch, also where 8 does not divide it, and on a GPU as on a CPU."""
+    """Rows per pass divide the batch, also if 8 does not, on a GPU and on a CPU."""
     for batch_size, device in ((8, "cpu"), (20, "cpu"), (128, "cuda"), (48, "cuda")):
         other = Job(**{**vars(job), "batch_size": batch_size, "device": device})
         for setting in hf_settings(other):
@@ -188,12 +188,12 @@ def test_settings_keep_the_effective_batch(job: Job) -> None:
 
 
 def double(value: float) -> float:
-    """Run apart below."""
+    """Called in a child process below."""
     return 2 * value
 
 
 def fail(how: str) -> None:
-    """Run apart below."""
+    """Called in a child process below."""
     if how == "raise":
         raise ValueError("no such thing\nand more")
     if how == "memory":
@@ -204,7 +204,7 @@ def fail(how: str) -> None:
 
 
 def test_children_answer_or_say_why_not() -> None:
-    """A result comes back; an exception, lack of memory, death and slowness each have their own words."""
+    """A result is returned; an exception, lack of memory, death and a timeout each have their own message."""
     assert run_apart(double, 4.0, timeout=60) == 8.0
     for how, message in (
         ("raise", "ValueError: no such thing$"),
@@ -220,7 +220,7 @@ def test_children_answer_or_say_why_not() -> None:
 
 
 def test_failures_are_reported_and_never_compared(job: Job) -> None:
-    """A failed setting has a line of its own and no number; the best of each contestant bears the star."""
+    """A failed setting has a line with its error; the fastest setting of each contestant has a star."""
 
     def entry(contestant: str, text: str, seconds: float, phase: str = "steady") -> dict[str, Any]:
         measurement = Measurement(phase, [Window(seconds, 100, 50)], 1.0, "torch.float32")
@@ -245,7 +245,7 @@ def test_failures_are_reported_and_never_compared(job: Job) -> None:
 
 
 def test_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
-    """Unknown contestants and rows beyond the context end with a message."""
+    """Unknown contestants, rows beyond the context and counts of zero are errors."""
     for arguments, message in (
         (["--peers", "engine,other"], "other is none of engine, tutorial, hf, trl"),
         (["--size", "tiny", "--max-length", "1024"], "beyond the context of tiny"),
@@ -257,7 +257,7 @@ def test_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str])
 
 
 def test_what_is_wrong_with_the_input_is_one_sentence() -> None:
-    """A missing file is named, without a traceback."""
+    """A missing file ends in one line that names it, without a traceback."""
     command = [sys.executable, "-m", "bench.train", "--peers", "engine", "--data", "missing.jsonl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
@@ -265,7 +265,7 @@ def test_what_is_wrong_with_the_input_is_one_sentence() -> None:
 
 
 def test_what_was_left_out_is_in_the_report(job: Job) -> None:
-    """A reader sees which settings might have been faster."""
+    """Settings that were not run are in the report, with the reason."""
     options = Namespace(skip=["padded to"], settings_limit=None, timeout=60)
     (record,) = run_contestant("tutorial", job, options, 1e12, print)
     assert record["contestant"] == "tutorial"

@@ -1,4 +1,4 @@
-"""The whole fine-tuning beside TRL's: what both are given, and how their times are read."""
+"""The whole fine-tuning compared with TRL's: the inputs of both sides, and how their times are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.data.rows import prompt_key
 
 
 def test_pipeline_times_add_up() -> None:
-    """The table that the pipeline prints is read back; what lies before and behind it is counted, publish apart."""
+    """The pipeline's table is read, with the time before and after it; publish and exit are separate."""
     seconds = {"imports": 2.0, "prefect": 3.5, "train": 10.25, "evaluate": 1.5, "publish": 0.75}
     printed = ["step 1/2", *time_table(seconds).splitlines(), "tracking: sqlite"]
     lines = [*(Line(18.5, text) for text in printed), Line(19.25, "")]
@@ -26,7 +26,7 @@ def test_pipeline_times_add_up() -> None:
 
 
 def test_trl_times_add_up() -> None:
-    """Stages are told by the time since the start; each step is what lies between two of them."""
+    """Stages have the time since the start; a step takes the time between two stages."""
     printed = ["     4.0 s  imports", "{'loss': 1.0}", "    10.5 s  3 epochs, 9 steps", "    12.0 s  saved"]
     lines = [*(Line(12.25, text) for text in printed), Line(13.0, "")]
     timing = read_trl(0, lines)
@@ -36,7 +36,7 @@ def test_trl_times_add_up() -> None:
 
 @pytest.mark.parametrize("reader", [read_pipeline, read_trl])
 def test_a_failed_run_has_no_time(reader: Any) -> None:
-    """Neither a status nor a missing table passes for a measurement; the last lines say why."""
+    """A bad exit status or a missing table is an error that quotes the last lines."""
     whole = [Line(1.0, text) for text in [*time_table({"train": 1.0}).splitlines(), "     1.0 s  saved"]]
     reader(0, whole)
     for status, lines in ((1, whole), (0, [Line(1.0, "out of memory"), Line(2.0, "")])):
@@ -45,7 +45,7 @@ def test_a_failed_run_has_no_time(reader: Any) -> None:
 
 
 def test_both_get_the_same_rows(tmp_path: Path, make_rows: Any, write_jsonl: Any, tokenizer: Any) -> None:
-    """Train is repeated up to the number asked for, and shares no prompt with the held-out splits."""
+    """Training rows are repeated up to the requested number, and share no prompt with the held-out splits."""
     source = write_jsonl(tmp_path / "source" / "train.jsonl", [*make_rows(300), {"prompt": "no completion"}]).parent
     write_jsonl(source / "test.jsonl", make_rows(10))
     write_rows(source, tokenizer, 700, tmp_path)
@@ -63,7 +63,7 @@ def test_both_get_the_same_rows(tmp_path: Path, make_rows: Any, write_jsonl: Any
 
 
 def test_lines_bear_their_time(tmp_path: Path) -> None:
-    """Both streams, in order; the last line is the end of the process."""
+    """Lines of both streams come in order; the last one is the end of the process."""
     program = (
         "import sys, time; print('one', flush=True); time.sleep(0.5); print('two', file=sys.stderr); sys.exit(3)"
     )
@@ -77,7 +77,7 @@ def test_lines_bear_their_time(tmp_path: Path) -> None:
 
 
 def test_table_shows_the_fastest_run() -> None:
-    """Shares are those of the time to the evaluated model; a side that failed says why."""
+    """Shares are of the time to the evaluated model; a side that failed has its error."""
     runs = [
         {"seconds": 4.0, "steps": {"imports": 1.0, "train": 3.0}, "after": {"publish": 2.0}},
         {"seconds": 8.0, "steps": {"imports": 1.0, "train": 7.0}, "after": {"publish": 2.0}},
@@ -88,7 +88,7 @@ def test_table_shows_the_fastest_run() -> None:
 
 
 def test_command_line_refuses_unknown_sides(capsys: pytest.CaptureFixture[str]) -> None:
-    """A name that is no side ends with a message."""
+    """An unknown side is an error."""
     with pytest.raises(SystemExit):
         parse(["--data", "rows", "--tokenizer", "gpt2", "--sides", "other"])
     assert "other is none of pipeline, pipeline-used, trl" in capsys.readouterr().err

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_rows_repeat_with_prompts_of_their_own(tmp_path: Path) -> None:
-    """As many as asked for, every usable row in turn, none from test, and the same ones each time."""
+    """The requested number of rows, each usable one in turn, none from test, and the same ones each time."""
     source = tmp_path / "source"
     source.mkdir()
     rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(3)] + [{"prompt": "no answer"}]
@@ -33,7 +33,7 @@ def test_rows_repeat_with_prompts_of_their_own(tmp_path: Path) -> None:
 
 
 def test_cheapest_try_counts_and_most_memory() -> None:
-    """Sizes are compared with the stage's smallest; other stages take no part."""
+    """Sizes are compared with the smallest size of the same stage."""
     costs = [
         Cost(TOKENISE, 1000, 100, 3e-4, 4e-4, None, 50, 5),
         Cost(TOKENISE, 4000, 400, 1e-3, 1e-3, None, 60, 6),
@@ -52,7 +52,7 @@ def test_cheapest_try_counts_and_most_memory() -> None:
 
 
 def test_sizes_that_cannot_be_measured_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """With a sentence, before anything runs."""
+    """With a message, before anything runs."""
     for rows, message in (("1000,many", "are no whole numbers"), ("20,1000", "20: with less than 500")):
         with pytest.raises(SystemExit):
             parse(["--rows", rows])
@@ -60,7 +60,7 @@ def test_sizes_that_cannot_be_measured_are_refused(capsys: pytest.CaptureFixture
 
 
 def test_a_small_run(tmp_path: Path) -> None:
-    """All stages at two sizes; those with a trunk file only as far as was asked for."""
+    """All stages at two sizes; stages with a trunk file only up to --trunk-rows."""
     command = [sys.executable, "-m", "bench.scaling", "--rows", "500,600", "--trunk-rows", "500", "--steps", "3"]
     command += ["--tries", "1", "--out", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""Checkpoints and resumption: a training killed anywhere ends as if it had not been, bit for bit."""
+"""Checkpoints and resumption: a training killed at any moment and resumed equals an uninterrupted one bitwise."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def fresh(gpt2_dir: Path) -> Callable[[], GPTModel]:
 
 
 def trained_optimizer(model: GPTModel, steps: int = 2) -> torch.optim.AdamW:
-    """An optimizer that has made some steps on the model."""
+    """An optimizer after some steps on the model."""
     optimizer = build_optimizer(model, CONFIG)
     for _ in range(steps):
         model(torch.randint(300, (2, 20))).square().mean().backward()
@@ -97,7 +97,7 @@ def parameters(model: GPTModel) -> dict[str, Tensor]:
 
 
 def record(directory: Path) -> list[tuple[int, dict[str, float]]]:
-    """The journal without its times and speeds."""
+    """The journal without times and speeds."""
     lines = read_journal(directory / "metrics.jsonl")
     timed = ("train/tokens_per_second", "train/mfu")
     return [(line["step"], {k: v for k, v in line["metrics"].items() if k not in timed}) for line in lines]
@@ -107,7 +107,7 @@ def record(directory: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def test_files_of_a_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Safetensors and JSON, nothing pickled; the trained tensors only."""
+    """Safetensors and JSON, no pickle; only trained tensors."""
     model = fresh()
     path = write(tmp_path, model, trained_optimizer(model), 7, {"identity": "me"})
     assert path == tmp_path / "step-00000007" == checkpoint_path(tmp_path, 7)
@@ -123,7 +123,7 @@ def test_files_of_a_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) ->
 
 
 def test_round_trip_restores_weights_moments_and_rng(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Each state whose loss shows in a resumed training."""
+    """Weights, moments and random state are restored exactly."""
     model = fresh()
     optimizer = trained_optimizer(model)
     path = write(tmp_path, model, optimizer, 2, {"identity": "me"})
@@ -144,7 +144,7 @@ def test_round_trip_restores_weights_moments_and_rng(fresh: Callable[[], GPTMode
 
 
 def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Another freeze plan, or another shape, is named; a shape is never broadcast."""
+    """The error names parameters or shapes that differ; a shape is never broadcast."""
     model = fresh()
     path = write(tmp_path, model, build_optimizer(model, CONFIG), 0, {})
     freeze_bottom_layers(model, 2)
@@ -180,7 +180,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_newest_is_passed_over(fresh: Callable[[], GPTModel], tmp_path: Path, damage: str) -> None:
-    """The one before it is taken, and a warning names the damaged one."""
+    """The checkpoint before it is used, and a warning names the damaged one."""
     model = fresh()
     optimizer = trained_optimizer(model)
     for step in (4, 8):
@@ -196,7 +196,7 @@ def test_damaged_newest_is_passed_over(fresh: Callable[[], GPTModel], tmp_path: 
 
 
 def test_newest_is_by_number_and_identity(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """A checkpoint of another training is no place to resume from, however new."""
+    """The newest checkpoint is used, but never one of another training."""
     model = fresh()
     optimizer = build_optimizer(model, CONFIG)
     for step, identity in ((9, "me"), (10, "me"), (100, "other")):
@@ -209,7 +209,7 @@ def test_newest_is_by_number_and_identity(fresh: Callable[[], GPTModel], tmp_pat
 
 
 def test_strays_of_a_killed_writer_are_removed(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """Half a checkpoint under its scratch name is neither read nor kept."""
+    """An incomplete checkpoint under its scratch name is deleted and never read."""
     model = fresh()
     write(tmp_path, model, build_optimizer(model, CONFIG), 4, {"identity": "me"})
     (tmp_path / "step-00000004").rename(tmp_path / ".step-00000008.0123.tmp")
@@ -218,7 +218,7 @@ def test_strays_of_a_killed_writer_are_removed(fresh: Callable[[], GPTModel], tm
 
 
 def test_prune_keeps_the_named(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """The disk holds two checkpoints, and nothing that is no checkpoint is touched."""
+    """Only the named checkpoints remain; other files are not touched."""
     model = fresh()
     for step in (0, 4, 8, 12):
         write(tmp_path, model, build_optimizer(model, CONFIG), step, {})
@@ -229,10 +229,10 @@ def test_prune_keeps_the_named(fresh: Callable[[], GPTModel], tmp_path: Path) ->
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """The system refuses whatever a file is to hold beyond 4 kB, as a full disk does.
+    """Files cannot grow beyond 4 kB: a write fails as on a full disk.
 
-    The limit is the whole process's, pytest's report included where that goes to a file: hold it around the
-    write alone, never to the end of a test.
+    The limit applies to the whole process, also to pytest's report if that is a file: set it around a write only,
+    not to the end of a test.
     """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -243,7 +243,7 @@ def full_disk() -> Iterator[None]:
 
 
 def test_full_disk_leaves_the_old_checkpoint(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """A failed save names file and size and leaves no scratch, and the one before it is whole."""
+    """The error names file and size; no scratch directory remains, and the checkpoint before it is complete."""
     model = fresh()
     optimizer = trained_optimizer(model)
     write(tmp_path, model, optimizer, 4, {"identity": "me"})
@@ -255,12 +255,12 @@ def test_full_disk_leaves_the_old_checkpoint(fresh: Callable[[], GPTModel], tmp_
     assert load_state(tmp_path / "step-00000004")["step"] == 4
 
 
-def test_written_behind_is_what_it_was(
+def test_background_write_has_the_state_at_the_save(
     fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The training goes on while a checkpoint is written, which holds the state that it was told to hold.
+    """A checkpoint written in the background has the state at the time of save, though the training goes on.
 
-    The one before it is there until the new one is whole.
+    The checkpoint before it exists until the new one is complete.
     """
     model = fresh()
     optimizer = trained_optimizer(model)
@@ -272,7 +272,7 @@ def test_written_behind_is_what_it_was(
 
     before = {name: p.clone() for name, p in parameters(model).items()}
     moments = {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
-    with CheckpointWriter(tmp_path, model, optimizer, behind=True) as writer:
+    with CheckpointWriter(tmp_path, model, optimizer, in_background=True) as writer:
         writer.save(4, {"identity": "me"}, keep=[4])
         writer.wait()
         monkeypatch.setattr("model.engine.checkpoint.save_tensors", slow)
@@ -295,19 +295,19 @@ def test_written_behind_is_what_it_was(
             assert same_tensors(restored.state[parameter], moments[originals[name]])
 
 
-@pytest.mark.parametrize("behind", [True, False])
-def test_a_failed_write_is_not_forgotten(fresh: Callable[[], GPTModel], tmp_path: Path, behind: bool) -> None:
-    """A full disk ends the training at the next save or at its end, and the checkpoint before is whole."""
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_failed_write_is_raised_later(fresh: Callable[[], GPTModel], tmp_path: Path, in_background: bool) -> None:
+    """A failed write is raised by the next save or at the end; the checkpoint before it is complete."""
     model = fresh()
     optimizer = trained_optimizer(model)
-    with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
+    with CheckpointWriter(tmp_path, model, optimizer, in_background) as writer:
         writer.save(4, {"identity": "me"}, keep=[4])
 
     def save(times: int) -> None:
-        with CheckpointWriter(tmp_path, model, optimizer, behind) as writer:
+        with CheckpointWriter(tmp_path, model, optimizer, in_background) as writer:
             for step in range(8, 8 + times):
                 writer.save(step, {"identity": "me"}, keep=[step])
-                assert step == 8  # the second is told of the first
+                assert step == 8  # the second save raises the error of the first
 
     for times in (1, 2):
         with pytest.raises(OSError, match="too large"), full_disk():
@@ -316,7 +316,7 @@ def test_a_failed_write_is_not_forgotten(fresh: Callable[[], GPTModel], tmp_path
 
 
 def save_for_ever(model: GPTModel, directory: Path) -> None:
-    """Checkpoints whose final norm holds their step."""
+    """Write checkpoints without end; the final norm's bias is the step."""
     optimizer = trained_optimizer(model)
     for step in range(1, 100_000):
         model.ln_f.bias.data.fill_(step)
@@ -325,7 +325,7 @@ def save_for_ever(model: GPTModel, directory: Path) -> None:
 
 
 def test_twenty_kills_while_saving(fresh: Callable[[], GPTModel], tmp_path: Path) -> None:
-    """At whatever moment the writer dies, the newest checkpoint is whole, and no older than seen before."""
+    """The newest checkpoint is complete at whatever moment the process is killed."""
     context = multiprocessing.get_context("fork")
     delays = random.Random(0)
     reached = 0
@@ -386,7 +386,7 @@ print(json.dumps(vars(result), default=str))
 
 @pytest.fixture
 def launch(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Start a training as a process of its own."""
+    """launch(directory, config, ...): start a training in a process of its own."""
     script = tmp_path / "training.py"
     script.write_text(SCRIPT)
 
@@ -428,7 +428,7 @@ def uninterrupted(
 
 
 def assert_same_end(directory: Path, whole: Path) -> None:
-    """The journals are equal to the last bit, and so are the last checkpoint and the best."""
+    """Journals and checkpoints of both trainings are equal to the last bit."""
     assert record(directory) == record(whole)
     names = sorted(p.name for p in whole.glob("step-*"))
     assert sorted(p.name for p in directory.glob("step-*")) == names
@@ -438,14 +438,14 @@ def assert_same_end(directory: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
-def test_killed_training_ends_as_if_it_had_not_been(
+def test_killed_training_ends_like_an_uninterrupted_one(
     gpt2_dir: Path,
     launch: Callable[..., subprocess.Popen[str]],
     uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
     tmp_path: Path,
     dropout: float,
 ) -> None:
-    """SIGKILL behind step 6, resumed from step 4: weights, losses, moments, all bitwise equal."""
+    """Killed after step 6 and resumed from step 4: weights, losses and moments are bitwise equal."""
     config = config_of(dropout=dropout)
     directory = tmp_path / "killed"
     victim = launch(directory, config, hold_at=7)
@@ -476,7 +476,7 @@ def test_training_killed_while_saving(
     tmp_path: Path,
     file: str,
 ) -> None:
-    """Half of step 8's file is written: step 4 is resumed from, the stray is gone, the end is equal."""
+    """Killed with half of step 8's file written: step 4 is resumed, the scratch directory deleted, the end equal."""
     directory = tmp_path / "killed"
     victim = launch(directory, CONFIG, die_in_save=f"step-00000008:{file}")
     victim.communicate(timeout=60)
@@ -500,7 +500,7 @@ def test_killed_training_with_trunk_outputs_in_a_file(
     monkeypatch: pytest.MonkeyPatch,
     deleted: bool,
 ) -> None:
-    """Killed in the first epoch, the cache half full: read or computed again, the end is bitwise equal."""
+    """Killed in the first epoch with a half-filled cache; read or computed again, the end is bitwise equal."""
     config = config_of(eval_freq=2, micro_batch_tokens=100, dropout=0.1)
     directory, cache = tmp_path / "killed", tmp_path / "cache"
     victim = launch(directory, config, hold_at=4, cache=cache)
@@ -538,7 +538,7 @@ def test_killed_training_with_trunk_outputs_in_a_file(
 
 
 class Stop(Exception):
-    """Ends a training from its on_step."""
+    """Raised by on_step to end a training."""
 
 
 def interrupt_at(step: int) -> Callable[[StepReport], None]:
@@ -549,25 +549,39 @@ def interrupt_at(step: int) -> Callable[[StepReport], None]:
     return hook
 
 
+@pytest.fixture
+def resume(
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+) -> Callable[[TrainConfig, Path, int], None]:
+    """resume(config, directory, step): resume a training at that step; it must end like an uninterrupted one."""
+
+    def check(config: TrainConfig, directory: Path, step: int) -> None:
+        network = fresh()
+        torch.rand(9)  # the random state comes from the checkpoint, not from the process
+        result = train(network, token_dir, config, directory, "me")
+        assert result.resumed_from == step
+        want, whole = uninterrupted(config)
+        assert_same_end(directory, whole)
+        assert same_tensors(parameters(network), parameters(want))
+
+    return check
+
+
 @pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
 def test_interrupted_anywhere(
     fresh: Callable[[], GPTModel],
     token_dir: Path,
     tmp_path: Path,
-    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    resume: Callable[[TrainConfig, Path, int], None],
     step: int,
 ) -> None:
-    """In the first epoch, in the last, right behind a checkpoint, with dropout."""
+    """Interrupted in the first epoch, in the last, or right after a checkpoint, with dropout: the end is equal."""
     config = config_of(dropout=0.1)
     with pytest.raises(Stop):
         train(fresh(), token_dir, config, tmp_path / "cut", "me", interrupt_at(step))
-    network = fresh()
-    torch.rand(9)  # the random state is the checkpoint's, not the process's
-    result = train(network, token_dir, config, tmp_path / "cut", "me")
-    assert result.resumed_from == step // 4 * 4
-    want, whole = uninterrupted(config)
-    assert_same_end(tmp_path / "cut", whole)
-    assert same_tensors(parameters(network), parameters(want))
+    resume(config, tmp_path / "cut", step // 4 * 4)
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
@@ -575,10 +589,10 @@ def test_stopped_on_request(
     fresh: Callable[[], GPTModel],
     token_dir: Path,
     tmp_path: Path,
-    uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
+    resume: Callable[[TrainConfig, Path, int], None],
     step: int,
 ) -> None:
-    """It ends at that very step, not at the last validation, loses nothing, and the end is bitwise equal."""
+    """The checkpoint is of the step before the stop, not of the last validation; the end is bitwise equal."""
     config = config_of(dropout=0.1)
     reports: list[StepReport] = []
 
@@ -588,17 +602,11 @@ def test_stopped_on_request(
     with pytest.raises(TrainingStoppedError, match=f"after step {step} of 15"):
         train(fresh(), token_dir, config, tmp_path / "cut", "me", reports.append, should_stop=asked)
     assert len([metrics for _, metrics in record(tmp_path / "cut") if "train/loss" in metrics]) == step
-    network = fresh()
-    torch.rand(9)  # the random state is the checkpoint's, not the process's
-    result = train(network, token_dir, config, tmp_path / "cut", "me")
-    assert result.resumed_from == step
-    want, whole = uninterrupted(config)
-    assert_same_end(tmp_path / "cut", whole)
-    assert same_tensors(parameters(network), parameters(want))
+    resume(config, tmp_path / "cut", step)
 
 
 def test_finished_training_is_not_repeated(fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path) -> None:
-    """A retry of a finished training gives the same result, and trains nothing."""
+    """A retry of a finished training returns the same result without training."""
     first = train(fresh(), token_dir, CONFIG, tmp_path, "me")
     before = record(tmp_path)
     network = fresh()
@@ -613,15 +621,15 @@ def test_finished_training_is_not_repeated(fresh: Callable[[], GPTModel], token_
     assert same_tensors({k: v for k, v in parameters(network).items() if k in last}, last)
 
 
-def test_training_resumes_behind_a_damaged_checkpoint(
+def test_training_resumes_before_a_damaged_checkpoint(
     fresh: Callable[[], GPTModel],
     token_dir: Path,
     tmp_path: Path,
     uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A flipped bit in the newest: the best one before it is taken, and the end is equal."""
-    # The distance from the loss at step 4 is smallest there, so that checkpoints 4 and 8 are both kept.
+    """With a flipped bit in the newest checkpoint, the best one before it is resumed, and the end is equal."""
+    # Mocked losses: step 4 is the best, so that its checkpoint is kept beside that of step 8.
     [at_step_4] = [m["eval/loss"] for step, m in record(uninterrupted(CONFIG)[1]) if step == 4 and "eval/loss" in m]
     monkeypatch.setattr(
         "model.engine.training.mean_loss", lambda sums, counts: abs(float(sums.sum() / counts.sum()) - at_step_4)
@@ -640,7 +648,7 @@ def test_training_resumes_behind_a_damaged_checkpoint(
 def test_damaged_best_checkpoint_is_made_again(
     fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flipped bit in the best, not the newest: the training is repeated, or no retry would get past it."""
+    """With a flipped bit in the best checkpoint the training is repeated, so that the best weights exist again."""
     monkeypatch.setattr("model.engine.training.mean_loss", lambda sums, counts: 1.0)  # the base stays the best
     first = train(fresh(), token_dir, CONFIG, tmp_path, "me")
     whole = {name: value.clone() for name, value in load_file(first.best / "model.safetensors").items()}
@@ -659,7 +667,7 @@ def test_another_training_does_not_resume_from_it(
     tmp_path: Path,
     uninterrupted: Callable[[TrainConfig], tuple[GPTModel, Path]],
 ) -> None:
-    """Other data or settings have another identity: a fresh start, and a journal of its own."""
+    """A checkpoint with another identity is ignored: the training starts fresh, with an empty journal."""
     train(fresh(), token_dir, config_of(seed=7, max_steps=9), tmp_path / "reused", "other")
     result = train(fresh(), token_dir, CONFIG, tmp_path / "reused", "me")
     assert result.resumed_from == 0

@@ -1,4 +1,4 @@
-"""What the CPU never runs: the kernel for packed documents, CUDA graphs, the fused loss. Skipped without a GPU."""
+"""Code that only a GPU runs: kernels for packed documents, CUDA graphs, the fused loss. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def small_model(seed: int = 0) -> GPTModel:
-    """A GPT-2 with heads of 64, as the real sizes have, frozen below its upper two blocks."""
+    """A GPT-2 with heads of width 64, like the real sizes; all but its top two blocks are frozen."""
     torch.manual_seed(seed)
     with torch.device("cuda"):
         model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=128, n_layer=4, n_head=2))
@@ -42,7 +42,7 @@ def small_model(seed: int = 0) -> GPTModel:
 
 
 def documents_of(lengths: list[int]) -> Documents:
-    """Documents of these lengths, one behind another, on the GPU."""
+    """Packed documents of these lengths, on the GPU."""
     sizes = torch.tensor(lengths)
     ends = torch.repeat_interleave(sizes.cumsum(0), sizes).int().cuda()
     begins = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).int().cuda()
@@ -51,7 +51,7 @@ def documents_of(lengths: list[int]) -> Documents:
 
 @pytest.mark.parametrize(("heads", "width"), [(4, 64), (2, 32), (3, 16), (1, 128)])
 def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) -> None:
-    """The bf16 kernel's output and gradients, document by document, lie within bf16's error of fp32's."""
+    """Output and gradients of the bf16 kernel are within bf16's error of fp32 attention for each document."""
     from model.engine import attention_kernels
 
     documents = documents_of([1, 200, 3, 64, 128, 129, 511, 1, 1, 33])
@@ -68,7 +68,7 @@ def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) 
 
 
 def test_documents_do_not_see_each_other() -> None:
-    """Another document's values change nothing, bit for bit, forward and backward."""
+    """Values of other documents change neither output nor gradient, bit for bit."""
     from model.engine import attention_kernels
 
     documents = documents_of([100, 50, 90])
@@ -127,7 +127,7 @@ def test_bias_gelu_agrees_with_fp32(width: int) -> None:
 
 
 def test_chosen_rows_gradients_go_where_they_came_from() -> None:
-    """As indexing by torch, bit for bit; rows that were not chosen get zeros."""
+    """Gradients equal those of torch's indexing bit for bit; rows that were not chosen get zeros."""
     from model.engine import pointwise_kernels
 
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def test_chosen_rows_gradients_go_where_they_came_from() -> None:
 
 
 def test_generation_by_a_graph_is_the_plain_loop() -> None:
-    """Greedy, in fp32, rows of different lengths: what computing all tokens anew for each next one gives."""
+    """Greedy generation in fp32 equals a loop that computes all tokens again for each next one."""
     model = small_model().float()
     prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
     want = []
@@ -156,7 +156,7 @@ def test_generation_by_a_graph_is_the_plain_loop() -> None:
 
 
 def test_sampling_by_a_graph_is_that_by_launched_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bf16 as the evaluation samples, call after call: no call reads what the one before it has left behind."""
+    """Sampling in bf16, as in the evaluation: repeated calls are equal, so no call reads state of the one before."""
     model = small_model()
     prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
 
@@ -175,7 +175,7 @@ def test_sampling_by_a_graph_is_that_by_launched_kernels(monkeypatch: pytest.Mon
 
 
 def test_fused_blocks_are_the_models(token_dir: Path) -> None:
-    """Trunk and top through the fused kernels lie as close to fp32 as the plain blocks in bf16 do."""
+    """Trunk and top with the fused kernels are within bf16's error of the plain blocks in fp32."""
     dataset = CodeAlpacaDataset(token_dir, "train")
     model = small_model()
     engine = Engine(model, torch.bfloat16)
@@ -227,7 +227,7 @@ def test_fused_loss_agrees_with_autograd(vocabulary: int) -> None:
 
 
 def test_sure_target_keeps_its_gradient() -> None:
-    """p - 1 of a target with p near 1 survives bf16."""
+    """The gradient p - 1 of a target with p near 1 is not rounded to 0 in bf16."""
     logits = torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16)
     logits[0, 3] = 12.0
     exact = logits.double()[:, :60].requires_grad_()
@@ -238,7 +238,7 @@ def test_sure_target_keeps_its_gradient() -> None:
 
 
 def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
-    """Replayed forward and backward passes add the very gradients that the plain ones do, over several sizes."""
+    """Replayed passes add the same gradients as plain passes, for packs of several sizes."""
     dataset = CodeAlpacaDataset(token_dir, "train")
     results = []
     for replay in (True, False):
@@ -270,7 +270,7 @@ def test_graphs_give_the_gradients_of_eager_steps(token_dir: Path) -> None:
 
 
 def test_replayed_gradients_do_not_depend_on_earlier_packs(token_dir: Path) -> None:
-    """A training that resumes with some pack gets the bits that the uninterrupted one gets from it."""
+    """A pack gives the same gradients bit for bit, whichever packs came before it."""
     dataset = CodeAlpacaDataset(token_dir, "train")
     results = []
     for earlier in ([], [[0]], [[1, 2], list(range(42)), [5]]):
@@ -288,7 +288,7 @@ def test_replayed_gradients_do_not_depend_on_earlier_packs(token_dir: Path) -> N
 
 
 def test_passes_that_memory_does_not_hold_are_halved(token_dir: Path, tmp_path: Path) -> None:
-    """Capped between what long and short passes take, the training goes on in shorter ones, to the same losses."""
+    """With memory enough for short passes only, training goes on with them, to the same losses."""
     total = torch.cuda.get_device_properties(0).total_memory
     said: list[str] = []
 
@@ -320,9 +320,20 @@ def test_passes_that_memory_does_not_hold_are_halved(token_dir: Path, tmp_path: 
     assert got == pytest.approx(want, rel=1e-3)
 
 
+def assert_same_training(whole: GPTModel, resumed: GPTModel, directory: Path) -> None:
+    """Weights, and losses in the journals of ``directory / "whole"`` and ``directory / "cut"``, are equal."""
+    for (name, want), got in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(want, got), name
+    losses = [
+        [r["metrics"].get("train/loss") for r in read_journal(directory / d / "metrics.jsonl")]
+        for d in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("max_bytes", [0, 10**9])
 def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, max_bytes: int) -> None:
-    """Killed between two checkpoints, with the outputs on the device lost, the same losses and weights come out."""
+    """Killed between two checkpoints, with the outputs on the device lost: losses and weights are equal."""
     config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3)
     cache = TrunkCacheConfig(max_bytes=max_bytes)
 
@@ -340,18 +351,12 @@ def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path
     again = small_model()
     result = train(again, token_dir, config, tmp_path / "cut", "x", cache=cache)
     assert result.resumed_from == 10
-    for (name, want), got in zip(whole.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(want, got), name
-    losses = [
-        [r["metrics"].get("train/loss") for r in read_journal(tmp_path / d / "metrics.jsonl")]
-        for d in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1]
+    assert_same_training(whole, again, tmp_path)
 
 
 @pytest.mark.parametrize("step", [1, 7, 13])
 def test_stopped_on_request_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, step: int) -> None:
-    """The steps that were queued are waited for and written down, and the checkpoint is of the last of them."""
+    """Queued steps are finished and reported, and the checkpoint is of the last of them."""
     config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3, dropout=0.1)
     asked = count()
     whole, cut, again = small_model(), small_model(), small_model()
@@ -360,17 +365,11 @@ def test_stopped_on_request_equals_uninterrupted_bit_for_bit(token_dir: Path, tm
         train(cut, token_dir, config, tmp_path / "cut", "x", should_stop=lambda: next(asked) == step)
     assert [p.name for p in (tmp_path / "cut").glob(f"step-{step:08d}")]
     assert train(again, token_dir, config, tmp_path / "cut", "x").resumed_from == step
-    for (name, want), got in zip(whole.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(want, got), name
-    losses = [
-        [r["metrics"].get("train/loss") for r in read_journal(tmp_path / d / "metrics.jsonl")]
-        for d in ("whole", "cut")
-    ]
-    assert losses[0] == losses[1]
+    assert_same_training(whole, again, tmp_path)
 
 
 def test_dropout_does_not_touch_scores(token_dir: Path) -> None:
-    """Rows are scored by the kernels that know no dropout, to the same bits, and the model still trains with it."""
+    """Dropout does not change the scores of rows, bit for bit, and is still on for training afterwards."""
     dataset = CodeAlpacaDataset(token_dir, "validation")
     model = small_model()
     want = row_losses(Engine(model, torch.bfloat16), dataset, 512)[0]
@@ -380,7 +379,7 @@ def test_dropout_does_not_touch_scores(token_dir: Path) -> None:
 
 
 def test_two_devices_give_two_holders(tmp_path: Path) -> None:
-    """auto means any GPU, each under the name of its hardware; who finds the first one taken gets the second."""
+    """auto means any GPU: if the first is locked, the second is used. Locks have the names of physical devices."""
     names = [device_key(place) for place in device_choices("auto")]
     assert len(set(names)) == torch.cuda.device_count()
     assert device_choices("cuda:0") == [torch.device("cuda", 0)]
@@ -394,7 +393,7 @@ def test_two_devices_give_two_holders(tmp_path: Path) -> None:
 def test_step_that_is_not_finite_changes_nothing(
     token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host learns of it steps later; the model is as it was before the first such step all the same."""
+    """The host reads the loss steps later; the model is still unchanged since the step before the first such one."""
     model = small_model()
     state: dict[str, torch.Tensor] = {}
     passes = 0
@@ -415,7 +414,7 @@ def test_step_that_is_not_finite_changes_nothing(
     config = TrainConfig(epochs=4, batch_size=8, eval_freq=100, precision="bf16")
     with pytest.raises(ArithmeticError, match="step 3"):
         train(model, token_dir, config, tmp_path, "x")
-    assert passes > 3  # later steps were queued, and left out
+    assert passes > 3  # later steps were queued, and skipped
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, state[name]), name
 
@@ -423,7 +422,7 @@ def test_step_that_is_not_finite_changes_nothing(
 def test_outputs_kept_on_the_device_are_the_models(
     token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the device, and from the host where that is full, the same bits as computed; without a file."""
+    """Outputs kept on the device or the host equal the computed ones bit for bit; no file is written."""
     monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)
     dataset = CodeAlpacaDataset(token_dir, "train")
     engine = Engine(small_model(), torch.bfloat16)

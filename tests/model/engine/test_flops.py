@@ -1,4 +1,4 @@
-"""Necessary arithmetic against a count of the model's own matrices; the ceiling is a plausible number."""
+"""Necessary operations against torch's own count; the measured ceiling is a plausible number."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SHAPE = GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=16, vocab_size=64)
 
 
 def test_355m_by_hand() -> None:
-    """20 frozen and 4 trained blocks of D = 1024, V = 50257: the three parts add up, each with its own tokens."""
+    """20 frozen and 4 trained blocks of D = 1024, V = 50257: trunk, top and head count their own tokens."""
     config = GPTConfig.preset("355m")
     assert necessary_flops(config, 20, 0, 0, 1) == pytest.approx(503e6, rel=1e-3)
     prompt = necessary_flops(config, 20, 1, 0, 0)
-    assert prompt == (6 * (3 * 12 + 3) - 2 * 3) * 2**20  # three of four blocks whole, and of the last its c_attn
+    assert prompt == (6 * (3 * 12 + 3) - 2 * 3) * 2**20  # three of four blocks, and c_attn of the last
     assert necessary_flops(config, 20, 1, 1, 0) - prompt == pytest.approx(54 * 2**20 + 206e6, rel=1e-3)
     head = 2 * 1024 * 50257
     assert necessary_flops(config, 20, 1, 1, 0, train_head=True) == necessary_flops(config, 20, 1, 1, 0) + head
@@ -31,9 +31,9 @@ def test_355m_by_hand() -> None:
 
 @pytest.mark.parametrize("train_head", [False, True])
 def test_agrees_with_what_torch_counts(train_head: bool) -> None:
-    """torch's own counter sees exactly this many in the linear layers of a forward and backward pass.
+    """torch's counter finds the same operations in the linear layers of a forward and backward pass, and one more.
 
-    But for one product: torch goes down to the lowest trained norm by the layer above it.
+    That one is the product that gives the gradient of the lowest trained norm's output.
     """
     model = GPTModel(SHAPE)
     freeze_bottom_layers(model, 2, train_head)
@@ -59,7 +59,7 @@ def test_ceiling_is_quick_and_finite() -> None:
 
 
 def test_measuring_draws_nothing() -> None:
-    """How fast the processor is decides how much is drawn, and never what dropout draws next."""
+    """The measurement does not change the global random state, and so not the noise of dropout."""
     state = torch.get_rng_state()
     matmul_ceiling(torch.device("cpu"), torch.float32)
     assert torch.equal(torch.get_rng_state(), state)

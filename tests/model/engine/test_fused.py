@@ -29,11 +29,11 @@ class Adapted(nn.Linear):
 
 
 class OtherNorm(nn.LayerNorm):
-    """A norm that is no plain one."""
+    """A subclass of the plain norm."""
 
 
 class OtherMLP(MLP):
-    """A feed-forward network that is no plain one."""
+    """A subclass of the plain feed-forward network."""
 
 
 def adapted(linear: nn.Linear) -> Adapted:
@@ -72,7 +72,7 @@ def test_kernels_need_a_gpu_half_precision_and_known_head_widths() -> None:
 
 @pytest.mark.parametrize("change", [adapt_attention, adapt_mlp, replace_norm, replace_mlp])
 def test_changed_layers_are_not_fused(tiny_model: GPTModel, change: Callable[[GPTModel], None]) -> None:
-    """One changed layer keeps its block from being fused; blocks without it are fused as before."""
+    """A block with one changed layer is not fused; other blocks still are."""
     cuda, blocks = torch.device("cuda"), list(tiny_model.h)
     assert has_plain_layers(blocks, tiny_model.ln_f)
     assert can_fuse(tiny_model, blocks, tiny_model.ln_f, cuda, torch.bfloat16)
@@ -83,7 +83,7 @@ def test_changed_layers_are_not_fused(tiny_model: GPTModel, change: Callable[[GP
 
 
 def test_changed_final_norm_is_not_fused(tiny_model: GPTModel) -> None:
-    """The final norm counts where it is computed together with the blocks."""
+    """A changed final norm matters only where it is computed together with the blocks."""
     tiny_model.ln_f = OtherNorm(32)
     assert not has_plain_layers(tiny_model.h, tiny_model.ln_f)
     assert has_plain_layers(tiny_model.h, None)

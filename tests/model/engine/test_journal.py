@@ -1,4 +1,4 @@
-"""The journal of metrics: appended, cut back, never half a line."""
+"""The journal of metrics: lines are appended and truncated, and half a line is never read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_half_a_line_is_dropped(tmp_path: Path) -> None:
-    """A writer killed in the middle of a line leaves it; the next one does not glue its own to it."""
+    """Half a line, left by a killed process, is deleted before the next line is written."""
     journal = MetricsJournal(tmp_path / "metrics.jsonl")
     journal.append(1, {})
     with journal.path.open("a") as stream:
@@ -39,7 +39,7 @@ def test_half_a_line_is_dropped(tmp_path: Path) -> None:
 
 
 def test_truncate_keeps_the_first_lines(tmp_path: Path) -> None:
-    """What lies behind the checkpoint is written anew, without gap or duplicate."""
+    """Lines after the checkpoint are deleted; new lines follow without gap or duplicate."""
     journal = MetricsJournal(tmp_path / "metrics.jsonl")
     for step in range(5):
         journal.append(step, {"x": step})
@@ -53,5 +53,5 @@ def test_truncate_keeps_the_first_lines(tmp_path: Path) -> None:
 
 
 def test_absent_journal_is_empty(tmp_path: Path) -> None:
-    """A reader may come before the writer."""
+    """A journal that does not exist yet has no lines."""
     assert read_journal(tmp_path / "absent.jsonl") == []

@@ -29,7 +29,7 @@ def certain(tokens: Tensor) -> Tensor:
 
 
 def copying(ids: Tensor) -> Tensor:
-    """Logits that predict the token just read: what unshifted labels teach."""
+    """Logits that predict the current token, as a model trained with unshifted labels."""
     return certain(ids)
 
 
@@ -39,7 +39,7 @@ def foreseeing(ids: Tensor) -> Tensor:
 
 
 def loss_of(predict: Callable[[Tensor], Tensor], dataset: CodeAlpacaDataset, rows: int = 8) -> Tensor:
-    """Summed loss of the first rows under logits given per row: behind an identity the hidden states are logits."""
+    """Summed loss of the first rows with given logits; the head is the identity, so hidden states are logits."""
     batch = pack(dataset, np.arange(rows), CPU)
     logits = torch.cat([predict(dataset[i]["input_ids"])[:-1] for i in range(rows)])
     identity = torch.eye(VOCABULARY)
@@ -55,7 +55,7 @@ def dataset(token_dir: Path) -> CodeAlpacaDataset:
 
 
 def test_copying_the_input_scores_badly(dataset: CodeAlpacaDataset) -> None:
-    """With unshifted labels this would be 0, and the model ruined."""
+    """Labels are shifted: copying the current token costs nearly the full loss at each token."""
     tokens = sum(dataset[i]["loss_weights"].sum() for i in range(8))
     assert loss_of(copying, dataset) / tokens > 0.7 * SURE
 
@@ -66,11 +66,11 @@ def test_predicting_the_next_token_scores_zero(dataset: CodeAlpacaDataset) -> No
 
 
 def test_never_stopping_costs(dataset: CodeAlpacaDataset) -> None:
-    """A model that foresees all but the EOS pays for exactly one token a row."""
+    """A model that predicts every token except EOS has a loss at exactly one token per row."""
 
     def endless(ids: Tensor) -> Tensor:
         logits = foreseeing(ids)
-        logits[..., 0] = -SURE  # id 0 is EOS, and what padding would be
+        logits[..., 0] = -SURE  # id 0 is EOS, and would be the padding
         return logits
 
     loss = loss_of(endless, dataset)
@@ -91,7 +91,7 @@ def packed_loss(model: GPTModel, dataset: CodeAlpacaDataset, rows: list[int]) ->
 
 
 def test_padding_bears_no_loss(tiny_model: GPTModel, dataset: CodeAlpacaDataset) -> None:
-    """With pad = eos a row's loss is still the same alone, padded, and beside others."""
+    """With pad = eos a row has the same loss alone, padded, and packed with others."""
     numbers = list(range(6))
     rows = [dataset[i] for i in numbers]
     shortest, longest = sorted(numbers, key=lambda i: len(rows[i]["input_ids"]))[:: len(rows) - 1]
@@ -118,7 +118,7 @@ def test_padding_bears_no_loss(tiny_model: GPTModel, dataset: CodeAlpacaDataset)
 
 
 def test_prompt_bears_no_loss_by_default(dataset: CodeAlpacaDataset) -> None:
-    """Nonsense on the prompt costs nothing; the first response token is predicted from its last token."""
+    """Wrong predictions within the prompt cost nothing; the prompt's last token predicts the first response token."""
     prompts = {tuple(dataset[i]["input_ids"].tolist()): int(dataset.lengths[i, 1]) for i in range(8)}
 
     def nonsense_on_prompt(ids: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_prompt_bears_no_loss_by_default(dataset: CodeAlpacaDataset) -> None:
 
 
 def test_prompt_loss_weight_weighs(tiny_model: GPTModel, token_dir: Path) -> None:
-    """The sum is response + weight x prompt."""
+    """The loss is response + weight x prompt."""
 
     def loss(weight: float) -> float:
         weighted = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
@@ -141,7 +141,7 @@ def test_prompt_loss_weight_weighs(tiny_model: GPTModel, token_dir: Path) -> Non
 
 
 def test_batch_without_targets_is_zero(tiny_model: GPTModel, dataset: CodeAlpacaDataset) -> None:
-    """trl#6668: not NaN, and its gradient is 0."""
+    """trl#6668: the loss is 0, not NaN, and so are the gradients."""
     none = torch.empty(0, dtype=torch.long)
     empty = replace(pack(dataset, np.arange(8), CPU), predictors=none, targets=none)
     engine, head = Engine(tiny_model, torch.float32), padded_head(tiny_model.lm_head.weight, torch.float32)
@@ -153,7 +153,7 @@ def test_batch_without_targets_is_zero(tiny_model: GPTModel, dataset: CodeAlpaca
 
 
 def test_loss_is_computed_in_fp32(dataset: CodeAlpacaDataset) -> None:
-    """Logits in bf16 are widened before the softmax."""
+    """Logits in bf16 are converted to fp32 before the softmax."""
     batch: Pack = pack(dataset, np.arange(8), CPU)
     hidden = torch.randn(len(batch.targets), 32, dtype=torch.bfloat16)
     head = torch.randn(VOCABULARY, 32, dtype=torch.bfloat16)
@@ -166,7 +166,7 @@ def test_loss_is_computed_in_fp32(dataset: CodeAlpacaDataset) -> None:
     torch.testing.assert_close(losses, want)
 
 
-# Cross-entropy by hand
+# Cross-entropy and its gradient
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
@@ -174,7 +174,7 @@ def test_loss_is_computed_in_fp32(dataset: CodeAlpacaDataset) -> None:
 def test_cross_entropy_equals_autograd(
     dtype: torch.dtype, tolerance: float, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses and gradients are torch's, however many rows at a time; the padding of the vocabulary takes no part."""
+    """Losses and gradients equal torch's for any number of rows at a time, and exclude the vocabulary's padding."""
     monkeypatch.setattr("model.engine.loss._ROWS", 3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_cross_entropy_equals_autograd(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_head_loss_equals_autograd(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks, weighted, with the gradient of the head's own weight, and a vocabulary no multiple of 64."""
+    """In chunks, with weights, with the gradient of the head's weight, and a vocabulary that is no multiple of 64."""
     monkeypatch.setitem(loss_module._CHUNK, "cpu", 7)
     torch.manual_seed(0)
     hidden, weight = torch.randn(30, 16, dtype=dtype), torch.randn(301, 16, dtype=dtype)
@@ -201,7 +201,7 @@ def test_head_loss_equals_autograd(dtype: torch.dtype, tolerance: float, monkeyp
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     want = (F.cross_entropy(leaves[0] @ leaves[1].t(), targets, reduction="none") * weights).sum()
     gradients = torch.autograd.grad(want, leaves)
-    head_gradient = torch.ones_like(weight)  # it is added to
+    head_gradient = torch.ones_like(weight)  # the gradient is added to it
     total, gradient = head_loss(hidden, padded_head(weight, dtype), 301, targets, weights, head_gradient)
     assert total.item() == pytest.approx(want.item(), rel=tolerance)
     torch.testing.assert_close(gradient, gradients[0], atol=10 * tolerance, rtol=tolerance)
@@ -209,7 +209,7 @@ def test_head_loss_equals_autograd(dtype: torch.dtype, tolerance: float, monkeyp
 
 
 def test_sure_target_keeps_its_gradient_in_bf16() -> None:
-    """p - 1 is formed before rounding: in bf16 a p of 1 - 1e-3 is 1, and would teach nothing more."""
+    """p - 1 is computed before rounding: in bf16 a p of 1 - 1e-3 rounds to 1, and the gradient would be 0."""
     logits = torch.zeros(3, VOCABULARY, dtype=torch.bfloat16)
     targets = torch.tensor([5, 0, 319])
     logits[range(3), targets] = torch.tensor([13.0, 14.0, 15.0], dtype=torch.bfloat16)

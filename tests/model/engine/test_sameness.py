@@ -1,4 +1,4 @@
-"""The engine (packed, trunk outputs kept, micro-batches) trains exactly as a plain loop over padded batches."""
+"""The engine (packing, cached trunk outputs, micro-batches) trains exactly like a plain loop over padded batches."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run(token_dir: Path, tmp_path: Path) -> Callable[..., tuple[Losses, TrainRes
 
 
 def plain_loop(model: GPTModel, token_dir: Path, config: TrainConfig) -> Losses:
-    """Right-padded batches through the whole model, torch's cross-entropy, clipping and AdamW: none of the engine."""
+    """A loop without the engine: right-padded batches, the whole model, torch's cross-entropy, clipping and AdamW."""
     data = CodeAlpacaDataset(token_dir, "train")
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -124,7 +124,7 @@ def assert_same_weights(got: GPTModel, want: GPTModel, tolerance: float) -> None
 
 
 def test_hundred_steps_in_float64(build: Build, run: Callable[..., Any], token_dir: Path) -> None:
-    """Over 17 epochs, trunk outputs kept after the first, losses, gradient norms and weights are a plain loop's."""
+    """Losses, gradient norms and weights equal a plain loop's over 17 epochs, with cached trunk outputs."""
     config = config_of(max_steps=100)
     model, reference = build(), build()
     got, result = run(model, config)
@@ -133,13 +133,13 @@ def test_hundred_steps_in_float64(build: Build, run: Callable[..., Any], token_d
     assert result.trunk_hit_share > 0.9
     assert min(want["grad_norm"]) > 0
     assert max(want["grad_norm"]) > config.max_grad_norm  # clipping acts
-    assert want["loss"][-1] < want["loss"][0] - 1  # and it is a training
+    assert want["loss"][-1] < want["loss"][0] - 1  # the model learns
     assert_same(got, want, 1e-10)
     assert_same_weights(model, reference, 1e-9)
 
 
 def test_twenty_steps_in_fp32(build: Build, run: Callable[..., Any], token_dir: Path) -> None:
-    """In the precision of a training the loss is the same to 1e-5."""
+    """In fp32 the loss is equal to 1e-5."""
     config = config_of(max_steps=20)
     got, _ = run(build(double=False), config)
     want = plain_loop(build(double=False), token_dir, config)
@@ -149,7 +149,7 @@ def test_twenty_steps_in_fp32(build: Build, run: Callable[..., Any], token_dir: 
 def test_cache_changes_nothing(
     build: Build, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept in memory, in a file, or computed anew each time: float64 losses are the same to 1e-10."""
+    """Outputs kept in memory, in a file, or computed each time: float64 losses are equal to 1e-10."""
     monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)  # so small a trunk would be computed faster than read
     config = config_of(max_steps=20)
     anew, result = run(build(), config, cache=TrunkCacheConfig(max_bytes=0))
@@ -176,7 +176,7 @@ def test_cache_changes_nothing(
 def test_ten_steps_of_other_kinds(
     build: Build, run: Callable[..., Any], token_dir: Path, settings: dict[str, Any], shape: dict[str, bool]
 ) -> None:
-    """Loss on the prompt too, a trained head, everything trained (the head tied): a plain loop's, to 1e-10."""
+    """Prompt loss, a trained head, everything trained (with a tied head): equal to a plain loop to 1e-10."""
     config = config_of(max_steps=10, **settings)
     model, reference = build(**shape), build(**shape)
     got, _ = run(model, config)
@@ -188,7 +188,7 @@ def test_ten_steps_of_other_kinds(
 def test_gradients_of_a_pack_are_the_sum_of_its_documents(
     build: Build, token_dir: Path, shape: dict[str, bool]
 ) -> None:
-    """No document sees, or teaches, another: float64 to 1e-12."""
+    """No document affects the gradients of another: float64 to 1e-12."""
     data = CodeAlpacaDataset(token_dir, "train")
 
     def gradients(packs: list[list[int]]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from model.engine.scoring import mean_loss, row_losses
 
 
 def reference_losses(gpt2_dir: Path, dataset: CodeAlpacaDataset) -> list[tuple[float, int]]:
-    """Sum and number by transformers' own shifted loss, one unpadded row at a time, in float64."""
+    """Summed loss and number of targets by transformers, one unpadded row at a time, in float64."""
     reference = GPT2LMHeadModel.from_pretrained(gpt2_dir).eval().double()
     results = []
     for i in range(len(dataset)):
@@ -31,7 +31,7 @@ def reference_losses(gpt2_dir: Path, dataset: CodeAlpacaDataset) -> list[tuple[f
 
 @pytest.mark.parametrize("max_tokens", [1, 200, 10_000])
 def test_row_losses_equal_transformers(gpt2_dir: Path, token_dir: Path, max_tokens: int) -> None:
-    """Each row's loss is its own, in the rows' order, however the rows are grouped."""
+    """Losses are per row, in the order of the rows, however many rows share a pass."""
     dataset = CodeAlpacaDataset(token_dir, "validation")
     engine = Engine(GPTModel.from_pretrained(gpt2_dir), torch.float32)
     sums, counts = row_losses(engine, dataset, max_tokens)
@@ -41,12 +41,12 @@ def test_row_losses_equal_transformers(gpt2_dir: Path, token_dir: Path, max_toke
 
 
 def test_mean_is_over_tokens() -> None:
-    """torchtitan#4167: 100 nats over 11 tokens, not the mean of the rows' means."""
+    """torchtitan#4167: 100 nats over 11 tokens, not the mean of row means."""
     assert mean_loss(np.array([90.0, 10.0]), np.array([10, 1])) == pytest.approx(100 / 11)
 
 
 def test_scoring_restores_the_mode_and_ignores_dropout(tiny_model: GPTModel, token_dir: Path) -> None:
-    """Validation in the midst of training is not noised, and changes nothing."""
+    """A validation during the training has no dropout, and restores mode and random state."""
     dataset = CodeAlpacaDataset(token_dir, "validation")
     want, _ = row_losses(Engine(tiny_model, torch.float32), dataset, 500)
     tiny_model.set_dropout(0.5)

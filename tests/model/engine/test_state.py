@@ -1,4 +1,4 @@
-"""The state of a training: what state.json says of it."""
+"""The state of a training and its form in state.json."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from model.engine.stepper import build_optimizer, learning_rate_at
 
 
 def test_optimizer_holds_the_trainable_alone_in_two_groups(tiny_model: GPTModel) -> None:
-    """Frozen parameters are not even known to it; biases and norms do not decay."""
+    """It has no frozen parameters; biases and norms have no weight decay."""
     optimizer = build_optimizer(tiny_model, TrainConfig(weight_decay=0.1, learning_rate=3e-4))
     decayed, plain = optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
@@ -27,7 +27,7 @@ def test_optimizer_holds_the_trainable_alone_in_two_groups(tiny_model: GPTModel)
 
 
 def test_schedule() -> None:
-    """Three warm-up steps of a hundred, then a cosine from the peak towards zero."""
+    """Three warm-up steps out of a hundred, then a cosine from the peak towards zero."""
     config = TrainConfig(learning_rate=1.0, warmup_ratio=0.03)
     lr = [learning_rate_at(step, 100, config) for step in range(100)]
     assert lr[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])

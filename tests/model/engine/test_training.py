@@ -1,4 +1,4 @@
-"""The loop: one loss per step however it is cut, schedule, validation, the best checkpoint, non-finite values."""
+"""The training loop: micro-batches, schedule, validation, the best checkpoint, scarce memory, non-finite values."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def run(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> Callable[..., tuple[
 
 
 def engine_of(gpt2_dir: Path) -> Engine:
-    """The untouched model's."""
+    """An engine with the base model."""
     return Engine(GPTModel.from_pretrained(gpt2_dir), torch.float32)
 
 
 def values(directory: Path, name: str) -> dict[int, float]:
-    """A metric's values by step."""
+    """Values of a metric by step."""
     records = read_journal(directory / "metrics.jsonl")
     return {record["step"]: record["metrics"][name] for record in records if name in record["metrics"]}
 
@@ -79,12 +79,12 @@ def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return max((left[key] - right[key]).abs().max().item() for key in left)
 
 
-# One step, however it is cut
+# Micro-batches do not change a step
 
 
 @pytest.mark.parametrize("prompt_loss_weight", [0.0, 0.5])
 def test_micro_batches_never_change_the_step(run: Callable[..., Any], prompt_loss_weight: float) -> None:
-    """1 x 8 == 8 x 1 == anything between, in float64 to 1e-10: losses and weights after six steps."""
+    """Losses and weights after six steps are equal for any size of micro-batch, in float64 to 1e-10."""
     settings = {"double": True, "prompt_loss_weight": prompt_loss_weight}
     results = [run(micro_batch_tokens=tokens, **settings) for tokens in (10_000, 1, 130, 250)]
     whole, directory, _ = results[0]
@@ -98,7 +98,7 @@ def test_micro_batches_never_change_the_step(run: Callable[..., Any], prompt_los
 def test_training_equals_a_plain_loop_over_transformers(
     run: Callable[..., Any], gpt2_dir: Path, token_dir: Path
 ) -> None:
-    """Transformers' model, torch's AdamW, one unpadded row at a time, in float64 to 1e-10."""
+    """The plain loop: transformers' model, torch's AdamW, one unpadded row at a time; float64, equal to 1e-10."""
     settings = {"epochs": 2, "max_steps": 8, "max_grad_norm": 0.3, "weight_decay": 0.1, "learning_rate": 3e-3}
     model, directory, _ = run(double=True, **settings)
 
@@ -137,13 +137,13 @@ def test_training_equals_a_plain_loop_over_transformers(
 
 
 def test_loss_falls(run: Callable[..., Any]) -> None:
-    """The whole does learn: response loss on rows it has not seen."""
+    """The training lowers the response loss on held-out rows."""
     _, _, result = run(epochs=3)
     assert result.best_eval_loss < result.base_eval_loss - 0.7
 
 
 def test_only_the_planned_parameters_change(run: Callable[..., Any], gpt2_dir: Path) -> None:
-    """After a whole training, weight decay included, the frozen ones are the file's, bit for bit."""
+    """After a training with weight decay, frozen parameters equal those of the file bit for bit."""
     model, _, _ = run(weight_decay=0.5)
     before = dict(GPTModel.from_pretrained(gpt2_dir).named_parameters())
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -152,7 +152,7 @@ def test_only_the_planned_parameters_change(run: Callable[..., Any], gpt2_dir: P
 
 
 def test_trained_head_moves_alone(run: Callable[..., Any], gpt2_dir: Path) -> None:
-    """An untied head learns, the embedding does not."""
+    """An untied head trains, the embedding does not."""
     model, directory, result = run(train_head=True)
     wte = GPTModel.from_pretrained(gpt2_dir).wte.weight
     assert torch.equal(model.wte.weight, wte)
@@ -179,7 +179,7 @@ def test_mixed_precision(gpt2_dir: Path, token_dir: Path, tmp_path: Path, run: C
 
 
 def test_schedule_is_applied(run: Callable[..., Any], gpt2_dir: Path) -> None:
-    """What the journal says is what the optimizer used: a first step of AdamW moves by the learning rate."""
+    """The optimizer uses the rate in the journal: AdamW's first step moves a parameter by the learning rate."""
     model, directory, _ = run(max_steps=1, weight_decay=0.0, warmup_ratio=0.0, learning_rate=0.003)
     assert values(directory, "train/lr") == {1: 0.003}
     moved = (model.ln_f.bias - GPTModel.from_pretrained(gpt2_dir).ln_f.bias).abs()
@@ -190,14 +190,14 @@ def test_schedule_is_applied(run: Callable[..., Any], gpt2_dir: Path) -> None:
 
 
 def test_total_steps() -> None:
-    """The last, smaller batch of an epoch counts; max_steps only shortens."""
+    """The last, smaller batch of an epoch is a step; max_steps only shortens a training."""
     assert TrainConfig(epochs=3, batch_size=8).total_steps(42) == 18
     assert TrainConfig(epochs=3, batch_size=8, max_steps=5).total_steps(42) == 5
     assert TrainConfig(epochs=1, batch_size=50, max_steps=5).total_steps(42) == 1
 
 
 def test_every_row_once_per_epoch_in_another_order(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """litgpt#1712: all rows, none twice, and the second epoch does not repeat the first's order."""
+    """litgpt#1712: an epoch has every row exactly once, and the second epoch has another order."""
     seen: list[int] = []
 
     def spy(dataset: CodeAlpacaDataset, rows: np.ndarray, device: torch.device) -> Pack:
@@ -205,7 +205,7 @@ def test_every_row_once_per_epoch_in_another_order(run: Callable[..., Any], monk
         seen.extend(batch.rows.tolist())
         return batch
 
-    monkeypatch.setattr("model.engine.stepper.pack", spy)  # validation packs elsewhere
+    monkeypatch.setattr("model.engine.stepper.pack", spy)  # validation rows are packed in another module
     run(epochs=2, micro_batch_tokens=1)
     first, second = seen[:42], seen[42:]
     assert Counter(first) == Counter(second) == Counter(range(42))
@@ -221,7 +221,7 @@ def test_every_row_once_per_epoch_in_another_order(run: Callable[..., Any], monk
 def test_validation_at_start_on_the_way_and_at_the_end(
     run: Callable[..., Any], gpt2_dir: Path, token_dir: Path
 ) -> None:
-    """Before step 0, every eval_freq steps, and after the last; the first is the untouched model's."""
+    """Validations come before the first step, every eval_freq steps and after the last; the first is of the base."""
     _, directory, result = run(epochs=2, max_steps=10, eval_freq=4)
     found = values(directory, "eval/loss")
     assert list(found) == [0, 4, 8, 10]
@@ -233,7 +233,7 @@ def test_validation_at_start_on_the_way_and_at_the_end(
 
 
 def test_validation_is_on_the_response_whatever_the_training_loss(run: Callable[..., Any]) -> None:
-    """The prompt_loss_weight changes training, never what is compared."""
+    """The prompt_loss_weight changes the training loss, but not the validation loss."""
     results = [run(prompt_loss_weight=weight, max_steps=2) for weight in (0.0, 1.0)]
     assert results[0][2].base_eval_loss == results[1][2].base_eval_loss
     assert values(results[0][1], "train/loss") != values(results[1][1], "train/loss")
@@ -250,7 +250,7 @@ def test_eval_rows_limits(run: Callable[..., Any], gpt2_dir: Path, token_dir: Pa
 def test_best_checkpoint_is_the_minimum(
     gpt2_dir: Path, token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best of five validations is kept with its weights, beside the last; the others are deleted."""
+    """The checkpoints of the best of five validations and of the last step are kept; the others are deleted."""
     script = iter([5.0, 4.0, 3.0, 3.5, 3.25])
     monkeypatch.setattr("model.engine.training.mean_loss", lambda sums, counts: next(script))
     model = GPTModel.from_pretrained(gpt2_dir)
@@ -270,7 +270,7 @@ def test_best_checkpoint_is_the_minimum(
 
 
 def test_base_may_be_the_best(run: Callable[..., Any], gpt2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training that only does harm gives back the base itself."""
+    """If no validation is better than that of the base, the best checkpoint is the base."""
     script = iter([1.0, 2.0, 1.0])
     monkeypatch.setattr("model.engine.training.mean_loss", lambda sums, counts: next(script))
     _, _, result = run(max_steps=4, eval_freq=2)
@@ -283,7 +283,7 @@ def test_base_may_be_the_best(run: Callable[..., Any], gpt2_dir: Path, monkeypat
 
 
 def test_best_checkpoint_scores_what_it_says(run: Callable[..., Any], gpt2_dir: Path, token_dir: Path) -> None:
-    """Base weights plus the checkpoint's give the loss that was reported."""
+    """The best checkpoint's weights give the loss that was reported."""
     _, directory, result = run(epochs=2, eval_freq=3)
     assert result.best_eval_loss == min(values(directory, "eval/loss").values())
     model = GPTModel.from_pretrained(gpt2_dir)
@@ -294,7 +294,7 @@ def test_best_checkpoint_scores_what_it_says(run: Callable[..., Any], gpt2_dir: 
 
 
 def test_reports(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
-    """A caller sees every step, with the validation loss where there is one."""
+    """on_step gets every step, with the validation loss after a validation."""
     model = GPTModel.from_pretrained(gpt2_dir)
     freeze_bottom_layers(model, 1)
     reports: list[StepReport] = []
@@ -312,7 +312,7 @@ def test_reports(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_same_seed_same_training(run: Callable[..., Any], dropout: float) -> None:
-    """Bit for bit, dropout included, whatever the global generators did before."""
+    """Equal bit for bit, also with dropout, whatever was drawn from the global generators before."""
     first, one, _ = run(dropout=dropout)
     torch.rand(3)
     np.random.rand(3)
@@ -323,7 +323,7 @@ def test_same_seed_same_training(run: Callable[..., Any], dropout: float) -> Non
 
 
 def test_another_seed_another_training(run: Callable[..., Any]) -> None:
-    """The seed decides the order, and dropout's noise."""
+    """The seed determines the order of rows and the noise of dropout."""
     losses = [values(run(max_steps=2, seed=seed)[1], "train/loss") for seed in (1, 2)]
     assert losses[0] != losses[1]
     one_batch = [
@@ -333,7 +333,7 @@ def test_another_seed_another_training(run: Callable[..., Any]) -> None:
 
 
 def test_dropout_acts_and_is_off_by_default(run: Callable[..., Any]) -> None:
-    """The rate of the config is the rate in force."""
+    """Dropout has the configured rate in training, and none in validation."""
     model, plain, _ = run(max_steps=1)
     assert model.h[2].attn.dropout == 0.0
     model, noised, _ = run(max_steps=1, dropout=0.3)
@@ -342,12 +342,12 @@ def test_dropout_acts_and_is_off_by_default(run: Callable[..., Any]) -> None:
     assert values(plain, "eval/loss")[0] == values(noised, "eval/loss")[0]
 
 
-# What must not be learnt from
+# Rows without targets, scarce memory, non-finite values
 
 
 @pytest.fixture
 def without_targets(token_dir: Path, tmp_path: Path) -> Callable[[slice], Path]:
-    """without_targets(rows): the token directory with those training rows all prompt."""
+    """without_targets(rows): a token directory in which these training rows have a prompt only."""
 
     def build(rows: slice) -> Path:
         target = tmp_path / "tokens"
@@ -365,7 +365,7 @@ def without_targets(token_dir: Path, tmp_path: Path) -> Callable[[slice], Path]:
 def test_step_without_targets_is_no_step(
     run: Callable[..., Any], without_targets: Callable[[slice], Path], gpt2_dir: Path
 ) -> None:
-    """trl#6668: loss 0, finite; no optimizer step, not even a decay."""
+    """trl#6668: the loss is 0, and no parameter changes, not even by weight decay."""
     model, directory, result = run(tokens=without_targets(slice(None)), weight_decay=0.5)
     assert set(values(directory, "train/loss").values()) == {0.0}
     before = dict(GPTModel.from_pretrained(gpt2_dir).named_parameters())
@@ -375,17 +375,17 @@ def test_step_without_targets_is_no_step(
 
 
 class ScarceMemory:
-    """Mocks memory that holds no pass of more than 300 tokens, from some pass on."""
+    """Mocks memory that, from some pass on, holds no pass of more than 300 tokens."""
 
     def __init__(self, fails_at: int = 0):
         self.fails_at = fails_at
-        self.lengths: list[int] = []  # of all passes
-        self.failed: list[int] = []  # of those that failed
+        self.lengths: list[int] = []  # tokens of all passes
+        self.failed: list[int] = []  # tokens of passes that failed
         self.plain = Engine.forward_backward
 
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def forward_backward(engine: Engine, x: Tensor, batch: Pack, loss: Any, first: bool = False) -> Tensor:
-            result = self.plain(engine, x, batch, loss, first)  # so that a part of a step has been done
+            result = self.plain(engine, x, batch, loss, first)  # so that a step fails when part of it is done
             self.lengths.append(len(batch.ids))
             if len(self.lengths) > self.fails_at and len(batch.ids) > 300:
                 self.failed.append(len(batch.ids))
@@ -400,7 +400,7 @@ class ScarceMemory:
 def test_passes_that_memory_does_not_hold_are_halved(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fails_at: int, dropout: float
 ) -> None:
-    """From the pass that failed; the training goes on from its last checkpoint with the same steps."""
+    """The training goes on from its last checkpoint with passes half as long, and the same steps."""
     monkeypatch.setattr("model.engine.training._FEWEST_TOKENS", 60)
     settings = {"epochs": 2, "eval_freq": 2, "micro_batch_tokens": 10_000, "dropout": dropout}
     warnings: list[str] = []
@@ -425,10 +425,10 @@ def test_passes_that_memory_does_not_hold_are_halved(
     ]
 
 
-def test_resumed_training_takes_the_passes_that_memory_held(
+def test_resumed_training_keeps_the_shorter_passes(
     token_dir: Path, gpt2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though memory would hold longer ones again: only so it repeats the uninterrupted one bit for bit."""
+    """A resumed training keeps the shorter passes, which it needs to equal the uninterrupted one bit for bit."""
     monkeypatch.setattr("model.engine.training._FEWEST_TOKENS", 60)
     config = replace(CONFIG, epochs=2, eval_freq=2, micro_batch_tokens=10_000, dropout=0.1)
 
@@ -453,8 +453,8 @@ def test_resumed_training_takes_the_passes_that_memory_held(
     assert difference(*weights) == 0.0
 
 
-def test_memory_that_holds_no_pass_is_a_sentence(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names what to lower. Mocks memory that is too small."""
+def test_memory_that_holds_no_pass_is_an_error(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the parameters to lower. Mocks memory that holds no pass."""
     monkeypatch.setattr("model.engine.training._FEWEST_TOKENS", 60)
     tries = []
 
@@ -480,14 +480,14 @@ def test_memory_that_holds_no_pass_is_a_sentence(run: Callable[..., Any], monkey
     ],
 )
 def test_full_memory_of_a_gpu_is_known_by_all_its_names(error: RuntimeError, full: bool) -> None:
-    """Beside torch's allocator, CUDA, its libraries and Triton take memory too. Mocks what they say."""
+    """Errors of torch's allocator, CUDA, its libraries and Triton are recognised by their messages."""
     assert ran_out_of_memory(error) is full
 
 
 def test_rows_without_targets_weigh_nothing(
     run: Callable[..., Any], without_targets: Callable[[slice], Path], gpt2_dir: Path
 ) -> None:
-    """Where half of the rows bear no loss, the mean is over the tokens of the other half."""
+    """If half of the rows have no target, the mean is over the tokens of the other half."""
     tokens = without_targets(slice(0, 21))
     _, directory, _ = run(tokens=tokens, batch_size=42, max_steps=1)
     sums, counts = row_losses(engine_of(gpt2_dir), CodeAlpacaDataset(tokens, "train"), 500)
@@ -510,7 +510,7 @@ def poisoned(model: GPTModel, name: str, step: int) -> Callable[[StepReport], No
 
 @pytest.mark.parametrize("name", ["h.2.mlp.c_fc.weight", "h.0.attn.c_attn.bias", "ln_f.weight"])
 def test_nan_weight_stops_before_the_update(tiny_model: GPTModel, token_dir: Path, tmp_path: Path, name: str) -> None:
-    """A NaN in a trained or a frozen weight: no update is made, and no checkpoint holds it."""
+    """With a NaN in a trained or frozen weight no update is made, and no checkpoint has it."""
     before: dict[str, Tensor] = {}
 
     def hook(report: StepReport) -> None:
@@ -531,7 +531,7 @@ def test_nan_weight_stops_before_the_update(tiny_model: GPTModel, token_dir: Pat
 def test_nan_before_a_validation_is_not_saved(
     tiny_model: GPTModel, token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An update that itself makes a NaN is found by the validation, before the save."""
+    """A NaN made by an update is found by the validation, before the checkpoint is saved."""
     step = torch.optim.AdamW.step
 
     def bad_step(self: torch.optim.AdamW, *args: Any) -> None:
@@ -547,7 +547,7 @@ def test_nan_before_a_validation_is_not_saved(
 
 
 def test_nan_from_the_start_saves_nothing(tiny_model: GPTModel, token_dir: Path, tmp_path: Path) -> None:
-    """A broken base is found by the validation at step 0."""
+    """A NaN in the base is found by the validation at step 0."""
     poisoned(tiny_model, "wpe.weight", 0)(StepReport(0, 1, 0.0, 0.0, 0.0, None))
     with pytest.raises(NonFiniteError, match="step 0"):
         train(tiny_model, token_dir, CONFIG, tmp_path, "identity")
@@ -555,7 +555,7 @@ def test_nan_from_the_start_saves_nothing(tiny_model: GPTModel, token_dir: Path,
 
 
 def test_infinite_gradient_stops_before_the_update(tiny_model: GPTModel, token_dir: Path, tmp_path: Path) -> None:
-    """The loss may be finite where a gradient is not; clipping would make all of them NaN."""
+    """A gradient may be infinite though the loss is finite; clipping would make all gradients NaN."""
     tiny_model.h[2].attn.c_proj.bias.register_hook(lambda gradient: gradient * math.inf)
     before = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
     with pytest.raises(NonFiniteError, match="gradient norm"):
@@ -566,13 +566,13 @@ def test_infinite_gradient_stops_before_the_update(tiny_model: GPTModel, token_d
 
 @pytest.mark.parametrize("learning_rate", [1e3, 1e6, 1e20])
 def test_divergence_is_a_non_finite_error(run: Callable[..., Any], tmp_path: Path, learning_rate: float) -> None:
-    """An absurd learning rate ends with the advice to lower it, or survives; with no other error."""
+    """A training with an absurd learning rate either ends in a NonFiniteError or finishes with finite weights."""
     with suppress(NonFiniteError):
         run(learning_rate=learning_rate, eval_freq=2)
     assert finite(tmp_path)
 
 
 def test_unknown_precision_is_refused_by_name(run: Callable[..., Any]) -> None:
-    """Before anything is computed."""
+    """The error names the precision and comes before any computation."""
     with pytest.raises(ValueError, match="precision 'fp8'"):
         run(precision="fp8")

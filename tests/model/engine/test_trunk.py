@@ -1,4 +1,4 @@
-"""The trunk's outputs, kept: equal to the model's, found again only where they belong, never used when damaged."""
+"""Cached outputs of the trunk: equal to the model's, reused only for the same trunk and rows, never when damaged."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ TRAIN = TrainConfig(epochs=2, batch_size=8, eval_freq=100, micro_batch_tokens=15
 
 @pytest.fixture(autouse=True)
 def _slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small a trunk is computed faster than a file is read; here it is not."""
+    """Mocks a processor on which reading a file is faster than computing this small trunk."""
     monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)
 
 
 @pytest.fixture
 def load(gpt2_dir: Path) -> Callable[..., GPTModel]:
-    """load(unfrozen): the model, fresh, in eval mode."""
+    """load(unfrozen): a fresh model in eval mode."""
 
     def fresh(unfrozen: int = 1) -> GPTModel:
         model = GPTModel.from_pretrained(gpt2_dir)
@@ -70,7 +70,7 @@ def outputs_of(load: Callable[..., GPTModel], token_dir: Path) -> Callable[..., 
 
 
 def ask(outputs: TrunkOutputs, rows: list[int] | None = None) -> dict[int, Tensor]:
-    """Outputs by row, asked for in one pack."""
+    """Outputs of rows, requested as one pack."""
     numbers = np.arange(len(outputs.dataset)) if rows is None else np.array(rows)
     batch = pack(outputs.dataset, numbers, CPU)
     parts = outputs(batch).split(batch.documents.lengths)
@@ -89,13 +89,13 @@ def files(directory: Path, name: str = "values.bin") -> list[Path]:
     return sorted(directory.glob(f"*/{name}"))
 
 
-# What comes out
+# Values
 
 
 @pytest.mark.parametrize("place", ["file", "host", "none"])
 @torch.no_grad()
 def test_outputs_are_the_models(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, place: str) -> None:
-    """Each row's, at the first time of asking and the second, in the order of the pack."""
+    """Outputs equal the model's at the first request and at later ones, in the order of the pack."""
     outputs = outputs_of(tmp_path if place == "file" else None, uses=1 if place == "none" else 3)
     assert outputs.place == place
     order = np.random.default_rng(0).permutation(ROWS).tolist()
@@ -110,7 +110,7 @@ def test_outputs_are_the_models(outputs_of: Callable[..., TrunkOutputs], tmp_pat
 
 @pytest.mark.parametrize("place", ["file", "host"])
 def test_any_order_gets_the_same_bits(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, place: str) -> None:
-    """A row is computed in the company of its group, whoever asks first: a resumed training repeats the original."""
+    """Rows are computed in fixed chunks, whichever is requested first: a resumed training repeats the original."""
     first = outputs_of(tmp_path / "one" if place == "file" else None)
     want = ask(first)
     assert same_bits(ask(first), want)
@@ -127,7 +127,7 @@ def test_any_order_gets_the_same_bits(outputs_of: Callable[..., TrunkOutputs], t
 def test_chunks_are_computed_whole(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever rows are asked for, or were found damaged: products have the shapes they had the first time."""
+    """Whichever rows are requested or damaged, whole chunks are computed: matrix products keep their shapes."""
     computed: list[list[int]] = []
     trunk = Engine.trunk
 
@@ -154,7 +154,7 @@ def test_chunks_are_computed_whole(
 def test_scores_are_the_same_with_and_without(
     outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path
 ) -> None:
-    """Validation from the cache is validation: first and second time."""
+    """The loss is the same with and without the cache, the first and the second time."""
     outputs = outputs_of(tmp_path, split="validation")
     want, _ = row_losses(Engine(load(), torch.float32), outputs.dataset, 150)
     for _ in range(2):
@@ -163,11 +163,11 @@ def test_scores_are_the_same_with_and_without(
     assert outputs.hit_share == 0.5
 
 
-# What finds it again
+# Reuse
 
 
 def test_second_process_computes_nothing(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
-    """Same directory, same trunk and rows: all is read, bit for bit, in whatever grouping."""
+    """With the same directory, trunk and rows everything is read, bit for bit, for any size of chunks."""
     first = outputs_of(tmp_path)
     want = ask(first)
     assert first.computed == inputs_of(first, list(range(ROWS)))
@@ -182,7 +182,7 @@ def test_second_process_computes_nothing(outputs_of: Callable[..., TrunkOutputs]
 def test_partly_filled_file_is_used_as_far_as_it_goes(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path
 ) -> None:
-    """A process that was stopped leaves what it had computed."""
+    """Rows that a stopped process had computed are read, the others computed."""
     first = outputs_of(tmp_path, chunk_tokens=1)
     some = ask(first, [0, 5, 9])
     second = outputs_of(tmp_path, chunk_tokens=1)
@@ -194,7 +194,7 @@ def test_partly_filled_file_is_used_as_far_as_it_goes(
 def test_other_top_finds_it(
     outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path
 ) -> None:
-    """A night that starts from the champion: other trained blocks and norm, the same trunk."""
+    """A model with other trained blocks and norm, but the same trunk, reuses the file."""
     want = ask(outputs_of(tmp_path))
     champion = load()
     for parameter in (p for p in champion.parameters() if p.requires_grad):
@@ -215,7 +215,7 @@ def shift(name: str) -> Callable[[GPTModel], None]:
 def test_other_trunk_does_not_find_it(
     outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path, name: str
 ) -> None:
-    """One number of the trunk is another trunk."""
+    """A trunk that differs in one number does not reuse the file."""
     ask(outputs_of(tmp_path))
     model = load()
     shift(name)(model)
@@ -228,7 +228,7 @@ def test_other_trunk_does_not_find_it(
 def test_other_depth_rows_ids_or_dtype_do_not_find_it(
     outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], token_dir: Path, tmp_path: Path
 ) -> None:
-    """Whatever determines the outputs is in the key."""
+    """The key covers depth, rows, ids and dtype."""
     directory = tmp_path / "cache"
     ask(outputs_of(directory))
     changed = tmp_path / "tokens"
@@ -253,7 +253,7 @@ def test_other_depth_rows_ids_or_dtype_do_not_find_it(
 
 
 def test_second_training_computes_nothing(load: Callable[..., GPTModel], token_dir: Path, tmp_path: Path) -> None:
-    """On the same rows, and from the champion: it finds the first one's outputs, validation's too."""
+    """A second training on the same rows reads all outputs of the first, for training and validation."""
     cache = TrunkCacheConfig(tmp_path / "cache")
     champion = load()
     first = train(champion, token_dir, TRAIN, tmp_path / "one", "one", cache=cache)
@@ -285,7 +285,7 @@ def cut(path: Path) -> None:
 def test_damage_is_computed_anew(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
-    """A flipped bit, a file cut short, emptied or gone: never used, but repaired."""
+    """Damaged, cut, emptied or deleted files are not used, but repaired."""
     want = ask(outputs_of(tmp_path))
     [path] = files(tmp_path, name)
     damage(path)
@@ -300,7 +300,7 @@ def test_damage_is_computed_anew(
 
 
 def test_longer_file_is_cut_to_size(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
-    """What was appended is nobody's output."""
+    """Bytes beyond the outputs are cut off."""
     want = ask(outputs_of(tmp_path))
     [path] = files(tmp_path)
     with path.open("ab") as stream:
@@ -314,7 +314,7 @@ def test_longer_file_is_cut_to_size(outputs_of: Callable[..., TrunkOutputs], tmp
 
 
 def test_beyond_the_budget_nothing_is_kept(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
-    """Computed anew each time, and no file; at exactly the budget all is kept."""
+    """Above the limit outputs are computed each time, without a file; at exactly the limit all are kept."""
     size = outputs_of().bytes
     assert size == inputs_of(outputs_of(), list(range(ROWS))) * 32 * 4
     outputs = outputs_of(tmp_path / "cache", max_bytes=size - 1)
@@ -327,7 +327,7 @@ def test_beyond_the_budget_nothing_is_kept(outputs_of: Callable[..., TrunkOutput
 
 
 def directory_of(outputs: TrunkOutputs, root: Path) -> Path:
-    """The directory whose file has that cache's size."""
+    """The directory whose file has the size of that cache."""
     [path] = [path.parent for path in files(root) if path.stat().st_size == outputs.bytes]
     return path
 
@@ -336,7 +336,7 @@ def directory_of(outputs: TrunkOutputs, root: Path) -> Path:
 def test_file_used_longest_ago_makes_room(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, used_again: bool
 ) -> None:
-    """Of others' files the one used longest ago goes, and no more than must; to be read counts as use."""
+    """Only the file that was not used for the longest time is deleted; reading counts as use."""
     train_rows, validation = outputs_of(tmp_path), outputs_of(tmp_path, split="validation")
     old, new = directory_of(train_rows, tmp_path), directory_of(validation, tmp_path)
     os.utime(old, (1000, 1000))
@@ -348,11 +348,11 @@ def test_file_used_longest_ago_makes_room(
     test = outputs_of(tmp_path, split="test", max_bytes=three - 1)
     assert test.place == "file"
     assert {path.parent for path in files(tmp_path)} == {new, directory_of(test, tmp_path)}
-    ask(train_rows)  # whoever has it mapped keeps it until then
+    ask(train_rows)  # a deleted file that is still mapped can be read
 
 
 def test_no_room_is_made_without_need(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
-    """Three files that fit stay."""
+    """Three files within the limit are kept."""
     for split in ("train", "validation", "test"):
         outputs_of(tmp_path, split=split)
     assert len(files(tmp_path)) == 3
@@ -361,7 +361,7 @@ def test_no_room_is_made_without_need(outputs_of: Callable[..., TrunkOutputs], t
 def test_validation_does_not_evict_its_own_trainings_file(
     load: Callable[..., GPTModel], outputs_of: Callable[..., TrunkOutputs], token_dir: Path, tmp_path: Path
 ) -> None:
-    """A budget that holds both files of a training holds both: the rows' own count once."""
+    """A limit of the size of both files of a training keeps both: a file's size counts once."""
     together = sum(outputs_of(split=split).bytes for split in ("train", "validation"))
     cache = TrunkCacheConfig(tmp_path / "cache", max_bytes=together)
     for name, share in (("one", 0.5), ("two", 1.0)):
@@ -373,14 +373,14 @@ def test_validation_does_not_evict_its_own_trainings_file(
 def test_validation_has_what_the_training_leaves(
     load: Callable[..., GPTModel], outputs_of: Callable[..., TrunkOutputs], token_dir: Path, tmp_path: Path
 ) -> None:
-    """A budget for the training rows alone: no file of the validation."""
+    """If the limit has room for the training rows only, validation gets no file."""
     cache = TrunkCacheConfig(tmp_path / "cache", max_bytes=outputs_of().bytes)
     train(load(), token_dir, TRAIN, tmp_path / "training", "me", cache=cache)
     assert [path.stat().st_size for path in files(tmp_path / "cache")] == [cache.max_bytes]
 
 
 def test_nothing_is_kept_for_a_single_use(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
-    """One epoch has no use for memory; a file is for later runs."""
+    """For one epoch outputs are not kept in memory, but in a file for later runs."""
     assert outputs_of(uses=1).place == "none"
     assert outputs_of(uses=1.5).place == "host"
     assert outputs_of(tmp_path, uses=1).place == "file"
@@ -389,7 +389,7 @@ def test_nothing_is_kept_for_a_single_use(outputs_of: Callable[..., TrunkOutputs
 def test_nothing_frozen_nothing_kept(
     outputs_of: Callable[..., TrunkOutputs], load: Callable[..., GPTModel], tmp_path: Path
 ) -> None:
-    """Embeddings alone are looked up as fast; and where they train, outputs would be stale."""
+    """Without frozen blocks nothing is kept: embeddings are as fast, and trained ones would change the outputs."""
     assert outputs_of(tmp_path / "cache", load(3)).place == "none"
     assert not files(tmp_path / "cache")
 
@@ -397,7 +397,7 @@ def test_nothing_frozen_nothing_kept(
 def test_no_file_where_computing_is_faster_than_reading(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tiny trunk is not worth the disk; memory still is."""
+    """Outputs of a trunk that is computed faster than a file is read are kept in memory only."""
     monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1.0)
     assert outputs_of(tmp_path / "cache").place == "host"
     assert not files(tmp_path / "cache")
@@ -407,7 +407,7 @@ def test_no_file_where_computing_is_faster_than_reading(
 def test_room_is_taken_when_a_file_is_opened(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """A map of a sparse file ends the process where the disk is full later. Mocks a disk that is full by then."""
+    """Blocks are allocated at once: a mapped sparse file would kill the process on a full disk. Mocks a full disk."""
     if known:
         first = outputs_of(tmp_path)
         ask(first, [0])
@@ -427,7 +427,7 @@ def test_room_is_taken_when_a_file_is_opened(
 def test_no_file_on_a_full_disk(
     outputs_of: Callable[..., TrunkOutputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most half of what is free; an existing file is used all the same."""
+    """A new file takes at most half of the free space; an existing file is used in any case."""
     size = outputs_of().bytes
     usage = type("usage", (), {"free": 2 * size - 1})
     monkeypatch.setattr("model.engine.trunk.shutil.disk_usage", lambda path: usage)
@@ -439,11 +439,11 @@ def test_no_file_on_a_full_disk(
     assert outputs_of(tmp_path).place == "file"
 
 
-# Numbers for people
+# Numbers for the log
 
 
 def test_hit_share_by_hand(outputs_of: Callable[..., TrunkOutputs]) -> None:
-    """Rows that are groups of their own: only the third one is new at the second time."""
+    """Chunks of one row: only the third row is new in the second request."""
     outputs = outputs_of(chunk_tokens=1)
     assert outputs.hit_share == 0.0
     ask(outputs, [0, 1])
@@ -455,7 +455,7 @@ def test_hit_share_by_hand(outputs_of: Callable[..., TrunkOutputs]) -> None:
 
 
 def test_hit_share_is_a_share(outputs_of: Callable[..., TrunkOutputs]) -> None:
-    """Where more was computed than needed so far (a row's whole group), it is 0 and not less."""
+    """It is 0, not negative, if more was computed than requested (a row's whole chunk)."""
     outputs = outputs_of(chunk_tokens=10_000)
     ask(outputs, [3])
     assert outputs.computed > outputs.requested
@@ -463,7 +463,7 @@ def test_hit_share_is_a_share(outputs_of: Callable[..., TrunkOutputs]) -> None:
 
 
 def test_describe(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
-    """Size, place and share."""
+    """The line has size, place and share."""
     assert outputs_of(uses=1).describe() == "trunk outputs are computed anew each time"
     for place, outputs in (("host", outputs_of()), ("file", outputs_of(tmp_path))):
         ask(outputs)
@@ -485,7 +485,7 @@ def test_describe(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> No
     ],
 )  # fmt: skip
 def test_available_memory_heeds_a_containers_limit(tmp_path: Path, files: dict[str, str], available: int) -> None:
-    """By the kernel's files of both cgroup versions; what files are cached in can be taken."""
+    """The limit is read for both cgroup versions; the page cache counts as available."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
     for name, text in files.items():
