@@ -1,4 +1,4 @@
-"""Rows: both schemas, every kind of file, every reason to drop; splits that do not move."""
+"""Rows: every file type, every schema, every reason to drop a row; the draw of splits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 
 from model.data.rows import (
+    READERS,
+    SCHEMAS,
+    SUFFIXES,
     UNUSABLE,
     UnusableRow,
     find_splits,
@@ -28,25 +31,42 @@ ROWS = [
 ]
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        pd.DataFrame(rows).to_parquet(path)
-    else:
-        pd.DataFrame(rows).to_csv(path, index=False)
-    return path
+# Writes ROWS as each type of file. A new entry of READERS needs one here.
+WRITERS: dict[str, Callable[[Path], object]] = {
+    ".jsonl": lambda path: path.write_text("".join(json.dumps(row) + "\n\n" for row in ROWS)),
+    ".json": lambda path: path.write_text(json.dumps(ROWS)),
+    ".parquet": lambda path: pd.DataFrame(ROWS).to_parquet(path),
+    ".csv": lambda path: pd.DataFrame(ROWS).to_csv(path, index=False),
+}
+# Records of each schema with the prompt that each becomes; the completion is "c". A new entry of SCHEMAS needs one.
+RECORDS: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
+    ("prompt", "completion"): [({"prompt": "Add\n1", "completion": "c"}, "Add\n1")],
+    ("instruction", "output"): [
+        ({"instruction": "Add", "input": "1", "output": "c"}, "Add\n1"),
+        ({"instruction": "Add", "input": "", "output": "c"}, "Add"),
+        ({"instruction": "Add", "input": None, "output": "c"}, "Add"),
+        ({"instruction": "Add", "output": "c"}, "Add"),
+    ],
+}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+def test_every_format_has_a_sample() -> None:
+    """A file type or schema that is added without a sample here fails, and so does one that lost its reader."""
+    assert WRITERS.keys() == READERS.keys()
+    assert RECORDS.keys() == SCHEMAS.keys()
+    assert tuple(READERS) == SUFFIXES
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     """Text stays text, in order: pandas would read NA as missing and 001 as 1."""
-    assert [normalize_row(record) for record in read_records(write(tmp_path / f"rows{suffix}", ROWS))] == ROWS
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](path)
+    assert find_splits(path) == {"train": [path]}
+    assert [normalize_row(record) for record in read_records(path)] == ROWS
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+@pytest.mark.parametrize("suffix", READERS)
 def test_broken_file_is_named(tmp_path: Path, suffix: str) -> None:
     """An unreadable file is an error with its name; broken lines of a .jsonl are rows to drop."""
     path = tmp_path / f"rows{suffix}"
@@ -65,19 +85,24 @@ def test_json_that_is_no_list_is_refused(tmp_path: Path) -> None:
         list(read_records(tmp_path / "rows.json"))
 
 
-@pytest.mark.parametrize(
-    ("record", "prompt"),
-    [
-        ({"prompt": "Add\n1", "completion": "c"}, "Add\n1"),
-        ({"instruction": "Add", "input": "1", "output": "c"}, "Add\n1"),
-        ({"instruction": "Add", "input": "", "output": "c"}, "Add"),
-        ({"instruction": "Add", "input": None, "output": "c"}, "Add"),
-        ({"instruction": "Add", "output": "c"}, "Add"),
-    ],
-)
-def test_both_schemas(record: dict[str, Any], prompt: str) -> None:
-    """The hub copy's prompt + completion, and instruction + input + output joined as it joins them."""
-    assert normalize_row(record) == {"prompt": prompt, "completion": "c"}
+@pytest.mark.parametrize("fields", SCHEMAS, ids=" + ".join)
+def test_every_schema_becomes_prompt_and_completion(fields: tuple[str, ...]) -> None:
+    """The fields that a schema requires are enough; each is missed when it is absent or null."""
+    for record, prompt in RECORDS[fields]:
+        assert normalize_row(record) == {"prompt": prompt, "completion": "c"}
+        for field in fields:
+            with pytest.raises(UnusableRow, match="missing_field"):
+                normalize_row({key: value for key, value in record.items() if key != field})
+            with pytest.raises(UnusableRow, match="null_field"):
+                normalize_row({**record, field: None})
+
+
+def test_the_first_schema_wins() -> None:
+    """A record with the fields of both schemas is read as prompt + completion, also when these are unusable."""
+    other = {"instruction": "i", "output": "o"}
+    assert normalize_row({**other, "prompt": "p", "completion": "c"}) == {"prompt": "p", "completion": "c"}
+    with pytest.raises(UnusableRow, match="null_field"):
+        normalize_row({**other, "prompt": "p", "completion": None})
 
 
 @pytest.mark.parametrize(
