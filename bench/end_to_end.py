@@ -191,8 +191,8 @@ def write_rows(source: Path, tokenizer: Any, rows: int, scratch: Path) -> None:
 
     A training row whose prompt is held out is left away: the pipeline would drop it, and TRL's script would not.
     """
+    from model.data.preparing import PrepareConfig, prepare
     from model.data.rows import UnusableRow, find_splits, normalize_row, prompt_key, read_records
-    from model.data.tokens import PrepareConfig, prepare
 
     splits = find_splits(source)
     prepare(splits, tokenizer, PrepareConfig(), scratch / "tokens")

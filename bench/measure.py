@@ -24,7 +24,7 @@ class Job:
     """The training that every contestant does.
 
     Attributes:
-        tokens: directory written by ``model.data.tokens.prepare``.
+        tokens: directory written by ``model.data.preparing.prepare``.
         tokenizer: directory of its tokenizer; contestants read nothing from it but the special tokens.
         model_size: preset whose shape the random weights have.
         num_unfrozen_layers: blocks that train, from the top; the final norm trains too, all else is frozen.

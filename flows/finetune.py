@@ -18,7 +18,7 @@ from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.nightly import Night, begin_night
 from flows.plan import check_disk, describe_plan
 from flows.waiting import hold_device, hold_training
-from model.data.tokens import PrepareConfig
+from model.data.preparing import PrepareConfig
 from model.engine.config import TrainConfig
 from model.evaluation.completions import SamplingConfig
 from model.net.config import PRESETS, normalize_size

@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows.waiting import hold_nights
-from model.data.tokens import PrepareConfig
+from model.data.preparing import PrepareConfig
 from ops.settings import Settings
 from ops.tracking.ledger import caught_up, record_night
 from ops.tracking.registry import model_name

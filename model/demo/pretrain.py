@@ -88,7 +88,7 @@ def train_tokenizer(texts: list[str], directory: Path, vocab_size: int) -> PreTr
 def write_windows(
     texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, length: int, directory: Path
 ) -> dict[str, int]:
-    """Token files in the layout of ``model.data.tokens.prepare``: rows of ``length`` tokens with no prompt.
+    """Token files in the layout of ``model.data.preparing.prepare``: rows of ``length`` tokens with no prompt.
 
     Returns:
         Tokens by split.

@@ -143,7 +143,7 @@ def train(
 
     Args:
         model: on its device, frozen parameters cast; trained in place.
-        tokens: directory written by ``model.data.tokens.prepare``.
+        tokens: directory written by ``model.data.preparing.prepare``.
         config: hyper-parameters.
         directory: of this training alone: checkpoints ``step-*`` and the journal ``metrics.jsonl``.
         identity: sha256 over everything that determines the training; a checkpoint of another is ignored.

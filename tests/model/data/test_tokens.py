@@ -13,16 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from model.data.preparing import PrepareConfig, prepare, training_keys
 from model.data.rows import find_splits, normalize_row, row_key
-from model.data.tokens import (
-    IGNORE,
-    CodeAlpacaDataset,
-    PrepareConfig,
-    epoch_order,
-    prepare,
-    training_keys,
-    verify_tokens,
-)
+from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order, verify_tokens
 from model.net.prompt import encode, encode_examples, format_prompt
 
 CONFIG = PrepareConfig(max_length=80, test_share=0.2, validation_share=0.2)
@@ -64,7 +57,7 @@ def test_files_hold_the_encoding_of_every_row(
     make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The memory-mapped ids equal a direct encoding, for every row of every split, also over chunk borders."""
-    monkeypatch.setattr("model.data.tokens._CHUNK", 7)
+    monkeypatch.setattr("model.data.writing._CHUNK", 7)
     rows = make_rows(60)
     _, directory = run(rows)
     texts = [normalize_row(row) for row in rows]
@@ -89,7 +82,7 @@ def test_chunks_do_not_change_the_files(
 ) -> None:
     """Streaming is an implementation detail: ids and lengths of each split are the same."""
     _, whole = run(make_rows(60))
-    monkeypatch.setattr("model.data.tokens._CHUNK", 4)
+    monkeypatch.setattr("model.data.writing._CHUNK", 4)
     _, chunked = run(make_rows(60))
     for split in SPLITS:
         assert examples(whole, split) == examples(chunked, split)
@@ -508,7 +501,7 @@ def test_large_vocabulary_is_stored_in_four_bytes(
     shift = 70_000
     monkeypatch.setattr(type(tokenizer), "__len__", lambda self: 100_000)
     monkeypatch.setattr(
-        "model.data.tokens.encode_examples",
+        "model.data.writing.encode_examples",
         lambda *args: [([i + shift for i in ids], prompt) for ids, prompt in real(*args)],
     )
     meta, directory = run(make_rows(60))
