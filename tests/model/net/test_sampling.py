@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel, filter_logits, generate
 from model.net.device import autocast, cast_frozen
-from model.net.sampling import _last_logits
+from model.net.sampling import _draw, _last_logits, build_filters, check_sampling
 
 
 def logits_of(*rows: list[float]) -> Tensor:
@@ -143,6 +145,16 @@ def test_bad_setting_is_refused_by_name(tiny_model: GPTModel, settings: dict[str
         generate(tiny_model, [[1]], 0, **settings)
 
 
+@pytest.mark.parametrize("function", [filter_logits, generate, check_sampling])
+def test_every_filter_can_be_set_everywhere(function: Callable[..., Any]) -> None:
+    """A filter that is added to build_filters is a setting of every function that samples, off by default."""
+    settings = inspect.signature(function).parameters
+    for name in inspect.signature(build_filters).parameters:
+        assert name in settings
+        if function is not check_sampling:
+            assert settings[name].default == (1.0 if name == "temperature" else None)
+
+
 # Generation
 
 
@@ -154,6 +166,19 @@ def model(gpt2_dir: Path) -> GPTModel:
 @pytest.fixture(scope="module")
 def reference(gpt2_dir: Path) -> GPT2LMHeadModel:
     return GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits (B, V) that ``generate`` draws from, step by step, in fp32."""
+    steps: list[Tensor] = []
+
+    def spy(logits: Tensor, *settings: Any) -> Tensor:
+        steps.append(logits.float())
+        return _draw(logits, *settings)
+
+    monkeypatch.setattr("model.net.sampling._draw", spy)
+    return steps
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:
@@ -202,15 +227,8 @@ def test_edge_of_the_context(model: GPTModel, length: int) -> None:
     assert generate(model, prompts, 4, temperature=0) == [plain_loop(model, p, 4) for p in prompts]
 
 
-def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, seen: list[Tensor]) -> None:
     """Also at T = 1, each row's logits are those of its own text, to rounding."""
-    seen: list[Tensor] = []
-
-    def spy(logits: Tensor, *settings: Any) -> Tensor:
-        seen.append(logits)
-        return filter_logits(logits, *settings)
-
-    monkeypatch.setattr("model.net.sampling.filter_logits", spy)
     prompts = prompts_of(7, 2)
     new = generate(model, prompts, 12, seed=3)
     for step, logits in enumerate(seen):
@@ -307,15 +325,8 @@ def test_empty_prompt_is_refused(model: GPTModel) -> None:
         generate(model, [[1], []], 5)
 
 
-def test_generation_in_mixed_precision(tiny_model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_in_mixed_precision(tiny_model: GPTModel, seen: list[Tensor]) -> None:
     """A bf16 trunk under an fp32 top generates under autocast, near the fp32 logits."""
-    seen: list[Tensor] = []
-
-    def spy(logits: Tensor, *settings: Any) -> Tensor:
-        seen.append(logits.float())
-        return filter_logits(logits, *settings)
-
-    monkeypatch.setattr("model.net.sampling.filter_logits", spy)
     generate(tiny_model, prompts_of(6, 3), 1, temperature=0)
     cast_frozen(tiny_model, torch.bfloat16)
     with autocast(torch.device("cpu"), torch.bfloat16):
