@@ -63,8 +63,8 @@ def prepare(
 
     Test is the source's own, else a share of train; validation likewise. Both are taken from all of train,
     whatever the subset, so that runs on different subsets are scored on the same rows. A training row
-    whose normalised prompt is also a prompt of either is dropped. A row longer than ``max_length`` is cut and
-    then has no EOS; a row whose whole response would be cut is dropped.
+    whose normalised prompt is also in test or validation is dropped. A row longer than ``max_length`` is cut
+    and then has no EOS; a row whose whole response would be cut is dropped.
 
     Args:
         sources: split -> files, as from ``find_splits``.
@@ -89,7 +89,7 @@ def prepare(
                     inspection.count(record)
                 if not record.reason and (chosen or record.split != "train"):
                     files.add(record.split, {"row": record.number, **record.row})
-            files.flush()  # the digest is over all rows of one source split, then over those of the next
+            files.flush()  # data_sha256 depends on the order of writing: one source split after another
         files.close()
         inspection.check()
         meta = {
@@ -202,7 +202,7 @@ def _records(paths: Sequence[Path]) -> Iterator[tuple[int, Path, Any]]:
 
 
 def _subset_test(config: PrepareConfig) -> Callable[[_AssignedRecord], bool]:
-    """Returns whether a record of train is in the subset: by content if keys are given, else by position."""
+    """The test whether a record of train is in the subset: by content if keys are given, else by position."""
     if config.subset_keys is not None:
         keys = frozenset(np.load(config.subset_keys, allow_pickle=False).tolist())
         return lambda record: bool(record.row) and row_key(record.row) in keys
@@ -211,9 +211,11 @@ def _subset_test(config: PrepareConfig) -> Callable[[_AssignedRecord], bool]:
 
 
 class _Inspection:
-    """Counts of the records read, the first five unusable ones, and the limits on both.
+    """Counts the records read, remembers the first five unusable ones, and checks the counts against the limits.
 
-    Raises ValueError from its checks, with the files' names and the setting to change.
+    Args:
+        sources: named in errors.
+        config: the limits.
     """
 
     def __init__(self, sources: Sources, config: PrepareConfig):

@@ -1,4 +1,4 @@
-"""Rows of an instruction set: read from files, normalised from either schema, assigned to splits."""
+"""Rows of an instruction set: read from files of any type in READERS, normalised from any schema in SCHEMAS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
-# How file names in a folder begin; every other name is train.
+# Beginnings of file names in a folder; files with any other name are train.
 _SPLIT_NAMES = {"test": ("test",), "validation": ("val", "dev", "eval")}
 
 # Reasons for which a row cannot be used at all; the share of these is bounded by max_dropped_share.
@@ -24,7 +24,7 @@ UNUSABLE = (
     "empty_field",
     "tests_not_strings_in_a_list",
 )
-# Reasons that say nothing against the data: longer than the context, or kept out of training.
+# Reasons that do not make a row unusable: longer than max_length, or its prompt is also in a held-out split.
 PROMPT_TOO_LONG = "prompt_too_long"
 IN_HELD_OUT = "prompt_in_held_out"
 
@@ -44,7 +44,7 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
     ``dev`` or ``eval`` validation, and all others train, as on the Hugging Face hub.
 
     Raises:
-        FileNotFoundError: nothing there, or no file of a known type.
+        FileNotFoundError: the path does not exist, or the folder has no file of a known type.
         ValueError: a single file of an unknown type, or a folder with no training file.
     """
     if source.is_file():
@@ -200,9 +200,9 @@ def prompt_key(prompt: str) -> bytes:
 
 
 def row_key(row: dict[str, Any]) -> int:
-    """64 bits that stand for a normalised row's content, wherever it lies and whatever its neighbours are.
+    """A 64-bit hash of a normalised row's content; its file and position play no part.
 
-    Among a million rows any two agree by chance with a probability of 3e-8.
+    The probability that any two of a million different rows share a hash is 3e-8.
     """
     digest = hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
@@ -211,8 +211,8 @@ def row_key(row: dict[str, Any]) -> int:
 def fraction(key: bytes, seed: int, purpose: str) -> float:
     """A uniform number in [0, 1) that depends on the prompt, the seed and the purpose alone.
 
-    Splits drawn this way do not move when the data set grows or is read in another order, and rows with
-    one prompt always share a split.
+    So a row stays in its split when the data set grows or is read in another order, and rows with the same prompt
+    always share a split.
     """
     digest = hashlib.blake2b(key + f"{seed}:{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -33,7 +33,14 @@ class CodeAlpacaDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         directory: written by ``prepare``.
         split: train, validation or test.
         limit: use the first rows only.
-        prompt_loss_weight: weight of the loss on prompt tokens; on response tokens it is 1.
+        prompt_loss_weight: weight of the loss on prompt tokens; response tokens have weight 1.
+
+    Attributes, for n rows:
+        lengths: (n, 2), tokens of each row and of its prompt.
+        offsets: (n + 1,), index in ``ids`` of each row's first token, and the end of the last row.
+        ids: (tokens,), the ids of all rows of the split, memory-mapped from ``ids_file``.
+        longest: tokens of the longest row.
+        rows: text of the rows, for held-out splits; empty for train.
     """
 
     def __init__(self, directory: Path, split: str, limit: int | None = None, prompt_loss_weight: float = 0.0):
@@ -54,12 +61,12 @@ class CodeAlpacaDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.lengths)
 
     def loss_weight(self, rows: np.ndarray[Any, Any]) -> float:
-        """Sum of the loss weights of rows: what their summed loss is divided by. The first token is no target."""
+        """Sum of the loss weights of rows, the divisor of their summed loss. The first token is never a target."""
         lengths, prompts = self.lengths[rows, 0], np.maximum(1, self.lengths[rows, 1])
         return float((lengths - prompts).sum() + self.prompt_loss_weight * (prompts - 1).sum())
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """input_ids (T,), labels (T,) with IGNORE where no loss is, loss_weights (T,)."""
+        """input_ids (T,), labels (T,) with IGNORE where the loss weight is 0, loss_weights (T,)."""
         length, prompt_length = (int(n) for n in self.lengths[index])
         start = self.offsets[index]
         ids = torch.from_numpy(self.ids[start : start + length].astype(np.int64))

@@ -55,7 +55,7 @@ def examples(directory: Path, split: str) -> list[tuple[list[int], int]]:
 def test_files_hold_the_encoding_of_every_row(
     make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory-mapped ids equal a direct encoding, for every row of every split, also over chunk borders."""
+    """The memory-mapped ids equal a direct encoding, for every row of every split, also across chunks."""
     monkeypatch.setattr("model.data.writing._CHUNK", 7)
     rows = make_rows(60)
     _, directory = run(rows)
@@ -79,7 +79,7 @@ def test_files_hold_the_encoding_of_every_row(
 def test_chunks_do_not_change_the_files(
     make_rows: Callable[..., Any], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streaming is an implementation detail: ids and lengths of each split are the same."""
+    """Ids and lengths of each split do not depend on the size of a chunk."""
     _, whole = run(make_rows(60))
     monkeypatch.setattr("model.data.writing._CHUNK", 4)
     _, chunked = run(make_rows(60))
@@ -88,7 +88,7 @@ def test_chunks_do_not_change_the_files(
 
 
 def test_counts(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """What meta.json says is what the files hold."""
+    """The counts in meta.json equal the contents of the files."""
     meta, directory = run(make_rows(60))
     counts = meta["counts"]
     assert counts["seen"] == 60
@@ -105,7 +105,7 @@ def test_counts(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
 def test_truncated_row_has_no_eos_and_is_counted(
     make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any
 ) -> None:
-    """A cut row never pretends to end; its beginning is kept."""
+    """A cut row keeps its first max_length tokens and has no EOS."""
     meta, directory = run(make_rows(60), max_length=50)
     _, whole = run(make_rows(60))
     cut = [ids for split in SPLITS for ids, _ in examples(directory, split) if ids[-1] != tokenizer.eos_token_id]
@@ -125,7 +125,7 @@ def test_row_that_just_fits_is_not_truncated(run: Callable[..., Any], make_rows:
 
 
 def test_long_prompt_is_dropped_and_counted(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """A row of which only the prompt would be left has nothing to learn."""
+    """A row whose prompt alone fills max_length is dropped."""
     long = [{"prompt": f"{i} " + "very " * 200, "completion": "x"} for i in range(3)]
     meta, directory = run(make_rows(60) + long, max_dropped_share=0)
     assert meta["counts"]["dropped"] == {"prompt_too_long": 3}
@@ -134,7 +134,7 @@ def test_long_prompt_is_dropped_and_counted(make_rows: Callable[..., Any], run: 
 
 
 def test_prompt_of_exactly_max_length_is_dropped(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """One token of room is enough, none is not."""
+    """A prompt must leave room for at least one token."""
     _, whole = run(make_rows(60))
     lengths = [prompt for split in SPLITS for _, prompt in examples(whole, split)]
     limit = max(n for n in lengths if n - 1 in lengths)
@@ -145,13 +145,13 @@ def test_prompt_of_exactly_max_length_is_dropped(make_rows: Callable[..., Any], 
 
 
 def test_all_prompts_too_long_fails_with_numbers(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fails before training, and says why."""
+    """Preparation fails, with max_length and the number of dropped rows."""
     with pytest.raises(ValueError, match=r"no training row is left .*max_length 10; .*60 prompt_too_long"):
         run(make_rows(60), max_length=10)
 
 
 def test_huge_row_is_cut(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """A response of 400,000 characters costs max_length tokens."""
+    """A response of 400,000 characters is cut to max_length tokens."""
     huge = [{"prompt": f"Huge {i}", "completion": "spam " * 80_000} for i in range(2)]
     meta, directory = run(make_rows(60) + huge)
     assert meta["counts"]["truncated"] == 2
@@ -161,7 +161,7 @@ def test_huge_row_is_cut(make_rows: Callable[..., Any], run: Callable[..., Any])
 def test_literal_end_of_text_is_never_eos(
     make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any
 ) -> None:
-    """Across prepare, each row has one EOS, the appended one."""
+    """After prepare, each row has one EOS, the appended one."""
     marked = [{"prompt": f"<|endoftext|> {i}", "completion": f"a<|endoftext|>b\n<|endoftext|>{i}"} for i in range(10)]
     _, directory = run(make_rows(60) + marked)
     rows = [ids for split in SPLITS for ids, _ in examples(directory, split)]
@@ -182,7 +182,7 @@ BAD = {
 
 
 def test_unusable_rows_are_counted_by_reason(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Each reason once, and the good rows all there."""
+    """Each reason is counted once, and all good rows are kept."""
     meta, _ = run(make_rows(60) + list(BAD.values()), max_dropped_share=0.2)
     assert meta["counts"]["dropped"] == dict.fromkeys(BAD, 1)
     assert meta["counts"]["seen"] == 68
@@ -190,7 +190,7 @@ def test_unusable_rows_are_counted_by_reason(make_rows: Callable[..., Any], run:
 
 
 def test_too_many_unusable_rows_name_the_first_five(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Over the threshold it fails, with file, row numbers and reasons."""
+    """Above max_dropped_share the error has file, row number and reason of the first five."""
     rows = make_rows(53)
     for position, bad in zip((2, 10, 11, 30, 45, 50, 52, 53), BAD.values(), strict=True):
         rows.insert(position, bad)
@@ -202,10 +202,10 @@ def test_too_many_unusable_rows_name_the_first_five(make_rows: Callable[..., Any
     assert "row 50" not in str(caught.value)
 
 
-def test_rows_are_named_by_their_place_in_their_file(
+def test_rows_are_named_by_their_position_in_their_file(
     make_rows: Callable[..., Any], write_jsonl: Callable[..., Path], tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Of several files of a split, too; and what a row needs is said."""
+    """Also if a split has several files; the message lists the fields that a row needs."""
     for name, rows in (("a", make_rows(40)), ("b", [*make_rows(3), {"text": "t"}])):
         write_jsonl(tmp_path / f"train-{name}.jsonl", rows)
     with pytest.raises(ValueError, match="Rows have prompt and completion") as caught:
@@ -214,7 +214,7 @@ def test_rows_are_named_by_their_place_in_their_file(
 
 
 def test_an_empty_split_names_a_share_that_fills_it(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Few rows, of which a small share is none."""
+    """A share so small that it draws no row is an error with a share that does."""
     rows = make_rows(20)
     with pytest.raises(ValueError, match=r"the test split of .* is empty: raise test_share, 0\.25 will do") as caught:
         run(rows, test_share=0.0)
@@ -224,7 +224,7 @@ def test_an_empty_split_names_a_share_that_fills_it(make_rows: Callable[..., Any
 
 
 def test_threshold_is_a_share(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Exactly max_dropped_share passes, one row more does not."""
+    """Exactly max_dropped_share passes; one unusable row more fails."""
     bad = [{"prompt": "p"}] * 3
     run(make_rows(57) + bad, max_dropped_share=0.05)
     with pytest.raises(ValueError, match="max_dropped_share"):
@@ -234,14 +234,14 @@ def test_threshold_is_a_share(make_rows: Callable[..., Any], run: Callable[..., 
 def test_failed_prepare_leaves_nothing(
     make_rows: Callable[..., Any], run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """No half-written token directory can be taken for a whole one."""
+    """A failed preparation leaves no token directory, not even an incomplete one."""
     with pytest.raises(ValueError, match="no training row"):
         run(make_rows(60), max_length=10)
     assert [p.name for p in (tmp_path / "data0").iterdir()] == ["train.jsonl"]
 
 
 def test_splits_share_no_prompt(make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any) -> None:
-    """A held-out prompt is not trained on, not even as a second copy with another case and answer."""
+    """Copies of a prompt in another case and with another answer are in the same split."""
     copies = [{"prompt": f"  {normalize_row(row)['prompt'].upper()}", "completion": "other"} for row in make_rows(60)]
     meta, directory = run(make_rows(60) + copies, max_length=512)
     assert sum(meta["counts"]["rows"].values()) == 120
@@ -249,12 +249,12 @@ def test_splits_share_no_prompt(make_rows: Callable[..., Any], run: Callable[...
     for split in SPLITS:
         texts = [tokenizer.decode(ids[:n]) for ids, n in examples(directory, split)]
         prompts[split] = {" ".join(text.lower().split()) for text in texts}
-        assert len(texts) == 2 * len(prompts[split]) > 5  # both copies
+        assert len(texts) == 2 * len(prompts[split]) > 5  # both copies of each
     assert len(set.union(*prompts.values())) == 60 == sum(map(len, prompts.values()))
 
 
 def test_given_splits_are_used_and_leaks_dropped(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """A source's own test and validation files are whole; training rows that repeat them are dropped."""
+    """Test and validation files are used completely; training rows with a prompt of theirs are dropped."""
     rows = make_rows(60)
     meta, directory = run(rows, test=rows[:4], validation=rows[3:8])
     assert meta["counts"]["rows"] == {"train": 52, "validation": 4, "test": 4}
@@ -263,7 +263,7 @@ def test_given_splits_are_used_and_leaks_dropped(make_rows: Callable[..., Any], 
 
 
 def test_splits_do_not_move_when_rows_are_added(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """The held-out rows of yesterday are held out tomorrow, wherever the new rows stand."""
+    """Held-out rows stay held out when rows are added before, after or between them."""
     old, new = make_rows(60), make_rows(200)[60:]
     _, before = run(old)
     for grown in (old + new, new + old, new[:70] + list(reversed(old)) + new[70:]):
@@ -276,14 +276,14 @@ def test_splits_do_not_move_when_rows_are_added(make_rows: Callable[..., Any], r
 
 
 def test_split_seed(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """The same seed draws the same held-out rows, another one others."""
+    """The same seed draws the same held-out rows; another seed draws others."""
     first, again, other = (held_out(run(make_rows(60), seed=seed)[1], "test") for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 def test_subset_windows(make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any) -> None:
-    """Nightly subsets: windows cover train exactly once, and are scored on the same held-out rows."""
+    """Consecutive windows cover train exactly once and have the same held-out rows."""
     _, whole = run(make_rows(60))
     trained: list[Any] = []
     for start in (0, 20, 40):
@@ -297,20 +297,20 @@ def test_subset_windows(make_rows: Callable[..., Any], run: Callable[..., Any], 
     assert trained[-len(tail) :] == tail
 
 
-def test_subset_behind_the_end_is_refused(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """An empty window is named, not trained on."""
+def test_subset_beyond_the_end_is_refused(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
+    """A window without rows is an error that names it."""
     with pytest.raises(ValueError, match=r"no training row is left .*subset_start 60"):
         run(make_rows(60), subset_start=60)
 
 
 def test_bad_rows_outside_the_subset_do_not_count(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """The threshold is about the rows used."""
+    """max_dropped_share applies to the rows of the subset only."""
     meta, _ = run(make_rows(60) + [{"prompt": "p"}] * 30, subset_count=60, max_dropped_share=0)
     assert meta["counts"]["dropped"] == {}
 
 
 def test_empty_held_out_split_is_refused(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """No blind training, and the setting to raise is named."""
+    """Training without held-out rows is refused; the message names the setting to raise."""
     with pytest.raises(ValueError, match="raise validation_share"):
         run(make_rows(60), validation_share=0.0)
     with pytest.raises(ValueError, match="raise test_share"):
@@ -319,7 +319,7 @@ def test_empty_held_out_split_is_refused(make_rows: Callable[..., Any], run: Cal
 
 @pytest.mark.parametrize("field", ["prompt", "completion"])
 def test_data_sha256_is_over_all_rows(make_rows: Callable[..., Any], run: Callable[..., Any], field: str) -> None:
-    """One character in any row, also a late one, gives another sha256; the same rows give the same."""
+    """A change of one character in any row changes the sha256; equal rows have equal ones."""
     rows = [normalize_row(row) for row in make_rows(60)]
     shas = {run(rows)[0]["data_sha256"], run(rows)[0]["data_sha256"]}
     assert len(shas) == 1
@@ -331,7 +331,7 @@ def test_data_sha256_is_over_all_rows(make_rows: Callable[..., Any], run: Callab
 
 
 def test_data_sha256_sees_text_that_is_cut(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Over the rows, not over the tokens that were kept of them."""
+    """It is computed over the rows' text, including text beyond max_length."""
     rows = [normalize_row(row) for row in make_rows(60)]
     changed = [dict(row) for row in rows]
     changed[59]["completion"] += " " * 3 + "# the end"
@@ -368,13 +368,13 @@ def test_training_keys_are_of_the_rows_that_train(
     tokenizer: Any,
     own_test: bool,
 ) -> None:
-    """They choose what prepare keeps, to the last row: not what is held out, repeated, unusable or too long."""
+    """The keys are exactly those of the rows that prepare keeps: none held out, repeated, unusable or too long."""
     rows = [normalize_row(row) for row in make_rows(60)]
     test = rows[:6] if own_test else None
-    long = {"prompt": "q r " * 60, "completion": "c"}  # like the next, drawn into train
+    long = {"prompt": "q r " * 60, "completion": "c"}  # like the next row, drawn into train
     just = {"prompt": "Write a function that adds 1 to a price, and so on.", "completion": "c"}
     text = format_prompt(just)
-    assert len(encode(tokenizer, [text])[0]) < CONFIG.max_length <= len(text.encode())  # bytes do not decide
+    assert len(encode(tokenizer, [text])[0]) < CONFIG.max_length <= len(text.encode())  # more bytes, but not tokens
     given = [*rows, long, just, rows[30], {"prompt": "p"}]
     train, held_out = keys_of(given, test)
     meta, directory = run(given, test)
@@ -398,7 +398,7 @@ def _rows_of(directory: Path, split: str) -> list[dict[str, Any]]:
 def test_a_subset_by_content_is_found_wherever_it_lies(
     make_rows: Callable[..., Any], run: Callable[..., Any], keys_of: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """The same rows of a file that was reordered, with others between them; held-out rows are not touched."""
+    """The same rows are found in a reordered file with others between them; held-out rows stay the same."""
     rows = [normalize_row(row) for row in make_rows(90)]
     train, _ = keys_of(rows[:60])
     np.save(tmp_path / "some.npy", train[5:15])
@@ -414,7 +414,7 @@ def test_a_subset_by_content_is_found_wherever_it_lies(
 def test_unusable_rows_are_an_error_before_anything_is_chosen(
     make_rows: Callable[..., Any], keys_of: Callable[..., Any]
 ) -> None:
-    """Half a broken file is not quietly passed over; the first rows are named."""
+    """training_keys refuses too many unusable rows and names the first."""
     with pytest.raises(ValueError, match=r"20 of 80 rows .*max_dropped_share.*train\.jsonl row 60 \(missing_field\)"):
         keys_of(make_rows(60) + [{"prompt": "p"}] * 20)
 
@@ -422,7 +422,7 @@ def test_unusable_rows_are_an_error_before_anything_is_chosen(
 def test_large_vocabulary_is_stored_in_four_bytes(
     make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ids above 65,535 never wrap around."""
+    """Ids above 65,535 are stored without overflow."""
     assert run(make_rows(60))[0]["dtype"] == "<u2"
     real = encode_examples
     shift = 70_000

@@ -1,4 +1,4 @@
-"""Token files as examples: labels and loss weights, the order of an epoch, damage that is found."""
+"""Token files as examples: labels, loss weights, the order of an epoch, detection of damage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order, verify_tok
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_labels_and_weights(token_dir: Path, weight: float) -> None:
-    """Loss on the response by default; the prompt bears prompt_loss_weight; labels are the ids, unshifted."""
+    """Response tokens have loss weight 1, prompt tokens prompt_loss_weight; labels are the ids, unshifted."""
     dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
     for i in range(len(dataset)):
         row, prompt = dataset[i], int(dataset.lengths[i, 1])
@@ -29,14 +29,14 @@ def test_labels_and_weights(token_dir: Path, weight: float) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_loss_weight_is_the_sum_over_targets(token_dir: Path, weight: float) -> None:
-    """The divisor equals the weights that the loss sums, the first token being no target."""
+    """The divisor is the sum of the weights of all targets; the first token is not a target."""
     dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
     rows = np.array([3, 0, 17])
     assert dataset.loss_weight(rows) == sum(dataset[int(i)]["loss_weights"][1:].sum().item() for i in rows)
 
 
 def test_limit_takes_the_first_rows(token_dir: Path) -> None:
-    """eval_rows: fixed rows, so that values compare."""
+    """eval_rows takes the same rows each time, so that losses are comparable."""
     whole, part = CodeAlpacaDataset(token_dir, "validation"), CodeAlpacaDataset(token_dir, "validation", limit=3)
     assert len(part) == len(part.rows) == 3
     assert all(torch.equal(part[i]["input_ids"], whole[i]["input_ids"]) for i in range(3))
@@ -54,18 +54,18 @@ def test_every_whole_row_ends_with_eos_and_learns_it(token_dir: Path, tokenizer:
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    """A permutation that any process can compute anew, different in every epoch and for every seed."""
+    """A permutation that is the same in every process, and differs between epochs and between seeds."""
     orders = {(seed, epoch): tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}
     assert len(set(orders.values())) == 6
     for (seed, epoch), order in orders.items():
         assert sorted(order) == list(range(50))
         np.random.seed(0)  # global state plays no part
         assert tuple(epoch_order(50, seed, epoch)) == order
-    assert epoch_order(6, 42, 0).tolist() == [3, 2, 5, 4, 1, 0]  # and no library version changes it unnoticed
+    assert epoch_order(6, 42, 0).tolist() == [3, 2, 5, 4, 1, 0]  # must not change with the version of NumPy
 
 
 def test_verify_tokens_finds_any_flipped_byte(token_dir: Path, tmp_path: Path) -> None:
-    """Each token file, first and last byte; and a missing or half one."""
+    """A changed first or last byte of any token file, a truncated file and a missing file are found."""
     directory = tmp_path / "tokens"
     shutil.copytree(token_dir, directory)
     meta = json.loads((directory / "meta.json").read_text())
