@@ -35,9 +35,8 @@ def resolve_device(device: str) -> torch.device:
     # With an index, so that each device has exactly one name.
     resolved = torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
     if resolved.index >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {device!r} is not available, torch sees {torch.cuda.device_count()} GPUs: use one of them, or auto"
-        )
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {device!r} is not available, torch sees {count} GPUs: use one of them, or auto")
     return resolved
 
 

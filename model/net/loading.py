@@ -180,7 +180,7 @@ def write_pretrained(model: GPTModel, directory: Path, eos_token_id: int | None 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """Load a GPT-2 tokenizer, pad = eos, and check that it encodes a known text correctly.
 
-    AutoTokenizer loads the directory, because in transformers 5 ``GPT2TokenizerFast(vocab_file=..., merges_file=...)``
+    Loaded by AutoTokenizer, because in transformers 5 ``GPT2TokenizerFast(vocab_file=..., merges_file=...)``
     silently returns a tokenizer with a single token.
 
     Args:

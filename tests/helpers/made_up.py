@@ -92,8 +92,8 @@ class MadeUp:
     def client_environment(self) -> dict[str, str]:
         """The environment of a shell after sourcing client.env."""
         source = f". {self.home / 'client.env'}; env -0"
-        told = subprocess.run(["bash", "-c", source], env=self.environment, capture_output=True, check=True).stdout
-        return dict(pair.split("=", 1) for pair in told.decode().split("\0") if "=" in pair)
+        output = subprocess.run(["bash", "-c", source], env=self.environment, capture_output=True, check=True).stdout
+        return dict(pair.split("=", 1) for pair in output.decode().split("\0") if "=" in pair)
 
     def begin(self) -> None:
         """Start it in a separate process group, as a shell does."""

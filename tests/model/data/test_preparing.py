@@ -395,7 +395,7 @@ def _rows_of(directory: Path, split: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "row"} for line in lines]
 
 
-def test_a_subset_by_content_is_found_wherever_it_lies(
+def test_a_subset_by_content_is_found_in_any_order(
     make_rows: Callable[..., Any], run: Callable[..., Any], keys_of: Callable[..., Any], tmp_path: Path
 ) -> None:
     """The same rows are found in a reordered file with others between them; held-out rows stay the same."""
