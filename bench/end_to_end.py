@@ -209,8 +209,8 @@ def write_rows(source: Path, tokenizer: Any, rows: int, scratch: Path) -> None:
 
     Training rows whose prompt is held out are left out: the pipeline would drop them, but the TRL script would not.
     """
+    from model.data.preparing import PrepareConfig, prepare
     from model.data.rows import UnusableRow, find_splits, normalize_row, prompt_key, read_records
-    from model.data.tokens import PrepareConfig, prepare
 
     splits = find_splits(source)
     prepare(splits, tokenizer, PrepareConfig(), scratch / "tokens")

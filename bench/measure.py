@@ -24,7 +24,7 @@ class Job:
     """The training that every contestant does.
 
     Attributes:
-        tokens: directory written by ``model.data.tokens.prepare``.
+        tokens: directory written by ``model.data.preparing.prepare``.
         tokenizer: directory of its tokenizer; contestants read only the special tokens from it.
         model_size: preset whose shape the random weights have.
         num_unfrozen_layers: number of top blocks that train; the final norm trains too, everything else is frozen.

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self, TypeVar, get_type_hints
 from pydantic import Field
 
 from flows.nightly import NightConfig
-from model.data.tokens import PrepareConfig
+from model.data.preparing import PrepareConfig
 from model.engine.config import TrainConfig
 from model.evaluation.completions import SamplingConfig
 from model.net.config import PRESETS

@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.waiting import hold_nights
-from model.data.tokens import PrepareConfig
+from model.data.preparing import PrepareConfig
 from model.parameters import NonNegative, Parameters, Share
 from ops.settings import Settings
 from ops.tracking.ledger import caught_up, record_night

@@ -18,7 +18,7 @@ from prefect.runtime import deployment, flow_run
 from flows.job import Job
 from flows.nightly import begin_night
 from flows.waiting import hold_training
-from model.data.tokens import PrepareConfig
+from model.data.preparing import PrepareConfig
 from model.net.device import resolve_device
 from ops.recovery.limits import ensure_limit
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap

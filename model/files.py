@@ -43,21 +43,21 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Write a safetensors file.
 
     Raises:
-        OSError: it cannot be written, mostly for want of space; the message has its path and its size.
+        OSError: it cannot be written, mostly because the disk is full; the message has path and size.
     """
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # which is no OSError, and does not name the file
+    except SafetensorError as error:  # not an OSError, and without the file's name
         size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
         raise OSError(f"cannot write {path}, {size:,} bytes ({free:,} are free there): {error}") from error
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield a scratch directory beside ``target`` that takes its name once the block has succeeded.
+    """Yield a scratch directory beside ``target``; it is renamed to ``target`` once the block has succeeded.
 
-    Every file is flushed to disk before the rename, so a directory that bears its final name is complete.
-    An older directory of that name is replaced. After an error nothing remains.
+    Every file is flushed to disk before the rename, so a directory with its final name is complete.
+    An older directory of that name is replaced. After an error nothing of the scratch directory remains.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")

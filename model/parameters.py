@@ -1,4 +1,4 @@
-"""Parameters of the pipeline: each stands once, as a field of a dataclass, with default, bounds and meaning.
+"""Parameters of the pipeline: each is declared once, as a dataclass field with default, bounds and meaning.
 
 A configuration is a frozen dataclass that derives from ``Parameters``. A field's annotation carries its bounds, and
 the string below the field says what it means, as in litgpt's ``args.py``. The flow's signature, its description on
@@ -28,10 +28,10 @@ class Parameter:
     """One parameter of the flow.
 
     Attributes:
-        name: as users type it.
-        annotation: its type, with bounds.
-        default: its value where none is given.
-        meaning: a sentence.
+        name: the name that users type.
+        annotation: type with bounds.
+        default: value if none is given.
+        meaning: one sentence.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Parameters:
     @classmethod
     @cache
     def declared(cls) -> tuple[Parameter, ...]:
-        """The parameters among the fields, in their order."""
+        """The parameters among the fields, in their order; fields made by ``internal`` are left out."""
         hints = get_type_hints(cls, include_extras=True)
         meanings: dict[str, str] = {}
         for base in filter(is_dataclass, reversed(cls.__mro__)):  # pydantic reads the strings of one class at a time
@@ -77,5 +77,5 @@ class Seeded(Parameters):
 
 
 def internal(default: Any) -> Any:
-    """A field that the code sets, and users do not: it is no parameter."""
+    """A field that code sets and users do not: it is not a parameter of the flow."""
     return field(default=default, metadata={_INTERNAL: True})

@@ -85,7 +85,7 @@ def download(config: SourceConfig) -> Sources:
 
 def _demo(settings: Settings) -> Path:
     """The project's own rows, in a directory named by the hash of the code that makes them."""
-    target = settings.data_root / "demo" / sha256_file(Path(grammar.__file__))[:16]
+    target = settings.data_root / "demo" / grammar.code_sha256()[:16]
     _write_once(target, grammar.write_rows)
     return target
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.data.tokens import PrepareConfig, verify_tokens
-from model.data.tokens import prepare as write_tokens
+from model.data.preparing import PrepareConfig
+from model.data.preparing import prepare as write_tokens
+from model.data.tokens import verify_tokens
 from model.files import sha256_file, sha256_json
 from model.net.config import GPTConfig
 from model.net.loading import CONFIG_FILE, load_tokenizer

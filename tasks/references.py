@@ -73,7 +73,7 @@ class TokensRef:
     """Token files of the three splits.
 
     Attributes:
-        directory: as written by ``model.data.tokens.prepare``.
+        directory: as written by ``model.data.preparing.prepare``.
         key: hash of all that determines the files.
         data_sha256: over all rows used.
         counts: rows, tokens and dropped rows, as in meta.json.

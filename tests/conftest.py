@@ -17,7 +17,7 @@ MAX_LENGTH = 80
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Device locks of the tests' own, in children too: a training on this machine is no reason for them to wait."""
+    """Separate device locks for tests and their subprocesses, so that they do not wait for other trainings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_LOCKS", str(tmp_path_factory.mktemp("device-locks")))
         yield
@@ -34,7 +34,7 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Small matrices are fastest, and sums reproducible, on one thread."""
+    """On one thread small matrices are fastest and sums are reproducible."""
     torch.set_num_threads(1)
 
 
@@ -54,13 +54,13 @@ def _rows(count: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def make_rows() -> Callable[[int], list[dict[str, str]]]:
-    """make_rows(n): n rows; the first k of a longer list are those of a shorter one."""
+    """make_rows(n): n rows; a longer list begins with the rows of a shorter one."""
     return _rows
 
 
 @pytest.fixture(scope="session")
 def write_jsonl() -> Callable[[Path, list[Any]], Path]:
-    """Write records as JSON lines; a str stands for itself, as a raw line."""
+    """write_jsonl(path, records): write records as JSON lines; a str is written as a raw line."""
 
     def write(path: Path, records: list[Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> Any:
-    """That tokenizer, loaded as the project loads it."""
+    """The tokenizer of tokenizer_dir, loaded by load_tokenizer."""
     from model.net.loading import load_tokenizer
 
     return load_tokenizer(tokenizer_dir, 320)
@@ -111,7 +111,7 @@ def tokenizer(tokenizer_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def random_hf() -> Callable[..., Any]:
-    """random_hf(n_embd=..., ...): a GPT2LMHeadModel in which no bias is 0 and no norm weight is 1."""
+    """random_hf(n_embd=..., ...): a GPT2LMHeadModel with random biases and norm weights, not 0 and 1."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def build(seed: int = 0, noise: float = 0.05, **settings: Any) -> Any:
@@ -141,7 +141,7 @@ def gpt2_dir(
 
 @pytest.fixture
 def tiny_model(gpt2_dir: Path) -> Any:
-    """That model, fresh for every test, its top block and final norm left trainable."""
+    """The model of gpt2_dir, loaded for each test, with top block and final norm left trainable."""
     from model import GPTModel, freeze_bottom_layers
 
     model = GPTModel.from_pretrained(gpt2_dir)
@@ -151,9 +151,9 @@ def tiny_model(gpt2_dir: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def token_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, tokenizer: Any) -> Path:
-    """The rows as token files, about a tenth of them test and a fifth validation. Read only."""
+    """The rows of data_dir as token files, about a tenth of them test and a fifth validation. Read only."""
+    from model.data.preparing import PrepareConfig, prepare
     from model.data.rows import find_splits
-    from model.data.tokens import PrepareConfig, prepare
 
     directory = tmp_path_factory.mktemp("tokens") / "tokens"
     config = PrepareConfig(max_length=MAX_LENGTH, test_share=0.1, validation_share=0.2)

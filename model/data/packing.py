@@ -1,4 +1,4 @@
-"""Documents one behind another in one sequence: no padding, and the loss where the response is."""
+"""Packing: documents concatenated into one sequence without padding, with loss on response tokens."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from model.net.attention import Documents
 class Pack:
     """Rows of a data set as one sequence of N tokens, M of which predict a token that bears loss.
 
-    A row's last token is no input: it predicts nothing, and no token looks at it.
+    A row's last token is not an input: it predicts nothing, and no other token attends to it.
 
     Attributes:
-        rows: those that bear loss at all.
-        documents: where each row lies.
-        ids: (N,) on the device.
-        positions: (N,), from 0 in each document.
-        slots: (N,), on the host, pinned for a GPU: where the tokens lie among the inputs of the whole data set.
-        predictors: (M,), where in the sequence the predicting tokens are.
-        targets: (M,), the ids they predict.
-        weights: (M,) of their losses, or None where all are 1.
-        owner: (M,), on the host, which of ``rows`` each belongs to.
+        rows: numbers of the rows that bear loss.
+        documents: position of each row in the sequence.
+        ids: (N,), token ids, on the device.
+        positions: (N,), position of each token in its document, from 0.
+        slots: (N,), index of each token among the inputs of the whole data set; on the host, pinned for a GPU.
+        predictors: (M,), index in the sequence of each predicting token.
+        targets: (M,), the ids that they predict.
+        weights: (M,), weights of their losses, or None where all are 1.
+        owner: (M,), index into ``rows`` of each prediction's row, on the host.
     """
 
     rows: np.ndarray[Any, Any]
@@ -61,7 +61,7 @@ def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.d
 
     def pin(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
         tensor = torch.from_numpy(array).to(dtype)
-        # From pinned memory a copy waits for nothing; from elsewhere it waits for all that is queued.
+        # A copy from pinned memory is asynchronous; a copy from other memory waits for all queued work.
         return tensor.pin_memory() if device.type == "cuda" else tensor
 
     def send(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
@@ -116,10 +116,11 @@ def choose(x: Tensor, index: Tensor, write_rows: Callable[[Tensor, Tensor, Tenso
 def split_evenly(
     rows: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], max_tokens: int
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """Cut rows, in their order, into as few groups of about equal size as keep to ``max_tokens`` on average.
+    """Cut rows, in their order, into groups of about equal size: the fewest that average at most ``max_tokens``.
 
     Args:
-        lengths: of the rows, in tokens; a single longer row forms its own group.
+        lengths: tokens of each row.
+        max_tokens: limit of a group's size on average; a single longer row forms its own group.
     """
     ends = np.cumsum(lengths)
     if not len(rows):

@@ -1,18 +1,17 @@
-"""Rows of an instruction set: read from files, normalised from either schema, assigned to splits."""
+"""Rows of an instruction set: read from files of any type in READERS, normalised from any schema in SCHEMAS."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 SPLITS = ("train", "validation", "test")
-# How file names in a folder begin; every other name is train.
+# Beginnings of file names in a folder; files with any other name are train.
 _SPLIT_NAMES = {"test": ("test",), "validation": ("val", "dev", "eval")}
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 # Reasons for which a row cannot be used at all; the share of these is bounded by max_dropped_share.
 UNUSABLE = (
@@ -25,7 +24,7 @@ UNUSABLE = (
     "empty_field",
     "tests_not_strings_in_a_list",
 )
-# Reasons that say nothing against the data: longer than the context, or kept out of training.
+# Reasons that do not make a row unusable: longer than max_length, or its prompt is also in a held-out split.
 PROMPT_TOO_LONG = "prompt_too_long"
 IN_HELD_OUT = "prompt_in_held_out"
 
@@ -45,7 +44,7 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
     ``dev`` or ``eval`` validation, and all others train, as on the Hugging Face hub.
 
     Raises:
-        FileNotFoundError: nothing there, or no file of a known type.
+        FileNotFoundError: the path does not exist, or the folder has no file of a known type.
         ValueError: a single file of an unknown type, or a folder with no training file.
     """
     if source.is_file():
@@ -70,27 +69,16 @@ def find_splits(source: Path) -> dict[str, list[Path]]:
 
 
 def read_records(path: Path) -> Iterator[Any]:
-    """Yield a file's records in order, an UnusableRow in place of a line that is not one.
+    """Yield a file's records in order; an UnusableRow stands in for a line that cannot be read.
+
+    Args:
+        path: a file with one of SUFFIXES.
 
     Raises:
         ValueError: the file as a whole cannot be read; the message names it.
     """
     try:
-        if path.suffix == ".jsonl":
-            yield from _read_jsonl(path)
-        elif path.suffix == ".json":
-            yield from _read_json(path)
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            for batch in pq.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        else:
-            import pandas as pd
-
-            # As text, empty cells as empty strings: pandas would turn "NA" or "1" into something else.
-            for frame in pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=10_000):
-                yield from frame.to_dict("records")
+        yield from READERS[path.suffix](path)
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix}: {error}") from error
 
@@ -104,7 +92,7 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except UnicodeDecodeError:
                 yield UnusableRow("invalid_unicode")
-            except (ValueError, RecursionError):  # the latter: nested too deeply
+            except (ValueError, RecursionError):  # RecursionError: nested too deeply
                 yield UnusableRow("invalid_json")
 
 
@@ -115,12 +103,36 @@ def _read_json(path: Path) -> Iterator[Any]:
     yield from records
 
 
-def normalize_row(record: Any) -> dict[str, Any]:
-    """Bring a record of either schema to ``prompt`` and ``completion``; ``tests`` and ``family`` are kept.
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
 
-    ``prompt`` + ``completion`` is the hub copy's schema; ``instruction`` + ``input`` + ``output`` the original
-    CodeAlpaca's, joined as the hub copy joins them: instruction, newline, input.
-    ``tests`` are statements that a right completion passes, ``family`` groups rows in the report.
+    for batch in pq.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    import pandas as pd
+
+    # As text, empty cells as empty strings: pandas would turn "NA" or "1" into something else.
+    for frame in pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=10_000):
+        yield from frame.to_dict("records")
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Any]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
+"""File types by suffix. A reader yields a file's records in order, and raises ValueError or OSError if it cannot."""
+
+SUFFIXES = tuple(READERS)
+
+
+def normalize_row(record: Any) -> dict[str, Any]:
+    """Bring a record of any of SCHEMAS to ``prompt`` and ``completion``; ``tests`` and ``family`` are kept.
+
+    ``tests`` are assert statements that a right completion passes; ``family`` groups rows in the report.
 
     Raises:
         UnusableRow: with the reason.
@@ -129,12 +141,10 @@ def normalize_row(record: Any) -> dict[str, Any]:
         raise record
     if not isinstance(record, dict):
         raise UnusableRow("not_an_object")
-    if "prompt" in record and "completion" in record:
-        prompt, completion = _text(record, "prompt"), _text(record, "completion")
-    elif "instruction" in record and "output" in record:
-        prompt, completion = _text(record, "instruction"), _text(record, "output")
-        if record.get("input") and str(record["input"]).strip():
-            prompt = f"{prompt}\n{_text(record, 'input')}"
+    for fields, convert in SCHEMAS.items():
+        if all(field in record for field in fields):
+            prompt, completion = convert(record)
+            break
     else:
         raise UnusableRow("missing_field")
     row: dict[str, Any] = {"prompt": prompt, "completion": completion}
@@ -147,7 +157,28 @@ def normalize_row(record: Any) -> dict[str, Any]:
     return row
 
 
+def _prompt_completion(record: dict[str, Any]) -> tuple[str, str]:
+    """The schema of CodeAlpaca's copy on the Hugging Face hub."""
+    return _text(record, "prompt"), _text(record, "completion")
+
+
+def _instruction_output(record: dict[str, Any]) -> tuple[str, str]:
+    """The original CodeAlpaca's schema, joined as in the copy on the hub: instruction, newline, optional input."""
+    prompt, completion = _text(record, "instruction"), _text(record, "output")
+    if record.get("input") and str(record["input"]).strip():
+        prompt = f"{prompt}\n{_text(record, 'input')}"
+    return prompt, completion
+
+
+SCHEMAS: Mapping[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, str]]] = {
+    ("prompt", "completion"): _prompt_completion,
+    ("instruction", "output"): _instruction_output,
+}
+"""Row schemas by their required fields; the first whose fields a record has converts it to prompt and completion."""
+
+
 def _text(record: dict[str, Any], field: str) -> str:
+    """A field's text; raises UnusableRow unless it is a non-blank string of valid Unicode."""
     value = record[field]
     if value is None:
         raise UnusableRow("null_field")
@@ -169,9 +200,9 @@ def prompt_key(prompt: str) -> bytes:
 
 
 def row_key(row: dict[str, Any]) -> int:
-    """64 bits that stand for a normalised row's content, wherever it lies and whatever its neighbours are.
+    """A 64-bit hash of a normalised row's content; its file and position play no part.
 
-    Among a million rows any two agree by chance with a probability of 3e-8.
+    The probability that any two of a million different rows share a hash is 3e-8.
     """
     digest = hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
@@ -180,8 +211,8 @@ def row_key(row: dict[str, Any]) -> int:
 def fraction(key: bytes, seed: int, purpose: str) -> float:
     """A uniform number in [0, 1) that depends on the prompt, the seed and the purpose alone.
 
-    Splits drawn this way do not move when the data set grows or is read in another order, and rows with
-    one prompt always share a split.
+    So a row stays in its split when the data set grows or is read in another order, and rows with the same prompt
+    always share a split.
     """
     digest = hashlib.blake2b(key + f"{seed}:{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

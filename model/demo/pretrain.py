@@ -1,9 +1,9 @@
 """``python -m model.demo.pretrain DIRECTORY``: make the embedded tiny base from scratch, on one GPU in minutes.
 
-The text is the Python standard library's own source, as it lies on this machine (PSF licence), without its
-tests. A byte-level BPE of 4,096 entries is trained on it, then a GPT-2 of the "tiny" preset with the project's
-own training loop. Functions with a docstring are shown a second time as an answer to it, in the format of
-fine-tuning, so that the trunk has met the two headings; no task of the sample data is among them.
+The text is the source of the running Python's standard library (PSF licence), without its tests. A
+byte-level BPE of 4,096 entries is trained on it, then a GPT-2 of the "tiny" preset with the project's own training
+loop. Functions with a docstring are repeated as an answer to it, in the format of fine-tuning, so that the trunk has
+seen the two headings of a prompt; no task of the sample data is among them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
-_HELD_OUT = 50  # every so many files, one is for validation
+_HELD_OUT = 50  # one of this many files is for validation
 
 
 def standard_library() -> Iterator[str]:
@@ -56,7 +56,7 @@ def standard_library() -> Iterator[str]:
 
 
 def documented_functions(source: str) -> Iterator[str]:
-    """Each short function with a docstring, as an answer to its docstring's first paragraph."""
+    """Each short function with a docstring, as an answer to the docstring's first paragraph."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -73,7 +73,7 @@ def documented_functions(source: str) -> Iterator[str]:
 
 
 def train_tokenizer(texts: list[str], directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE over the texts, written as transformers reads it."""
+    """Train a byte-level BPE on the texts and write it in the format of transformers."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -88,7 +88,7 @@ def train_tokenizer(texts: list[str], directory: Path, vocab_size: int) -> PreTr
 def write_windows(
     texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, length: int, directory: Path
 ) -> dict[str, int]:
-    """Token files in the layout of ``model.data.tokens.prepare``: rows of ``length`` tokens with no prompt.
+    """Write token files in the layout of ``model.data.preparing.prepare``: rows of ``length`` tokens with no prompt.
 
     Returns:
         Tokens by split.
@@ -106,7 +106,7 @@ def write_windows(
 
 
 def pretrain(directory: Path, epochs: int, batch_size: int, learning_rate: float, max_steps: int | None) -> None:
-    """Write tokenizer, fp16 weights and model card to ``directory``."""
+    """Train tokenizer and model; write both, in fp16, with a model card to ``directory``."""
     started = time.time()
     config = GPTConfig.preset("tiny")
     modules = list(standard_library())
@@ -162,7 +162,7 @@ def pretrain(directory: Path, epochs: int, batch_size: int, learning_rate: float
 
 
 def model_card(facts: dict[str, Any]) -> str:
-    """What the weights are, where they come from, and under which licence."""
+    """The model card: what the weights are, their origin and licence, and a table of facts."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 license: psf-2.0

@@ -160,7 +160,7 @@ def train(
 
     Args:
         model: on its device, frozen parameters cast.
-        tokens: directory written by ``model.data.tokens.prepare``.
+        tokens: directory written by ``model.data.preparing.prepare``.
         config: hyper-parameters.
         directory: directory of this training only, for checkpoints ``step-*`` and the journal ``metrics.jsonl``.
         identity: sha256 over everything that determines the training; checkpoints with another one are ignored.

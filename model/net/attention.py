@@ -1,4 +1,4 @@
-"""How queries meet keys in the layouts tokens come in: padded rows, rows continued from a cache, packed documents.
+"""Causal attention for each layout of tokens: padded rows, rows continued from a cache, packed documents.
 
 Shapes: B rows, T tokens of a row, N tokens of all packed documents, S cached tokens, H heads, K width of a head.
 """
@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.net.config import GPTConfig
 
-# Without cuDNN's, PyTorch's first choice on some GPUs: it plans anew for every length that it meets, up to half a
-# second each (FunASR#3704), and is not deterministic (pytorch, sdp_utils.cpp).
+# Without cuDNN's kernel, PyTorch's first choice on some GPUs: it takes up to half a second for each new length
+# (FunASR#3704), and is not deterministic (pytorch, sdp_utils.cpp).
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -27,14 +27,14 @@ class Attend(Protocol):
 
 
 class Layout(Protocol):
-    """Where tokens lie; it decides which tokens a token may look at."""
+    """The arrangement of tokens; it decides which tokens a token attends to."""
 
     def layer(self, index: int) -> Attend:
         """Attention of block number ``index``."""
 
 
 class Rows:
-    """Right-padded rows, q, k, v (B, T, H, K): the causal mask alone keeps real tokens from seeing the padding."""
+    """Right-padded rows, q, k, v (B, T, H, K): the causal mask keeps real tokens from attending to the padding."""
 
     def layer(self, index: int) -> Attend:
         return self
@@ -47,12 +47,12 @@ class Rows:
 
 @dataclass(eq=False)
 class Documents:
-    """Documents one behind another without padding, q, k, v (N, H, K): a token sees its own document only.
+    """Documents concatenated without padding, q, k, v (N, H, K): a token attends to its own document only.
 
     Attributes:
         lengths: tokens of each document.
-        begins: for each token, where its document begins: (N,), int32, on the device.
-        ends: for each token, where its document ends, exclusive: (N,), int32, on the device.
+        begins: (N,), first index of each token's document; int32, on the device.
+        ends: (N,), end of each token's document, exclusive; int32, on the device.
     """
 
     lengths: list[int]
@@ -88,11 +88,11 @@ class KVCache:
         def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
             slots = self.lengths[:, None] + torch.arange(k.size(2), device=k.device)  # (B, T)
-            slots = slots.clamp(max=self.keys.size(3) - 1)  # of rows that nobody reads any more
+            slots = slots.clamp(max=self.keys.size(3) - 1)  # rows that are done may grow beyond the cache
             slot_index = slots[:, None, :, None].expand_as(k)
             self.keys[index].scatter_(2, slot_index, k.to(self.keys.dtype))
             self.values[index].scatter_(2, slot_index, v.to(self.values.dtype))
-            # Row b's t-th new token may look at the slots up to its own.
+            # Row b's t-th new token attends to the slots up to its own.
             mask = torch.arange(self.keys.size(3), device=k.device) <= slots[:, None, :, None]  # (B, 1, T, S)
             keys, values = self.keys[index].to(q.dtype), self.values[index].to(q.dtype)
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)

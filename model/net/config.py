@@ -12,7 +12,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False, True),  # a matter of rounding only
+    "reorder_and_upcast_attn": (False, True),  # affects rounding only
     "add_cross_attention": (False,),
 }
 
@@ -28,8 +28,8 @@ class GPTConfig:
         n_layer: number of Transformer blocks.
         n_head: H, attention heads; divides n_embd.
         layer_norm_epsilon: added to the variance in every layer norm.
-        dropout: probability after attention, attention projection and MLP, in training blocks only.
-        tie_word_embeddings: the head shares the token embedding's Parameter.
+        dropout: dropout rate after attention, attention projection and MLP, in training blocks only.
+        tie_word_embeddings: whether the head shares the token embedding's Parameter.
     """
 
     vocab_size: int = 50257
@@ -65,7 +65,7 @@ class GPTConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(raw, dict):
-            raise ValueError(f"{path} is no JSON object with a model's settings")
+            raise ValueError(f"{path} is not a JSON object with a model's settings")
         if raw.get("model_type", "gpt2") != "gpt2":
             raise ValueError(f"{path} describes a {raw['model_type']!r}, not a gpt2")
         for name, values in _SUPPORTED.items():
@@ -76,10 +76,10 @@ class GPTConfig:
             raise ValueError(f"{path} lacks {', '.join(missing)}")
         for name in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx"):
             if name in raw and (type(raw[name]) is not int or raw[name] < 1):
-                raise ValueError(f"{path}: {name} = {raw[name]!r} is no positive integer")
+                raise ValueError(f"{path}: {name} = {raw[name]!r} is not a positive integer")
         if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
             raise ValueError(f"{path}: n_inner = {raw['n_inner']} is not supported, only 4 * n_embd")
-        context: int = raw.get("n_ctx", 1024)  # its older name
+        context: int = raw.get("n_ctx", 1024)  # the older name of n_positions
         return cls(
             vocab_size=raw["vocab_size"],
             n_positions=raw.get("n_positions", context),
@@ -122,7 +122,7 @@ def normalize_size(model_size: str) -> str:
     """Return the preset's name for a size in any spelling ("124M" is "124m").
 
     Raises:
-        ValueError: the size is no preset; the message lists them.
+        ValueError: the size is not a preset; the message lists the presets.
     """
     name = str(model_size).strip().lower()
     if name not in PRESETS:

@@ -1,4 +1,4 @@
-"""Where and in which precision the model computes."""
+"""Device and precision of the computation, and settings of torch's memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from model.net.gpt import GPTModel
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
-# On a CPU, what oneDNN and PyTorch's layer over it build for a shape of bf16 products is kept, up to 4 MB of it for
-# each of 1,024 shapes, and packs seldom have one shape twice (pytorch#98688). Both read these at their first product.
+# On a CPU, oneDNN and PyTorch's layer over it each cache what they build for a shape of bf16 products: up to 4 MB for
+# each of 1,024 shapes (pytorch#98688). Packs seldom repeat a shape. Both read these variables at their first product.
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 for _cache in PRODUCT_CACHES:
     os.environ.setdefault(_cache, "64")
@@ -25,22 +25,23 @@ def resolve_device(device: str) -> torch.device:
     """``auto`` is the first GPU, else the CPU.
 
     Raises:
-        ValueError: a GPU is asked for that torch does not see.
+        ValueError: ``device`` names a GPU that torch does not see.
     """
     resolved = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} is asked for, but torch sees no GPU: use device=cpu or auto")
+        raise ValueError(f"device {device!r} is not available, torch sees no GPU: use device=cpu or auto")
     if resolved.type != "cuda":
         return resolved
-    # One name for one device.
+    # With an index, so that each device has exactly one name.
     resolved = torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
     if resolved.index >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is asked for, but torch sees {torch.cuda.device_count()} GPUs")
+        count = torch.cuda.device_count()
+        raise ValueError(f"device {device!r} is not available, torch sees {count} GPUs: use one of them, or auto")
     return resolved
 
 
 def device_choices(device: str) -> list[torch.device]:
-    """The devices that would do, best first: ``auto`` and ``cuda`` mean any GPU of the host.
+    """The devices that satisfy ``device``, preferred first: ``auto`` and ``cuda`` mean any GPU of the host.
 
     Raises:
         ValueError: as resolve_device.
@@ -53,14 +54,14 @@ def device_choices(device: str) -> list[torch.device]:
 
 
 def device_key(device: torch.device) -> str:
-    """A name of the physical device, whatever number CUDA_VISIBLE_DEVICES gives it."""
+    """A name of the physical device that does not depend on CUDA_VISIBLE_DEVICES."""
     return f"gpu {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes this process held at most: on a GPU in torch's allocator, on a CPU resident.
+    """Peak memory of this process in bytes: reserved by torch's allocator on a GPU, resident on a CPU.
 
-    Reserved, not allocated: what CUDA graphs compute with is not allocated any more once they are captured.
+    Reserved, not allocated: the memory of a CUDA graph no longer counts as allocated once the graph is captured.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
@@ -70,9 +71,10 @@ def peak_memory(device: torch.device) -> int:
 
 @functools.cache
 def let_memory_grow(device: torch.device) -> None:
-    """Have torch's allocator extend a GPU's segments in place, where the driver can and nobody chose otherwise.
+    """Let torch's allocator extend a GPU's segments in place, if the driver can and no PYTORCH_*ALLOC_CONF is set.
 
-    Packs differ in size from step to step: a segment that cannot grow is left behind for the first that is larger.
+    Packs differ in size from step to step. Without this, a larger pack needs a new segment, and the old one is left
+    unused.
     """
     if any(name.startswith("PYTORCH_") and name.endswith("ALLOC_CONF") for name in os.environ):
         return
@@ -80,7 +82,7 @@ def let_memory_grow(device: torch.device) -> None:
     choose = torch._C._accelerator_setAllocatorSettings
     choose("expandable_segments:True")
     try:
-        with torch.cuda.stream(torch.cuda.Stream(device)):  # where no memory is at hand already
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # new: no memory is cached for it
             torch.empty(1, device=device)
     except RuntimeError:
         choose("expandable_segments:False")
@@ -88,21 +90,24 @@ def let_memory_grow(device: torch.device) -> None:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a process: cuBLAS keeps 32 MiB for each stream it ever ran on, twice with autograd."""
+    """The stream on which all graphs of a process are captured.
+
+    One stream, because cuBLAS keeps 32 MiB for each stream that it ever ran on, twice with autograd.
+    """
     return torch.cuda.Stream(device)
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says that a GPU's memory is full: torch's allocator, or CUDA, a library or Triton beside it."""
+    """Whether an error of torch's allocator, CUDA, a CUDA library or Triton means that a GPU's memory is full."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         sign in str(error) for sign in ("CUDA error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED")
     )
 
 
 def give_memory_back() -> None:
-    """Return to the GPU what torch's allocator holds unused.
+    """Return the unused memory of torch's allocator to the GPU, after all queued work has finished.
 
-    Not before all that was queued has run: a graph's memory counts as unused once the graph is gone, though it runs.
+    The memory of a deleted graph counts as unused although the graph may still be running.
     """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -110,7 +115,7 @@ def give_memory_back() -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 where the hardware multiplies it, else fp32.
+    """``auto`` is bf16 where the hardware has bf16 products, else fp32.
 
     Raises:
         ValueError: an unknown name.

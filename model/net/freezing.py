@@ -1,4 +1,4 @@
-"""Which parameters train: everything off, then the named ones on."""
+"""Freezing: all parameters are frozen, then the top blocks, the final norm and, optionally, the head are unfrozen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from model.parameters import Parameters, WholeNumber
 
 @dataclass(frozen=True)
 class FreezeConfig(Parameters):
-    """What trains."""
+    """Which parameters train."""
 
     freeze_layers: bool = True
     """Freeze all but the top blocks and the final norm."""
@@ -37,12 +37,12 @@ class FreezeConfig(Parameters):
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """What a freeze leaves trainable.
+    """Which parameters train after freezing.
 
     Attributes:
-        num_unfrozen_layers: blocks that train, from the top; None where nothing is frozen.
-        train_head: an untied copy of the head trains.
-        names: the trainable parameters, in the model's order.
+        num_unfrozen_layers: number of blocks that train, from the top; None if nothing is frozen.
+        train_head: whether an untied copy of the head trains.
+        names: names of the trainable parameters, in the model's order.
         trainable: number of trainable scalars.
         total: number of scalars in the model, a tied head counted once.
     """
@@ -60,15 +60,15 @@ class FreezePlan:
 
 
 def freeze_bottom_layers(model: GPTModel, num_unfrozen_layers: int, train_head: bool = False) -> FreezePlan:
-    """Freeze all of the model but its top blocks and the final norm.
+    """Freeze the model except its top blocks and the final norm.
 
     Embeddings stay frozen, and so does the head, which is the token embedding: training it would force the
     backward pass through the whole trunk. ``train_head`` unties it first (a copy, V x D more parameters).
 
     Args:
         model: changed in place; its ``num_frozen`` blocks become the trunk.
-        num_unfrozen_layers: blocks to train, counted from the top; 0 trains the final norm alone.
-        train_head: train an untied copy of the head too.
+        num_unfrozen_layers: number of blocks to train, counted from the top; 0 trains the final norm alone.
+        train_head: whether to train an untied copy of the head too.
 
     Raises:
         ValueError: num_unfrozen_layers is not between 0 and the number of blocks.

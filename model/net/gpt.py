@@ -1,4 +1,4 @@
-"""GPT-2's architecture, and nothing else.
+"""GPT-2's architecture.
 
 Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; OpenAI's
 github.com/openai/gpt-2 (src/model.py); checked against transformers' GPT2LMHeadModel. Modules carry
@@ -6,7 +6,7 @@ Hugging Face's names, so a checkpoint's keys are the model's own (weights of the
 transposed: Hugging Face keeps them as Conv1D, input dimension first).
 
 Shapes: B rows, T tokens, C context, D width, H heads, K = D / H, V vocabulary. Blocks take tokens in any
-layout, (..., D): the layout's attention alone knows which of them belong together.
+layout, (..., D): only the layout's attention knows which of them belong together.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class GPTModel(nn.Module):
     """GPT-2 with a language-modelling head; the head is the token embedding unless the config unties it.
 
     ``num_frozen`` blocks at the bottom, with the embeddings, form the *trunk*: set by
-    ``freeze_bottom_layers``, kept in eval mode and run without autograd, so that no activation of theirs
+    ``freeze_bottom_layers``, kept in eval mode and run without autograd, so that none of their activations
     is stored.
     """
 
@@ -103,13 +103,13 @@ class GPTModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def set_dropout(self, dropout: float) -> None:
-        """Set the dropout rate of every block; it acts in those above the trunk, in training mode."""
+        """Set the dropout rate of every block; only blocks above the trunk, in training mode, use it."""
         self.config = replace(self.config, dropout=dropout)
         for block in self.h:
             block.attn.dropout = block.mlp.dropout = dropout
 
     def train(self, mode: bool = True) -> GPTModel:
-        """Training mode for the blocks above the trunk only: dropout never noises frozen features."""
+        """Training mode for the blocks above the trunk only: no dropout in frozen blocks."""
         super().train(mode)
         for block in self.h[: self.num_frozen]:
             block.train(False)
@@ -117,9 +117,9 @@ class GPTModel(nn.Module):
 
     def trunk(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """Embeddings and frozen blocks: ids and their positions (...) -> residual stream (..., D)."""
-        # The trunk trains exactly when its embeddings do: then nothing is frozen at all.
+        # The trunk trains if and only if its embeddings do; then nothing is frozen.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.wte.weight.requires_grad):
-            # Padding behind a nearly full row may point past the last position; nothing ever reads it.
+            # Positions of padding behind a nearly full row may exceed the context; these outputs are never read.
             x = self.wte(ids) + self.wpe(positions.clamp(max=self.config.n_positions - 1))
             for index, block in enumerate(self.h[: self.num_frozen]):
                 x = block(x, layout.layer(index))

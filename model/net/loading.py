@@ -1,4 +1,4 @@
-"""Raw GPT-2 weights in Hugging Face's layout, in and out, with every key and shape accounted for."""
+"""Reading and writing GPT-2 weights in Hugging Face's layout, with every key and shape checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory: the single one, or the shards its index names.
 
     Raises:
-        FileNotFoundError: no safetensors weights, or a shard is missing; pickled ones (.bin, .pt) are never read.
+        FileNotFoundError: no safetensors weights, or a shard is missing; pickled weights (.bin, .pt) are never read.
         ValueError: the index is damaged, or names a file outside its directory.
     """
     if (directory / WEIGHTS_FILE).is_file():
@@ -57,7 +57,7 @@ def weight_files(directory: Path) -> list[Path]:
             if Path(name).name != name:
                 raise ValueError(f"{directory / INDEX_FILE} names a file outside its directory: {name!r}")
             if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory / INDEX_FILE} names {name}, which is not there")
+                raise FileNotFoundError(f"{directory / INDEX_FILE} names {name}, which does not exist")
         return [directory / name for name in names]
     raise FileNotFoundError(
         f"{directory} holds no {WEIGHTS_FILE}: weights are read from safetensors only; "
@@ -74,14 +74,14 @@ def match_keys(config: GPTConfig, shapes: dict[str, tuple[int, ...]], source: Pa
         source: named in errors.
 
     Raises:
-        ValueError: a key is missing or left over, or a shape differs; the message names every one of them.
+        ValueError: a key is missing or unknown, or a shape differs; the message names the first ten.
     """
     with torch.device("meta"):
         expected = {name: tuple(p.shape) for name, p in GPTModel(config).named_parameters()}
     by_name = {key.removeprefix(PREFIX): key for key in shapes}
     faults = []
     if len(by_name) < len(shapes):
-        faults.append("some keys stand there both with and without the 'transformer.' prefix")
+        faults.append("some keys occur both with and without the 'transformer.' prefix")
     for name, shape in expected.items():
         stored = shape[::-1] if is_conv1d(name) else shape
         if name not in by_name:
@@ -124,7 +124,8 @@ def read_pretrained(directory: Path, device: torch.device, dtype: torch.dtype) -
     tied head stays the embedding's own Parameter (LLMs-from-scratch#822: a copy drifts).
 
     Raises:
-        FileNotFoundError, ValueError: as check_pretrained; also a stored head that contradicts the tie.
+        FileNotFoundError, ValueError: as check_pretrained.
+        ValueError: the config ties the head, but the stored head differs from the token embedding.
     """
     config = check_pretrained(directory)
     with torch.device("meta"):
@@ -177,10 +178,10 @@ def write_pretrained(model: GPTModel, directory: Path, eos_token_id: int | None 
 
 
 def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load a GPT-2 tokenizer, pad = eos, and prove that it works.
+    """Load a GPT-2 tokenizer, pad = eos, and check that it encodes a known text correctly.
 
-    AutoTokenizer on the directory, never ``GPT2TokenizerFast(vocab_file=..., merges_file=...)``: in
-    transformers 5 that call silently gives a tokenizer of a single token.
+    Loaded by AutoTokenizer, because in transformers 5 ``GPT2TokenizerFast(vocab_file=..., merges_file=...)``
+    silently returns a tokenizer with a single token.
 
     Args:
         directory: holds tokenizer.json, or vocab.json and merges.txt beside a config.json.
@@ -210,15 +211,15 @@ def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenize
             "or some are missing; name another directory in tokenizer_dir"
         )
     tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = int(1e9)  # rows are cut by max_length, which says so in numbers, not by a warning
+    tokenizer.model_max_length = int(1e9)  # no warning: rows are cut at max_length, and counted, elsewhere
     return tokenizer
 
 
 def check_size(config: GPTConfig, model_size: str, source: Path) -> None:
-    """Refuse weights of another shape than the size asked for (vocabulary and context may differ).
+    """Check that weights have the shape of a named size (vocabulary and context may differ).
 
     Raises:
-        ValueError: naming both shapes.
+        ValueError: they have another shape; the message has both.
     """
     preset = GPTConfig.preset(model_size)
     found = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")}
@@ -241,11 +242,11 @@ def load_gpt_model(
     Args:
         model_size: tiny, 124m, 355m, 774m or 1558m; the weights must have that shape.
         weights_dir: a directory in Hugging Face's layout.
-        freeze_layers: freeze all but the top blocks and the final norm; else everything trains.
-        num_unfrozen_layers: blocks left trainable.
-        train_head: also train an untied copy of the head.
-        tokenizer_dir: where the tokenizer lies, if not in weights_dir.
-        device: where the parameters are put, in fp32.
+        freeze_layers: whether to freeze all but the top blocks and the final norm; else everything trains.
+        num_unfrozen_layers: number of blocks left trainable.
+        train_head: whether to train an untied copy of the head too.
+        tokenizer_dir: directory of the tokenizer, if not weights_dir.
+        device: device of the parameters, which are fp32.
 
     Raises:
         FileNotFoundError, ValueError: as read_pretrained, check_size, load_tokenizer, freeze_bottom_layers.

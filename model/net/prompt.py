@@ -1,7 +1,7 @@
-"""One renderer for training and inference: an entry becomes text, the text becomes token ids.
+"""The prompt format, the same for training and inference: an entry becomes text, text becomes token ids.
 
-The prompt half is tokenised by itself in both cases, so that what generation starts from is, id for id,
-what training saw before the response (axolotl#834: two renderers drift apart).
+The prompt is tokenised separately in both cases, so that generation starts from exactly the ids that training has
+before the response (axolotl#834: two renderers drift apart).
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Sampling: temperature, top-k and top-p (nucleus), and batched generation with a key-value cache."""
+"""Sampling: temperature, top-k and top-p (nucleus), and batched generation with a key-value cache.
+
+A sampling filter is one function that checks its setting and returns the filter, and its line in ``build_filters``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +15,77 @@ from model.net.attention import KVCache
 from model.net.device import capture_stream
 from model.net.gpt import GPTModel
 
+Filter = Callable[[Tensor], Tensor]
+"""Logits (B, V) in float32 -> logits (B, V) with removed tokens at -inf; the argument is not changed."""
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError, naming the setting, unless the three can be sampled with."""
+
+def scale(temperature: float) -> Filter:
+    """Divide by a temperature above 0; the result may be shifted by a constant, which changes no probability."""
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 leaves the model as it is")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k {top_k} keeps no token: leave it out to keep all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} is not in (0, 1]")
+
+    def apply(logits: Tensor) -> Tensor:
+        if temperature == 1:
+            return logits
+        # Less the largest logit: however low the temperature, that one stays finite.
+        return (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+
+    return apply
+
+
+def keep_top_k(k: int) -> Filter:
+    """Keep the k most probable tokens: exactly k where logits tie, all where k is larger than V."""
+    if k < 1:
+        raise ValueError(f"top_k {k} keeps no token: leave it out to keep all")
+
+    def apply(logits: Tensor) -> Tensor:
+        if k >= logits.size(-1):
+            return logits
+        values, indices = torch.topk(logits, k, dim=-1)
+        return torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
+
+    return apply
+
+
+def keep_top_p(p: float) -> Filter:
+    """Keep the nucleus of mass p: the smallest set of most probable tokens whose mass reaches p.
+
+    The token that crosses p belongs to it, and the most probable one is always kept (Holtzman et al. 2020,
+    section 3.1).
+    """
+    if not 0 < p <= 1:
+        raise ValueError(f"top_p {p} is not in (0, 1]")
+
+    def apply(logits: Tensor) -> Tensor:
+        if p == 1:
+            return logits
+        ordered, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+        probabilities = F.softmax(ordered, dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens ahead of each
+        removed = before >= p
+        removed[..., 0] = False
+        return logits.masked_fill(torch.zeros_like(removed).scatter(-1, indices, removed), float("-inf"))
+
+    return apply
+
+
+def build_filters(temperature: float, top_k: int | None, top_p: float | None) -> list[Filter]:
+    """The filters of the settings, in the order in which they are applied; at temperature 0 the best token is left.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it.
+    """
+    filters = [scale(temperature)]
+    if top_k is not None:
+        filters.append(keep_top_k(top_k))
+    if top_p is not None:
+        filters.append(keep_top_p(top_p))
+    return [keep_top_k(1)] if temperature == 0 else filters
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError, naming the setting, unless the settings can be sampled with."""
+    build_filters(temperature, top_k, top_p)
 
 
 def filter_logits(
@@ -28,39 +93,27 @@ def filter_logits(
 ) -> Tensor:
     """Scale by temperature, then keep the top k tokens, then the nucleus of mass p.
 
-    The nucleus is the smallest set of most probable tokens whose mass reaches ``top_p``: the token that
-    crosses it belongs to it, and the most probable one is always kept (Holtzman et al. 2020, section 3.1).
-
     Args:
         logits: (B, V), any floating dtype.
         temperature: 0 keeps the most probable token alone.
-        top_k: tokens to keep, at most V; exactly that many where logits tie.
-        top_p: probability mass to keep, in (0, 1].
+        top_k: tokens to keep, as keep_top_k; None keeps all.
+        top_p: probability mass to keep, in (0, 1], as keep_top_p; None keeps all.
 
     Returns:
-        (B, V) in float32, logits / temperature but for a shift that changes no probability, with removed tokens at
-        -inf; the argument is not changed.
+        (B, V) in float32, logits / temperature except for a shift that changes no probability, with removed tokens
+        at -inf; the argument is not changed.
 
     Raises:
         ValueError: a setting is out of range.
     """
-    check_sampling(temperature, top_k, top_p)
+    return _apply(build_filters(temperature, top_k, top_p), logits)
+
+
+def _apply(filters: Sequence[Filter], logits: Tensor) -> Tensor:
+    """(B, V), any floating dtype -> (B, V) in float32."""
     logits = logits.float()
-    if temperature == 0:
-        top_k, top_p = 1, None
-    elif temperature != 1:
-        # Less the largest: however low the temperature, that one stays finite.
-        logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    if top_k is not None and top_k < logits.size(-1):
-        values, indices = torch.topk(logits, top_k, dim=-1)
-        logits = torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
-    if top_p is not None and top_p < 1:
-        ordered, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
-        probabilities = F.softmax(ordered, dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens ahead of each
-        removed = before >= top_p
-        removed[..., 0] = False
-        logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, indices, removed), float("-inf"))
+    for each in filters:
+        logits = each(logits)
     return logits
 
 
@@ -89,67 +142,91 @@ def generate(
         seed: of this call's own generator; the global one is left alone.
 
     Returns:
-        B lists of new ids, ending with ``eos_token_id`` where the row stopped by itself.
+        B lists of new ids, ending with ``eos_token_id`` where the model produced it.
 
     Raises:
         ValueError: an empty prompt, or a setting out of range.
     """
-    check_sampling(temperature, top_k, top_p)
+    filters = build_filters(temperature, top_k, top_p)
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt is empty: generation needs at least one token to start from")
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    device = model.wte.weight.device
-    context = model.config.n_positions
-    rng = torch.Generator(device).manual_seed(seed)
-    texts = [list(prompt) for prompt in prompts]
-    done = [False] * len(texts)
+    generator = None if temperature == 0 else torch.Generator(model.wte.weight.device).manual_seed(seed)
     training = model.training
     model.eval()
-    decoder: _Decoder | None = None
-    new = torch.empty(0, dtype=torch.long)
     try:
-        for _ in range(max_new_tokens):
-            # Rows that are done only keep the batch in shape, and may run out of the cache.
-            if max(len(text) for text, over in zip(texts, done, strict=True) if not over) > context:
-                decoder = None
-                logits = _last_logits(model, [text[-context:] for text in texts], None)
-            elif decoder is None:
-                kept = [text[-context:] for text in texts]
-                capacity = min(context, max(map(len, kept)) + max_new_tokens)
-                mixed = torch.is_autocast_enabled(device.type)
-                dtype = torch.get_autocast_dtype(device.type) if mixed else model.ln_f.weight.dtype
-                cache = KVCache(model.config, len(texts), capacity, device, dtype)
-                logits = _last_logits(model, kept, cache)
-                decoder = _Decoder(model, cache)
-            else:
-                logits = decoder(new)
-            logits = filter_logits(logits, temperature, top_k, top_p)  # (B, V)
-            if temperature == 0:
-                new = logits.argmax(dim=-1)
-            else:
-                new = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=rng)[:, 0]
-            for row, token in enumerate(new.tolist()):
-                texts[row].append(token)  # also where the row is done, so that the batch keeps its shape
-                if not done[row]:
-                    done[row] = token == eos_token_id
-            if all(done):
-                break
+        texts = _continue(model, prompts, max_new_tokens, eos_token_id, lambda x: _draw(x, filters, generator))
     finally:
         model.train(training)
     return [_until_eos(text[len(prompt) :], eos_token_id) for text, prompt in zip(texts, prompts, strict=True)]
 
 
+def _draw(logits: Tensor, filters: Sequence[Filter], generator: torch.Generator | None) -> Tensor:
+    """The next token of each row, logits (B, V) -> (B,): the most probable one if there is no generator."""
+    logits = _apply(filters, logits)
+    if generator is None:
+        return logits.argmax(dim=-1)
+    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)[:, 0]
+
+
+def _continue(
+    model: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_token_id: int | None,
+    draw: Callable[[Tensor], Tensor],
+) -> list[list[int]]:
+    """Prompts with their new tokens; rows that have ended may have tokens behind their EOS.
+
+    Args:
+        draw: logits (B, V) -> the next token of each row (B,).
+    """
+    context = model.config.n_positions
+    texts = [list(prompt) for prompt in prompts]
+    done = [False] * len(texts)
+    decoder: _Decoder | None = None
+    new = torch.empty(0, dtype=torch.long)
+    for _ in range(max_new_tokens):
+        # Rows that are done only keep the batch's shape, and may grow beyond the cache.
+        if max(len(text) for text, over in zip(texts, done, strict=True) if not over) > context:
+            decoder = None
+            logits = _last_logits(model, [text[-context:] for text in texts], None)
+        elif decoder is None:
+            kept = [text[-context:] for text in texts]
+            cache = _new_cache(model, len(kept), min(context, max(map(len, kept)) + max_new_tokens))
+            logits = _last_logits(model, kept, cache)
+            decoder = _Decoder(model, cache)
+        else:
+            logits = decoder(new)
+        new = draw(logits)
+        for row, token in enumerate(new.tolist()):
+            texts[row].append(token)  # also where the row is done, so that the batch keeps its shape
+            if not done[row]:
+                done[row] = token == eos_token_id
+        if all(done):
+            break
+    return texts
+
+
+def _new_cache(model: GPTModel, rows: int, capacity: int) -> KVCache:
+    """An empty cache of ``capacity`` tokens a row, in the dtype in which the model computes."""
+    device = model.wte.weight.device
+    mixed = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if mixed else model.ln_f.weight.dtype
+    return KVCache(model.config, rows, capacity, device, dtype)
+
+
 class _Decoder:
     """One more token of each row through the cache: ids (B,) -> logits (B, V), overwritten by the next call.
 
-    On a GPU a CUDA graph from the second call on: launching a token's kernels takes longer than running them.
+    On a GPU, a CUDA graph from the second call on: launching a token's kernels takes longer than running them.
     """
 
     def __init__(self, model: GPTModel, cache: KVCache):
         self.model = model
         self.cache = cache
-        self.rehearsed = False  # kernels are loaded, weights cast
+        self.rehearsed = False  # True once kernels are loaded and weights cast
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -172,7 +249,7 @@ class _Decoder:
 
 
 def _last_logits(model: GPTModel, texts: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Logits behind each row's last token, (B, V); with a cache, which is filled."""
+    """Logits that follow each row's last token, (B, V). A cache, if given, is filled with the texts."""
     device = model.wte.weight.device
     lengths = torch.tensor([len(text) for text in texts], device=device)
     ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
@@ -185,7 +262,7 @@ def _last_logits(model: GPTModel, texts: Sequence[Sequence[int]], cache: KVCache
 
 
 def _until_eos(ids: list[int], eos_token_id: int | None) -> list[int]:
-    """Cut behind the first end-of-text id."""
+    """Cut after the first end-of-text id."""
     if eos_token_id is None or eos_token_id not in ids:
         return ids
     return ids[: ids.index(eos_token_id) + 1]

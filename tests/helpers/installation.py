@@ -1,4 +1,4 @@
-"""Servers, worker and watcher for tests, each started and killed by itself; `make up` would start them again."""
+"""Servers, worker and watcher for tests, started and killed one by one; `make up` would restart them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 @dataclass(frozen=True)
 class Installation:
-    """Two servers and a worker, started in a directory that has nothing to do with the checkout."""
+    """Two servers and a worker, started in a directory outside the checkout."""
 
     cwd: Path
     environment: dict[str, str]
@@ -32,7 +32,7 @@ class Installation:
 
     @property
     def base(self) -> Path:
-        """Where its data, logs and databases lie."""
+        """Directory of its data, logs and databases."""
         return self.cwd.parent
 
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -43,7 +43,7 @@ class Installation:
             return json.load(answer)
 
     def start(self, name: str, *command: str, **environment: str) -> None:
-        """Start a process that stays; its output goes to a log of its name, behind what is there."""
+        """Start a process that keeps running; its output is appended to NAME.log."""
         with (self.base / f"{name}.log").open("ab") as stream:
             self.processes[name] = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]],
@@ -56,7 +56,7 @@ class Installation:
             )
 
     def start_prefect(self) -> None:
-        """Prefect's server, until it answers."""
+        """Start Prefect's server and wait until it answers."""
         port = self.environment["PREFECT_API_URL"].rsplit(":", 1)[1].split("/")[0]
         self.start(
             "prefect", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port,
@@ -66,7 +66,7 @@ class Installation:
         wait_for("Prefect's server", lambda: self.api("/health"), 90)
 
     def start_mlflow(self) -> None:
-        """MLflow's server, until it answers."""
+        """Start MLflow's server and wait until it answers."""
         self.start(
             "mlflow", "mlflow", "--env-file", str(ROOT / "mlflow" / "server.env"), "server",
             MLFLOW_PORT=self.tracking.rsplit(":", 1)[1],
@@ -82,20 +82,20 @@ class Installation:
         self.start("watch", "python", "-m", "ops.recovery.watch")
 
     def kill(self, name: str) -> None:
-        """kill -9 of a process that was started, and of its group: servers have children."""
+        """kill -9 a started process and its process group: servers have children."""
         process = self.processes.pop(name)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def command(self, *command: str) -> subprocess.Popen[str]:
-        """Start a command that ends."""
+        """Start a command that ends by itself, with its output in a pipe."""
         return subprocess.Popen(
             command, cwd=self.cwd, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def deploy(self) -> str:
-        """``make deploy``, from another directory, with this interpreter's environment as the installed one."""
+        """``make deploy`` from another directory, with the environment of this interpreter. Returns the output."""
         made = self.command(*MAKE, "deploy")
         output, _ = made.communicate(timeout=120)
         assert made.returncode == 0, output[-3000:]
@@ -107,7 +107,7 @@ class Installation:
         return self.command(str(BIN / "prefect"), "deployment", "run", deployment, *options, "--watch")
 
     def stop(self) -> None:
-        """End what was started and all that it started: a flow run would outlive its worker."""
+        """End all started processes and their descendants: a flow run would outlive its worker."""
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():
@@ -122,21 +122,21 @@ class Installation:
         wait_for("the end of every process", lambda: not self.descendants(), 10)
 
     def descendants(self, name: str = "PREFECT_HOME", value: str = "") -> list[int]:
-        """Whoever has a variable in its environment; by default all that belong to this installation."""
+        """Ids of processes with this variable in their environment; by default all processes of this installation."""
         mark = f"{name}={value or self.environment[name]}".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if mark in path.read_bytes().split(b"\0"):
                     found.append(int(path.parent.name))
-            except OSError:  # another user's, or gone
+            except OSError:  # another user's process, or it has ended
                 continue
         return found
 
 
 @contextlib.contextmanager
 def installed(base: Path, **settings: str) -> Iterator[Installation]:
-    """A fresh installation: both servers up, everything deployed, one worker. All of it is gone afterwards.
+    """Start a fresh installation: both servers, all deployments, one worker. All processes are ended afterwards.
 
     Args:
         base: an empty folder.
@@ -154,7 +154,7 @@ def installed(base: Path, **settings: str) -> Iterator[Installation]:
         "PREFECT_API_URL": f"http://127.0.0.1:{prefect_port}/api",
         "PREFECT_HOME": str(base / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        # Ask twice in a second, not every ten, whether there is a run to start.
+        # Poll for runs twice a second instead of every ten seconds.
         "PREFECT_WORKER_QUERY_SECONDS": "0.5",
         **settings,
     }

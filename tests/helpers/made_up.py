@@ -1,4 +1,4 @@
-"""``make up`` for tests: on free ports and a data root of its own, and nothing of it left afterwards."""
+"""``make up`` for tests: on free ports, with a separate data root, and no process left afterwards."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ops.servers import MARK
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-# This interpreter's environment as the installed one; `make` itself would install another.
+# With the environment of this interpreter; `make` itself would install another.
 MAKE = ("make", "-C", str(ROOT), "-o", ".venv/.installed", f"BIN={BIN}")
 FOREIGN = ("PREFECT_", "MLFLOW_", "FINETUNE_")
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of the loopback that nobody listens on now."""
+    """Different loopback ports that no process listens on now."""
     listeners = [socket.socket() for _ in range(count)]
     try:
         for listener in listeners:
@@ -40,33 +40,33 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(what: str, ready: Callable[[], Any], seconds: float) -> Any:
-    """Poll until something truthy comes back; to be refused a connection counts as not yet."""
+    """Poll until ``ready`` returns a truthy value, and return it; an OSError (connection refused) counts as false."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(OSError):
             if answer := ready():
                 return answer
         time.sleep(0.25)
-    raise AssertionError(f"{what} did not come in {seconds:g} s")
+    raise AssertionError(f"timeout after {seconds:g} s: {what}")
 
 
 class MadeUp:
-    """Settings of a ``make up``, and the one that runs with them.
+    """A ``make up`` with its settings and processes.
 
     Args:
         base: an empty folder.
-        settings: environment variables beside ports and data root.
+        settings: environment variables in addition to ports and data root.
     """
 
     def __init__(self, base: Path, **settings: str):
         self.home = base / "root" / "server"
-        self.cwd = base / "elsewhere"  # has nothing to do with the checkout
+        self.cwd = base / "elsewhere"  # outside the checkout
         self.cwd.mkdir(parents=True)
         prefect, mlflow = free_ports(2)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
             "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",  # a log that is whole even when its writer is killed
+            "PYTHONUNBUFFERED": "1",  # a complete log even if its writer is killed
             "FINETUNE_DATA_ROOT": str(self.home.parent),
             "FINETUNE_PREFECT_PORT": str(prefect),
             "FINETUNE_MLFLOW_PORT": str(mlflow),
@@ -79,24 +79,24 @@ class MadeUp:
 
     @property
     def output(self) -> str:
-        """What ``make up`` has printed so far."""
+        """The output of ``make up`` so far."""
         return self.log.read_text() if self.log.exists() else ""
 
     @property
     def password(self) -> str | None:
-        """Of the secured profile."""
+        """Password of the secured profile; None without it."""
         path = self.home / "password"
         return path.read_text() if path.exists() else None
 
     @property
     def client_environment(self) -> dict[str, str]:
-        """What sourcing client.env gives to a shell."""
+        """The environment of a shell after sourcing client.env."""
         source = f". {self.home / 'client.env'}; env -0"
-        told = subprocess.run(["bash", "-c", source], env=self.environment, capture_output=True, check=True).stdout
-        return dict(pair.split("=", 1) for pair in told.decode().split("\0") if "=" in pair)
+        output = subprocess.run(["bash", "-c", source], env=self.environment, capture_output=True, check=True).stdout
+        return dict(pair.split("=", 1) for pair in output.decode().split("\0") if "=" in pair)
 
     def begin(self) -> None:
-        """Start it in a process group of its own, as a shell does."""
+        """Start it in a separate process group, as a shell does."""
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [*MAKE, "up"], cwd=self.cwd, env=self.environment, stdin=subprocess.DEVNULL,
@@ -104,7 +104,7 @@ class MadeUp:
             )  # fmt: skip
 
     def start(self) -> float:
-        """Start it and wait until it says that it is ready. Returns the seconds that this took."""
+        """Start it and wait until it prints that it is ready. Returns the seconds that this took."""
         began = time.monotonic()
         self.begin()
 
@@ -117,20 +117,20 @@ class MadeUp:
         return time.monotonic() - began
 
     def interrupt(self, number: int = signal.SIGINT) -> int:
-        """Ctrl-C: the signal to the whole group, as the terminal sends it. Returns the exit status."""
+        """Ctrl-C: send the signal to the whole process group, as a terminal does. Returns the exit status."""
         assert self.process
         os.killpg(self.process.pid, number)
         return self.process.wait(timeout=120)
 
     def stop(self) -> None:
-        """End it, however it stands, and all that it started."""
+        """End it, if it is still running, and all processes that it started."""
         if self.process and self.process.poll() is None:
             self.interrupt(signal.SIGTERM)
         end(self.processes, 5)
         assert not self.processes()
 
     def processes(self, *words: str) -> list[Process]:
-        """All living processes that it started, or those with all the words in their command."""
+        """All running processes that it started, with all the words in their command."""
         return [p for p in marked(MARK, str(self.home)) if all(word in p.command for word in words)]
 
     def one(self, *words: str) -> Process:
@@ -140,7 +140,7 @@ class MadeUp:
         return found[0]
 
     def make(self, *target: str) -> subprocess.CompletedProcess[str]:
-        """Another make command with the same settings, and with client.env sourced if it is there."""
+        """Run another make command with the same settings, and with client.env sourced if it exists."""
         environment = self.client_environment if (self.home / "client.env").exists() else self.environment
         return subprocess.run(
             [*MAKE, *target], cwd=self.cwd, env=environment, stdin=subprocess.DEVNULL,
@@ -166,13 +166,13 @@ class MadeUp:
         )  # fmt: skip
 
     def flow_run(self, output: str) -> str:
-        """The id of the run that `run` printed."""
+        """The id of the flow run, from the output of `run`."""
         found = re.search(r"UUID: (\S+)", output)
         assert found, output
         return found[1]
 
     def memory(self) -> dict[str, float]:
-        """MB of memory by process, shared pages shared out (PSS)."""
+        """Memory of each process in MB, shared pages divided among their users (PSS)."""
         return {
             str(process): int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1]) / 1024  # type: ignore[index]
             for process in self.processes()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from model.data.tokens import PrepareConfig
+from model.data.preparing import PrepareConfig
 from model.demo import grammar
 from ops.settings import Settings
 from ops.tracking.ledger import record_night

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from model.data.tokens import PrepareConfig, training_keys
+from model.data.preparing import PrepareConfig, training_keys
 from model.net.loading import load_tokenizer
 from tasks.download import SourceConfig, download
 from tasks.prepare import find_or_write_tokens

@@ -12,7 +12,7 @@ import pytest
 import torch
 from prefect.logging import disable_run_logger
 
-from model.data.tokens import PrepareConfig
+from model.data.preparing import PrepareConfig
 from model.demo import EMBEDDED_BASE, grammar
 from model.engine.config import TrainConfig
 from model.net.config import GPTConfig

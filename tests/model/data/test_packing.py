@@ -1,4 +1,4 @@
-"""Packs by hand: where documents lie, what predicts what, with which weight, and how rows fall into groups."""
+"""Packs computed by hand: positions, predictors, targets and weights; and the division of rows into groups."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def dataset_of(tmp_path: Path) -> Callable[..., CodeAlpacaDataset]:
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_pack_by_hand(dataset_of: Callable[..., CodeAlpacaDataset], dtype: str) -> None:
-    """In the order given; positions restart; no last token is an input; only response tokens are targets."""
+    """Rows in the given order; positions restart; last tokens are not inputs; only response tokens are targets."""
     batch = pack(dataset_of(dtype), np.array([3, 0, 2]), CPU)
     assert batch.rows.tolist() == [3, 0, 2]
     assert batch.ids.tolist() == [40, 41, 42, 43, 10, 11, 12, 65_000, 65_535]
@@ -56,15 +56,15 @@ def test_pack_by_hand(dataset_of: Callable[..., CodeAlpacaDataset], dtype: str) 
     assert batch.documents.begins.dtype == batch.documents.ends.dtype == torch.int32
 
 
-def test_slots_are_places_among_all_inputs(dataset_of: Callable[..., CodeAlpacaDataset]) -> None:
-    """Rows of 4, 3, 3, 5 and 1 tokens have their inputs at 0-2, 3-4, 5-6, 7-10: none is shared, whatever the pack."""
+def test_slots_are_indices_among_all_inputs(dataset_of: Callable[..., CodeAlpacaDataset]) -> None:
+    """Rows of 4, 3, 3, 5 and 1 tokens have inputs 0-2, 3-4, 5-6, 7-10 and none, independent of the pack."""
     dataset = dataset_of()
     assert pack(dataset, np.array([3, 0, 2]), CPU).slots.tolist() == [7, 8, 9, 10, 0, 1, 2, 5, 6]
     assert pack(dataset, np.array([2]), CPU).slots.tolist() == [5, 6]
 
 
 def test_rows_without_target_are_left_out(dataset_of: Callable[..., CodeAlpacaDataset]) -> None:
-    """All prompt, or a single token: nobody predicts there, and owners count the rows that remain."""
+    """Rows of prompt only or of a single token are left out; owners are indices into the remaining rows."""
     batch = pack(dataset_of(), np.arange(5), CPU)
     assert batch.rows.tolist() == [0, 2, 3]
     assert batch.owner.tolist() == [0, 0, 1, 1, 2]
@@ -76,7 +76,7 @@ def test_rows_without_target_are_left_out(dataset_of: Callable[..., CodeAlpacaDa
 def test_prompt_loss_weight_makes_every_token_but_the_first_a_target(
     dataset_of: Callable[..., CodeAlpacaDataset],
 ) -> None:
-    """Prompt tokens weigh as told, response tokens 1; now the row that is all prompt takes part."""
+    """Prompt tokens have the given weight, response tokens 1; a row that is all prompt takes part."""
     dataset = dataset_of(weight=0.25)
     batch = pack(dataset, np.array([0, 1, 3, 4]), CPU)
     assert batch.rows.tolist() == [0, 1, 3]
@@ -89,8 +89,8 @@ def test_prompt_loss_weight_makes_every_token_but_the_first_a_target(
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_first_token_of_a_row_without_a_prompt_weighs_nothing(tmp_path: Path, weight: float) -> None:
-    """Two rows of five tokens, prompts of none and of one: four targets each, whatever a prompt weighs."""
+def test_first_token_of_a_row_without_a_prompt_is_no_target(tmp_path: Path, weight: float) -> None:
+    """Two rows of five tokens, with prompts of 0 and 1 tokens: four targets each, for any weight of the prompt."""
     (tmp_path / "meta.json").write_text(json.dumps({"dtype": "<u2"}))
     np.arange(10, dtype="<u2").tofile(tmp_path / "train.ids.bin")
     np.save(tmp_path / "train.lengths.npy", np.array([(5, 0), (5, 1)], dtype=np.int32))
@@ -98,8 +98,8 @@ def test_first_token_of_a_row_without_a_prompt_weighs_nothing(tmp_path: Path, we
     assert len(pack(dataset, np.array([0, 1]), CPU).targets) == dataset.loss_weight(np.array([0, 1])) == 8
 
 
-def test_weights_sum_to_what_the_loss_is_divided_by(token_dir: Path) -> None:
-    """On real rows, with and without weight on the prompt."""
+def test_weights_sum_to_the_divisor_of_the_loss(token_dir: Path) -> None:
+    """On the rows of token_dir, with and without weight on the prompt."""
     rows = np.array([3, 0, 17])
     for weight in (0.0, 0.5):
         dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
@@ -109,7 +109,7 @@ def test_weights_sum_to_what_the_loss_is_divided_by(token_dir: Path) -> None:
 
 
 def test_attention_of_bf16_documents_is_the_fp32_one_rounded() -> None:
-    """On a CPU: each document by itself, nothing rounded on the way, gradients in bf16 too."""
+    """On a CPU each document is computed in fp32; output and gradients are rounded to bf16 once."""
     torch.manual_seed(0)
     lengths = [3, 1, 40]
     q, k, v = (torch.randn(44, 2, 8).bfloat16().requires_grad_() for _ in range(3))
@@ -127,7 +127,7 @@ def test_attention_of_bf16_documents_is_the_fp32_one_rounded() -> None:
 
 
 def test_split_evenly_by_hand() -> None:
-    """As few groups as the limit asks for, cut where their sizes are most nearly equal."""
+    """The fewest groups that the limit permits, cut so that their sizes are most nearly equal."""
     rows = np.array([7, 3, 9, 1])
 
     def groups(lengths: list[int], limit: int) -> list[list[int]]:
@@ -143,7 +143,7 @@ def test_split_evenly_by_hand() -> None:
 
 @pytest.mark.parametrize("limit", [1, 50, 200, 800, 100_000])
 def test_split_evenly_keeps_order_and_every_row(limit: int) -> None:
-    """No row lost, none twice, none moved; groups differ by about a row, and none is empty."""
+    """Every row occurs once and in order; group sizes differ by about one row; no group is empty."""
     rng = np.random.default_rng(0)
     rows, lengths = rng.permutation(60), rng.integers(1, 90, 60)
     length_of = dict(zip(rows.tolist(), lengths.tolist(), strict=True))
@@ -160,5 +160,5 @@ def test_split_evenly_keeps_order_and_every_row(limit: int) -> None:
 
 
 def test_single_long_row_is_a_group() -> None:
-    """A row beyond the limit is neither cut nor dropped."""
+    """A row longer than the limit is neither cut nor dropped."""
     assert [part.tolist() for part in split_evenly(np.array([5]), np.array([900]), 100)] == [[5]]

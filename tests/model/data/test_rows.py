@@ -1,4 +1,4 @@
-"""Rows: both schemas, every kind of file, every reason to drop; splits that do not move."""
+"""Rows: every file type, every schema, every reason to drop a row; the draw of splits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 
 from model.data.rows import (
+    READERS,
+    SCHEMAS,
+    SUFFIXES,
     UNUSABLE,
     UnusableRow,
     find_splits,
@@ -28,25 +31,42 @@ ROWS = [
 ]
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> Path:
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        pd.DataFrame(rows).to_parquet(path)
-    else:
-        pd.DataFrame(rows).to_csv(path, index=False)
-    return path
+# Writes ROWS as each type of file. A new entry of READERS needs one here.
+WRITERS: dict[str, Callable[[Path], object]] = {
+    ".jsonl": lambda path: path.write_text("".join(json.dumps(row) + "\n\n" for row in ROWS)),
+    ".json": lambda path: path.write_text(json.dumps(ROWS)),
+    ".parquet": lambda path: pd.DataFrame(ROWS).to_parquet(path),
+    ".csv": lambda path: pd.DataFrame(ROWS).to_csv(path, index=False),
+}
+# Records of each schema with the prompt that each becomes; the completion is "c". A new entry of SCHEMAS needs one.
+RECORDS: dict[tuple[str, ...], list[tuple[dict[str, Any], str]]] = {
+    ("prompt", "completion"): [({"prompt": "Add\n1", "completion": "c"}, "Add\n1")],
+    ("instruction", "output"): [
+        ({"instruction": "Add", "input": "1", "output": "c"}, "Add\n1"),
+        ({"instruction": "Add", "input": "", "output": "c"}, "Add"),
+        ({"instruction": "Add", "input": None, "output": "c"}, "Add"),
+        ({"instruction": "Add", "output": "c"}, "Add"),
+    ],
+}
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+def test_every_format_has_a_sample() -> None:
+    """A file type or schema that is added without a sample here fails, and so does a sample without a reader."""
+    assert WRITERS.keys() == READERS.keys()
+    assert RECORDS.keys() == SCHEMAS.keys()
+    assert tuple(READERS) == SUFFIXES
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
     """Text stays text, in order: pandas would read NA as missing and 001 as 1."""
-    assert [normalize_row(record) for record in read_records(write(tmp_path / f"rows{suffix}", ROWS))] == ROWS
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](path)
+    assert find_splits(path) == {"train": [path]}
+    assert [normalize_row(record) for record in read_records(path)] == ROWS
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+@pytest.mark.parametrize("suffix", READERS)
 def test_broken_file_is_named(tmp_path: Path, suffix: str) -> None:
     """An unreadable file is an error with its name; broken lines of a .jsonl are rows to drop."""
     path = tmp_path / f"rows{suffix}"
@@ -59,25 +79,30 @@ def test_broken_file_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 def test_json_that_is_no_list_is_refused(tmp_path: Path) -> None:
-    """A dict of columns, say, is not taken for rows."""
+    """A JSON object, such as a dict of columns, is not read as rows."""
     (tmp_path / "rows.json").write_text('{"prompt": ["a"]}')
     with pytest.raises(ValueError, match="not a list of rows"):
         list(read_records(tmp_path / "rows.json"))
 
 
-@pytest.mark.parametrize(
-    ("record", "prompt"),
-    [
-        ({"prompt": "Add\n1", "completion": "c"}, "Add\n1"),
-        ({"instruction": "Add", "input": "1", "output": "c"}, "Add\n1"),
-        ({"instruction": "Add", "input": "", "output": "c"}, "Add"),
-        ({"instruction": "Add", "input": None, "output": "c"}, "Add"),
-        ({"instruction": "Add", "output": "c"}, "Add"),
-    ],
-)
-def test_both_schemas(record: dict[str, Any], prompt: str) -> None:
-    """The hub copy's prompt + completion, and instruction + input + output joined as it joins them."""
-    assert normalize_row(record) == {"prompt": prompt, "completion": "c"}
+@pytest.mark.parametrize("fields", SCHEMAS, ids=" + ".join)
+def test_every_schema_becomes_prompt_and_completion(fields: tuple[str, ...]) -> None:
+    """The required fields are enough; each has its reason if it is absent or null."""
+    for record, prompt in RECORDS[fields]:
+        assert normalize_row(record) == {"prompt": prompt, "completion": "c"}
+        for field in fields:
+            with pytest.raises(UnusableRow, match="missing_field"):
+                normalize_row({key: value for key, value in record.items() if key != field})
+            with pytest.raises(UnusableRow, match="null_field"):
+                normalize_row({**record, field: None})
+
+
+def test_the_first_schema_wins() -> None:
+    """A record with the fields of both schemas is read as prompt + completion, even if these are unusable."""
+    other = {"instruction": "i", "output": "o"}
+    assert normalize_row({**other, "prompt": "p", "completion": "c"}) == {"prompt": "p", "completion": "c"}
+    with pytest.raises(UnusableRow, match="null_field"):
+        normalize_row({**other, "prompt": "p", "completion": None})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +127,7 @@ def test_both_schemas(record: dict[str, Any], prompt: str) -> None:
     ],
 )
 def test_unusable_rows_have_a_reason(record: Any, reason: str) -> None:
-    """Never a crash, never the text "None"."""
+    """An unusable record gives its reason, and never the text "None"."""
     with pytest.raises(UnusableRow) as caught:
         normalize_row(record)
     assert caught.value.reason == reason
@@ -110,7 +135,7 @@ def test_unusable_rows_have_a_reason(record: Any, reason: str) -> None:
 
 
 def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
-    """Half a line, bytes that are no UTF-8, NaN for an object, blank lines; the rest is read."""
+    """A truncated line, invalid UTF-8 and NaN each have their reason; blank lines are skipped, other lines read."""
     path = tmp_path / "rows.jsonl"
     good = b'{"prompt": "p", "completion": "c"}'
     path.write_bytes(b"\n".join([good, good[:10], b'{"prompt": "\xff\xfe"}', b"", b"  ", b"NaN", good]))
@@ -124,7 +149,7 @@ def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
 
 
 def test_deeply_nested_line_is_one_bad_row(tmp_path: Path) -> None:
-    """A hostile line costs a row, not the run."""
+    """A line that exceeds the parser's recursion limit is one unusable row."""
     path = tmp_path / "rows.jsonl"
     path.write_text("[" * 100_000 + '\n{"prompt": "p", "completion": "c"}\n')
     first, second = read_records(path)
@@ -133,14 +158,14 @@ def test_deeply_nested_line_is_one_bad_row(tmp_path: Path) -> None:
 
 
 def test_nul_is_text(tmp_path: Path) -> None:
-    """A NUL inside a string is a character like others."""
+    """A NUL inside a string is kept as a character."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a\\u0000b", "completion": "c"}\n')
     [record] = read_records(tmp_path / "rows.jsonl")
     assert normalize_row(record)["prompt"] == "a\x00b"
 
 
 def test_folder_is_split_by_file_names(tmp_path: Path) -> None:
-    """As on the hub; what is no data file is left alone."""
+    """File names decide the split as on the hub; files of other types are ignored."""
     names = ["train-00000.jsonl", "more.csv", "Test.parquet", "validation.json", "dev2.jsonl", "README.md"]
     for name in names:
         (tmp_path / name).touch()
@@ -153,13 +178,13 @@ def test_folder_is_split_by_file_names(tmp_path: Path) -> None:
 
 
 def test_single_file_is_train(tmp_path: Path) -> None:
-    """A file may be given instead of a folder, whatever its name."""
+    """A single file is train, even if its name is test.jsonl."""
     (tmp_path / "test.jsonl").touch()
     assert find_splits(tmp_path / "test.jsonl") == {"train": [tmp_path / "test.jsonl"]}
 
 
 def test_nothing_to_read_is_named(tmp_path: Path) -> None:
-    """Each way of giving no data says which."""
+    """Each way of giving no data has its own message."""
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_splits(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="holds no file"):
@@ -173,14 +198,14 @@ def test_nothing_to_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("same", ["ADD one", "Add  one", " Add\tone\n", "Add \uff4fne"])
-def test_prompts_that_look_alike_share_a_key(same: str) -> None:
-    """A leak between splits does not hide behind case, white space or Unicode form."""
+def test_similar_prompts_share_a_key(same: str) -> None:
+    """Case, white space and Unicode form are ignored, so copies of a held-out prompt are recognised."""
     assert prompt_key(same) == prompt_key("Add one")
     assert prompt_key("Add two") != prompt_key("Add one")
 
 
 def test_fraction_is_uniform_and_depends_on_all_three(make_rows: Callable[[int], list[dict[str, str]]]) -> None:
-    """Shares come out as asked, and test and validation are drawn independently."""
+    """Shares are as requested, and test, validation and seeds are drawn independently."""
     keys = [prompt_key(str(i)) for i in range(2000)]
     test = [fraction(key, 42, "test") < 0.1 for key in keys]
     validation = [fraction(key, 42, "validation") < 0.1 for key in keys]
@@ -193,7 +218,7 @@ def test_fraction_is_uniform_and_depends_on_all_three(make_rows: Callable[[int],
 
 
 def test_tests_and_family_are_kept() -> None:
-    """Rows with assertions keep them for the pass rate; assertions of another kind make the row unusable."""
+    """Rows keep their tests for the pass rate; tests that are not a list of strings make the row unusable."""
     row = {"prompt": "p", "completion": "c", "tests": ["assert f(1) == 2"], "family": "number_add", "more": 1}
     assert normalize_row(row) == {key: row[key] for key in ("prompt", "completion", "tests", "family")}
     assert normalize_row({**row, "family": None})["family"] == "all"
@@ -203,12 +228,12 @@ def test_tests_and_family_are_kept() -> None:
 
 
 def test_row_keys_are_of_the_content() -> None:
-    """Any change of a row is another row; its schema, and what the project does not read, are not."""
+    """The key changes with any field of the normalised row; schema and unread fields do not matter."""
     row = {"prompt": "p", "completion": "c", "tests": ["assert f(1) == 2"], "family": "all"}
     changes = [{"prompt": "p "}, {"completion": "C"}, {"tests": []}, {"family": "other"}]
     assert len({row_key(row), *(row_key({**row, **change}) for change in changes)}) == 5
     assert row_key(dict(reversed(row.items()))) == row_key(row)
     one = normalize_row({"instruction": "p", "input": "", "output": "c", "id": 7})
     assert row_key(one) == row_key(normalize_row({"prompt": "p", "completion": "c", "id": 8}))
-    # Kept in MLflow for years: no version of anything may change it unnoticed.
+    # Keys are stored in MLflow: their values must never change.
     assert row_key({"prompt": "Add \u2603", "completion": "x + 1\n"}) == 5072156249635746624

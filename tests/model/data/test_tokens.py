@@ -1,11 +1,9 @@
-"""From rows to token files and batches: what is kept, what is dropped, what bears loss, in which order."""
+"""Token files as examples: labels, loss weights, the order of an epoch, detection of damage."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
-from itertools import count
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,353 +11,64 @@ import numpy as np
 import pytest
 import torch
 
-from model.data.rows import find_splits, normalize_row, row_key
-from model.data.tokens import (
-    IGNORE,
-    CodeAlpacaDataset,
-    PrepareConfig,
-    epoch_order,
-    prepare,
-    training_keys,
-    verify_tokens,
-)
-from model.net.prompt import encode, encode_examples, format_prompt
-
-CONFIG = PrepareConfig(max_length=80, test_share=0.2, validation_share=0.2)
-SPLITS = ("train", "validation", "test")
+from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order, verify_tokens
 
 
-@pytest.fixture
-def run(
-    tmp_path: Path, tokenizer: Any, write_jsonl: Callable[..., Path]
-) -> Callable[..., tuple[dict[str, Any], Path]]:
-    """run(rows, test=..., max_length=...): prepare those records; meta and directory."""
-    calls = count()
-
-    def prepare_rows(
-        train: list[Any], test: list[Any] | None = None, validation: list[Any] | None = None, **settings: Any
-    ) -> tuple[dict[str, Any], Path]:
-        folder = tmp_path / f"data{next(calls)}"
-        for split, rows in (("train", train), ("test", test), ("validation", validation)):
-            if rows is not None:
-                write_jsonl(folder / f"{split}.jsonl", rows)
-        target = folder / "tokens"
-        config = PrepareConfig(**{**vars(CONFIG), **settings})
-        return prepare(find_splits(folder), tokenizer, config, target), target
-
-    return prepare_rows
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_labels_and_weights(token_dir: Path, weight: float) -> None:
+    """Response tokens have loss weight 1, prompt tokens prompt_loss_weight; labels are the ids, unshifted."""
+    dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
+    for i in range(len(dataset)):
+        row, prompt = dataset[i], int(dataset.lengths[i, 1])
+        assert torch.equal(row["labels"][prompt:], row["input_ids"][prompt:])
+        assert (row["loss_weights"][prompt:] == 1).all()
+        assert (row["loss_weights"][:prompt] == weight).all()
+        want = row["input_ids"][:prompt] if weight else torch.full((prompt,), IGNORE)
+        assert torch.equal(row["labels"][:prompt], want)
 
 
-def held_out(directory: Path, split: str) -> dict[str, str]:
-    lines = (directory / f"{split}.rows.jsonl").read_text().splitlines()
-    return {row["prompt"]: row["completion"] for row in map(json.loads, lines)}
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_loss_weight_is_the_sum_over_targets(token_dir: Path, weight: float) -> None:
+    """The divisor is the sum of the weights of all targets; the first token is not a target."""
+    dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
+    rows = np.array([3, 0, 17])
+    assert dataset.loss_weight(rows) == sum(dataset[int(i)]["loss_weights"][1:].sum().item() for i in rows)
 
 
-def examples(directory: Path, split: str) -> list[tuple[list[int], int]]:
-    dataset = CodeAlpacaDataset(directory, split)
-    return [(dataset[i]["input_ids"].tolist(), int(dataset.lengths[i, 1])) for i in range(len(dataset))]
+def test_limit_takes_the_first_rows(token_dir: Path) -> None:
+    """eval_rows takes the same rows each time, so that losses are comparable."""
+    whole, part = CodeAlpacaDataset(token_dir, "validation"), CodeAlpacaDataset(token_dir, "validation", limit=3)
+    assert len(part) == len(part.rows) == 3
+    assert all(torch.equal(part[i]["input_ids"], whole[i]["input_ids"]) for i in range(3))
 
 
-def test_files_hold_the_encoding_of_every_row(
-    make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The memory-mapped ids equal a direct encoding, for every row of every split, also over chunk borders."""
-    monkeypatch.setattr("model.data.tokens._CHUNK", 7)
-    rows = make_rows(60)
-    _, directory = run(rows)
-    texts = [normalize_row(row) for row in rows]
-    direct = {
-        row["prompt"]: example
-        for row, example in zip(
-            texts,
-            encode_examples(tokenizer, [r["prompt"] for r in texts], [r["completion"] for r in texts]),
-            strict=True,
-        )
-    }
-    chosen = {split: held_out(directory, split) for split in ("validation", "test")}
-    for split, part in chosen.items():
-        assert examples(directory, split) == [direct[prompt] for prompt in part]
-    rest = [row["prompt"] for row in texts if not any(row["prompt"] in part for part in chosen.values())]
-    assert examples(directory, "train") == [direct[prompt] for prompt in rest]
-    assert sum(len(examples(directory, split)) for split in SPLITS) == 60
-
-
-def test_chunks_do_not_change_the_files(
-    make_rows: Callable[..., Any], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Streaming is an implementation detail: ids and lengths of each split are the same."""
-    _, whole = run(make_rows(60))
-    monkeypatch.setattr("model.data.tokens._CHUNK", 4)
-    _, chunked = run(make_rows(60))
-    for split in SPLITS:
-        assert examples(whole, split) == examples(chunked, split)
-
-
-def test_counts(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """What meta.json says is what the files hold."""
-    meta, directory = run(make_rows(60))
-    counts = meta["counts"]
-    assert counts["seen"] == 60
-    assert sum(counts["rows"].values()) == 60
-    assert counts["dropped"] == {}
-    for split in SPLITS:
-        found = examples(directory, split)
-        assert counts["rows"][split] == len(found) > 0
-        assert counts["tokens"][split] == sum(len(ids) for ids, _ in found)
-        assert counts["target_tokens"][split] == sum(len(ids) - prompt for ids, prompt in found)
-    assert json.loads((directory / "meta.json").read_text()) == meta
-
-
-def test_eos_ends_every_whole_row(token_dir: Path, tokenizer: Any) -> None:
-    """EOS is there, and its label is EOS, not IGNORE, although pad = eos."""
+def test_every_whole_row_ends_with_eos_and_learns_it(token_dir: Path, tokenizer: Any) -> None:
+    """EOS is a target of weight 1, not IGNORE, although padding has the same id (here 0)."""
+    assert tokenizer.eos_token_id == 0
     dataset = CodeAlpacaDataset(token_dir, "train")
     for i in range(len(dataset)):
-        assert dataset[i]["input_ids"][-1] == tokenizer.eos_token_id
-        assert dataset[i]["labels"][-1] == tokenizer.eos_token_id
-        assert dataset[i]["loss_weights"][-1] == 1
+        row = dataset[i]
+        assert {len(row[key]) for key in row} == {int(dataset.lengths[i, 0])}  # no padding to max_length
+        assert row["input_ids"][-1] == row["labels"][-1] == tokenizer.eos_token_id
+        assert row["loss_weights"][-1] == 1
 
 
-def test_truncated_row_has_no_eos_and_is_counted(
-    make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any
-) -> None:
-    """A cut row never pretends to end; its beginning is kept."""
-    meta, directory = run(make_rows(60), max_length=50)
-    _, whole = run(make_rows(60))
-    cut = [ids for split in SPLITS for ids, _ in examples(directory, split) if ids[-1] != tokenizer.eos_token_id]
-    assert meta["counts"]["truncated"] == len(cut) > 5
-    assert {len(ids) for ids in cut} == {50}
-    for split in SPLITS:
-        for (short, _), (full, _) in zip(examples(directory, split), examples(whole, split), strict=True):
-            assert short == full[:50]
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    """A permutation that is the same in every process, and differs between epochs and between seeds."""
+    orders = {(seed, epoch): tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}
+    assert len(set(orders.values())) == 6
+    for (seed, epoch), order in orders.items():
+        assert sorted(order) == list(range(50))
+        np.random.seed(0)  # global state plays no part
+        assert tuple(epoch_order(50, seed, epoch)) == order
+    assert epoch_order(6, 42, 0).tolist() == [3, 2, 5, 4, 1, 0]  # must not change with the version of NumPy
 
 
-def test_row_that_just_fits_is_not_truncated(run: Callable[..., Any], make_rows: Callable[..., Any]) -> None:
-    """EOS may be the last of max_length tokens."""
-    _, directory = run(make_rows(60))
-    longest = max(len(ids) for split in SPLITS for ids, _ in examples(directory, split))
-    assert run(make_rows(60), max_length=longest)[0]["counts"]["truncated"] == 0
-    assert run(make_rows(60), max_length=longest - 1)[0]["counts"]["truncated"] > 0
-
-
-def test_long_prompt_is_dropped_and_counted(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """A row of which only the prompt would be left has nothing to learn."""
-    long = [{"prompt": f"{i} " + "very " * 200, "completion": "x"} for i in range(3)]
-    meta, directory = run(make_rows(60) + long, max_dropped_share=0)
-    assert meta["counts"]["dropped"] == {"prompt_too_long": 3}
-    assert sum(meta["counts"]["rows"].values()) == 60
-    assert all(prompt < len(ids) for split in SPLITS for ids, prompt in examples(directory, split))
-
-
-def test_prompt_of_exactly_max_length_is_dropped(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """One token of room is enough, none is not."""
-    _, whole = run(make_rows(60))
-    lengths = [prompt for split in SPLITS for _, prompt in examples(whole, split)]
-    limit = max(n for n in lengths if n - 1 in lengths)
-    meta, directory = run(make_rows(60), max_length=limit)
-    assert meta["counts"]["dropped"] == {"prompt_too_long": sum(length >= limit for length in lengths)}
-    assert all(prompt < len(ids) for split in SPLITS for ids, prompt in examples(directory, split))
-    assert any(prompt + 1 == len(ids) for split in SPLITS for ids, prompt in examples(directory, split))
-
-
-def test_all_prompts_too_long_fails_with_numbers(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Fails before training, and says why."""
-    with pytest.raises(ValueError, match=r"no training row is left .*max_length 10; .*60 prompt_too_long"):
-        run(make_rows(60), max_length=10)
-
-
-def test_huge_row_is_cut(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """A response of 400,000 characters costs max_length tokens."""
-    huge = [{"prompt": f"Huge {i}", "completion": "spam " * 80_000} for i in range(2)]
-    meta, directory = run(make_rows(60) + huge)
-    assert meta["counts"]["truncated"] == 2
-    assert sum(len(ids) == 80 for split in SPLITS for ids, _ in examples(directory, split)) >= 2
-
-
-def test_literal_end_of_text_is_never_eos(
-    make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any
-) -> None:
-    """Across prepare, each row has one EOS, the appended one."""
-    marked = [{"prompt": f"<|endoftext|> {i}", "completion": f"a<|endoftext|>b\n<|endoftext|>{i}"} for i in range(10)]
-    _, directory = run(make_rows(60) + marked)
-    rows = [ids for split in SPLITS for ids, _ in examples(directory, split)]
-    assert len(rows) == 70
-    assert {ids.count(tokenizer.eos_token_id) for ids in rows} == {1}
-
-
-BAD = {
-    "invalid_json": '{"prompt": ',
-    "not_an_object": [1],
-    "missing_field": {"prompt": "p"},
-    "null_field": {"prompt": "p", "completion": None},
-    "not_a_string": {"prompt": "p", "completion": 3},
-    "empty_field": {"prompt": "p", "completion": " "},
-    "invalid_unicode": '{"prompt": "\\ud800", "completion": "c"}',
-    "tests_not_strings_in_a_list": {"prompt": "p", "completion": "c", "tests": "assert True"},
-}
-
-
-def test_unusable_rows_are_counted_by_reason(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Each reason once, and the good rows all there."""
-    meta, _ = run(make_rows(60) + list(BAD.values()), max_dropped_share=0.2)
-    assert meta["counts"]["dropped"] == dict.fromkeys(BAD, 1)
-    assert meta["counts"]["seen"] == 68
-    assert sum(meta["counts"]["rows"].values()) == 60
-
-
-def test_too_many_unusable_rows_name_the_first_five(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Over the threshold it fails, with file, row numbers and reasons."""
-    rows = make_rows(53)
-    for position, bad in zip((2, 10, 11, 30, 45, 50, 52, 53), BAD.values(), strict=True):
-        rows.insert(position, bad)
-    with pytest.raises(ValueError, match="8 of 61 rows") as caught:
-        run(rows)
-    first = [(2, "invalid_json"), (10, "not_an_object"), (11, "missing_field"), (30, "null_field")]
-    first.append((45, "not_a_string"))
-    assert "; ".join(f"train.jsonl row {n} ({reason})" for n, reason in first) in str(caught.value)
-    assert "row 50" not in str(caught.value)
-
-
-def test_rows_are_named_by_their_place_in_their_file(
-    make_rows: Callable[..., Any], write_jsonl: Callable[..., Path], tokenizer: Any, tmp_path: Path
-) -> None:
-    """Of several files of a split, too; and what a row needs is said."""
-    for name, rows in (("a", make_rows(40)), ("b", [*make_rows(3), {"text": "t"}])):
-        write_jsonl(tmp_path / f"train-{name}.jsonl", rows)
-    with pytest.raises(ValueError, match="Rows have prompt and completion") as caught:
-        prepare(find_splits(tmp_path), tokenizer, PrepareConfig(max_dropped_share=0.0), tmp_path / "tokens")
-    assert "train-b.jsonl row 3 (missing_field)" in str(caught.value)
-
-
-def test_an_empty_split_names_a_share_that_fills_it(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Few rows, of which a small share is none."""
-    rows = make_rows(20)
-    with pytest.raises(ValueError, match=r"the test split of .* is empty: raise test_share, 0\.25 will do") as caught:
-        run(rows, test_share=0.0)
-    share = float(re.search(r"([0-9.]+) will do", str(caught.value))[1])  # type: ignore[index]
-    meta, _ = run(rows, test_share=share, validation_share=share)
-    assert meta["counts"]["rows"]["test"] > 0
-
-
-def test_threshold_is_a_share(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Exactly max_dropped_share passes, one row more does not."""
-    bad = [{"prompt": "p"}] * 3
-    run(make_rows(57) + bad, max_dropped_share=0.05)
-    with pytest.raises(ValueError, match="max_dropped_share"):
-        run(make_rows(56) + bad + bad[:1], max_dropped_share=0.05)
-
-
-def test_failed_prepare_leaves_nothing(
-    make_rows: Callable[..., Any], run: Callable[..., Any], tmp_path: Path
-) -> None:
-    """No half-written token directory can be taken for a whole one."""
-    with pytest.raises(ValueError, match="no training row"):
-        run(make_rows(60), max_length=10)
-    assert [p.name for p in (tmp_path / "data0").iterdir()] == ["train.jsonl"]
-
-
-def test_splits_share_no_prompt(make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any) -> None:
-    """A held-out prompt is not trained on, not even as a second copy with another case and answer."""
-    copies = [{"prompt": f"  {normalize_row(row)['prompt'].upper()}", "completion": "other"} for row in make_rows(60)]
-    meta, directory = run(make_rows(60) + copies, max_length=512)
-    assert sum(meta["counts"]["rows"].values()) == 120
-    prompts: dict[str, set[str]] = {}
-    for split in SPLITS:
-        texts = [tokenizer.decode(ids[:n]) for ids, n in examples(directory, split)]
-        prompts[split] = {" ".join(text.lower().split()) for text in texts}
-        assert len(texts) == 2 * len(prompts[split]) > 5  # both copies
-    assert len(set.union(*prompts.values())) == 60 == sum(map(len, prompts.values()))
-
-
-def test_given_splits_are_used_and_leaks_dropped(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """A source's own test and validation files are whole; training rows that repeat them are dropped."""
-    rows = make_rows(60)
-    meta, directory = run(rows, test=rows[:4], validation=rows[3:8])
-    assert meta["counts"]["rows"] == {"train": 52, "validation": 4, "test": 4}
-    assert meta["counts"]["dropped"] == {"prompt_in_held_out": 9}  # 8 of train, 1 of validation
-    assert list(held_out(directory, "test")) == [normalize_row(row)["prompt"] for row in rows[:4]]
-
-
-def test_splits_do_not_move_when_rows_are_added(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """The held-out rows of yesterday are held out tomorrow, wherever the new rows stand."""
-    old, new = make_rows(60), make_rows(200)[60:]
-    _, before = run(old)
-    for grown in (old + new, new + old, new[:70] + list(reversed(old)) + new[70:]):
-        _, after = run(grown)
-        for split in ("validation", "test"):
-            was, now = held_out(before, split), held_out(after, split)
-            assert was.items() <= now.items()
-            added = {normalize_row(row)["prompt"] for row in new}
-            assert now.keys() - was.keys() <= added
-
-
-def test_split_seed(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """The same seed draws the same held-out rows, another one others."""
-    first, again, other = (held_out(run(make_rows(60), seed=seed)[1], "test") for seed in (1, 1, 2))
-    assert first == again
-    assert first != other
-
-
-def test_subset_windows(make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any) -> None:
-    """Nightly subsets: windows cover train exactly once, and are scored on the same held-out rows."""
-    _, whole = run(make_rows(60))
-    trained: list[Any] = []
-    for start in (0, 20, 40):
-        meta, part = run(make_rows(60), subset_start=start, subset_count=20)
-        assert meta["counts"]["seen"] == 20
-        for split in ("validation", "test"):
-            assert examples(part, split) == examples(whole, split)
-        trained += examples(part, "train")
-    assert trained == examples(whole, "train")
-    tail = examples(run(make_rows(60), subset_start=50)[1], "train")
-    assert trained[-len(tail) :] == tail
-
-
-def test_subset_behind_the_end_is_refused(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """An empty window is named, not trained on."""
-    with pytest.raises(ValueError, match=r"no training row is left .*subset_start 60"):
-        run(make_rows(60), subset_start=60)
-
-
-def test_bad_rows_outside_the_subset_do_not_count(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """The threshold is about the rows used."""
-    meta, _ = run(make_rows(60) + [{"prompt": "p"}] * 30, subset_count=60, max_dropped_share=0)
-    assert meta["counts"]["dropped"] == {}
-
-
-def test_empty_held_out_split_is_refused(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """No blind training, and the setting to raise is named."""
-    with pytest.raises(ValueError, match="raise validation_share"):
-        run(make_rows(60), validation_share=0.0)
-    with pytest.raises(ValueError, match="raise test_share"):
-        run(make_rows(60), test_share=0.0)
-
-
-@pytest.mark.parametrize("field", ["prompt", "completion"])
-def test_data_sha256_is_over_all_rows(make_rows: Callable[..., Any], run: Callable[..., Any], field: str) -> None:
-    """One character in any row, also a late one, gives another sha256; the same rows give the same."""
-    rows = [normalize_row(row) for row in make_rows(60)]
-    shas = {run(rows)[0]["data_sha256"], run(rows)[0]["data_sha256"]}
-    assert len(shas) == 1
-    for i in (0, 31, 57, 58, 59):
-        changed = [dict(row) for row in rows]
-        changed[i][field] += "!"
-        shas.add(run(changed)[0]["data_sha256"])
-    assert len(shas) == 6
-
-
-def test_data_sha256_sees_text_that_is_cut(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
-    """Over the rows, not over the tokens that were kept of them."""
-    rows = [normalize_row(row) for row in make_rows(60)]
-    changed = [dict(row) for row in rows]
-    changed[59]["completion"] += " " * 3 + "# the end"
-    assert run(rows, max_length=45)[0]["data_sha256"] != run(changed, max_length=45)[0]["data_sha256"]
-
-
-def test_verify_tokens_finds_any_flipped_byte(
-    make_rows: Callable[..., Any], run: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Each token file, first and last byte; and a missing or half one."""
-    meta, directory = run(make_rows(60))
+def test_verify_tokens_finds_any_flipped_byte(token_dir: Path, tmp_path: Path) -> None:
+    """A changed first or last byte of any token file, a truncated file and a missing file are found."""
+    directory = tmp_path / "tokens"
+    shutil.copytree(token_dir, directory)
+    meta = json.loads((directory / "meta.json").read_text())
     assert verify_tokens(directory) == meta
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
@@ -374,157 +83,3 @@ def test_verify_tokens_finds_any_flipped_byte(
         path.write_bytes(data)
     assert verify_tokens(directory) == meta
     assert verify_tokens(tmp_path / "absent") is None
-
-
-# Subsets by content
-
-
-def _keys(rows: list[Any]) -> list[int]:
-    return [row_key(normalize_row(row)) for row in rows]
-
-
-@pytest.fixture
-def keys_of(tmp_path: Path, tokenizer: Any, write_jsonl: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
-    """keys_of(rows, test=..., max_length=...): the keys of rows that may train, and of those held out."""
-
-    def read(train: list[Any], test: list[Any] | None = None, **settings: Any) -> tuple[Any, Any]:
-        folder = tmp_path / f"keys{len(list(tmp_path.iterdir()))}"
-        for split, rows in (("train", train), ("test", test)):
-            if rows is not None:
-                write_jsonl(folder / f"{split}.jsonl", rows)
-        return training_keys(find_splits(folder), tokenizer, PrepareConfig(**{**vars(CONFIG), **settings}))
-
-    return read
-
-
-@pytest.mark.parametrize("own_test", [True, False])
-def test_training_keys_are_of_the_rows_that_train(
-    make_rows: Callable[..., Any],
-    run: Callable[..., Any],
-    keys_of: Callable[..., Any],
-    tmp_path: Path,
-    tokenizer: Any,
-    own_test: bool,
-) -> None:
-    """They choose what prepare keeps, to the last row: not what is held out, repeated, unusable or too long."""
-    rows = [normalize_row(row) for row in make_rows(60)]
-    test = rows[:6] if own_test else None
-    long = {"prompt": "q r " * 60, "completion": "c"}  # like the next, drawn into train
-    just = {"prompt": "Write a function that adds 1 to a price, and so on.", "completion": "c"}
-    text = format_prompt(just)
-    assert len(encode(tokenizer, [text])[0]) < CONFIG.max_length <= len(text.encode())  # bytes do not decide
-    given = [*rows, long, just, rows[30], {"prompt": "p"}]
-    train, held_out = keys_of(given, test)
-    meta, directory = run(given, test)
-    assert meta["counts"]["dropped"]["prompt_too_long"] == 1
-    own = [row for split in ("validation", "test") for row in _rows_of(directory, split)]
-    assert sorted(held_out.tolist()) == sorted(set(_keys(own)))
-    assert set(train.tolist()) == set(_keys([*rows, just])) - set(held_out.tolist())
-    assert len(set(train.tolist())) == len(train)
-    assert train.tolist() == [key for key in _keys([*rows, just]) if key in set(train.tolist())]
-    np.save(tmp_path / "all.npy", train)
-    chosen, _ = run(given, test, subset_keys=str(tmp_path / "all.npy"), max_dropped_share=0)
-    assert chosen["counts"]["tokens"] == meta["counts"]["tokens"]
-    assert chosen["data_sha256"] == meta["data_sha256"]
-
-
-def _rows_of(directory: Path, split: str) -> list[dict[str, Any]]:
-    lines = (directory / f"{split}.rows.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "row"} for line in lines]
-
-
-def test_a_subset_by_content_is_found_wherever_it_lies(
-    make_rows: Callable[..., Any], run: Callable[..., Any], keys_of: Callable[..., Any], tmp_path: Path
-) -> None:
-    """The same rows of a file that was reordered, with others between them; held-out rows are not touched."""
-    rows = [normalize_row(row) for row in make_rows(90)]
-    train, _ = keys_of(rows[:60])
-    np.save(tmp_path / "some.npy", train[5:15])
-    _, here = run(rows[:60], subset_keys=str(tmp_path / "some.npy"))
-    meta, there = run(rows[::-1], subset_keys=str(tmp_path / "some.npy"))
-    assert examples(there, "train") == examples(here, "train")[::-1]
-    assert meta["counts"]["rows"]["train"] == 10
-    _, whole = run(rows[::-1])
-    assert held_out(there, "test") == held_out(whole, "test")
-    assert held_out(there, "validation") == held_out(whole, "validation")
-
-
-def test_unusable_rows_are_an_error_before_anything_is_chosen(
-    make_rows: Callable[..., Any], keys_of: Callable[..., Any]
-) -> None:
-    """Half a broken file is not quietly passed over; the first rows are named."""
-    with pytest.raises(ValueError, match=r"20 of 80 rows .*max_dropped_share.*train\.jsonl row 60 \(missing_field\)"):
-        keys_of(make_rows(60) + [{"prompt": "p"}] * 20)
-
-
-# Examples and batches
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_labels_and_weights(token_dir: Path, weight: float) -> None:
-    """Loss on the response by default; the prompt bears prompt_loss_weight; labels are the ids, unshifted."""
-    dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
-    for i in range(len(dataset)):
-        row, prompt = dataset[i], int(dataset.lengths[i, 1])
-        assert torch.equal(row["labels"][prompt:], row["input_ids"][prompt:])
-        assert (row["loss_weights"][prompt:] == 1).all()
-        assert (row["loss_weights"][:prompt] == weight).all()
-        want = row["input_ids"][:prompt] if weight else torch.full((prompt,), IGNORE)
-        assert torch.equal(row["labels"][:prompt], want)
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_loss_weight_is_the_sum_over_targets(token_dir: Path, weight: float) -> None:
-    """The divisor equals the weights that the loss sums, the first token being no target."""
-    dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
-    rows = np.array([3, 0, 17])
-    assert dataset.loss_weight(rows) == sum(dataset[int(i)]["loss_weights"][1:].sum().item() for i in rows)
-
-
-def test_limit_takes_the_first_rows(token_dir: Path) -> None:
-    """eval_rows: fixed rows, so that values compare."""
-    whole, part = CodeAlpacaDataset(token_dir, "validation"), CodeAlpacaDataset(token_dir, "validation", limit=3)
-    assert len(part) == len(part.rows) == 3
-    assert all(torch.equal(part[i]["input_ids"], whole[i]["input_ids"]) for i in range(3))
-
-
-def test_eos_bears_loss(token_dir: Path, tokenizer: Any) -> None:
-    """The real EOS is a target, although its id would pad (here 0)."""
-    assert tokenizer.eos_token_id == 0
-    dataset = CodeAlpacaDataset(token_dir, "train")
-    for i in range(6):
-        row = dataset[i]
-        assert {len(row[key]) for key in row} == {int(dataset.lengths[i, 0])}  # no padding to max_length
-        assert row["labels"][-1] == tokenizer.eos_token_id
-        assert row["loss_weights"][-1] == 1
-
-
-def test_large_vocabulary_is_stored_in_four_bytes(
-    make_rows: Callable[..., Any], run: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ids above 65,535 never wrap around."""
-    assert run(make_rows(60))[0]["dtype"] == "<u2"
-    real = encode_examples
-    shift = 70_000
-    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: 100_000)
-    monkeypatch.setattr(
-        "model.data.tokens.encode_examples",
-        lambda *args: [([i + shift for i in ids], prompt) for ids, prompt in real(*args)],
-    )
-    meta, directory = run(make_rows(60))
-    assert meta["dtype"] == "<u4"
-    assert min(i for ids, _ in examples(directory, "train") for i in ids) >= shift
-
-
-def test_order_is_a_function_of_seed_and_epoch() -> None:
-    """A permutation that any process can compute anew, different in every epoch and for every seed."""
-    orders = {(seed, epoch): tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}
-    assert len(set(orders.values())) == 6
-    for (seed, epoch), order in orders.items():
-        assert sorted(order) == list(range(50))
-        np.random.seed(0)  # global state plays no part
-        assert tuple(epoch_order(50, seed, epoch)) == order
-    assert epoch_order(6, 42, 0).tolist() == ORDER_OF_SIX  # and no library version changes it unnoticed
-
-
-ORDER_OF_SIX = [3, 2, 5, 4, 1, 0]

@@ -1,10 +1,11 @@
-"""The instruction set holds out what it says, answers its own questions, and tells near misses from answers."""
+"""The instruction set: what test holds out, reference answers that pass, near misses that fail."""
 
 from __future__ import annotations
 
 import ast
 import builtins
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,27 +16,15 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 
 from model.data.rows import find_splits, normalize_row, prompt_key, read_records
-from model.demo.grammar import (
-    ARGUMENT_PAIRS,
-    ARGUMENTS,
-    FAMILIES,
-    FRAMES,
-    FUNCTIONS,
-    TEST_ROWS,
-    TRAIN_ROWS,
-    Example,
-    Family,
-    make_examples,
-    make_rows,
-    write_rows,
-)
+from model.demo.families import ARGUMENT_PAIRS, ARGUMENTS, FAMILIES, FRAMES, FUNCTIONS, Family
+from model.demo.grammar import TEST_ROWS, TRAIN_ROWS, Example, code_sha256, make_examples, make_rows, write_rows
 from model.files import sha256_json
 from model.net.prompt import format_prompt
 
 TRAIN, TEST = make_examples()
 ROWS_SHA256 = "b58daad91e0fe58ab8dcab6ed215cf3b1167c49062249a08a381fd7e7495ea3b"
 METHODS = {"count", "get", "items", "replace", "split", "startswith", "update"}
-# What a model might write instead.
+# Operators that a model might write by mistake.
 OPERATORS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Add: (ast.Sub, ast.Mult),
     ast.Sub: (ast.Add, ast.FloorDiv),
@@ -50,7 +39,7 @@ OPERATORS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
 
 
 def passes(completion: str, tests: list[str]) -> bool:
-    """Whether a function of this project's own passes its assertions."""
+    """Whether a completion of the grammar passes assertions."""
     scope: dict[str, Any] = {}
     try:
         exec("\n".join([completion, *tests]), scope)
@@ -72,7 +61,7 @@ def names(example: Example) -> tuple[str, tuple[str, ...]]:
 
 
 def test_rows_are_fixed(tmp_path: Path) -> None:
-    """The same rows everywhere and always; another seed gives others."""
+    """Rows are the same on every machine and in every version; another seed gives other rows."""
     rows = make_rows()
     assert rows == make_rows() == ([e.row() for e in TRAIN], [e.row() for e in TEST])
     assert sha256_json(rows) == ROWS_SHA256
@@ -81,6 +70,20 @@ def test_rows_are_fixed(tmp_path: Path) -> None:
     splits = find_splits(tmp_path / "rows")
     assert [list(read_records(path)) for split in ("train", "test") for path in splits[split]] == list(rows)
     assert sorted(splits) == ["test", "train"]
+
+
+def test_code_sha256_covers_tables_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of either file gives another folder of rows."""
+    before = code_sha256()
+    copy = tmp_path / "copy.py"
+    for module in ("model.demo.grammar", "model.demo.families"):
+        with monkeypatch.context() as patch:
+            source = Path(sys.modules[module].__file__ or "")
+            copy.write_bytes(source.read_bytes())
+            patch.setattr(f"{module}.__file__", str(copy))
+            assert code_sha256() == before
+            copy.write_bytes(source.read_bytes() + b"\n")
+            assert code_sha256() != before
 
 
 def test_counts_and_columns() -> None:
@@ -99,8 +102,8 @@ def test_counts_and_columns() -> None:
         assert 3 <= len(row["tests"]) <= 5
 
 
-def test_vocabulary_keeps_its_promises() -> None:
-    """Frames, names and wordings are distinct, and no argument shadows what the code or a kind relies on."""
+def test_names_and_wordings_are_distinct() -> None:
+    """No frame, name or wording occurs twice, and no name shadows a builtin or a variable of the code."""
     arguments = [name for kind in ARGUMENTS.values() for name in kind]
     assert len(set(arguments)) == len(arguments)
     for group in (FRAMES, FUNCTIONS, ARGUMENT_PAIRS, [f.name for f in FAMILIES]):
@@ -113,12 +116,12 @@ def test_vocabulary_keeps_its_promises() -> None:
         for wording in family.wordings
         if "{y}" not in wording
     )
-    assert set(wordings.values()) == {1}  # one question, one family
+    assert set(wordings.values()) == {1}  # a wording belongs to one family
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_splits_are_disjoint(seed: int) -> None:
-    """No prompt, no (family + parameters, phrasing), no phrasing, parameters or names of a family in both splits."""
+    """No prompt is in both splits; nor is, within a family, a phrasing, a pair of names or a set of parameters."""
     train, test = make_examples(seed)
     prompts = {prompt_key(example.prompt) for example in train + test}
     assert len(prompts) == len(train) + len(test)  # no prompt twice, whatever its case and spacing
@@ -133,7 +136,7 @@ def test_splits_are_disjoint(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_training_has_every_piece_of_the_test_rows(seed: int) -> None:
-    """What test recombines is learnable: each wording and frame of the family, each name, each parameter value."""
+    """Each wording and frame of a family, each name and each parameter value of a test row occurs in training."""
     train, test = make_examples(seed)
     for part in (
         lambda e: {(e.family.name, e.wording)},
@@ -147,8 +150,8 @@ def test_training_has_every_piece_of_the_test_rows(seed: int) -> None:
     assert {(e.family.name, e.wording) for e in test} == {(f.name, w) for f in FAMILIES for w in range(3)}
 
 
-def test_prompts_say_all_that_the_tests_need() -> None:
-    """Function name, argument names and parameter values stand in the prompt."""
+def test_prompts_name_all_that_the_tests_need() -> None:
+    """The prompt contains function name, argument names and parameter values."""
     for example in TRAIN + TEST:
         prompt = example.prompt
         assert "{" not in prompt
@@ -165,7 +168,7 @@ def test_references_pass_their_tests() -> None:
 
 
 def test_completions_and_tests_use_builtins_only() -> None:
-    """Nothing is imported or reached through attributes but methods of builtin types; tests compare with literals."""
+    """No imports, no attributes except methods of builtin types; tests compare with literals."""
     for example in TRAIN + TEST:
         tree = ast.parse(example.completion)
         (function,) = tree.body
@@ -224,7 +227,7 @@ def mutants(completion: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_near_misses_fail(family: Family) -> None:
-    """Another operator, a constant off by one, swapped arguments; no function, or one that does nothing."""
+    """Another operator, a constant off by one, swapped arguments, no function, or a function that does nothing."""
     for example in of_family(family, TEST):
         wrong = [*mutants(example.completion), "", f"def {example.call}:\n    pass"]
         wrong.append(f"def {example.call}:\n    return {example.arguments[0]}")

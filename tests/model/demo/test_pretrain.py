@@ -1,4 +1,4 @@
-"""The embedded base: small enough, complete, and made by the script that claims it."""
+"""The embedded base: its size, its files, its model card, and the script that makes it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_base_is_small_and_loads_everywhere() -> None:
 
 
 def test_the_base_knows_python() -> None:
-    """It was trained: real code costs far fewer nats a token than the ln 4096 = 8.3 of a random model."""
+    """The loss on real code is far below the ln 4096 = 8.3 nats per token of a random model."""
     model, tokenizer = load_gpt_model("tiny", EMBEDDED_BASE)
     code = "def __init__(self, name, value=None):\n    self.name = name\n    self.value = value\n"
     ids = torch.tensor([tokenizer.encode(code)])
@@ -38,8 +38,8 @@ def test_the_base_knows_python() -> None:
     assert loss < 3
 
 
-def test_the_card_says_where_it_comes_from() -> None:
-    """Data, licence, steps, loss and date stand beside the weights."""
+def test_the_card_names_the_origin() -> None:
+    """README.md beside the weights has data, licence, steps, loss and date."""
     card = (EMBEDDED_BASE / "README.md").read_text()
     for fact in (
         "Python Software Foundation License",
@@ -52,7 +52,7 @@ def test_the_card_says_where_it_comes_from() -> None:
 
 
 def test_documented_functions() -> None:
-    """A docstring becomes the request and leaves the code; what does not parse or has no docstring gives nothing."""
+    """A docstring becomes the request and is removed from the code; invalid source and bare functions are skipped."""
     source = 'def double(x):\n    """Return twice x.\n\n    More."""\n    return 2 * x\n\ndef bare():\n    return 1\n'
     (text,) = documented_functions(source)
     assert (

@@ -27,13 +27,13 @@ def test_size_in_any_spelling(spelling: str) -> None:
 
 
 def test_unknown_size_lists_the_known() -> None:
-    """A typing error names what could have been meant."""
+    """A misspelt size is an error that lists the known sizes."""
     with pytest.raises(ValueError, match=r"'345M' is unknown.*124m.*1558m"):
         GPTConfig.preset("345M")
 
 
 def test_presets_have_gpt2_context_vocabulary_and_epsilon() -> None:
-    """A config dict of one's own gets these wrong."""
+    """The values of the published GPT-2 models, which hand-written configurations often get wrong."""
     for size in ("124m", "355m", "774m", "1558m"):
         config = PRESETS[size]
         assert (config.n_positions, config.vocab_size) == (1024, 50257)
@@ -71,7 +71,7 @@ def test_unsupported_setting_is_refused_by_name(tmp_path: Path, name: str, value
     ],
 )
 def test_equivalent_setting_is_accepted(tmp_path: Path, name: str, value: Any) -> None:
-    """Spellings of what GPT-2 does anyway."""
+    """Other values for the same computation."""
     assert GPTConfig.from_json(write(tmp_path / "config.json", **{name: value})).n_embd == 8
 
 
@@ -85,29 +85,29 @@ def test_other_model_type_is_refused(tmp_path: Path) -> None:
     ("name", "value"),
     [("n_head", 0), ("n_embd", "8"), ("n_embd", None), ("n_layer", -1), ("vocab_size", 2.0), ("n_positions", True)],
 )
-def test_sizes_that_are_no_positive_integers_are_named(tmp_path: Path, name: str, value: Any) -> None:
-    """With what the file says."""
+def test_sizes_that_are_not_positive_integers_are_named(tmp_path: Path, name: str, value: Any) -> None:
+    """The message has the setting and its value in the file."""
     path = write(tmp_path / "config.json", **{name: value})
-    with pytest.raises(ValueError, match=rf"config\.json: {name} = {value!r} is no positive integer"):
+    with pytest.raises(ValueError, match=rf"config\.json: {name} = {value!r} is not a positive integer"):
         GPTConfig.from_json(path)
 
 
-def test_json_that_is_no_object_is_named(tmp_path: Path) -> None:
-    """A list is no configuration."""
+def test_json_that_is_not_an_object_is_named(tmp_path: Path) -> None:
+    """A list is not a configuration."""
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON object"):
         GPTConfig.from_json(tmp_path / "config.json")
 
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
-    """Nothing that decides the shape is guessed."""
+    """A setting that decides the shape has no default."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8}))
     with pytest.raises(ValueError, match="lacks vocab_size, n_layer, n_head"):
         GPTConfig.from_json(tmp_path / "config.json")
 
 
 def test_broken_json_is_named(tmp_path: Path) -> None:
-    """Half a config.json says so."""
+    """A truncated config.json is an error with its path."""
     (tmp_path / "config.json").write_text('{"model_type": "gp')
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         GPTConfig.from_json(tmp_path / "config.json")
@@ -128,6 +128,6 @@ def test_dropout_of_the_file_is_not_taken_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"n_embd": 10, "n_head": 3}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_impossible_shapes_are_refused(settings: dict[str, Any]) -> None:
-    """Named when the config is made, not deep in a forward pass."""
+    """Refused when the config is built, not in a forward pass."""
     with pytest.raises(ValueError, match="|".join(settings)):
         GPTConfig(**settings)

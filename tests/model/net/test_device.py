@@ -19,16 +19,16 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_device_names() -> None:
-    """auto is the GPU where there is one; asking for one that is not there names the way out."""
+    """auto is the GPU if the machine has one; a GPU that is missing is an error with a remedy."""
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"'cuda' is asked for.*device=cpu"):
+        with pytest.raises(ValueError, match=r"'cuda' is not available.*device=cpu"):
             resolve_device("cuda")
 
 
 def test_precision_names() -> None:
-    """Named precisions are what they say; an unknown one is refused."""
+    """fp32 and bf16 give these dtypes, auto one of them; an unknown name is refused."""
     assert resolve_precision("fp32", CPU) == torch.float32
     assert resolve_precision("bf16", CPU) == torch.bfloat16
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
@@ -37,7 +37,7 @@ def test_precision_names() -> None:
 
 
 def test_cast_frozen_leaves_the_trained_in_fp32(tiny_model: GPTModel) -> None:
-    """The frozen rest is stored in bf16, and the tied head stays tied."""
+    """Frozen parameters are stored in bf16, and the tied head stays tied."""
     cast_frozen(tiny_model, torch.bfloat16)
     for name, parameter in tiny_model.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
@@ -46,7 +46,7 @@ def test_cast_frozen_leaves_the_trained_in_fp32(tiny_model: GPTModel) -> None:
 
 
 def test_autocast_acts_in_bf16_only() -> None:
-    """fp32 means fp32."""
+    """Products are bf16 under autocast in bf16, and fp32 under autocast in fp32."""
     x = torch.randn(4, 4)
     with autocast(CPU, torch.float32):
         assert (x @ x).dtype == torch.float32
@@ -68,9 +68,9 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what is resident")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report resident memory")
 def test_memory_does_not_grow_with_the_shapes_of_products() -> None:
-    """600 more sizes of a pack take no 100 MB; without a limit they take nearly 400."""
+    """600 further pack sizes take less than 100 MB; with unlimited caches they take nearly 400 MB."""
     if resolve_precision("auto", torch.device("cpu")) != torch.bfloat16:
         pytest.skip("this processor has no bf16 products")
     environment = {k: v for k, v in os.environ.items() if not k.endswith("_CACHE_CAPACITY")}
@@ -105,5 +105,5 @@ def test_segments_grow_where_the_driver_can(
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch, "empty", allocate)
-    let_memory_grow.__wrapped__(torch.device("cuda", 0))  # once a process, else
+    let_memory_grow.__wrapped__(torch.device("cuda", 0))  # without the cache, which allows one call per process
     assert settings == chosen

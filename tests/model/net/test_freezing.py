@@ -1,4 +1,4 @@
-"""Exactly the top blocks and the final norm train; the trunk neither learns, nor is noised, nor costs a backward."""
+"""Freezing: exactly the top blocks and the final norm train; the trunk has no gradient, dropout or backward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from model.net.freezing import FreezeConfig, plan_freeze
 
 
 def one_step(model: GPTModel, token_dir: Path) -> dict[str, Tensor]:
-    """One optimizer step on eight rows, gradients kept; the parameters as they were before."""
+    """Take one optimizer step on eight rows, keep the gradients, and return the parameters before the step."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     dataset = CodeAlpacaDataset(token_dir, "train")
     optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-2))
@@ -57,7 +57,7 @@ def trunk(model: GPTModel, ids: Tensor) -> Tensor:
     ],
 )
 def test_exact_counts_at_four_blocks(size: str, trainable: int, total: int) -> None:
-    """Pinned, and equal to the formula; embeddings or head left on would show."""
+    """The counts equal the formula, so neither embeddings nor head train."""
     width = GPTConfig.preset(size).n_embd
     block = 12 * width**2 + 13 * width  # qkv, projection, two MLP matrices; their biases; two norms
     plan = plan_freeze(GPTConfig.preset(size), FreezeConfig(num_unfrozen_layers=4))
@@ -67,8 +67,8 @@ def test_exact_counts_at_four_blocks(size: str, trainable: int, total: int) -> N
     assert (plan.num_unfrozen_layers, plan.train_head) == (4, False)
 
 
-def test_names_left_on() -> None:
-    """The top blocks and the final norm, nothing below, no embedding, no head."""
+def test_names_of_trainable_parameters() -> None:
+    """The top blocks and the final norm; no lower block, no embedding, no head."""
     plan = plan_freeze(GPTConfig(50, 16, 32, 3, 2), FreezeConfig(num_unfrozen_layers=2))
     assert {name.rsplit(".", 1)[0].split(".")[0] for name in plan.names} == {"h", "ln_f"}
     assert {name.split(".")[1] for name in plan.names if name.startswith("h.")} == {"1", "2"}
@@ -76,7 +76,7 @@ def test_names_left_on() -> None:
 
 
 def test_no_block_unfrozen_trains_the_final_norm() -> None:
-    """The lower bound is usable."""
+    """0 is allowed."""
     assert plan_freeze(GPTConfig(50, 16, 32, 3, 2), FreezeConfig(num_unfrozen_layers=0)).names == (
         "ln_f.weight",
         "ln_f.bias",
@@ -84,7 +84,7 @@ def test_no_block_unfrozen_trains_the_final_norm() -> None:
 
 
 def test_freeze_layers_false_trains_everything() -> None:
-    """The seed's freeze_layers=False."""
+    """Trainable and total counts are equal."""
     plan = plan_freeze(GPTConfig.preset("124m"), FreezeConfig(freeze_layers=False))
     assert plan.trainable == plan.total == 124_439_808
     assert plan.num_unfrozen_layers is None
@@ -92,13 +92,13 @@ def test_freeze_layers_false_trains_everything() -> None:
 
 @pytest.mark.parametrize("n", [-1, 4])
 def test_impossible_number_of_blocks_is_refused(n: int) -> None:
-    """-1 would slice from the wrong end, and more blocks than there are would pass in silence."""
+    """-1 would slice from the wrong end; too many blocks would pass unnoticed."""
     with pytest.raises(ValueError, match=rf"num_unfrozen_layers {n} is not between 0 and 3"):
         plan_freeze(GPTConfig(50, 16, 32, 3, 2), FreezeConfig(num_unfrozen_layers=n))
 
 
 def test_frozen_parameters_stay_bitwise_and_have_no_gradient(tiny_model: GPTModel, token_dir: Path) -> None:
-    """llama-cookbook#438: .grad is None below, every parameter above changes."""
+    """llama-cookbook#438: frozen parameters have .grad None; every trained parameter changes."""
     trained = freeze_bottom_layers(tiny_model, 1).names
     assert len(trained) == 12 + 2
     before = one_step(tiny_model, token_dir)
@@ -112,7 +112,7 @@ def test_frozen_parameters_stay_bitwise_and_have_no_gradient(tiny_model: GPTMode
 
 
 def test_trunk_stores_no_activations(tiny_model: GPTModel) -> None:
-    """llama-cookbook#438: tensors saved for backward come from the top block alone."""
+    """llama-cookbook#438: only the top block saves tensors for the backward pass."""
 
     def saved_bytes(model: GPTModel) -> int:
         sizes: dict[int, int] = {}
@@ -148,13 +148,13 @@ def test_train_head_unties(tiny_model: GPTModel, token_dir: Path) -> None:
 
 
 def test_head_stays_tied_and_frozen_by_default(tiny_model: GPTModel) -> None:
-    """Freezing does not untie by itself."""
+    """Freezing does not untie the head unless train_head is set."""
     assert tiny_model.lm_head.weight is tiny_model.wte.weight
     assert not tiny_model.lm_head.weight.requires_grad
 
 
 def test_freezing_again_replaces_the_plan(tiny_model: GPTModel) -> None:
-    """All off first: the second call is not added to the first."""
+    """The second call freezes what the first one left trainable."""
     freeze_bottom_layers(tiny_model, 3)
     plan = freeze_bottom_layers(tiny_model, 1)
     assert plan.names[0] == "h.2.ln_1.weight"
@@ -162,7 +162,7 @@ def test_freezing_again_replaces_the_plan(tiny_model: GPTModel) -> None:
 
 
 def test_dropout_never_acts_in_the_trunk(tiny_model: GPTModel) -> None:
-    """Only the top blocks are noised, whether model.train() is called before or after freezing."""
+    """Only the top blocks use dropout, whether model.train() is called before or after freezing."""
     tiny_model.set_dropout(0.5)
     ids = torch.randint(300, (2, 30))
     for again in (False, True):

@@ -23,7 +23,7 @@ WIDTHS = [  # n_embd, n_head
 
 @pytest.mark.parametrize(("n_embd", "n_head"), WIDTHS)
 def test_logits_equal_transformers(random_hf: Callable[..., Any], tmp_path: Path, n_embd: int, n_head: int) -> None:
-    """The qkv bias, tanh-GELU, epsilon, head split, orientation; every bias and norm weight is random."""
+    """Covers qkv bias, tanh-GELU, epsilon, head split and orientation: every bias and norm weight is random."""
     reference = random_hf(n_embd=n_embd, n_head=n_head, n_layer=2, n_positions=64, vocab_size=500)
     reference.save_pretrained(tmp_path)
     model = GPTModel.from_pretrained(tmp_path)
@@ -34,7 +34,7 @@ def test_logits_equal_transformers(random_hf: Callable[..., Any], tmp_path: Path
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
 def test_layer_norm_epsilon_is_the_files(random_hf: Callable[..., Any], tmp_path: Path, epsilon: float) -> None:
-    """Embeddings so small that the epsilon decides."""
+    """Embeddings so small that the epsilon dominates the variance."""
     reference = random_hf(
         n_embd=32, n_head=2, n_layer=2, n_positions=16, vocab_size=50, noise=0.002, initializer_range=0.002,
         layer_norm_epsilon=epsilon,
@@ -47,7 +47,7 @@ def test_layer_norm_epsilon_is_the_files(random_hf: Callable[..., Any], tmp_path
 
 
 def test_parity_test_finds_a_transposed_square_weight(random_hf: Callable[..., Any], tmp_path: Path) -> None:
-    """The weight of attn.c_proj is square, so no shape check sees it transposed; the logits must."""
+    """attn.c_proj.weight is square, so only the logits can show that it is transposed."""
     reference = random_hf(n_embd=75, n_head=5, n_layer=2, n_positions=32, vocab_size=100)
     ids = torch.randint(100, (2, 32))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_every_size_has_transformers_shapes(size: str, total: int) -> None:
 
 
 def test_no_token_sees_a_later_one() -> None:
-    """With right padding and a causal mask, what follows a token never changes its logits."""
+    """With right padding and a causal mask, later tokens never change a token's logits."""
     model = GPTModel(GPTConfig(50, 16, 32, 2, 2)).eval()
     ids = torch.randint(50, (1, 12))
     changed = ids.clone()
@@ -88,7 +88,7 @@ def test_no_token_sees_a_later_one() -> None:
 
 
 def test_cache_equals_full_pass_for_rows_of_any_length(gpt2_dir: Path) -> None:
-    """Two chunks per row through the cache give the logits of the whole row at once."""
+    """A row passed through the cache in two chunks has the logits of the whole row."""
     model = GPTModel.from_pretrained(gpt2_dir)
     rows = [torch.randint(1, 300, (n,)) for n in (9, 4, 1)]
     more = torch.randint(1, 300, (3, 5))
@@ -104,7 +104,7 @@ def test_cache_equals_full_pass_for_rows_of_any_length(gpt2_dir: Path) -> None:
 
 
 def test_text_beyond_the_context_is_refused() -> None:
-    """Positions are never reused or clamped silently in training."""
+    """Positions are never reused or silently clamped in training."""
     model = GPTModel(GPTConfig(50, 16, 32, 2, 2))
     with pytest.raises(ValueError, match="17 tokens do not fit the context of 16"):
         model(torch.zeros(1, 17, dtype=torch.long))
@@ -122,7 +122,7 @@ def test_initialisation_is_gpt2s() -> None:
 
 
 def test_dropout_acts_in_attention_and_mlp_and_only_in_training() -> None:
-    """set_dropout reaches each of the three places where GPT-2 drops, and eval mode none."""
+    """set_dropout acts after attention, projection and MLP in training mode, and nowhere in eval mode."""
     model = GPTModel(GPTConfig(50, 16, 32, 1, 2))
     ids = torch.randint(50, (4, 16))
     want = model.eval()(ids)

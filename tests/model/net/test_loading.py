@@ -1,4 +1,4 @@
-"""Raw weights in and out: every key, every shape, every bit; and the tokenizer's traps."""
+"""Reading and writing weights bit for bit, wrong keys and shapes, and broken tokenizers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_same_model(left: GPTModel, right: GPTModel) -> None:
 
 
 def test_round_trip_is_bitwise(gpt2_dir: Path, tmp_path: Path) -> None:
-    """The inverse of the loader gives back the very tensors that transformers wrote."""
+    """Loading and saving again reproduces the tensors that transformers wrote."""
     GPTModel.from_pretrained(gpt2_dir).save_pretrained(tmp_path)
     before, after = load_file(gpt2_dir / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert after.keys() == before.keys()
@@ -75,7 +75,7 @@ def test_export_loads_in_transformers(gpt2_dir: Path, tmp_path: Path) -> None:
 
 
 def test_untied_export_loads_in_transformers(gpt2_dir: Path, tmp_path: Path) -> None:
-    """A trained head is saved as a tensor of its own, and comes back untied on both sides."""
+    """A trained head is saved as a separate tensor, and is untied when transformers or GPTModel loads it."""
     model = GPTModel.from_pretrained(gpt2_dir)
     freeze_bottom_layers(model, 1, train_head=True)
     with torch.no_grad():
@@ -92,12 +92,12 @@ def test_untied_export_loads_in_transformers(gpt2_dir: Path, tmp_path: Path) -> 
 
 
 def test_keys_without_prefix(gpt2_dir: Path, edited: Callable[..., Path]) -> None:
-    """OpenAI's own upload has wte.weight, later ones transformer.wte.weight."""
+    """OpenAI's upload has wte.weight, later files have transformer.wte.weight."""
     assert_same_model(GPTModel.from_pretrained(edited(drop_prefix)), GPTModel.from_pretrained(gpt2_dir))
 
 
 def test_keys_with_and_without_prefix_are_refused(edited: Callable[..., Path]) -> None:
-    """Which of the two would be meant is not guessed."""
+    """A file with both keys is ambiguous."""
     directory = edited(lambda w: w.update({"wte.weight": w["transformer.wte.weight"].clone()}))
     with pytest.raises(ValueError, match="both with and without"):
         GPTModel.from_pretrained(directory)
@@ -170,7 +170,7 @@ def test_stored_head_that_contradicts_the_tie_is_refused(edited: Callable[..., P
 def test_wrong_keys_and_shapes_are_named(
     edited: Callable[..., Path], change: Callable[[Weights], object], message: str
 ) -> None:
-    """Missing, extra, mis-shaped; never broadcast, which copy_ would do."""
+    """Missing, extra and mis-shaped tensors; copy_ would broadcast some of them."""
     directory = edited(change)
     with pytest.raises(ValueError, match=message):
         check_pretrained(directory)
@@ -179,7 +179,7 @@ def test_wrong_keys_and_shapes_are_named(
 
 
 def test_all_faults_are_named_at_once(edited: Callable[..., Path]) -> None:
-    """One look at the message, not one run per key."""
+    """One error lists missing, unknown and mis-shaped keys together."""
 
     def change(weights: Weights) -> None:
         del weights["transformer.ln_f.bias"]
@@ -192,7 +192,7 @@ def test_all_faults_are_named_at_once(edited: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("cut", ["half", "one byte", "in the header", "empty"])
 def test_truncated_file_is_refused_by_name(gpt2_dir: Path, tmp_path: Path, cut: str) -> None:
-    """An interrupted copy never loads."""
+    """A file from an interrupted copy is never loaded."""
     shutil.copytree(gpt2_dir, tmp_path / "cut")
     path = tmp_path / "cut" / "model.safetensors"
     data = path.read_bytes()
@@ -220,19 +220,19 @@ def sharded(gpt2_dir: Path, tmp_path: Path) -> Path:
 
 
 def test_sharded_weights(gpt2_dir: Path, sharded: Path) -> None:
-    """Several files and an index are the same model."""
+    """Several files with an index load as the same model."""
     assert_same_model(GPTModel.from_pretrained(sharded), GPTModel.from_pretrained(gpt2_dir))
 
 
 def test_missing_shard_is_named(sharded: Path) -> None:
-    """An interrupted download of shards."""
+    """After an interrupted download of shards, the error names the missing one."""
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="names model-00002-of-00002"):
         GPTModel.from_pretrained(sharded)
 
 
 def test_index_cannot_leave_its_directory(sharded: Path) -> None:
-    """A hostile index reads no file elsewhere."""
+    """An index that names a file in another directory is refused."""
     (sharded / "model-00001-of-00002.safetensors").rename(sharded.parent / "x.safetensors")
     path = sharded / "model.safetensors.index.json"
     path.write_text(path.read_text().replace("model-00001-of-00002.safetensors", "../x.safetensors"))
@@ -241,7 +241,7 @@ def test_index_cannot_leave_its_directory(sharded: Path) -> None:
 
 
 class Canary:
-    """Unpickling this would create a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -251,7 +251,7 @@ class Canary:
 
 
 def test_pickled_weights_are_never_read(gpt2_dir: Path, tmp_path: Path) -> None:
-    """A pytorch_model.bin is no substitute for safetensors, and what hides in it does not run."""
+    """A pytorch_model.bin is not read in place of safetensors, so code in it does not run."""
     shutil.copytree(gpt2_dir, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
@@ -288,7 +288,7 @@ def preset_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) ->
 
 
 def test_load_gpt_model(preset_dir: Path) -> None:
-    """The seed's call: size, directory, freeze_layers, num_unfrozen_layers."""
+    """The call of the original scripts: size, directory, freeze_layers, num_unfrozen_layers."""
     model, tokenizer = load_gpt_model(
         model_size="Tiny", weights_dir=preset_dir, freeze_layers=True, num_unfrozen_layers=2
     )
@@ -299,19 +299,19 @@ def test_load_gpt_model(preset_dir: Path) -> None:
 
 
 def test_load_gpt_model_unfrozen(preset_dir: Path) -> None:
-    """The seed's freeze_layers=False trains everything."""
+    """freeze_layers=False trains everything."""
     model, _ = load_gpt_model("tiny", preset_dir, freeze_layers=False)
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_load_gpt_model_of_another_size_is_refused(preset_dir: Path) -> None:
-    """A directory is not believed to hold what its name or the caller says."""
+    """The shape is read from the directory's config, not taken from the caller."""
     with pytest.raises(ValueError, match="model_size 124m means"):
         load_gpt_model("124m", preset_dir)
 
 
 def test_load_gpt_model_with_tokenizer_elsewhere(preset_dir: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Weights without a tokenizer say where to name one; tokenizer_dir is used."""
+    """Weights without a tokenizer are an error that names tokenizer_dir; with it, they load."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(preset_dir / name, tmp_path)
     with pytest.raises(ValueError, match="in tokenizer_dir"):
@@ -335,18 +335,18 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, **settings: str) -> Pa
 
 
 def test_tokenizer_of_one_token_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """What GPT2TokenizerFast(vocab_file=..., merges_file=...) gives in transformers 5."""
+    """GPT2TokenizerFast(vocab_file=..., merges_file=...) returns such a tokenizer in transformers 5."""
     Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).model.save(str(tmp_path))
     trap = GPT2TokenizerFast(vocab_file=str(tmp_path / "vocab.json"), merges_file=str(tmp_path / "merges.txt"))
     if len(trap) > 1:
-        pytest.skip("this transformers has no such trap any more")
+        pytest.skip("this version of transformers loads the whole tokenizer")
     trap.save_pretrained(tmp_path / "trap")
     with pytest.raises(ValueError, match="its files do not fit"):
         load_tokenizer(tmp_path / "trap", 50257)
 
 
 def test_vocab_json_and_merges_load_in_full(tokenizer_dir: Path, gpt2_dir: Path, tmp_path: Path) -> None:
-    """The same two files, beside config.json as OpenAI's upload has them, give the whole tokenizer."""
+    """The same two files with config.json, as in OpenAI's upload, load as the whole tokenizer."""
     Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).model.save(str(tmp_path))
     shutil.copy(gpt2_dir / "config.json", tmp_path)
     tokenizer, whole = load_tokenizer(tmp_path, 320), load_tokenizer(tokenizer_dir, 320)
@@ -356,7 +356,7 @@ def test_vocab_json_and_merges_load_in_full(tokenizer_dir: Path, gpt2_dir: Path,
 
 
 def test_broken_vocabulary_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Entries are gone, so text is lost in encoding."""
+    """Entries are missing, so encoding loses text."""
     raw = json.loads((tokenizer_dir / "tokenizer.json").read_text())
     vocab = {token: i for token, i in raw["model"]["vocab"].items() if token not in ("(", ")")}
     directory = save_tokenizer(byte_level(vocab, []), tmp_path)
@@ -375,19 +375,19 @@ def test_full_size_tokenizer_must_encode_as_gpt2(tmp_path: Path) -> None:
 
 
 def test_tokenizer_larger_than_the_embedding_is_refused(tokenizer_dir: Path) -> None:
-    """An id past the embedding would crash, on a GPU without a word."""
+    """An id beyond the embedding crashes, on a GPU without a clear message."""
     with pytest.raises(ValueError, match="has 320 entries, the model's embedding 319 rows"):
         load_tokenizer(tokenizer_dir, 319)
 
 
 def test_tokenizer_pads_with_eos_and_never_warns_of_length(tokenizer_dir: Path) -> None:
-    """GPT-2 has no padding token; cutting is done, and counted, elsewhere."""
+    """GPT-2 has no padding token; rows are cut, and counted, by prepare."""
     tokenizer = load_tokenizer(tokenizer_dir, 320)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|endoftext|>")
     assert tokenizer.model_max_length > 10**6
 
 
 def test_directory_without_tokenizer_is_named(tmp_path: Path) -> None:
-    """No network, no guessing: the setting to use is in the message."""
+    """Nothing is downloaded; the message names the setting to use."""
     with pytest.raises(ValueError, match=r"(?s)holds no readable tokenizer.*name one in tokenizer_dir"):
         load_tokenizer(tmp_path, 320)

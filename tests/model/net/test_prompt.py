@@ -1,4 +1,4 @@
-"""One renderer for training and inference; data never yields a special id; EOS ends every example."""
+"""The prompt format in training and inference, special tokens inside data, and EOS."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PROMPTS = ["Write a function that adds 1 to a price.", "Explain\nthis", "  leadi
 COMPLETIONS = ["def add_1(price):\n    return price + 1", " a space first", "x", "\n\nblank lines first"]
 
 
-def test_text_is_the_seeds() -> None:
-    """The seed's format, character for character."""
+def test_text_of_an_entry() -> None:
+    """The format of the original scripts, character for character."""
     entry = {"prompt": "Do it", "completion": "done"}
     assert format_prompt(entry) == "### Instruction:\nDo it\n\n### Response:\ndone"
 
 
 def test_without_completion_it_ends_where_the_response_begins() -> None:
-    """axolotl#834: what generation starts from is what stands before the response in training."""
+    """axolotl#834: generation starts from the text that training has before the response."""
     for entry in ({"prompt": "Do it"}, {"prompt": "Do it", "completion": None}):
         assert format_prompt(entry) == "### Instruction:\nDo it\n\n### Response:\n"
     entry = {"prompt": "Do it", "completion": "done"}
@@ -26,7 +26,7 @@ def test_without_completion_it_ends_where_the_response_begins() -> None:
 
 
 def test_inference_ids_are_the_training_ids(tokenizer: Any) -> None:
-    """axolotl#834: id for id, also where BPE would merge across the border."""
+    """axolotl#834: the ids are equal, also where BPE would merge across the border of prompt and response."""
     examples = encode_examples(tokenizer, PROMPTS, COMPLETIONS)
     prompts, completions = encode_prompts(tokenizer, PROMPTS), encode(tokenizer, COMPLETIONS)
     for (ids, prompt_length), prompt, completion in zip(examples, prompts, completions, strict=True):
@@ -37,7 +37,7 @@ def test_inference_ids_are_the_training_ids(tokenizer: Any) -> None:
 
 
 def test_example_decodes_to_its_text(tokenizer: Any) -> None:
-    """Nothing is lost between the halves."""
+    """Encoding prompt and completion separately loses no text."""
     for (ids, _), prompt, completion in zip(
         encode_examples(tokenizer, PROMPTS, COMPLETIONS), PROMPTS, COMPLETIONS, strict=True
     ):
@@ -46,21 +46,21 @@ def test_example_decodes_to_its_text(tokenizer: Any) -> None:
 
 
 def test_eos_ends_every_example_once(tokenizer: Any) -> None:
-    """Completion + EOS, and no EOS elsewhere."""
+    """An example has EOS as its last id and nowhere else."""
     for ids, _ in encode_examples(tokenizer, PROMPTS, COMPLETIONS):
         assert ids[-1] == tokenizer.eos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1
 
 
 def test_prompt_ends_without_eos(tokenizer: Any) -> None:
-    """Generation must not start behind an end of text."""
+    """Generation must not start after an end-of-text token."""
     assert all(tokenizer.eos_token_id not in ids for ids in encode_prompts(tokenizer, PROMPTS))
 
 
 def test_end_of_text_in_data_is_ordinary_text(tokenizer: Any) -> None:
     """The literal marker, in prompt or completion, never becomes the EOS id, and survives as text."""
     text = "stop <|endoftext|> here<|endoftext|>"
-    assert tokenizer.eos_token_id in tokenizer.encode(text)  # the trap: the plain call does it
+    assert tokenizer.eos_token_id in tokenizer.encode(text)  # the tokenizer's plain call does encode it as EOS
     assert tokenizer.eos_token_id not in encode(tokenizer, [text])[0]
     assert tokenizer.decode(encode(tokenizer, [text])[0]) == text
     [(ids, prompt_length)] = encode_examples(tokenizer, [text], [text])
@@ -70,5 +70,5 @@ def test_end_of_text_in_data_is_ordinary_text(tokenizer: Any) -> None:
 
 
 def test_nothing_to_encode(tokenizer: Any) -> None:
-    """A chunk may be empty."""
+    """An empty list gives an empty list."""
     assert encode(tokenizer, []) == encode_prompts(tokenizer, []) == encode_examples(tokenizer, [], []) == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel, filter_logits, generate
 from model.net.device import autocast, cast_frozen
-from model.net.sampling import _last_logits
+from model.net.sampling import _draw, _last_logits, build_filters, check_sampling
 
 
 def logits_of(*rows: list[float]) -> Tensor:
@@ -25,7 +27,7 @@ def kept(logits: Tensor) -> list[list[int]]:
 
 
 def test_top_p_keeps_the_token_that_crosses() -> None:
-    """0.5 + 0.3 crosses 0.6, so both stay; the seed keeps one."""
+    """0.5 + 0.3 crosses 0.6, so both stay; the original script kept one."""
     assert kept(filter_logits(logits_of([0.5, 0.3, 0.2]), top_p=0.6)) == [[0, 1]]
 
 
@@ -33,12 +35,12 @@ def test_top_p_keeps_the_token_that_crosses() -> None:
     ("p", "want"), [(0.05, [2]), (0.39, [2]), (0.41, [0, 2]), (0.69, [0, 2]), (0.71, [0, 2, 3]), (0.95, [0, 1, 2, 3])]
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, want: list[int]) -> None:
-    """Neither one token more nor one less, in any order of the vocabulary."""
+    """Not one token more or less, in any order of the vocabulary."""
     assert kept(filter_logits(logits_of([0.3, 0.1, 0.4, 0.2]), top_p=p)) == [want]
 
 
 def test_first_token_above_p_is_kept_alone() -> None:
-    """The seed removes everything, and multinomial fails."""
+    """The original script removed every token, and multinomial failed."""
     filtered = filter_logits(logits_of([0.05, 0.9, 0.05]), top_p=0.5)
     assert kept(filtered) == [[1]]
     assert torch.multinomial(filtered.softmax(-1), 1).item() == 1
@@ -50,7 +52,7 @@ def test_top_p_of_one_keeps_all() -> None:
 
 
 def test_rows_are_filtered_independently() -> None:
-    """Indexing with logits[0, ...] filters the first row only, with the other rows' indices."""
+    """Guards against indexing with logits[0, ...], which filters the first row with the other rows' indices."""
     rows = logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.3, 0.36, 0.34])
     assert kept(filter_logits(rows, top_p=0.6)) == [[0, 1], [2], [1, 2]]
     assert kept(filter_logits(rows, top_k=1)) == [[0], [2], [1]]
@@ -69,13 +71,13 @@ def test_temperature_divides() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
 def test_any_low_temperature_is_nearly_argmax(temperature: float) -> None:
-    """Logits that fp32 could not divide by it: the most probable tokens share all of the mass."""
+    """Also where the division overflows in fp32: the most probable tokens share all of the mass."""
     got = filter_logits(torch.tensor([[50.0, 80.0, 80.0], [-70.0, -80.0, -90.0]]), temperature, top_p=0.9)
     assert got.softmax(-1).tolist() == [[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
 
 
 def test_temperature_zero_is_argmax() -> None:
-    """T = 0 divides by zero in the seed; here it keeps the most probable token, whatever else is set."""
+    """T = 0 keeps the most probable token, whatever else is set, and does not divide by zero."""
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 0.0]])
     for settings in ({}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.1}):
         filtered = filter_logits(logits, temperature=0.0, **settings)
@@ -84,14 +86,14 @@ def test_temperature_zero_is_argmax() -> None:
 
 
 def test_top_k_above_the_vocabulary_keeps_all() -> None:
-    """With k > V torch.topk fails."""
+    """torch.topk fails with k > V; the filter keeps all tokens."""
     logits = torch.randn(2, 5)
     assert torch.equal(filter_logits(logits, top_k=6), logits)
     assert torch.equal(filter_logits(logits, top_k=5), logits)
 
 
 def test_ties_keep_exactly_k() -> None:
-    """Comparing logits < min keeps every token that ties with the k-th."""
+    """Guards against a comparison with the k-th logit, which keeps every token that ties with it."""
     assert [len(row) for row in kept(filter_logits(torch.zeros(3, 10), top_k=4))] == [4, 4, 4]
 
 
@@ -108,7 +110,7 @@ def test_order_is_temperature_then_top_k_then_top_p() -> None:
 
 
 def test_bf16_is_filtered_in_fp32() -> None:
-    """A cumulated sum in bf16 stalls near 1, so that a long tail of 512 tokens is miscounted."""
+    """A cumulative sum in bf16 is too coarse near 1: it would miscount a tail of 512 equal tokens."""
     logits = torch.zeros(2, 512, dtype=torch.bfloat16)
     filtered = filter_logits(logits, top_p=0.7)
     assert filtered.dtype == torch.float32
@@ -116,7 +118,7 @@ def test_bf16_is_filtered_in_fp32() -> None:
 
 
 def test_argument_is_not_changed() -> None:
-    """The caller's logits stay whole."""
+    """The caller's logits keep their values."""
     logits = torch.randn(2, 8)
     before = logits.clone()
     filter_logits(logits, 0.7, 3, 0.5)
@@ -143,6 +145,16 @@ def test_bad_setting_is_refused_by_name(tiny_model: GPTModel, settings: dict[str
         generate(tiny_model, [[1]], 0, **settings)
 
 
+@pytest.mark.parametrize("function", [filter_logits, generate, check_sampling])
+def test_every_filter_can_be_set_everywhere(function: Callable[..., Any]) -> None:
+    """A filter that is added to build_filters is a setting of every function that samples, off by default."""
+    settings = inspect.signature(function).parameters
+    for name in inspect.signature(build_filters).parameters:
+        assert name in settings
+        if function is not check_sampling:
+            assert settings[name].default == (1.0 if name == "temperature" else None)
+
+
 # Generation
 
 
@@ -154,6 +166,19 @@ def model(gpt2_dir: Path) -> GPTModel:
 @pytest.fixture(scope="module")
 def reference(gpt2_dir: Path) -> GPT2LMHeadModel:
     return GPT2LMHeadModel.from_pretrained(gpt2_dir).eval()
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logits (B, V) that ``generate`` draws from, step by step, in fp32."""
+    steps: list[Tensor] = []
+
+    def spy(logits: Tensor, *settings: Any) -> Tensor:
+        steps.append(logits.float())
+        return _draw(logits, *settings)
+
+    monkeypatch.setattr("model.net.sampling._draw", spy)
+    return steps
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:
@@ -180,17 +205,17 @@ def test_greedy_equals_transformers(model: GPTModel, reference: GPT2LMHeadModel)
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         )  # fmt: skip
         assert row == want[0, len(prompt) :].tolist()
-    assert len({tuple(row) for row in got}) == 4  # else the test would say little
+    assert len({tuple(row) for row in got}) == 4  # different rows, so that mixing them up would be noticed
 
 
 def test_cache_equals_the_plain_loop(model: GPTModel) -> None:
-    """Keys and values reused or computed anew, the tokens are the same."""
+    """The tokens are the same whether keys and values are cached or recomputed."""
     prompts = prompts_of(3, 20, 9)
     assert generate(model, prompts, 30, temperature=0) == [plain_loop(model, p, 30) for p in prompts]
 
 
 def test_text_beyond_the_context_is_cropped(model: GPTModel) -> None:
-    """The context is 96: one prompt crosses it at once, one on the way, one never."""
+    """The context is 96 tokens: one prompt exceeds it, one grows beyond it, one never does."""
     prompts = prompts_of(120, 80, 10)
     assert generate(model, prompts, 30, temperature=0) == [plain_loop(model, p, 30) for p in prompts]
 
@@ -202,15 +227,8 @@ def test_edge_of_the_context(model: GPTModel, length: int) -> None:
     assert generate(model, prompts, 4, temperature=0) == [plain_loop(model, p, 4) for p in prompts]
 
 
-def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also at T = 1, each row's logits are those of its own text, to rounding."""
-    seen: list[Tensor] = []
-
-    def spy(logits: Tensor, *settings: Any) -> Tensor:
-        seen.append(logits)
-        return filter_logits(logits, *settings)
-
-    monkeypatch.setattr("model.net.sampling.filter_logits", spy)
+def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, seen: list[Tensor]) -> None:
+    """At T = 1 too, each row's logits are those of its own text, up to rounding."""
     prompts = prompts_of(7, 2)
     new = generate(model, prompts, 12, seed=3)
     for step, logits in enumerate(seen):
@@ -221,7 +239,7 @@ def test_sampled_batch_has_the_plain_loops_logits(model: GPTModel, monkeypatch: 
 
 
 def test_each_row_stops_at_its_own_eos(model: GPTModel) -> None:
-    """EOS ends its row, is its last id, and changes nothing in the others."""
+    """EOS ends its row and is its last id; the other rows are unchanged."""
     prompts = prompts_of(5, 17, 1, 30)
     free = generate(model, prompts, 30, seed=5)
     eos = free[1][8]
@@ -231,8 +249,8 @@ def test_each_row_stops_at_its_own_eos(model: GPTModel) -> None:
     assert max(map(len, got)) == 30
 
 
-def test_generation_ends_when_every_row_has(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step is computed for rows that are all done."""
+def test_generation_ends_when_every_row_has_ended(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is computed once all rows are done."""
     first = generate(model, prompts_of(5), 1, temperature=0)[0][0]
     calls: list[int] = []
     hidden = model.hidden
@@ -245,7 +263,7 @@ def test_generation_ends_when_every_row_has(model: GPTModel, monkeypatch: pytest
 def test_a_row_that_is_done_costs_the_others_nothing(
     model: GPTModel, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    """It would have passed the context of 96: the others keep their cache, or get one once it is done."""
+    """A done row beyond the context of 96: the other row keeps its cache, or gets one once that row is done."""
     prompts = prompts_of(length, 10)
     free = generate(model, prompts, 30, seed=5)
     eos = next(token for token in free[0][:6] if token not in free[1][:8])
@@ -257,7 +275,7 @@ def test_a_row_that_is_done_costs_the_others_nothing(
 
 
 def test_same_seed_same_text(model: GPTModel) -> None:
-    """The draw depends on the seed, and on nothing before it."""
+    """The draw depends on the seed, not on the state of the global generator."""
     prompts = prompts_of(4, 6)
     first = generate(model, prompts, 20, seed=7)
     torch.rand(5)
@@ -266,21 +284,21 @@ def test_same_seed_same_text(model: GPTModel) -> None:
 
 
 def test_global_generator_is_left_alone(model: GPTModel) -> None:
-    """Sampling during training must not move dropout's random numbers."""
+    """Sampling during training must not change the random numbers of dropout."""
     before = torch.get_rng_state()
     generate(model, prompts_of(4), 10, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_mode_is_restored_and_dropout_is_off(tiny_model: GPTModel) -> None:
-    """Generation between training steps is neither noised nor leaves the model in eval mode."""
+    """Generation between training steps runs without dropout and leaves the model in training mode."""
     want = generate(tiny_model.eval(), prompts_of(4), 10, temperature=0)
     assert not tiny_model.training
     tiny_model.set_dropout(0.9)
     tiny_model.train()
     assert generate(tiny_model, prompts_of(4), 10, temperature=0) == want
     assert tiny_model.training
-    assert [block.training for block in tiny_model.h] == [False, False, True]  # the trunk's mode, too
+    assert [block.training for block in tiny_model.h] == [False, False, True]  # frozen blocks stay in eval mode
 
 
 def test_frequencies_follow_the_filtered_distribution() -> None:
@@ -296,7 +314,7 @@ def test_frequencies_follow_the_filtered_distribution() -> None:
 
 
 def test_no_prompts_or_no_tokens(model: GPTModel) -> None:
-    """Empty work gives empty answers."""
+    """No prompts give no rows; no new tokens give empty rows."""
     assert generate(model, [], 5) == []
     assert generate(model, [[1], [2]], 0) == [[], []]
 
@@ -307,15 +325,8 @@ def test_empty_prompt_is_refused(model: GPTModel) -> None:
         generate(model, [[1], []], 5)
 
 
-def test_generation_in_mixed_precision(tiny_model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_in_mixed_precision(tiny_model: GPTModel, seen: list[Tensor]) -> None:
     """A bf16 trunk under an fp32 top generates under autocast, near the fp32 logits."""
-    seen: list[Tensor] = []
-
-    def spy(logits: Tensor, *settings: Any) -> Tensor:
-        seen.append(logits.float())
-        return filter_logits(logits, *settings)
-
-    monkeypatch.setattr("model.net.sampling.filter_logits", spy)
     generate(tiny_model, prompts_of(6, 3), 1, temperature=0)
     cast_frozen(tiny_model, torch.bfloat16)
     with autocast(torch.device("cpu"), torch.bfloat16):

@@ -1,0 +1,261 @@
+"""Rows of a data set assigned to splits, tokenised and written as token files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from model.data.rows import (
+    IN_HELD_OUT,
+    SCHEMAS,
+    UNUSABLE,
+    UnusableRow,
+    fraction,
+    normalize_row,
+    prompt_key,
+    read_records,
+    row_key,
+)
+from model.data.tokens import META_FILE
+from model.data.writing import Counts, TokenFiles
+from model.files import atomic_directory, sha256_file, write_json
+from model.net.prompt import encode_prompts, format_prompt
+from model.parameters import Count, Seeded, Share, WholeNumber, internal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Sources = Mapping[str, Sequence[Path]]  # split -> its files, as find_splits returns them
+
+# Held-out files come first: the prompts of training rows are compared with theirs.
+_READING_ORDER = ("test", "validation", "train")
+
+
+@dataclass(frozen=True)
+class PrepareConfig(Seeded):
+    """How rows become tokens."""
+
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens a row is cut at, prompt included."""
+    subset_start: WholeNumber = 0
+    """First row of train to use, counted from 0."""
+    subset_count: Count | None = None
+    """Rows of train to use from there; null uses all. With subset=next: fresh rows to use at most."""
+    subset_keys: str | None = internal(None)
+    """A .npy file with the content keys (uint64) of the rows of train to use instead."""
+    test_share: Share = 0.1
+    """Share of train that becomes test where the data set has no test split."""
+    validation_share: Share = 0.02
+    """Share of train that becomes validation where the data set has no validation split."""
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """A larger share of unusable rows is an error."""
+
+
+def prepare(
+    sources: Sources, tokenizer: PreTrainedTokenizerBase, config: PrepareConfig, target: Path
+) -> dict[str, Any]:
+    """Format, split and tokenise; rows stream through, so memory does not grow with their number.
+
+    Test is the source's own, else a share of train; validation likewise. Both are taken from all of train,
+    whatever the subset, so that runs on different subsets are scored on the same rows. A training row
+    whose normalised prompt is also in test or validation is dropped. A row longer than ``max_length`` is cut
+    and then has no EOS; a row whose whole response would be cut is dropped.
+
+    Args:
+        sources: split -> files, as from ``find_splits``.
+        target: the directory to write: per split ``.ids.bin`` (uint16 or uint32, flat), ``.lengths.npy``
+            (rows x (length, prompt length)), ``.rows.jsonl`` (text; held-out splits), and ``meta.json``.
+
+    Returns:
+        The contents of meta.json: configuration, counts, sha256 over all rows used and of each file.
+
+    Raises:
+        ValueError: too many unusable rows (the message names the first five), or a split is empty.
+    """
+    inspection = _Inspection(sources, config)
+    in_subset = _subset_test(config)
+    held_out: set[bytes] = set()
+    with atomic_directory(target) as scratch:
+        files = TokenFiles(scratch, tokenizer, config.max_length, inspection.counts)
+        for source_split in _READING_ORDER:
+            for record in _assign_splits(source_split, sources, config, held_out):
+                chosen = source_split != "train" or in_subset(record)
+                if chosen:
+                    inspection.count(record)
+                if not record.reason and (chosen or record.split != "train"):
+                    files.add(record.split, {"row": record.number, **record.row})
+            files.flush()  # data_sha256 depends on the order of writing: one source split after another
+        files.close()
+        inspection.check()
+        meta = {
+            "config": asdict(config),
+            "vocab_size": len(tokenizer),
+            "eos_token_id": tokenizer.eos_token_id,
+            "dtype": files.dtype.str,
+            "counts": asdict(inspection.counts),
+            "data_sha256": files.digest.hexdigest(),
+            "files": {path.name: sha256_file(path) for path in sorted(scratch.iterdir())},
+        }
+        write_json(scratch / META_FILE, meta)
+    return meta
+
+
+def training_keys(
+    sources: Sources, tokenizer: PreTrainedTokenizerBase, config: PrepareConfig
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The content keys of all rows that ``prepare`` would train on, and of those that it would hold out.
+
+    Args:
+        config: its subset is ignored.
+
+    Returns:
+        Two arrays of uint64, each key once, in the order of the source.
+
+    Raises:
+        ValueError: too many unusable rows.
+    """
+    inspection = _Inspection(sources, config)
+    held_out: set[bytes] = set()
+    keys: dict[str, dict[int, None]] = {"train": {}, "held out": {}}
+    for source_split in _READING_ORDER:
+        for record in _assign_splits(source_split, sources, config, held_out):
+            inspection.count(record)
+            if record.reason:
+                continue
+            if record.split == "train" and _too_long(record.row["prompt"], tokenizer, config.max_length):
+                continue
+            keys["train" if record.split == "train" else "held out"][row_key(record.row)] = None
+    inspection.check_unusable()
+    train, rest = (np.fromiter(found, dtype=np.uint64, count=len(found)) for found in keys.values())
+    return train, rest
+
+
+def _too_long(prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> bool:
+    """Whether the prompt leaves no room for a response token.
+
+    A token is at least one byte long, so a prompt with fewer bytes than ``max_length`` need not be encoded.
+    """
+    if len(format_prompt({"prompt": prompt}).encode()) < max_length:
+        return False
+    return len(encode_prompts(tokenizer, [prompt])[0]) >= max_length
+
+
+@dataclass(frozen=True)
+class _AssignedRecord:
+    """A record with the split that it is assigned to, or with the reason why it is dropped.
+
+    Attributes:
+        number: position in the source split, over all its files, from 0.
+        in_file: position in its file, from 0.
+        path: its file.
+        split: split that it is assigned to.
+        row: the normalised row; empty where the record is unusable.
+        reason: why it is dropped; None where it is kept.
+    """
+
+    number: int
+    in_file: int
+    path: Path
+    split: str
+    row: dict[str, Any]
+    reason: str | None = None
+
+
+def _assign_splits(
+    source_split: str, sources: Sources, config: PrepareConfig, held_out: set[bytes]
+) -> Iterator[_AssignedRecord]:
+    """The records of a source split in order, each with the split that it is assigned to.
+
+    Args:
+        held_out: prompt keys of the held-out files read so far; those of this split are added.
+    """
+    for number, (in_file, path, record) in enumerate(_records(sources.get(source_split, []))):
+        try:
+            row = normalize_row(record)
+        except UnusableRow as error:
+            yield _AssignedRecord(number, in_file, path, source_split, {}, error.reason)
+            continue
+        key = prompt_key(row["prompt"])
+        split = source_split
+        if split != "test" and key in held_out:
+            yield _AssignedRecord(number, in_file, path, split, row, IN_HELD_OUT)
+            continue
+        if split != "train":
+            held_out.add(key)
+        elif "test" not in sources and fraction(key, config.seed, "test") < config.test_share:
+            split = "test"
+        elif "validation" not in sources and fraction(key, config.seed, "validation") < config.validation_share:
+            split = "validation"
+        yield _AssignedRecord(number, in_file, path, split, row)
+
+
+def _records(paths: Sequence[Path]) -> Iterator[tuple[int, Path, Any]]:
+    """Records with their position in their file, from 0."""
+    for path in paths:
+        for in_file, record in enumerate(read_records(path)):
+            yield in_file, path, record
+
+
+def _subset_test(config: PrepareConfig) -> Callable[[_AssignedRecord], bool]:
+    """The test whether a record of train is in the subset: by content if keys are given, else by position."""
+    if config.subset_keys is not None:
+        keys = frozenset(np.load(config.subset_keys, allow_pickle=False).tolist())
+        return lambda record: bool(record.row) and row_key(record.row) in keys
+    start, count = config.subset_start, config.subset_count
+    return lambda record: record.number >= start and (count is None or record.number < start + count)
+
+
+class _Inspection:
+    """Counts the records read, remembers the first five unusable ones, and checks the counts against the limits.
+
+    Args:
+        sources: named in errors.
+        config: the limits.
+    """
+
+    def __init__(self, sources: Sources, config: PrepareConfig):
+        self.counts = Counts()
+        self._config = config
+        self._files = ", ".join(str(path) for paths in sources.values() for path in paths)
+        self._first_unusable: list[str] = []
+
+    def count(self, record: _AssignedRecord) -> None:
+        self.counts.seen += 1
+        if record.reason:
+            self.counts.drop(record.reason)
+        if record.reason in UNUSABLE and len(self._first_unusable) < 5:
+            self._first_unusable.append(f"{record.path.name} row {record.in_file} ({record.reason})")
+
+    def check_unusable(self) -> None:
+        """Raise ValueError if more than max_dropped_share of the records are unusable."""
+        seen, unusable = self.counts.seen, sum(self.counts.dropped.get(reason, 0) for reason in UNUSABLE)
+        if seen and unusable / seen > self._config.max_dropped_share:
+            schemas = ", or ".join(" and ".join(fields) for fields in SCHEMAS)
+            raise ValueError(
+                f"{unusable} of {seen} rows of {self._files} cannot be used, more than max_dropped_share "
+                f"{self._config.max_dropped_share:g} allows; the first, counted from 0: "
+                f"{'; '.join(self._first_unusable)}. Rows have {schemas}"
+            )
+
+    def check(self) -> None:
+        """Raise ValueError if too many records are unusable or a split is empty."""
+        self.check_unusable()
+        counts, config = self.counts, self._config
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none dropped"
+        if not counts.rows["train"]:
+            raise ValueError(
+                f"no training row is left of {self._files} (subset_start {config.subset_start}, subset_count "
+                f"{config.subset_count}, max_length {config.max_length}; {dropped})"
+            )
+        for split, setting in (("validation", "validation_share"), ("test", "test_share")):
+            if not counts.rows[split]:
+                enough = min(0.5, 5 / counts.seen)  # five rows are expected then; 0.7 % of all draws give none
+                raise ValueError(
+                    f"the {split} split of {self._files} is empty: raise {setting}, {enough:.2g} will do, or add "
+                    f"rows ({dropped})"
+                )
