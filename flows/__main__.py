@@ -23,8 +23,7 @@ from typing import Any
 import yaml
 
 from ops.machine.lock import exclusive
-from ops.machine.marked import end, left_behind
-from ops.machine.process import mark_process
+from ops.machine.process import end_processes, identify_process, left_behind
 from ops.settings import PROJECT_ROOT, Settings
 
 RUN = "FINETUNE_RUN"  # of which run a process is, for the next one if that is killed
@@ -81,9 +80,9 @@ def start(settings: Settings) -> None:
             server.set_exception(error)
 
     with exclusive(settings.locks, "databases", "make run", print):
-        for orphan in end(lambda: left_behind(RUN), 5):
+        for orphan in end_processes(lambda: left_behind(RUN), 5):
             print(f"ended what a killed run had left: {orphan}")
-        os.environ[RUN] = mark_process().to_json()
+        os.environ[RUN] = identify_process().to_json()
         threading.Thread(target=start_server, daemon=True).start()  # no exit waits for it
         import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
         from transformers import AutoTokenizer  # noqa: F401

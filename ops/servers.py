@@ -20,7 +20,7 @@ from xmlrpc.client import ServerProxy
 from ops.settings import PROJECT_ROOT, Settings
 
 USER = "admin"
-MARK = "FINETUNE_UP"  # its value, the servers' folder, tells in the environment of a process who started it
+TAG_VARIABLE = "FINETUNE_UP"  # in the environment of all that `make up` started; its value is the servers' folder
 # What PREFECT_FLOWS_HEARTBEAT_FREQUENCY must be where flow runs are started, and Prefect's least; three missed beats
 # make a run Crashed.
 HEARTBEAT_SECONDS = 30
@@ -161,7 +161,7 @@ class Servers:
         environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
         environment |= self.client_environment()
         environment |= {
-            MARK: str(self.home),
+            TAG_VARIABLE: str(self.home),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "FINETUNE_DATA_ROOT": str(self.home.parent),
             "FINETUNE_SOCKET": str(self.socket),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.machine.process import ProcessMark, lock_holders, mark_process
+from ops.machine.process import ProcessIdentity, identify_process, lock_holders
 
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 5.0  # between looks at who holds it: whose process died is searched for in all of /proc
@@ -52,7 +52,7 @@ class LockState:
     what: str
     held: bool
     holder: str
-    owner: ProcessMark | None
+    owner: ProcessIdentity | None
     since: str
     flow_run_id: str
 
@@ -136,7 +136,7 @@ def exclusive_any(
             "what": what,
             "holder": holder,
             "flow_run_id": flow_run_id,
-            "process": mark_process().to_json(),
+            "process": identify_process().to_json(),
             "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         os.ftruncate(descriptor, 0)
@@ -224,7 +224,7 @@ def _read(path: Path) -> LockState:
         finally:
             os.close(descriptor)
         content = json.loads(path.read_text())
-        owner = ProcessMark.from_json(content["process"])
+        owner = ProcessIdentity.from_json(content["process"])
         texts = [str(content[key]) for key in ("what", "holder", "since", "flow_run_id")]
     except (OSError, ValueError, LookupError, TypeError):
         owner, texts = None, [path.stem, "", "", ""]

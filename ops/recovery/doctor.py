@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +20,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
 from ops.machine.lock import read_locks
-from ops.machine.process import ProcessMark, command_line, mark_process
+from ops.machine.process import Process, end_processes, find_process
 from ops.recovery.limits import (
     LEASE_SECONDS,
     LIMIT,
@@ -143,10 +140,10 @@ def _locks(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Fi
                 continue
             if lock.owner.is_dead:
                 # The kernel frees a dead process's lock: if it is held, a child inherited it and lives.
-                left = [mark for mark in map(mark_process, lock.pids) if mark.started]
+                left = [process for process in map(find_process, lock.pids) if process]
                 if lock not in read_locks(directory):  # freed meanwhile, and perhaps a run's that waited for it
                     continue
-                named = ", ".join(f"pid {mark.pid} ({command_line(mark.pid)})" for mark in left)
+                named = ", ".join(f"pid {process.pid} ({process.command_line})" for process in left)
                 yield Finding(
                     f"{lock.what} is held by {named or 'not visible to this user'}, "
                     f"left behind by {lock.holder}, which died",
@@ -183,21 +180,15 @@ def _server(prefect: SyncPrefectClient) -> Iterator[Finding]:
         yield Finding(f"no worker of the pool {POOL} is online: nothing that is deployed will run (`make up`)")
 
 
-def _end(processes: list[ProcessMark]) -> None:
-    """End these and no others: who has taken the lock since is a run that waited for it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.is_alive:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, number)
-        deadline = time.monotonic() + _KILL_SECONDS
-        while left := [process.pid for process in processes if process.is_alive]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError(f"it does not end: pid {', '.join(map(str, left))}")
+def _end(processes: list[Process]) -> None:
+    """End these and no others: a process that has taken the lock since belongs to a run that waited for it."""
+
+    def living() -> list[Process]:
+        return [process for process in processes if process.identity.is_alive]
+
+    end_processes(living, _KILL_SECONDS)
+    if left := living():
+        raise RuntimeError(f"it does not end: pid {', '.join(str(process.pid) for process in left)}")
 
 
 def main(arguments: list[str]) -> int:

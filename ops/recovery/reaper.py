@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from ops.machine.process import ProcessMark
+from ops.machine.process import ProcessIdentity
 from ops.notify import notify
 from ops.tracking.runs import EXPERIMENT, PROCESS_TAG, RunRef, client, search_runs
 
@@ -83,7 +83,7 @@ def stale_runs(
         state = prefect.state if prefect else None
         again = prefect is not None and is_retried(run, prefect)
         status = None if again else mlflow_status(state)
-        process = ProcessMark.from_json(tags.get(PROCESS_TAG, ""))
+        process = ProcessIdentity.from_json(tags.get(PROCESS_TAG, ""))
         given_up = status == "KILLED"
         if given_up and process and process.is_alive:
             continue
@@ -159,7 +159,7 @@ def end_cancelled(tracking_uri: str, prefect: SyncPrefectClient, seconds: float 
     """
     lines = []
     for run in _running(tracking_uri):
-        process = ProcessMark.from_json(run.data.tags.get(PROCESS_TAG, ""))
+        process = ProcessIdentity.from_json(run.data.tags.get(PROCESS_TAG, ""))
         found = read_flow_run(prefect, run.data.tags.get(FLOW_RUN_TAG, ""))
         if not (process and found and found.state and found.state.is_cancelling() and process.is_alive):
             continue

@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from ops.machine.marked import Process, end, marked
-from ops.servers import MARK, USER, Servers
+from ops.machine.process import Process, end_processes, tagged
+from ops.servers import TAG_VARIABLE, USER, Servers
 
 SAVE_SECONDS = 45.0  # for a training to reach its next step and to save a checkpoint
 STOP_SECONDS = 100.0  # for all of it
@@ -38,8 +38,8 @@ def up(servers: Servers) -> int:
             return 0
         _note(lock, {"pid": os.getpid()})
         # The worker by force: asked to end, it would kill its flow runs.
-        left = end(lambda: _workers(servers), -1)
-        left += end(lambda: _strays(servers, runs=False), 15)
+        left = end_processes(lambda: _workers(servers), -1)
+        left += end_processes(lambda: _strays(servers, runs=False), 15)
         for process in left:
             _say(f"ended what a run before had left: {process}")
         for process in _strays(servers, runs=True):
@@ -60,7 +60,7 @@ def down(servers: Servers) -> int:
     while time.monotonic() < deadline:
         with _lock(servers) as lock:
             if lock:
-                ended = _end_runs(servers) + end(lambda: _strays(servers), 15)
+                ended = _end_runs(servers) + end_processes(lambda: _strays(servers), 15)
                 for process in ended:
                     _say(f"ended {process}")
                 if not asked and not ended:
@@ -101,7 +101,7 @@ def _run(servers: Servers, lock: TextIO) -> int:
             time.sleep(0.2)
             if time.monotonic() - looked > 2:
                 # Such as MLflow's second process, when the first was killed: it would keep the port.
-                for orphan in end(lambda: _orphans(servers), 1):
+                for orphan in end_processes(lambda: _orphans(servers), 1):
                     _say(f"ended what a killed process had left: {orphan}")
                 looked = time.monotonic()
             if supervisor.poll() is not None:
@@ -141,7 +141,7 @@ def _stop(
     while supervisor.poll() is None and time.monotonic() < deadline and not hurry():
         time.sleep(0.1)
     # Normally nobody is left: what supervisord could not end, or all of it, if supervisord was killed.
-    end(lambda: _strays(servers), 10, hurry)
+    end_processes(lambda: _strays(servers), 10, hurry)
     supervisor.wait()
     if ready:
         ready.wait()
@@ -153,7 +153,7 @@ def _start(environment: dict[str, str], module: str, *arguments: str) -> subproc
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         env=environment,
-        cwd=environment[MARK],
+        cwd=environment[TAG_VARIABLE],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         preexec_fn=lambda: ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGTERM),
@@ -169,8 +169,8 @@ def _end_runs(servers: Servers, hurry: Callable[[], bool] = bool) -> list[Proces
     for worker in _workers(servers):
         with suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGSTOP)
-    ended = end(lambda: _strays(servers, runs=True), SAVE_SECONDS, hurry)
-    return ended + end(lambda: _workers(servers), 10, hurry)
+    ended = end_processes(lambda: _strays(servers, runs=True), SAVE_SECONDS, hurry)
+    return ended + end_processes(lambda: _workers(servers), 10, hurry)
 
 
 def _workers(servers: Servers) -> list[Process]:
@@ -186,7 +186,7 @@ def _orphans(servers: Servers) -> list[Process]:
 
 def _strays(servers: Servers, runs: bool | None = None) -> list[Process]:
     """What carries the mark of this data root; only flow runs, or only the rest of it."""
-    return [p for p in marked(MARK, str(servers.home)) if runs is None or runs is (p.flow_run is not None)]
+    return [p for p in tagged(TAG_VARIABLE, str(servers.home)) if runs is None or runs is (p.flow_run is not None)]
 
 
 @contextmanager

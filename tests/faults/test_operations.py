@@ -25,7 +25,7 @@ from installation import Installation, installed
 from made_up import BIN, wait_for
 
 from ops.machine.lock import read_locks
-from ops.machine.process import ProcessMark
+from ops.machine.process import ProcessIdentity
 from ops.recovery.zombies import HEARTBEAT_SECONDS, NAME
 from ops.tracking.runs import client
 
@@ -67,10 +67,10 @@ class Run:
         return self.state["type"], self.mlflow.info.status
 
     @property
-    def process(self) -> ProcessMark:
-        mark = ProcessMark.from_json(self.mlflow.data.tags["process"])
-        assert mark is not None
-        return mark
+    def process(self) -> ProcessIdentity:
+        identity = ProcessIdentity.from_json(self.mlflow.data.tags["process"])
+        assert identity is not None
+        return identity
 
     @property
     def losses(self) -> list[Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.machine.marked import Process, end, marked
-from ops.servers import MARK, Servers, count_gpus
+from ops.machine.process import tagged
+from ops.servers import TAG_VARIABLE, Servers, count_gpus
 from ops.stack.up import main
 
 NAMES = ("FINETUNE_HOST", "FINETUNE_SECURE", "FINETUNE_GPUS", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT")
@@ -206,7 +206,7 @@ def test_a_taken_port_is_named_and_nothing_is_started(
     said = capsys.readouterr().out
     assert "FINETUNE_MLFLOW_PORT" in said
     assert "FINETUNE_PREFECT_PORT" not in said
-    assert marked(MARK, str(Servers.load().home)) == []
+    assert tagged(TAG_VARIABLE, str(Servers.load().home)) == []
 
 
 def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_down_where_nothing_was_ever_started(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.fixture
 def sleepers(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Three processes alike but for their marks: ours, a flow run of ours that ignores SIGTERM, another's."""
+    """Three processes alike but for the tag variable: ours, a flow run of ours that ignores SIGTERM, another's."""
     code = {
         "ours": "import time; print(flush=True); time.sleep(60)",
         "run": "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)",
@@ -250,9 +250,9 @@ def sleepers(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     }
     home = str(Servers.load().home)
     environment = {
-        "ours": {MARK: home},
-        "run": {MARK: home, "PREFECT__FLOW_RUN_ID": "1234"},
-        "other": {MARK: home + "-of-another"},
+        "ours": {TAG_VARIABLE: home},
+        "run": {TAG_VARIABLE: home, "PREFECT__FLOW_RUN_ID": "1234"},
+        "other": {TAG_VARIABLE: home + "-of-another"},
     }
     started = {
         name: subprocess.Popen(
@@ -267,21 +267,6 @@ def sleepers(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     for process in started.values():
         process.kill()
         process.wait()
-
-
-def test_processes_are_found_by_their_mark(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
-    found = {process.pid: process for process in marked(MARK, str(Servers.load().home))}
-    assert set(found) == {sleepers["ours"].pid, sleepers["run"].pid}
-    assert found[sleepers["run"].pid].flow_run == "1234"
-    assert found[sleepers["ours"].pid].flow_run is None
-
-
-def test_who_lost_its_mark_is_not_signalled(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
-    """A pid that was found once may be somebody else's now."""
-    stale = [[Process(sleepers["other"].pid, 1, "", None, (MARK, str(Servers.load().home)))], []]
-    end(lambda: stale.pop(0), 0)
-    with pytest.raises(subprocess.TimeoutExpired):
-        sleepers["other"].wait(0.3)
 
 
 def test_down_ends_what_was_left_and_says_so(

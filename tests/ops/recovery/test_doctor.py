@@ -20,7 +20,7 @@ from made_up import MAKE
 
 from ops.machine import lock
 from ops.machine.lock import LockState, exclusive
-from ops.machine.process import mark_process
+from ops.machine.process import identify_process
 from ops.recovery import doctor
 from ops.recovery.doctor import Finding, examine, examine_slots, main
 from ops.recovery.limits import LIMIT, ensure_limit, read_slots, set_active, set_limit
@@ -247,7 +247,7 @@ def test_a_device_left_to_a_child(settings: Settings, left: int) -> None:
     assert "left behind by a run that dies" in finding.text
     assert finding.mend
     finding.mend()
-    assert not Path(f"/proc/{left}").exists() or mark_process(left).started == ""
+    assert not Path(f"/proc/{left}").exists() or identify_process(left).started == ""
     assert examine(settings, 1, None) == []
 
 
@@ -303,9 +303,9 @@ def test_a_trainer_that_prefect_gave_up(prefect: Any, settings: Settings, lease:
 def test_a_run_that_is_no_more(settings: Settings) -> None:
     """RUNNING in MLflow, its process dead: closed."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mark = mark_process(process.pid)
+    identity = identify_process(process.pid)
     with tracked_run(settings, "stale", {}, {}) as run:
-        set_tags(run, {PROCESS_TAG: mark.to_json()})
+        set_tags(run, {PROCESS_TAG: identity.to_json()})
         assert examine(settings, 1, None) == []
         process.communicate(b"\n")
         finding = _one(iter(examine(settings, 1, None)))

@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows.finetune import finetune
 from flows.hooks import after_failure
-from ops.machine.process import ProcessMark, mark_process
+from ops.machine.process import ProcessIdentity, identify_process
 from ops.recovery import reaper
 from ops.recovery.reaper import ATTEMPT_TAG, REASON_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
 from ops.settings import Settings
@@ -35,19 +35,19 @@ def settings(tmp_path: Path, mlflow_database: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def dead() -> ProcessMark:
-    """The mark of a process that has ended."""
+def dead() -> ProcessIdentity:
+    """The identity of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mark = mark_process(process.pid)
+    identity = identify_process(process.pid)
     process.communicate(b"\n")
-    return mark
+    return identity
 
 
 @pytest.fixture
 def opened(settings: Settings) -> Callable[..., RunRef]:
     """opened(process, flow_run_id): a run that says RUNNING, as a process that was killed leaves it."""
 
-    def start(process: ProcessMark | None, flow_run_id: str = "") -> RunRef:
+    def start(process: ProcessIdentity | None, flow_run_id: str = "") -> RunRef:
         with tracked_run(settings, "a run", {}, {"prefect.flow_run_id": flow_run_id}) as run:
             pass
         mlflow = client(run.tracking_uri)
@@ -76,7 +76,7 @@ def _flow_run(kind: str, run_count: int = 1) -> Any:
     ],
 )
 def test_prefect_s_end_is_mlflow_s(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str, status: str, crashed: bool
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str, status: str, crashed: bool
 ) -> None:
     """Whatever is known of the process, if it cannot be seen alive."""
     run = opened(dead if kind == "CRASHED" else None, "one")
@@ -91,13 +91,13 @@ def test_who_was_given_up_and_lives_closes_its_own(
     opened: Callable[..., RunRef], settings: Settings, kind: str, closed: bool
 ) -> None:
     """Heartbeats can be lost; but a flow that has come to its end has nothing more to say, process or not."""
-    opened(mark_process(), "one")
+    opened(identify_process(), "one")
     assert bool(stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))) == closed
 
 
 @pytest.mark.parametrize("kind", ["RUNNING", "CANCELLING", None])
 def test_a_dead_process_is_enough(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str | None
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str | None
 ) -> None:
     """Where Prefect does not know yet, or never will."""
     run = opened(dead, "one")
@@ -109,7 +109,7 @@ def test_a_dead_process_is_enough(
     ("kind", "run_count"), [("SCHEDULED", 1), ("PENDING", 1), ("RUNNING", 2), ("COMPLETED", 2), ("CANCELLING", 2)]
 )
 def test_a_retry_is_not_ended_for_the_attempt_before_it(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str, run_count: int
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str, run_count: int
 ) -> None:
     """It has the same id in Prefect: the dead attempt's MLflow run is closed as killed, and no more than that."""
     run = opened(dead, "one")
@@ -118,12 +118,14 @@ def test_a_retry_is_not_ended_for_the_attempt_before_it(
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", False, False)
 
 
-def test_what_may_live_is_left_alone(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
+def test_what_may_live_is_left_alone(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
+) -> None:
     """A living process, one of another machine, and a run that says nothing about its process."""
-    opened(mark_process(), "one")
+    opened(identify_process(), "one")
     opened(replace(dead, machine="another"), "two")
     opened(None, "three")
-    opened(mark_process())
+    opened(identify_process())
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: None) == []
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("RUNNING")) == []
 
@@ -134,7 +136,7 @@ def test_an_empty_store_has_no_stale_runs(settings: Settings) -> None:
     assert runs_of(settings.tracking_uri, "one") == []
 
 
-def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
+def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity) -> None:
     """More runs than MLflow gives at a time."""
     runs = {opened(dead).run_id for _ in range(5)}
     mlflow = client(settings.tracking_uri)
@@ -147,7 +149,9 @@ def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, d
         assert {stale.run.run_id for stale in stale_runs(settings.tracking_uri, lambda _: None)} == runs
 
 
-def test_closing_says_why_and_only_once(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
+def test_closing_says_why_and_only_once(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
+) -> None:
     """The reason stands in a tag; what has ended already keeps its status and says nothing."""
     run = opened(dead)
     assert close_run(run, "KILLED", "a reason")
@@ -165,7 +169,7 @@ def notices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_reaping_twice_tells_once(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, notices: list[tuple[Any, ...]]
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, notices: list[tuple[Any, ...]]
 ) -> None:
     """People hear of a crash once, however many watchers look."""
     run = opened(dead)
@@ -186,7 +190,7 @@ def test_prefect_learns_of_a_dead_process(
     prefect_server: None,
     opened: Callable[..., RunRef],
     settings: Settings,
-    dead: ProcessMark,
+    dead: ProcessIdentity,
     notices: list[tuple[Any, ...]],
     before: str,
     after: str,
@@ -229,7 +233,7 @@ def test_a_cancellation_that_nobody_delivered(
     try:
         with get_client(sync_client=True) as prefect:
             flow_run = prefect.create_flow_run(nothing, state=states.Running())
-            opened(mark_process(process.pid), str(flow_run.id))
+            opened(identify_process(process.pid), str(flow_run.id))
             assert end_cancelled(settings.tracking_uri, prefect, 0) == []
             prefect.set_flow_run_state(flow_run.id, states.Cancelling())
             assert reap(settings.tracking_uri, prefect) == []
@@ -260,8 +264,8 @@ def test_a_process_that_cannot_be_asked(
         raise error
 
     monkeypatch.setattr("ops.recovery.reaper.os.kill", refuse)
-    opened(mark_process(), str(uuid4()))
-    opened(mark_process(), str(uuid4()))
+    opened(identify_process(), str(uuid4()))
+    opened(identify_process(), str(uuid4()))
     lines = end_cancelled(settings.tracking_uri, None, 0)  # type: ignore[arg-type]
     assert asked == [os.getpid()] * 2
     assert len(lines) == 2 * len(said)
@@ -269,14 +273,14 @@ def test_a_process_that_cannot_be_asked(
 
 
 def test_a_run_that_prefect_does_not_know(
-    prefect_server: None, opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark
+    prefect_server: None, opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
 ) -> None:
     """Of another server, or deleted: its process decides."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as prefect:
-        opened(mark_process(), str(uuid4()))
-        opened(mark_process(), "no id at all")
+        opened(identify_process(), str(uuid4()))
+        opened(identify_process(), "no id at all")
         assert reap(settings.tracking_uri, prefect) == []
         opened(dead, str(uuid4()))
         assert len(reap(settings.tracking_uri, prefect)) == 1
@@ -287,7 +291,7 @@ def test_a_retry_that_fails_is_told_of(
     opened: Callable[..., RunRef],
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
-    dead: ProcessMark,
+    dead: ProcessIdentity,
     run_count: int,
     notices: int,
 ) -> None:
@@ -304,7 +308,7 @@ def test_a_retry_that_fails_is_told_of(
     assert len(told) == notices
 
 
-def test_hooks_come_first(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
+def test_hooks_come_first(opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity) -> None:
     """Prefect's hooks have a moment to close the run and to tell of it; two notices would be one too many."""
     run = opened(dead, "one")
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("CRASHED"), grace_seconds=60) == []
