@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from model.files import atomic_directory, sha256_file, write_json
 from model.net.config import GPTConfig, normalize_size
 from model.net.loading import CONFIG_FILE, check_size, weight_files
 from ops.hub import PINNED_WEIGHTS, fetch_dataset, fetch_weights
+from ops.machine.flock import hold_file
 from ops.settings import Settings
 from ops.tracking.registry import fetch_version, find_version, starting_uri
 from ops.tracking.runs import client
@@ -180,8 +180,7 @@ def _trusted(settings: Settings, directory: Path) -> dict[str, str]:
     """
     settings.data_root.mkdir(parents=True, exist_ok=True)
     files = {}
-    with (settings.data_root / ".trusted-weights.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_file(settings.data_root / ".trusted-weights.lock", wait=True):
         record = settings.trusted_hashes
         try:
             known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}

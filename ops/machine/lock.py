@@ -6,7 +6,6 @@ as any process that has its descriptor: a child that works on the device is star
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.machine.flock import try_lock
 from ops.machine.process import ProcessIdentity, identify_process, lock_holders
 
 _POLL_SECONDS = 0.5
@@ -200,12 +200,9 @@ def _open(path: Path) -> int:
 def _try(path: Path) -> int | None:
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Somebody who cleans up may have removed the file since it was opened.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        # A cleaner of /tmp may have removed the file since it was opened.
+        if try_lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
-    except BlockingIOError:
-        pass
     except BaseException:
         os.close(descriptor)
         raise
@@ -218,9 +215,7 @@ def _read(path: Path) -> LockState:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = True
+            held = not try_lock(descriptor, shared=True)
         finally:
             os.close(descriptor)
         content = json.loads(path.read_text())

@@ -7,18 +7,18 @@ process begins and ends them: one at a time on a data root, and no process is le
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from ops.machine.flock import hold_file
 from ops.machine.process import Process, end_processes, tagged
 from ops.servers import TAG_VARIABLE, USER, Servers
 
@@ -31,7 +31,7 @@ def up(servers: Servers) -> int:
     """Start everything, wait until it is ready, say so, and stay until told to end. Returns the exit status."""
     servers.logs.mkdir(parents=True, exist_ok=True)
     (servers.home / "prefect").mkdir(exist_ok=True)
-    with _lock(servers) as lock:
+    with hold_file(_lock_file(servers), wait=False) as lock:
         if lock is None:
             _say(f"make up is running already (pid {_running(servers).get('pid', 'unknown')})")
             _say(_running(servers).get("banner", f"{servers.prefect_url}\n{servers.mlflow_url}"))
@@ -58,7 +58,7 @@ def down(servers: Servers) -> int:
     asked: int | None = None
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline:
-        with _lock(servers) as lock:
+        with hold_file(_lock_file(servers), wait=False) as lock:
             if lock:
                 ended = _end_runs(servers) + end_processes(lambda: _strays(servers), 15)
                 for process in ended:
@@ -189,16 +189,9 @@ def _strays(servers: Servers, runs: bool | None = None) -> list[Process]:
     return [p for p in tagged(TAG_VARIABLE, str(servers.home)) if runs is None or runs is (p.flow_run is not None)]
 
 
-@contextmanager
-def _lock(servers: Servers) -> Iterator[TextIO | None]:
-    """Hold the data root's servers, or nothing if another process does."""
-    with (servers.home / "up.lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        yield stream
+def _lock_file(servers: Servers) -> Path:
+    """The file that `make up` holds while it runs, with its pid and banner as JSON."""
+    return servers.home / "up.lock"
 
 
 def _note(lock: TextIO, facts: dict[str, Any]) -> None:
@@ -211,7 +204,7 @@ def _note(lock: TextIO, facts: dict[str, Any]) -> None:
 def _running(servers: Servers) -> dict[str, Any]:
     """What the holder of the lock has noted; nothing at the moment at which it does so."""
     try:
-        return json.loads((servers.home / "up.lock").read_text())
+        return json.loads(_lock_file(servers).read_text())
     except ValueError:
         return {}
 

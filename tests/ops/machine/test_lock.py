@@ -157,7 +157,7 @@ def test_a_removed_lock_file_lets_nobody_share(tmp_path: Path, monkeypatch: pyte
             removed.append(path)
         flock(descriptor, operation)
 
-    monkeypatch.setattr("ops.machine.lock.fcntl.flock", unlucky)
+    monkeypatch.setattr("ops.machine.flock.fcntl.flock", unlucky)
     with exclusive(tmp_path, "cpu", "me", print) as held:
         assert removed
         assert os.path.samestat(os.fstat(held.descriptor), path.stat())
