@@ -13,17 +13,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from model.files import sha256_file
+from ops.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -296,15 +296,7 @@ def _watched(call: Callable[[], T], limit: float, arrived: Count) -> T:
     The thread is then left behind. It keeps no process alive (a daemon), and what it may still put into the
     cache is verified before use like everything else.
     """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="hub", daemon=True).start()
+    future = in_daemon_thread(call, "hub")
     most, since = arrived(), time.monotonic()
     while not wait([future], timeout=0.2).done:
         if (now := arrived()) > most:

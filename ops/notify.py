@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextvars
 import json
 import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from uuid import UUID
+
+from ops.threads import in_daemon_thread
 
 _SECONDS = 5.0  # for both ways together, at most
 _TEXT = 3000  # characters; Slack cuts at 4,000
@@ -41,33 +42,26 @@ def notify(
     pages = {"Prefect run": _page(run), **(links or {})}
     shown = {name: url for name, url in pages.items() if url}
     _log.info("notice: %s", "; ".join([title, *lines]))
-    posted: list[bool] = []
-    ways = [
-        _start("artifact", lambda: _write_artifact(title, lines, shown, run)),
-        _start("webhook", lambda: posted.append(_post(title, lines, shown))),
-    ]
-    deadline = time.monotonic() + _SECONDS
-    for name, thread in ways:
-        thread.join(max(0.0, deadline - time.monotonic()))
-        if thread.is_alive():
-            _log.warning("the notice %r was given up after %g s: the %s does not answer", title, _SECONDS, name)
-    return bool(posted and posted[0])
+    # At the same time: neither waits for the other when a server hangs.
+    artifact = in_daemon_thread(lambda: _write_artifact(title, lines, shown, run), "notice-artifact")
+    webhook = in_daemon_thread(lambda: _post(title, lines, shown), "notice-webhook")
+    both: list[Future[Any]] = [artifact, webhook]
+    wait(both, timeout=_SECONDS)
+    _warn("artifact", title, artifact)
+    return not _warn("webhook", title, webhook) and webhook.result()
 
 
-def _start(name: str, work: Callable[[], None]) -> tuple[str, threading.Thread]:
-    context = contextvars.copy_context()
-
-    def attempt() -> None:
-        try:
-            context.run(work)
-        except HTTPError as error:
-            _log.warning("the %s refused a notice: HTTP %d", name, error.code)
-        except Exception as error:  # its text might hold the URL
-            _log.warning("the %s got no notice: %s", name, type(error).__name__)
-
-    thread = threading.Thread(target=attempt, name=f"notice-{name}", daemon=True)
-    thread.start()
-    return name, thread
+def _warn(receiver: str, title: str, sent: Future[Any]) -> bool:
+    """Log why a notice was not sent. Returns whether there was a reason."""
+    if not sent.done():
+        _log.warning("the notice %r was given up after %g s: the %s does not answer", title, _SECONDS, receiver)
+        return True
+    error = sent.exception()
+    if isinstance(error, HTTPError):
+        _log.warning("the %s refused a notice: HTTP %d", receiver, error.code)
+    elif error is not None:  # its text might hold the URL
+        _log.warning("the %s got no notice: %s", receiver, type(error).__name__)
+    return error is not None
 
 
 def _post(title: str, lines: Sequence[str], links: Mapping[str, str]) -> bool:
