@@ -1,4 +1,4 @@
-"""Work that is asked to stop by a signal, and stops where it chooses to."""
+"""Work that a signal asks to stop, and that ends at a point of its own choice, such as after a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ T = TypeVar("T")
 
 
 def run_stoppable(work: Callable[[Callable[[], bool]], T]) -> T:
-    """Run ``work(should_stop)`` in a thread; an exception that a signal raises here becomes its request to stop.
+    """Run ``work(should_stop)`` in a thread; an exception that a signal raises here makes ``should_stop()`` true.
 
-    Prefect's handler of SIGTERM raises in the main thread, between any two instructions. It cannot be replaced
-    while a flow runs: Prefect tells a cancellation from a mere signal only while its own handler is installed.
-    So the main thread has nothing to do but to wait, and what must not be torn apart runs beside it.
+    Prefect's handler of SIGTERM raises an exception in the main thread, between any two instructions. It cannot be
+    replaced while a flow runs: only with its own handler does Prefect tell a cancellation from other signals. So the
+    main thread only waits, and work that must not be interrupted half-way, such as writing a checkpoint, runs in
+    another thread.
 
     Args:
-        work: asks ``should_stop()`` from time to time, and then ends soon, by an exception of its choice.
+        work: calls ``should_stop()`` regularly; once that is true it ends soon, by returning or by an exception.
+
+    Returns:
+        What the work returned.
 
     Raises:
-        BaseException: what the signal raised, once the work has ended; else what the work raised.
+        BaseException: the exception of the first signal, after the work has ended; without a signal, what the work
+            raised.
     """
     stop, done = threading.Event(), threading.Event()
 

@@ -253,7 +253,7 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
         first.wait_for_both("CRASHED", "KILLED", 45)
         run = submit({**SHORT, "seed": 3})
         message = run.wait_for_state("WaitingForGpu", 90)["message"]
-        assert f"left behind when it died: pid {child.pid}" in message
+        assert f"held by pid {child.pid}, left behind by {first.prefect['name']} (pid " in message
         platform.kill("prefect")
         time.sleep(5)
         platform.start_prefect()

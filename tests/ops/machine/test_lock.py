@@ -95,7 +95,7 @@ def test_a_living_child_keeps_the_device(tmp_path: Path, hold: Hold) -> None:
 
     with exclusive(tmp_path, "cuda:0", "the next", log):
         assert "the holder" in said[0]
-        assert f"left behind when it died: pid {child}" in said[0]
+        assert f"held by pid {child}, left behind by the holder (pid {process.pid}, " in said[0]
 
 
 def test_each_device_has_one_holder(hold: Hold) -> None:
