@@ -137,7 +137,7 @@ def test_slots_that_nobody_leased_are_freed(prefect: Any, lease: Callable[[str],
     assert list(examine_slots(prefect, 3)) == []
     set_active(prefect, 3)
     finding = _one(examine_slots(prefect, 3))
-    assert "counts 3 slots as taken, and 1 have a lease" in finding.text
+    assert "counts 3 slots as taken, but only 1 have a lease" in finding.text
     assert finding.mend
     finding.mend()
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 1
@@ -178,12 +178,12 @@ def test_the_watcher_mends_slots_at_the_second_look(
     ensure_limit(prefect, 2)
     set_active(prefect, 2)
     watcher = Watcher(settings, 2)
-    assert watcher.round() == []
+    assert watcher.check() == []
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 2
-    (line,) = watcher.round()
+    (line,) = watcher.check()
     assert line.endswith(": mended")
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
-    assert watcher.round() == []
+    assert watcher.check() == []
 
 
 def test_the_watcher_leaves_the_limit_to_people(prefect: Any, settings: Settings) -> None:
@@ -191,7 +191,7 @@ def test_the_watcher_leaves_the_limit_to_people(prefect: Any, settings: Settings
     ensure_limit(prefect, 2)
     set_limit(prefect, 0)
     watcher = Watcher(settings, 2)
-    assert watcher.round() == watcher.round() == []
+    assert watcher.check() == watcher.check() == []
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 0
 
 
@@ -204,7 +204,7 @@ def test_the_watcher_outlives_its_servers(
     caplog.set_level("INFO", logger="watch")
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         watcher = Watcher(Settings(settings.data_root, "http://127.0.0.1:9"), 1)
-        assert watcher.round() == watcher.round() == []
+        assert watcher.check() == watcher.check() == []
     messages = [record.message for record in caplog.records if record.name == "watch"]
     assert len([m for m in messages if "no Prefect server answers" in m]) == 1
     assert len([m for m in messages if m.startswith("MLflow")]) == 1
@@ -309,7 +309,7 @@ def test_a_run_that_is_no_more(settings: Settings) -> None:
         assert examine(settings, 1, None) == []
         process.communicate(b"\n")
         finding = _one(iter(examine(settings, 1, None)))
-        assert "MLflow run stale says RUNNING and should be KILLED" in finding.text
+        assert "MLflow run stale is RUNNING and should be KILLED" in finding.text
         assert finding.mend
         finding.mend()
         assert client(run.tracking_uri).get_run(run.run_id).info.status == "KILLED"
@@ -412,7 +412,7 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_password_is_asked_for(settings: Settings, locked: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each server by a sentence that says where the password is; make deploy says the same."""
-    first = f"wants a password: `. {settings.data_root}/server/client.env` first"
+    first = f"requires a password: run `. {settings.data_root}/server/client.env` first"
     assert main(["--fix"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said == [f"- Prefect at {locked}/api {first}", f"- MLflow at {locked} {first}"]

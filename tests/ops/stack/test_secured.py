@@ -60,7 +60,9 @@ def test_without_the_password_a_command_says_where_it_is(command: str, secured: 
     done = subprocess.run([*MAKE, command], env=environment, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
-    assert said.count(f"wants a password: `. {secured.home}/client.env` first") == (2 if command == "doctor" else 1)
+    assert said.count(f"requires a password: run `. {secured.home}/client.env` first") == (
+        2 if command == "doctor" else 1
+    )
     assert "Traceback" not in said
 
 
