@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def fakehub() -> ModuleType:
-    """The module beside this file; tests are no packages, so it is loaded by its path."""
+    """The module fakehub.py, loaded by its path because the tests are not packages."""
     spec = importlib.util.spec_from_file_location("fakehub", Path(__file__).with_name("fakehub.py"))
     assert spec
     assert spec.loader
@@ -30,7 +30,7 @@ def hub(fakehub: ModuleType) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store of MLflow's, to be copied: its migrations take seconds."""
+    """An empty MLflow database for tests to copy, because its migrations take seconds."""
     from ops.tracking.runs import client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

@@ -1,4 +1,4 @@
-"""Settings of ``make up``, its credentials, its processes: no server is started here."""
+"""Settings, credentials and processes of ``make up``, without starting a server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "root" / "server").mkdir(parents=True)
 
 
-def test_defaults_are_this_machine_only_and_without_password() -> None:
+def test_by_default_only_this_machine_has_access_without_a_password() -> None:
     servers = Servers.load()
     assert (servers.host, servers.prefect_port, servers.mlflow_port) == ("127.0.0.1", 4200, 5000)
     assert not servers.secure
@@ -66,7 +66,7 @@ def test_a_wrong_setting_is_named(
 def test_an_address_of_another_machine_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another port would not help."""
+    """The message does not suggest another port, which would not help."""
     monkeypatch.setenv("FINETUNE_HOST", "192.0.2.1")
     assert main([]) == 1
     said = capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_an_address_of_another_machine_is_named(
 
 
 @pytest.mark.parametrize("arguments", [[], ["down"]])
-def test_a_data_root_that_cannot_be(
+def test_a_data_root_that_is_a_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -98,7 +98,7 @@ def test_a_data_root_that_cannot_be(
         ("0.0.0.0", "0", False),
     ],
 )
-def test_whoever_lets_others_in_asks_for_a_password_unless_told(
+def test_servers_that_others_can_reach_require_a_password_unless_switched_off(
     host: str, asked: str, secure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINETUNE_HOST", host)
@@ -109,8 +109,8 @@ def test_whoever_lets_others_in_asks_for_a_password_unless_told(
     assert ("basic-auth" in servers.environment()["FINETUNE_MLFLOW_OPTIONS"]) is secure
 
 
-def test_everybody_is_told_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell by client.env, the watcher by its environment: this machine has none, all together have three."""
+def test_shells_and_the_watcher_get_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through client.env and the environment: this machine has no GPU, all machines together have three."""
     monkeypatch.setenv("FINETUNE_GPUS", "3")
     servers = Servers.load()
     servers.write_client_file()
@@ -155,7 +155,7 @@ def test_another_database_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_ask_the_server_that_sent_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a browser reaches it, another machine's too; what the user of a proxy has set is kept."""
+    """Also for a browser on another machine; addresses that the user has set for a proxy are kept."""
     monkeypatch.setenv("FINETUNE_HOST", "0.0.0.0")
     environment = Servers.load().environment()
     assert environment["PREFECT_SERVER_UI_API_URL"] == "/api"
@@ -210,7 +210,7 @@ def test_a_taken_port_is_named_and_nothing_is_started(
 
 
 def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each program has a log of its own that cannot grow without end; a blank and a % in a path are no matter."""
+    """Each program has its own log of limited size; blanks and % in a path are allowed."""
     from supervisor.options import ServerOptions
 
     monkeypatch.setenv("FINETUNE_DATA_ROOT", os.environ["FINETUNE_DATA_ROOT"] + "/a %s b")
@@ -242,7 +242,7 @@ def test_down_where_nothing_was_ever_started(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.fixture
 def sleepers(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Three processes alike but for the tag variable: ours, a flow run of ours that ignores SIGTERM, another's."""
+    """Three processes: a tagged one, a tagged flow run that ignores SIGTERM, and one of another data root."""
     code = {
         "ours": "import time; print(flush=True); time.sleep(60)",
         "run": "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)",

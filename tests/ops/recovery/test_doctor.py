@@ -1,4 +1,4 @@
-"""The doctor: what it finds, on a real Prefect server, and that it mends what it can."""
+"""The doctor and the watcher on a real Prefect server: their findings, and what they mend."""
 
 from __future__ import annotations
 
@@ -110,19 +110,19 @@ def _one(findings: Iterator[Finding]) -> Finding:
 
 
 def test_a_missing_limit_is_created(prefect: Any) -> None:
-    """Without it Prefect would let everything start."""
+    """Without it Prefect would not limit the number of trainings."""
     finding = _one(examine_slots(prefect, 2))
     assert "no limit tag:gpu" in finding.text
     assert finding.mend
     finding.mend()
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 2
     assert list(examine_slots(prefect, 2)) == []
-    assert not ensure_limit(prefect, 5)  # one that is there is the user's
+    assert not ensure_limit(prefect, 5)  # an existing limit is the user's choice
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 2
 
 
 def test_no_limit_is_made_on_a_temporary_server() -> None:
-    """Nobody collects a dead holder's lease there."""
+    """Such a server does not free the lease of a dead task."""
     from types import SimpleNamespace
 
     from prefect.client.base import ServerType
@@ -130,8 +130,8 @@ def test_no_limit_is_made_on_a_temporary_server() -> None:
     assert not ensure_limit(SimpleNamespace(server_type=ServerType.EPHEMERAL), 1)  # type: ignore[arg-type]
 
 
-def test_slots_that_nobody_leased_are_freed(prefect: Any, lease: Callable[[str], UUID]) -> None:
-    """As a server that forgot its leases leaves them; what is leased stays counted."""
+def test_taken_slots_without_a_lease_are_freed(prefect: Any, lease: Callable[[str], UUID]) -> None:
+    """A server that lost its leases leaves them; slots with a lease stay counted."""
     ensure_limit(prefect, 3)
     lease("Running")
     assert list(examine_slots(prefect, 3)) == []
@@ -145,8 +145,8 @@ def test_slots_that_nobody_leased_are_freed(prefect: Any, lease: Callable[[str],
 
 
 @pytest.mark.parametrize("state", ["Crashed", "Cancelled", "Failed"])
-def test_a_dead_holder_s_lease_is_taken_from_it(prefect: Any, lease: Callable[[str], UUID], state: str) -> None:
-    """Its flow run has ended; the server would wait for the lease to run out."""
+def test_the_lease_of_a_dead_task_is_revoked(prefect: Any, lease: Callable[[str], UUID], state: str) -> None:
+    """Its flow run has ended; otherwise the server would wait until the lease expires."""
     ensure_limit(prefect, 2)
     lease(state)
     finding = _one(examine_slots(prefect, 2))
@@ -158,8 +158,8 @@ def test_a_dead_holder_s_lease_is_taken_from_it(prefect: Any, lease: Callable[[s
     assert (slots.active, slots.holders) == (0, {})
 
 
-def test_a_living_holder_s_lease_is_left(prefect: Any, lease: Callable[[str], UUID]) -> None:
-    """Leases are revoked all or none: beside a living one the dead one runs out by itself."""
+def test_the_lease_of_a_living_task_is_kept(prefect: Any, lease: Callable[[str], UUID]) -> None:
+    """Only all leases can be revoked: with a living task among them, that of the dead one expires by itself."""
     ensure_limit(prefect, 2)
     lease("Crashed")
     living = lease("Running")
@@ -171,10 +171,10 @@ def test_a_living_holder_s_lease_is_left(prefect: Any, lease: Callable[[str], UU
     assert living in {run.id for run in slots.holders.values() if run}
 
 
-def test_the_watcher_mends_slots_at_the_second_look(
+def test_the_watcher_mends_slots_at_the_second_check(
     prefect: Any, settings: Settings, lease: Callable[[str], UUID]
 ) -> None:
-    """A slot is counted a moment before its lease is there: once is no reason."""
+    """A slot is counted a moment before its lease exists, so a single finding is not mended."""
     ensure_limit(prefect, 2)
     set_active(prefect, 2)
     watcher = Watcher(settings, 2)
@@ -186,8 +186,8 @@ def test_the_watcher_mends_slots_at_the_second_look(
     assert watcher.check() == []
 
 
-def test_the_watcher_leaves_the_limit_to_people(prefect: Any, settings: Settings) -> None:
-    """Somebody who sets it to 0, to stop trainings, has a reason."""
+def test_the_watcher_does_not_change_the_limit(prefect: Any, settings: Settings) -> None:
+    """People may set it to 0 to stop trainings."""
     ensure_limit(prefect, 2)
     set_limit(prefect, 0)
     watcher = Watcher(settings, 2)
@@ -195,10 +195,10 @@ def test_the_watcher_leaves_the_limit_to_people(prefect: Any, settings: Settings
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 0
 
 
-def test_the_watcher_outlives_its_servers(
+def test_the_watcher_survives_servers_that_do_not_answer(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No Prefect, and an MLflow that does not answer: said once each."""
+    """Neither Prefect nor MLflow answers: each error is logged once."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     caplog.set_level("INFO", logger="watch")
@@ -212,7 +212,7 @@ def test_the_watcher_outlives_its_servers(
 
 @pytest.fixture
 def left(settings: Settings) -> Iterator[int]:
-    """The pid of a child that has a device's lock from a run that died."""
+    """The pid of a child that inherited a device's lock from a run that died."""
     command = [sys.executable, "-c", LEFT, str(settings.device_locks)]
     child = int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
     yield child
@@ -222,7 +222,7 @@ def left(settings: Settings) -> Iterator[int]:
 
 @pytest.fixture
 def waiting(settings: Settings, left: int) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """waiting(): kill that child, and a run that waits for the device takes it. Returns the run's process."""
+    """waiting(): kill that child, so that a run that waits for the device gets it. Returns the run's process."""
     command = [sys.executable, "-c", WAITS, str(settings.device_locks)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
@@ -239,8 +239,8 @@ def waiting(settings: Settings, left: int) -> Iterator[Callable[[], subprocess.P
     run.communicate()
 
 
-def test_a_device_left_to_a_child(settings: Settings, left: int) -> None:
-    """Named with the child's number and command, and ended with --fix: nobody waits for its result."""
+def test_a_child_of_a_dead_run_that_holds_a_device_is_ended(settings: Settings, left: int) -> None:
+    """The finding names the child's pid and command; --fix ends it, because no run waits for its result."""
     finding = _one(iter(examine(settings, 1, None)))
     assert finding.text.startswith(f"cpu is held by pid {left} (")
     assert "time.sleep(100)" in finding.text
@@ -251,10 +251,10 @@ def test_a_device_left_to_a_child(settings: Settings, left: int) -> None:
     assert examine(settings, 1, None) == []
 
 
-def test_who_has_taken_the_device_since_is_left_alone(
+def test_a_run_that_got_the_device_since_is_not_ended(
     settings: Settings, waiting: Callable[[], subprocess.Popen[str]]
 ) -> None:
-    """The child that was named is gone: there is nothing to end, and the run that waited has the device."""
+    """The named child has ended meanwhile, and a run that waited has the device."""
     finding = _one(iter(examine(settings, 1, None)))
     run = waiting()
     assert finding.mend
@@ -263,10 +263,10 @@ def test_who_has_taken_the_device_since_is_left_alone(
         run.wait(0.5)
 
 
-def test_who_takes_the_device_meanwhile_is_not_named(
+def test_a_run_that_gets_the_device_meanwhile_is_not_named(
     settings: Settings, waiting: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at the lock and the one at its holders: they are not those that the dead run left."""
+    """It takes the lock after its state was read and before its holders are: they are no children of the dead run."""
     looks: list[int] = []
 
     def read_locks(directory: Path) -> list[LockState]:
@@ -280,8 +280,8 @@ def test_who_takes_the_device_meanwhile_is_not_named(
     assert looks
 
 
-def test_a_lock_s_old_text_is_no_finding(settings: Settings) -> None:
-    """A dead run's name in a file that nobody locks says nothing: the kernel has freed it."""
+def test_the_content_of_a_free_lock_is_no_finding(settings: Settings) -> None:
+    """The file still names the dead run, but the kernel has freed its lock."""
     dead = "import sys; from pathlib import Path; from ops.machine.lock import exclusive as e; import os\n"
     dead += "with e(Path(sys.argv[1]), 'cpu', 'dead', print): os._exit(1)"
     subprocess.run([sys.executable, "-c", dead, str(settings.device_locks)], check=False)
@@ -289,8 +289,10 @@ def test_a_lock_s_old_text_is_no_finding(settings: Settings) -> None:
     assert examine(settings, 1, None) == []
 
 
-def test_a_trainer_that_prefect_gave_up(prefect: Any, settings: Settings, lease: Callable[[str], UUID]) -> None:
-    """Crashed for Prefect, alive for the kernel: told with the command that ends it well, and left alone."""
+def test_a_living_run_that_is_crashed_in_prefect(
+    prefect: Any, settings: Settings, lease: Callable[[str], UUID]
+) -> None:
+    """Its process lives and holds the device: the finding has the command that ends it, and nothing is mended."""
     ensure_limit(prefect, 1)
     run = lease("Crashed")
     with exclusive(settings.device_locks, "cpu", "given up", print, flow_run_id=str(run)):
@@ -300,8 +302,8 @@ def test_a_trainer_that_prefect_gave_up(prefect: Any, settings: Settings, lease:
     assert finding.mend is None
 
 
-def test_a_run_that_is_no_more(settings: Settings) -> None:
-    """RUNNING in MLflow, its process dead: closed."""
+def test_a_run_of_a_dead_process_is_closed(settings: Settings) -> None:
+    """RUNNING in MLflow although its process is dead."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = identify_process(process.pid)
     with tracked_run(settings, "stale", {}, {}) as run:
@@ -317,7 +319,7 @@ def test_a_run_that_is_no_more(settings: Settings) -> None:
 
 
 def test_the_server_s_settings(prefect: Any, settings: Settings) -> None:
-    """The automation is installed, once; leases in memory and a missing worker are told. The harness has both."""
+    """The automation is installed once; leases in memory and a missing worker are findings on the test's server."""
     from ops.recovery.zombies import NAME, ensure_zombie_automation
 
     for automation in prefect.read_automations_by_name(NAME):
@@ -339,10 +341,10 @@ def test_the_server_s_settings(prefect: Any, settings: Settings) -> None:
     assert len(prefect.read_automations_by_name(NAME)) == 1
 
 
-def test_the_command_tells_and_mends(
+def test_the_command_prints_and_mends(
     prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line a finding; status 1 while something is wrong, 0 when all is well."""
+    """One line for each finding; exit status 1 with findings, 0 without."""
     monkeypatch.setattr(doctor, "_server", lambda prefect: iter(()))  # the harness keeps leases in memory
     monkeypatch.setenv("FINETUNE_GPUS", "2")
     ensure_limit(prefect, 1)
@@ -360,7 +362,7 @@ def test_the_command_tells_and_mends(
 
 
 @pytest.mark.parametrize("name", ["FINETUNE_GPUS", "FINETUNE_SECURE", "FINETUNE_MLFLOW_PORT"])
-def test_a_setting_that_cannot_be_is_named(
+def test_a_wrong_setting_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     monkeypatch.setenv(name, "many")
@@ -371,7 +373,7 @@ def test_a_setting_that_cannot_be_is_named(
 def test_a_limit_for_more_machines_is_left(
     prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A shell without FINETUNE_GPUS knows this machine's GPUs only: it is told, and nothing is changed."""
+    """Without FINETUNE_GPUS only this machine's GPUs are known: a finding, but the limit is not changed."""
     monkeypatch.setattr(doctor, "_server", lambda prefect: iter(()))
     monkeypatch.delenv("FINETUNE_GPUS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -387,7 +389,7 @@ def test_a_limit_for_more_machines_is_left(
 
 @pytest.fixture
 def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both servers of a secured profile, to one without the password: 401 to everything but the health check."""
+    """A server that answers like both servers with SECURE=1 without the password: 401 except to health checks."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     class Refuse(BaseHTTPRequestHandler):
@@ -410,8 +412,8 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_password_is_asked_for(settings: Settings, locked: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each server by a sentence that says where the password is; make deploy says the same."""
+def test_a_required_password_is_named(settings: Settings, locked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each server a line that names the file with the password; make deploy prints the same."""
     first = f"requires a password: run `. {settings.data_root}/server/client.env` first"
     assert main(["--fix"]) == 1
     said = capsys.readouterr().out.splitlines()
@@ -421,7 +423,7 @@ def test_a_password_is_asked_for(settings: Settings, locked: str, capsys: pytest
 
 
 def test_make_doctor_knows_the_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of make up, unless addresses are set."""
+    """The defaults are the ports of make up; addresses in the environment are kept."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "$PREFECT_API_URL $MLFLOW_TRACKING_URI"\n')
     (tmp_path / "python").chmod(0o755)
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT"):
@@ -440,7 +442,7 @@ def test_make_doctor_knows_the_ports(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting, else the GPUs that are there, at least one; nonsense is named."""
+    """FINETUNE_GPUS, else the GPUs of this machine, at least one; a wrong value is named."""
     monkeypatch.delenv("FINETUNE_GPUS", raising=False)
     monkeypatch.setattr("ops.servers.count_gpus", lambda: 0)
     assert gpu_count() == 1

@@ -1,4 +1,4 @@
-"""The reaper: which runs are closed, with which status, and which are left alone."""
+"""The reaper: which runs are closed, with which status, and which stay open."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def dead() -> ProcessIdentity:
 
 @pytest.fixture
 def opened(settings: Settings) -> Callable[..., RunRef]:
-    """opened(process, flow_run_id): a run that says RUNNING, as a process that was killed leaves it."""
+    """opened(process, flow_run_id): a run with the status RUNNING, as left by a killed process."""
 
     def start(process: ProcessIdentity | None, flow_run_id: str = "") -> RunRef:
         with tracked_run(settings, "a run", {}, {"prefect.flow_run_id": flow_run_id}) as run:
@@ -62,7 +62,7 @@ def opened(settings: Settings) -> Callable[..., RunRef]:
 
 
 def _flow_run(kind: str, run_count: int = 1) -> Any:
-    """What stale_runs looks at of a Prefect run."""
+    """The attributes of a Prefect run that stale_runs reads."""
     return SimpleNamespace(state=State(type=StateType(kind), name=kind.title()), run_count=run_count)
 
 
@@ -75,10 +75,10 @@ def _flow_run(kind: str, run_count: int = 1) -> Any:
         ("CANCELLED", "KILLED", False),
     ],
 )
-def test_prefect_s_end_is_mlflow_s(
+def test_the_final_state_in_prefect_gives_the_status_in_mlflow(
     opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str, status: str, crashed: bool
 ) -> None:
-    """Whatever is known of the process, if it cannot be seen alive."""
+    """Unless the process is known to live."""
     run = opened(dead if kind == "CRASHED" else None, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, status, crashed, False)
@@ -87,10 +87,10 @@ def test_prefect_s_end_is_mlflow_s(
 @pytest.mark.parametrize(
     ("kind", "closed"), [("CRASHED", False), ("CANCELLED", False), ("COMPLETED", True), ("FAILED", True)]
 )
-def test_who_was_given_up_and_lives_closes_its_own(
+def test_a_living_process_closes_its_own_run(
     opened: Callable[..., RunRef], settings: Settings, kind: str, closed: bool
 ) -> None:
-    """Heartbeats can be lost; but a flow that has come to its end has nothing more to say, process or not."""
+    """Crashed may mean lost heartbeats. A flow that completed or failed has ended, even if its process lives."""
     opened(identify_process(), "one")
     assert bool(stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))) == closed
 
@@ -99,7 +99,7 @@ def test_who_was_given_up_and_lives_closes_its_own(
 def test_a_dead_process_is_enough(
     opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str | None
 ) -> None:
-    """Where Prefect does not know yet, or never will."""
+    """Before Prefect has noticed, and for a run that Prefect does not know."""
     run = opened(dead, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind) if kind else None)
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", True, kind is not None)
@@ -111,17 +111,17 @@ def test_a_dead_process_is_enough(
 def test_a_retry_is_not_ended_for_the_attempt_before_it(
     opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str, run_count: int
 ) -> None:
-    """It has the same id in Prefect: the dead attempt's MLflow run is closed as killed, and no more than that."""
+    """Both attempts have one id in Prefect: only the MLflow run of the dead attempt is closed, without a notice."""
     run = opened(dead, "one")
     set_tags(run, {ATTEMPT_TAG: "1"})
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind, run_count))
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", False, False)
 
 
-def test_what_may_live_is_left_alone(
+def test_runs_whose_process_may_live_stay_open(
     opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
 ) -> None:
-    """A living process, one of another machine, and a run that says nothing about its process."""
+    """A living process, a process of another machine, and a run without a tag for its process."""
     opened(identify_process(), "one")
     opened(replace(dead, machine="another"), "two")
     opened(None, "three")
@@ -131,13 +131,13 @@ def test_what_may_live_is_left_alone(
 
 
 def test_an_empty_store_has_no_stale_runs(settings: Settings) -> None:
-    """Before the first run there is not even an experiment."""
+    """Before the first run there is no experiment."""
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: None) == []
     assert runs_of(settings.tracking_uri, "one") == []
 
 
 def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity) -> None:
-    """More runs than MLflow gives at a time."""
+    """More runs than one page of MLflow's search."""
     runs = {opened(dead).run_id for _ in range(5)}
     mlflow = client(settings.tracking_uri)
     search = mlflow.search_runs
@@ -149,10 +149,10 @@ def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, d
         assert {stale.run.run_id for stale in stale_runs(settings.tracking_uri, lambda _: None)} == runs
 
 
-def test_closing_says_why_and_only_once(
+def test_a_run_is_closed_once_with_its_reason(
     opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
 ) -> None:
-    """The reason stands in a tag; what has ended already keeps its status and says nothing."""
+    """The reason is a tag; a run that has ended already keeps its status and reason."""
     run = opened(dead)
     assert close_run(run, "KILLED", "a reason")
     assert not close_run(run, "FAILED", "another")
@@ -168,10 +168,10 @@ def notices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return told
 
 
-def test_reaping_twice_tells_once(
+def test_reaping_twice_sends_one_notice(
     opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, notices: list[tuple[Any, ...]]
 ) -> None:
-    """People hear of a crash once, however many watchers look."""
+    """One notice for each crash, however many watchers run."""
     run = opened(dead)
     (line,) = reap(settings.tracking_uri, None)
     assert "KILLED" in line
@@ -195,7 +195,7 @@ def test_prefect_learns_of_a_dead_process(
     before: str,
     after: str,
 ) -> None:
-    """What ran is Crashed, what was being cancelled Cancelled; an end is never changed."""
+    """A running flow run becomes Crashed, a cancelling one Cancelled; a final state is not changed."""
     from prefect import flow, states
     from prefect.client.orchestration import get_client
 
@@ -218,10 +218,10 @@ def test_prefect_learns_of_a_dead_process(
     assert client(run.tracking_uri).get_run(run.run_id).info.status == status
 
 
-def test_a_cancellation_that_nobody_delivered(
+def test_a_cancellation_without_a_worker(
     prefect_server: None, opened: Callable[..., RunRef], settings: Settings
 ) -> None:
-    """The worker is gone: after a while the process is asked to end, and only then."""
+    """The worker has died: the process gets SIGTERM, but only after the time that a worker has."""
     from prefect import flow, states
     from prefect.client.orchestration import get_client
 
@@ -247,14 +247,14 @@ def test_a_cancellation_that_nobody_delivered(
 
 
 @pytest.mark.parametrize(("error", "said"), [(PermissionError, ["another user's"]), (ProcessLookupError, [])])
-def test_a_process_that_cannot_be_asked(
+def test_a_process_that_cannot_be_signalled(
     error: type[OSError],
     said: list[str],
     opened: Callable[..., RunRef],
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another user's is named, one that is gone is passed over; the round goes on to the next run."""
+    """A process of another user gives a line, an ended one does not; the next run is treated in both cases."""
     state = SimpleNamespace(is_cancelling=lambda: True, timestamp=datetime.now(UTC))
     monkeypatch.setattr(reaper, "read_flow_run", lambda prefect, flow_run_id: SimpleNamespace(state=state))
     asked: list[int] = []
@@ -275,7 +275,7 @@ def test_a_process_that_cannot_be_asked(
 def test_a_run_that_prefect_does_not_know(
     prefect_server: None, opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
 ) -> None:
-    """Of another server, or deleted: its process decides."""
+    """It belongs to another server or was deleted: only its process counts."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as prefect:
@@ -287,7 +287,7 @@ def test_a_run_that_prefect_does_not_know(
 
 
 @pytest.mark.parametrize(("run_count", "notices"), [(1, 0), (2, 1)])
-def test_a_retry_that_fails_is_told_of(
+def test_a_retry_that_fails_sends_a_notice(
     opened: Callable[..., RunRef],
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
@@ -295,7 +295,7 @@ def test_a_retry_that_fails_is_told_of(
     run_count: int,
     notices: int,
 ) -> None:
-    """Whoever reaped the attempt before it has told of that one only."""
+    """The notice of the reaped first attempt does not replace that of the retry."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(settings.data_root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking_uri)
     told: list[Any] = []
@@ -309,7 +309,7 @@ def test_a_retry_that_fails_is_told_of(
 
 
 def test_hooks_come_first(opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity) -> None:
-    """Prefect's hooks have a moment to close the run and to tell of it; two notices would be one too many."""
+    """Prefect's hooks have time to close the run and to send the notice, so that there is only one."""
     run = opened(dead, "one")
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("CRASHED"), grace_seconds=60) == []
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("CRASHED"), grace_seconds=0)

@@ -1,4 +1,4 @@
-"""The sandbox: right rows pass, wrong ones do not, and hostile code neither harms, escapes nor fakes a verdict."""
+"""The sandbox: correct rows pass, wrong ones do not, and hostile code cannot escape, do harm or fake a result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 from model.demo.grammar import make_rows
 from ops.sandbox import child as sandbox_child
 from ops.sandbox import guards as sandbox
-from ops.sandbox.guards import Verdict, run_tests
+from ops.sandbox.guards import RowResult, run_tests
 
 ROOT = Path(__file__).resolve().parents[3]
 FILTERED = os.uname().machine in ("x86_64", "aarch64") and sys.platform == "linux"
@@ -27,7 +27,7 @@ _COMMAND, _PROBLEM = sandbox._bubblewrap()
 needs_bubblewrap = pytest.mark.skipif(_COMMAND is None, reason=_PROBLEM)
 
 
-def _one(code: str, *tests: str, **limits: float) -> Verdict:
+def _one(code: str, *tests: str, **limits: float) -> RowResult:
     return run_tests([(code, tests or ("assert True",))], **limits)[0]  # type: ignore[arg-type]
 
 
@@ -70,7 +70,7 @@ RIGHT = {
 @pytest.mark.parametrize("row", RIGHT.values(), ids=RIGHT)
 def test_right_rows_pass_anywhere(row: tuple[str, list[str]], without_bubblewrap: None) -> None:
     """Ordinary code of the tasks passes the allow-list and needs nothing but Python."""
-    assert run_tests([row]) == [Verdict("passed")]
+    assert run_tests([row]) == [RowResult("passed")]
 
 
 @pytest.mark.parametrize(
@@ -96,36 +96,36 @@ def test_right_rows_pass_anywhere(row: tuple[str, list[str]], without_bubblewrap
 )
 def test_wrong_rows_fail_and_say_why(code: str, test: str, outcome: str, reason: str) -> None:
     """A false assert has failed; an exception, anywhere, is an error."""
-    verdict = _one(code, test)
-    assert verdict.outcome == outcome
-    assert reason in verdict.reason
+    result = _one(code, test)
+    assert result.outcome == outcome
+    assert reason in result.reason
 
 
 def test_a_row_without_tests_does_not_pass() -> None:
-    """Nothing asserted is nothing shown."""
-    assert run_tests([("x = 1", [])]) == [Verdict("error", "no test asserts anything")]
+    """Without an assertion nothing was tested."""
+    assert run_tests([("x = 1", [])]) == [RowResult("error", "no test asserts anything")]
     assert run_tests([]) == []
 
 
-def test_every_test_of_a_row_counts_and_rows_do_not_meet() -> None:
-    """The last assert decides too, and what one row defines the next does not see."""
+def test_every_test_of_a_row_counts_and_rows_are_isolated() -> None:
+    """Also the last assert counts, and a row does not see the definitions of the row before it."""
     rows = [("def f(x): return 1", ["assert f(1) == 1", "assert f(2) == 2"]), ("", ["assert f(1) == 1"])]
-    assert [verdict.outcome for verdict in run_tests(rows)] == ["failed", "error"]
+    assert [result.outcome for result in run_tests(rows)] == ["failed", "error"]
 
 
 def test_two_hundred_rows_take_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    """One interpreter forks a child for each row; the bound only notices a start of an interpreter for each."""
+    """One interpreter forks a child for each row; starting an interpreter for each row would exceed the bound."""
     started = time.monotonic()
-    verdicts = run_tests([("def f(x):\n    return x + 1", [f"assert f({n}) == {n + n % 2 + 1}"]) for n in range(200)])
+    results = run_tests([("def f(x):\n    return x + 1", [f"assert f({n}) == {n + n % 2 + 1}"]) for n in range(200)])
     seconds = time.monotonic() - started
-    assert [verdict.outcome for verdict in verdicts] == ["passed", "failed"] * 100
+    assert [result.outcome for result in results] == ["passed", "failed"] * 100
     with capsys.disabled():
         print(f" [200 rows: {seconds:.2f} s]", end="")
     assert seconds < 60
 
 
 def test_sets_have_one_order_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same rows give the same figures twice; the caller's PYTHONHASHSEED does not matter."""
+    """The same rows give the same results in each run, whatever the caller's PYTHONHASHSEED."""
     reasons = set()
     for seed in ("1", "2", "random"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
@@ -193,7 +193,7 @@ ESCAPES = [
 
 
 def test_escapes_do_not_pass_the_allow_list(without_bubblewrap: None) -> None:
-    """In code and in tests: each known way out is refused, so without bubblewrap it is not executed."""
+    """Each known escape is refused, in code and in tests, so that without bubblewrap it is not executed."""
     as_code = run_tests([(code, ["assert True"]) for code in ESCAPES])
     as_tests = run_tests([("x = 1", [code, "assert True"]) for code in ESCAPES])
     passed = [
@@ -205,7 +205,7 @@ def test_escapes_do_not_pass_the_allow_list(without_bubblewrap: None) -> None:
 
 
 def test_the_allow_list_is_small() -> None:
-    """Every name on it exists, belongs to the types it is meant for, and none reads an attribute or runs text."""
+    """Every listed name exists and belongs to the intended types, and none reads an attribute or runs text."""
     assert not sandbox_child.METHODS & {"format", "format_map", "encode", "mro", "send", "throw", "with_traceback"}
     assert not sandbox_child.BUILTINS & {*FORBIDDEN.split(), "format"}
     assert not [name for name in sandbox_child.METHODS | sandbox_child.BUILTINS if name.startswith("_")]
@@ -215,7 +215,7 @@ def test_the_allow_list_is_small() -> None:
 
 
 def test_behind_the_allow_list_builtins_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were the allow-list to let them through, there would be nothing to import, define a class or evaluate with."""
+    """Even if the allow-list let them pass: importing, defining a class and evaluating text are impossible."""
     monkeypatch.setattr(sandbox_child, "refusal", lambda trees: None)
     for code in ("import math", "class A: pass", "eval('1')", "open", "getattr(1, 'real')"):
         outcome, reason = sandbox_child.judge(code, ["assert True"], True)
@@ -224,7 +224,7 @@ def test_behind_the_allow_list_builtins_are_missing(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.skipif(not FILTERED, reason="the filter of system calls knows x86_64 and aarch64 on Linux")
 def test_behind_the_allow_list_the_kernel_refuses_too() -> None:
-    """A confined child can compute and report, but not open, connect, fork, signal or write elsewhere."""
+    """A confined child can compute and report its result, but not open, connect, fork, signal or write elsewhere."""
     script = """
 import os, socket, sys
 from ops.sandbox import child as sandbox_child
@@ -259,10 +259,10 @@ REBOUND = [
 
 @pytest.mark.parametrize(("code", "test"), REBOUND)
 def test_rebound_builtins_do_not_pass(code: str, test: str, without_bubblewrap: None) -> None:
-    """A builtin that the tests use must not be the code's."""
-    verdict = _one(code, test)
-    assert verdict.outcome == "failed"
-    assert "rebinds" in verdict.reason
+    """A row fails if its code rebinds a builtin that the tests use."""
+    result = _one(code, test)
+    assert result.outcome == "failed"
+    assert "rebinds" in result.reason
 
 
 @pytest.mark.parametrize(
@@ -285,11 +285,11 @@ def test_rebound_builtins_do_not_pass(code: str, test: str, without_bubblewrap: 
     ],
 )
 def test_limits_end_what_the_allow_list_lets_pass(code: str, outcomes: set[str], without_bubblewrap: None) -> None:
-    """Time, memory and recursion: the row is over, and the next one is judged."""
+    """Time, memory and recursion: the row ends, and the next one is run."""
     seconds = 1 if "timeout" in outcomes else 10
     first, second = run_tests([(code, ["assert True"]), ("x = 1", ["assert x == 1"])], timeout_seconds=seconds)
     assert first.outcome in outcomes, first
-    assert second == Verdict("passed")
+    assert second == RowResult("passed")
 
 
 @pytest.mark.parametrize(
@@ -315,27 +315,27 @@ def test_limits_end_what_the_allow_list_lets_pass(code: str, outcomes: set[str],
     ],
     ids=lambda code: repr(code[:12]),
 )
-def test_hostile_source_harms_nobody(code: str, without_bubblewrap: None) -> None:
-    """What cannot be parsed, or only deeply, neither passes nor ends the call; the caller never parses it."""
+def test_hostile_source_does_no_harm(code: str, without_bubblewrap: None) -> None:
+    """Source that cannot be parsed, or only with deep recursion, neither passes nor ends the call."""
     first, second = run_tests([(code, ["assert True"]), ("x = 1", ["assert x == 1"])])
     assert first.outcome in {"error", "not_executed"}
-    assert second == Verdict("passed")
+    assert second == RowResult("passed")
 
 
-# Guard 2, and doing without it
+# Guard 2, and working without it
 
 
 NEEDS_IMPORT = ("import math as m\ndef f(x): return m.isqrt(x)", ["assert f(9) == 3"])
 
 
 def test_without_bubblewrap_it_is_not_executed(without_bubblewrap: None) -> None:
-    """What does not pass the allow-list is left alone, and the reason says how to install it; the rest is judged."""
+    """Code that does not pass the allow-list is not run, with the remedy in the reason; other rows are run."""
     (first, second) = run_tests([NEEDS_IMPORT, ("x = 1", ["assert x == 1"])])
     assert first.outcome == "not_executed"
     assert "is not on the allow-list" in first.reason
     assert "apt install bubblewrap" in first.reason
     assert "user namespaces" in first.reason
-    assert second == Verdict("passed")
+    assert second == RowResult("passed")
 
 
 @pytest.mark.parametrize(
@@ -352,15 +352,15 @@ def test_without_bubblewrap_it_is_not_executed(without_bubblewrap: None) -> None
 def test_a_bubblewrap_that_does_not_isolate_counts_as_none(
     script: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Being there is not enough: it has to start, and what runs in it must find everything closed."""
+    """An installed bubblewrap counts only if it starts, and if the code in it finds files and network closed."""
     program = tmp_path / "bwrap"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    verdict = run_tests([NEEDS_IMPORT])[0]
-    assert verdict.outcome == "not_executed"
-    assert problem in verdict.reason
-    assert "apt install bubblewrap" in verdict.reason
+    result = run_tests([NEEDS_IMPORT])[0]
+    assert result.outcome == "not_executed"
+    assert problem in result.reason
+    assert "apt install bubblewrap" in result.reason
 
 
 @needs_bubblewrap
@@ -381,7 +381,7 @@ def test_a_bubblewrap_that_does_not_isolate_counts_as_none(
 )
 def test_right_rows_pass_in_bubblewrap(code: str, test: str) -> None:
     """Imports, classes, and the packages of this environment."""
-    assert _one(code, test, timeout_seconds=10) == Verdict("passed")
+    assert _one(code, test, timeout_seconds=10) == RowResult("passed")
 
 
 WRITE_EVERYWHERE = """
@@ -450,17 +450,17 @@ HOSTILE = {
 @needs_bubblewrap
 @pytest.mark.parametrize("seconds", [1, 10])
 def test_hostile_rows_are_contained(seconds: int) -> None:
-    """Each is recorded as what it is, and the right rows between them pass as if nothing had happened."""
+    """Each hostile row gets its outcome, and the correct rows between them pass."""
     rows = {name: row for name, row in HOSTILE.items() if ("timeout" in row[1]) == (seconds == 1)}
     between = [row for code, _ in rows.values() for row in ((code, ["assert True"]), NEEDS_IMPORT)]
-    verdicts = run_tests(between, timeout_seconds=seconds)
-    found = dict(zip(rows, verdicts[::2], strict=True))
+    results = run_tests(between, timeout_seconds=seconds)
+    found = dict(zip(rows, results[::2], strict=True))
     assert {name: found[name] for name, (_, outcomes) in rows.items() if found[name].outcome not in outcomes} == {}
-    assert set(verdicts[1::2]) == {Verdict("passed")}
+    assert set(results[1::2]) == {RowResult("passed")}
 
 
 def test_a_row_that_ends_the_sandbox_ends_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should one succeed in killing what judges it, the rows behind it are judged by a new one."""
+    """If a row succeeds in killing its sandbox, the rows behind it run in a new one."""
     child = tmp_path / "child.py"
     deadly = "        if code == 'deadly': os.kill(os.getpid(), 40)\n"
     source = sandbox._CHILD.read_text()
@@ -470,21 +470,21 @@ def test_a_row_that_ends_the_sandbox_ends_only_itself(tmp_path: Path, monkeypatc
     os.chmod(tmp_path, 0o755)
     monkeypatch.setattr(sandbox, "_CHILD", child)
     good = ("x = 1", ["assert x"])
-    verdicts = run_tests([good, ("deadly", ["assert True"]), good, ("deadly", ["assert True"]), good])
-    assert [verdict.outcome for verdict in verdicts] == ["passed", "error", "passed", "error", "passed"]
-    assert "ended early" in verdicts[1].reason
+    results = run_tests([good, ("deadly", ["assert True"]), good, ("deadly", ["assert True"]), good])
+    assert [result.outcome for result in results] == ["passed", "error", "passed", "error", "passed"]
+    assert "ended early" in results[1].reason
 
 
 @needs_bubblewrap
 def test_no_network_file_or_variable_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server of this machine is not reached, a file beside is not written, a secret is not in the environment."""
+    """A server of this machine is not reached, a file is not written, a secret is not in the environment."""
     monkeypatch.setenv("SECRET_TOKEN", "canary")
     target = tmp_path / "target"
     target.write_text("untouched")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
         address = server.getsockname()
-        verdicts = run_tests(
+        results = run_tests(
             [
                 (f"import socket\nsocket.create_connection({address!r})", ["assert True"]),
                 (f"open({str(target)!r}, 'w').write('x')", ["assert True"]),
@@ -496,8 +496,8 @@ def test_no_network_file_or_variable_of_the_caller(tmp_path: Path, monkeypatch: 
         )
         with pytest.raises(TimeoutError):
             server.accept()
-    assert [verdict.outcome for verdict in verdicts] == ["error", "error", "error", "passed", "failed", "error"]
-    assert "HOME" not in verdicts[4].reason
+    assert [result.outcome for result in results] == ["error", "error", "error", "passed", "failed", "error"]
+    assert "HOME" not in results[4].reason
     assert target.read_text() == "untouched"
 
 
@@ -540,10 +540,10 @@ FAKES = {
 
 
 @needs_bubblewrap
-def test_operands_cannot_pretend() -> None:
-    """Where classes exist, the tests' operators, truth tests and builtins do not take the code's own objects."""
-    verdicts = run_tests([(code, [test]) for code, test in FAKES.values()])
-    assert {name: v for name, v in zip(FAKES, verdicts, strict=True) if v.outcome != "failed"} == {}
+def test_objects_of_the_code_cannot_fake_a_comparison() -> None:
+    """In bubblewrap the tests' operators, truth tests and builtins refuse objects of the code's own classes."""
+    results = run_tests([(code, [test]) for code, test in FAKES.values()])
+    assert {name: v for name, v in zip(FAKES, results, strict=True) if v.outcome != "failed"} == {}
 
 
 # Processes
@@ -568,7 +568,7 @@ def _descendants(pid: int) -> set[int]:
 
 @pytest.fixture
 def _adopts_orphans() -> Iterator[None]:
-    """Whatever loses its parent becomes a child of this process and is noticed."""
+    """Makes orphans children of this process, so that they are noticed."""
     prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
     prctl(set_child_subreaper, 1, 0, 0, 0)
     yield
@@ -581,10 +581,10 @@ LOOPS = [("while True: pass", ["assert True"]), ("import os\nwhile True: os.getp
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 @pytest.mark.usefixtures("_adopts_orphans")
 def test_no_process_remains() -> None:
-    """After a call with endless loops, and bombs, there are the processes of before."""
+    """After a call with endless loops and fork bombs there are no new processes."""
     before = _descendants(os.getpid())
     bomb = ("import os\nos.setsid()\nwhile True:\n    try: os.fork()\n    except OSError: pass", ["assert True"])
-    assert "passed" not in {verdict.outcome for verdict in run_tests([*LOOPS, bomb], timeout_seconds=0.5)}
+    assert "passed" not in {result.outcome for result in run_tests([*LOOPS, bomb], timeout_seconds=0.5)}
     assert _descendants(os.getpid()) == before
 
 
@@ -592,11 +592,11 @@ def test_no_process_remains() -> None:
 @pytest.mark.usefixtures("_adopts_orphans")
 @pytest.mark.parametrize("row", LOOPS, ids=["guard 1", "bubblewrap"])
 def test_the_sandbox_dies_with_its_caller(row: tuple[str, list[str]]) -> None:
-    """kill -9 of who called leaves nothing behind, although the row would have taken a minute."""
+    """kill -9 of the calling process leaves no process, although the row would have taken a minute."""
     if _COMMAND is None and row is LOOPS[1]:
         pytest.skip(_PROBLEM)
     before = _descendants(os.getpid())
-    script = f"from ops import sandbox\nsandbox.run_tests([{row!r}], timeout_seconds=60)"
+    script = f"from ops.sandbox import guards\nguards.run_tests([{row!r}], timeout_seconds=60)"
     caller = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
@@ -613,7 +613,7 @@ def test_the_sandbox_dies_with_its_caller(row: tuple[str, list[str]]) -> None:
 @pytest.mark.usefixtures("_adopts_orphans")
 @pytest.mark.parametrize("row", LOOPS, ids=["guard 1", "bubblewrap"])
 def test_an_interrupted_call_leaves_no_process(row: tuple[str, list[str]]) -> None:
-    """Ctrl-C, or any exception, ends the row too, although the caller lives on."""
+    """Ctrl-C, or any other exception, ends the row too, although the calling process lives on."""
     if _COMMAND is None and row is LOOPS[1]:
         pytest.skip(_PROBLEM)
 
@@ -633,20 +633,20 @@ def test_an_interrupted_call_leaves_no_process(row: tuple[str, list[str]]) -> No
 
 
 def test_a_sandbox_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should the parent of the rows itself not answer, the call still ends."""
+    """The call ends even if the program that runs the rows does not answer."""
     child = tmp_path / "child.py"
     child.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(sandbox, "_CHILD", child)
     monkeypatch.setattr(sandbox, "_SECONDS_TO_START", 0.2)
     started = time.monotonic()
-    verdict = _one("x = 1", "assert x", timeout_seconds=0.1)
-    assert verdict.outcome == "error"
-    assert "ended early" in verdict.reason
+    result = _one("x = 1", "assert x", timeout_seconds=0.1)
+    assert result.outcome == "error"
+    assert "ended early" in result.reason
     assert time.monotonic() - started < 30
 
 
 def _remaining(before: set[int]) -> set[int]:
-    """Processes which were not there before and have not gone after ten seconds; they are ended here."""
+    """New processes that still exist after ten seconds; they are killed here."""
     deadline = time.monotonic() + 10
     while (left := _descendants(os.getpid()) - before) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -656,7 +656,7 @@ def _remaining(before: set[int]) -> set[int]:
 
 
 def _busy(pids: set[int]) -> bool:
-    """Whether one of them has computed for 0.3 s: that is the row, since starting takes less."""
+    """Whether one of them has used 0.3 s of CPU time: only the row does, since starting takes less."""
     for pid in pids:
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -668,12 +668,12 @@ def _busy(pids: set[int]) -> bool:
 
 
 def test_the_projects_own_answers_pass_anywhere(without_bubblewrap: None) -> None:
-    """Every reference of the sample data's test split passes the allow-list and its tests."""
+    """Every reference answer of the sample data's test split passes the allow-list and its tests."""
     rows = make_rows()[1]
-    verdicts = run_tests([(row["completion"], row["tests"]) for row in rows])
-    assert [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict.outcome != "passed"] == []
+    results = run_tests([(row["completion"], row["tests"]) for row in rows])
+    assert [(row, result) for row, result in zip(rows, results, strict=True) if result.outcome != "passed"] == []
 
 
-def test_no_rows_no_verdicts() -> None:
-    """Data without tests, such as CodeAlpaca, costs nothing and is no error."""
+def test_no_rows_give_no_results() -> None:
+    """Data without tests, such as CodeAlpaca, is no error."""
     assert run_tests([]) == []
