@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ops.machine.process import tagged
-from ops.servers import TAG_VARIABLE, Servers, count_gpus
+from ops.servers import TAG_VARIABLE, Servers, count_gpus, gpu_count
 from ops.stack.up import main
 
 NAMES = ("FINETUNE_HOST", "FINETUNE_SECURE", "FINETUNE_GPUS", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT")
@@ -186,6 +186,21 @@ def test_gpus_are_counted_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monk
     program.chmod(0o755)
     assert count_gpus() == 2
     assert Servers.load().gpus == 2
+
+
+def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FINETUNE_GPUS, else the GPUs of this machine, at least one; a wrong value is named."""
+    monkeypatch.delenv("FINETUNE_GPUS", raising=False)
+    monkeypatch.setattr("ops.servers.count_gpus", lambda: 0)
+    assert gpu_count() == 1
+    monkeypatch.setattr("ops.servers.count_gpus", lambda: 4)
+    assert gpu_count() == 4
+    monkeypatch.setenv("FINETUNE_GPUS", "2")
+    assert gpu_count() == 2
+    for wrong in ("0", "-1", "two"):
+        monkeypatch.setenv("FINETUNE_GPUS", wrong)
+        with pytest.raises(ValueError, match="FINETUNE_GPUS"):
+            gpu_count()
 
 
 def test_a_long_path_has_a_socket_that_the_kernel_can_bind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,9 @@
-"""The doctor and the watcher on a real Prefect server: their findings, and what they mend."""
+"""The doctor on a real Prefect server: its findings, and what it mends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +22,7 @@ from ops.machine.lock import LockState, exclusive
 from ops.machine.process import identify_process
 from ops.recovery import doctor
 from ops.recovery.doctor import Finding, examine, examine_slots, main
-from ops.recovery.limits import LIMIT, ensure_limit, read_slots, set_active, set_limit
-from ops.recovery.watch import Watcher
-from ops.servers import gpu_count
+from ops.recovery.limits import LIMIT, ensure_limit, read_slots, set_active
 from ops.settings import Settings
 from ops.stack import deploy
 from ops.tracking.runs import PROCESS_TAG, client, set_tags, tracked_run
@@ -48,60 +45,6 @@ with exclusive(Path(sys.argv[1]), "cpu", "a run that waits", lambda line: print(
     print("held", flush=True)
     time.sleep(100)
 """
-
-
-@pytest.fixture
-def settings(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    (tmp_path / "mlflow").mkdir()
-    shutil.copy(mlflow_database, tmp_path / "mlflow" / "mlflow.db")
-    monkeypatch.setenv("FINETUNE_LOCKS", str(tmp_path / "device-locks"))
-    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow/mlflow.db")
-    monkeypatch.setattr("ops.recovery.reaper.notify", lambda *arguments: None)
-    return Settings.load()
-
-
-@pytest.fixture
-def prefect(prefect_server: None) -> Iterator[Any]:
-    """A client of a server with no limit tag:gpu."""
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
-
-    with get_client(sync_client=True) as prefect:
-        with contextlib.suppress(ObjectNotFound):
-            prefect.delete_global_concurrency_limit_by_name(LIMIT)
-        yield prefect
-
-
-@pytest.fixture
-def lease(prefect: Any) -> Callable[[str], UUID]:
-    """lease(state): a slot leased by a task of a flow run in that state. Returns the flow run's id."""
-    from prefect import flow, states, task
-    from prefect.client.schemas.objects import ConcurrencyLeaseHolder
-
-    @flow
-    def some_flow() -> None:
-        return
-
-    @task
-    def some_task() -> None:
-        return
-
-    def take(state: str) -> UUID:
-        run = prefect.create_flow_run(some_flow, state=states.Running())
-        made = prefect.create_task_run(some_task, flow_run_id=run.id, dynamic_key="0", state=states.Pending())
-        prefect.increment_concurrency_slots_with_lease(
-            names=[LIMIT],
-            slots=1,
-            mode="concurrency",
-            lease_duration=60,
-            holder=ConcurrencyLeaseHolder(type="task_run", id=made.id),
-        )
-        if state != "Running":
-            prefect.set_flow_run_state(run.id, getattr(states, state)(), force=True)
-        return UUID(str(run.id))
-
-    return take
 
 
 def _one(findings: Iterator[Finding]) -> Finding:
@@ -169,45 +112,6 @@ def test_the_lease_of_a_living_task_is_kept(prefect: Any, lease: Callable[[str],
     slots = read_slots(prefect)
     assert slots is not None
     assert living in {run.id for run in slots.holders.values() if run}
-
-
-def test_the_watcher_mends_slots_at_the_second_check(
-    prefect: Any, settings: Settings, lease: Callable[[str], UUID]
-) -> None:
-    """A slot is counted a moment before its lease exists, so a single finding is not mended."""
-    ensure_limit(prefect, 2)
-    set_active(prefect, 2)
-    watcher = Watcher(settings, 2)
-    assert watcher.check() == []
-    assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 2
-    (line,) = watcher.check()
-    assert line.endswith(": mended")
-    assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
-    assert watcher.check() == []
-
-
-def test_the_watcher_does_not_change_the_limit(prefect: Any, settings: Settings) -> None:
-    """People may set it to 0 to stop trainings."""
-    ensure_limit(prefect, 2)
-    set_limit(prefect, 0)
-    watcher = Watcher(settings, 2)
-    assert watcher.check() == watcher.check() == []
-    assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 0
-
-
-def test_the_watcher_survives_servers_that_do_not_answer(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Neither Prefect nor MLflow answers: each error is logged once."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    caplog.set_level("INFO", logger="watch")
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        watcher = Watcher(Settings(settings.data_root, "http://127.0.0.1:9"), 1)
-        assert watcher.check() == watcher.check() == []
-    messages = [record.message for record in caplog.records if record.name == "watch"]
-    assert len([m for m in messages if "no Prefect server answers" in m]) == 1
-    assert len([m for m in messages if m.startswith("MLflow")]) == 1
 
 
 @pytest.fixture
@@ -439,18 +343,3 @@ def test_make_doctor_knows_the_ports(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert told("FINETUNE_MLFLOW_PORT=5001") == "http://127.0.0.1:4201/api http://127.0.0.1:5001"
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     assert told() == "http://elsewhere/api http://127.0.0.1:5000"
-
-
-def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FINETUNE_GPUS, else the GPUs of this machine, at least one; a wrong value is named."""
-    monkeypatch.delenv("FINETUNE_GPUS", raising=False)
-    monkeypatch.setattr("ops.servers.count_gpus", lambda: 0)
-    assert gpu_count() == 1
-    monkeypatch.setattr("ops.servers.count_gpus", lambda: 4)
-    assert gpu_count() == 4
-    monkeypatch.setenv("FINETUNE_GPUS", "2")
-    assert gpu_count() == 2
-    for wrong in ("0", "-1", "two"):
-        monkeypatch.setenv("FINETUNE_GPUS", wrong)
-        with pytest.raises(ValueError, match="FINETUNE_GPUS"):
-            gpu_count()
