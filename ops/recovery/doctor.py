@@ -109,6 +109,7 @@ def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
 
 
 def _limit(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
+    """Whether the limit has the value of FINETUNE_GPUS."""
     slots = read_slots(prefect)
     if slots is None or slots.limit == gpus:
         return
@@ -116,10 +117,13 @@ def _limit(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
     if os.environ.get("FINETUNE_GPUS"):
         yield Finding(f"{text} (FINETUNE_GPUS)", lambda: set_limit(prefect, gpus))
     else:  # the remaining GPUs may be in other machines
-        yield Finding(f"{text} of this machine: set FINETUNE_GPUS to the number of all machines, as client.env does")
+        yield Finding(
+            f"{text} of this machine: set FINETUNE_GPUS to the number of GPUs of all machines, as client.env does"
+        )
 
 
 def _mlflow(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Finding]:
+    """MLflow runs whose flow run or process has ended."""
     try:
         mlflow_client(settings.tracking_uri).search_experiments(max_results=1)
     except Exception as error:
@@ -135,6 +139,7 @@ def _mlflow(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[F
 
 
 def _locks(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Finding]:
+    """Locks whose holder has died or has ended in Prefect."""
     for directory in (settings.device_locks, settings.locks):
         for lock in read_locks(directory):
             if not lock.held or lock.owner is None:
@@ -160,6 +165,7 @@ def _locks(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Fi
 
 
 def _server(prefect: SyncPrefectClient) -> Iterator[Finding]:
+    """The server's automation, its storage of leases, and its workers."""
     if not zombie_automation_is_installed():
         yield Finding(
             f"the automation {AUTOMATION!r} is missing: a run that dies with its worker would stay Running for ever",

@@ -40,10 +40,10 @@ def up(servers: Servers) -> int:
         _note(lock, {"pid": os.getpid()})
         # The worker by SIGKILL: after SIGTERM it would kill its flow runs.
         left = end_processes(lambda: _workers(servers), -1)
-        left += end_processes(lambda: _strays(servers, runs=False), 15)
+        left += end_processes(lambda: _started_processes(servers, runs=False), 15)
         for process in left:
             _say(f"ended, left by an earlier make up: {process}")
-        for process in _strays(servers, runs=True):
+        for process in _started_processes(servers, runs=True):
             _say(f"left alone, a flow run that outlived an earlier make up: {process}")
         if taken := servers.taken_ports():
             _say("\n".join(taken))
@@ -61,7 +61,7 @@ def down(servers: Servers) -> int:
     while time.monotonic() < deadline:
         with hold_file(_lock_file(servers), wait=False) as lock:
             if lock:
-                ended = _end_runs(servers) + end_processes(lambda: _strays(servers), 15)
+                ended = _end_runs(servers) + end_processes(lambda: _started_processes(servers), 15)
                 for process in ended:
                     _say(f"ended {process}")
                 if not asked and not ended:
@@ -134,7 +134,7 @@ def _stop(
 
     if ready:
         ready.terminate()
-    runs = {process.flow_run for process in _strays(servers, runs=True)}
+    runs = {process.flow_run for process in _started_processes(servers, runs=True)}
     if runs:
         _say(f"ending {len(runs)} flow run(s), each after its checkpoint is saved; press Ctrl-C again to end at once")
     _end_runs(servers, hurry)
@@ -143,7 +143,7 @@ def _stop(
     while supervisor.poll() is None and time.monotonic() < deadline and not hurry():
         time.sleep(0.1)
     # Processes that supervisord could not end, or all of them if it was killed; normally there are none.
-    end_processes(lambda: _strays(servers), 10, hurry)
+    end_processes(lambda: _started_processes(servers), 10, hurry)
     supervisor.wait()
     if ready:
         ready.wait()
@@ -171,23 +171,24 @@ def _end_runs(servers: Servers, hurry: Callable[[], bool] = lambda: False) -> li
     for worker in _workers(servers):
         with suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGSTOP)
-    ended = end_processes(lambda: _strays(servers, runs=True), SAVE_SECONDS, hurry)
+    ended = end_processes(lambda: _started_processes(servers, runs=True), SAVE_SECONDS, hurry)
     return ended + end_processes(lambda: _workers(servers), 10, hurry)
 
 
 def _workers(servers: Servers) -> list[Process]:
-    return [process for process in _strays(servers, runs=False) if "prefect worker start" in process.command]
+    others = _started_processes(servers, runs=False)
+    return [process for process in others if "prefect worker start" in process.command]
 
 
 def _orphans(servers: Servers) -> list[Process]:
     """Processes left by a killed program of supervisord; without flow runs, which may outlive their worker."""
-    started = _strays(servers)
+    started = _started_processes(servers)
     parents = {os.getpid(), *(process.pid for process in started)}
     return [process for process in started if process.flow_run is None and process.parent not in parents]
 
 
-def _strays(servers: Servers, runs: bool | None = None) -> list[Process]:
-    """Processes that a `make up` on this data root started: all, only flow runs (True) or only the others (False)."""
+def _started_processes(servers: Servers, runs: bool | None = None) -> list[Process]:
+    """Processes of a `make up` on this data root: all (None), only flow runs (True), or only the others (False)."""
     return [p for p in tagged(TAG_VARIABLE, str(servers.home)) if runs is None or runs is (p.flow_run is not None)]
 
 

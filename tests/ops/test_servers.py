@@ -7,8 +7,7 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -255,44 +254,22 @@ def test_down_where_nothing_was_ever_started(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "root" / "server").exists()
 
 
-@pytest.fixture
-def sleepers(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Three processes: a tagged one, a tagged flow run that ignores SIGTERM, and one of another data root."""
-    code = {
-        "ours": "import time; print(flush=True); time.sleep(60)",
-        "run": "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)",
-        "other": "import time; print(flush=True); time.sleep(60)",
-    }
-    home = str(Servers.load().home)
-    environment = {
-        "ours": {TAG_VARIABLE: home},
-        "run": {TAG_VARIABLE: home, "PREFECT__FLOW_RUN_ID": "1234"},
-        "other": {TAG_VARIABLE: home + "-of-another"},
-    }
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", code[name]], env=os.environ | environment[name], stdout=subprocess.PIPE
-        )
-        for name in code
-    }
-    for process in started.values():
-        assert process.stdout
-        process.stdout.readline()
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-
-
-def test_down_ends_what_was_left_and_says_so(
-    sleepers: dict[str, subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_down_ends_the_processes_that_were_left_and_prints_them(
+    sleeper: Callable[..., subprocess.Popen[bytes]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Those of this data root: also a flow run that ignores SIGTERM, but no process of another data root."""
     monkeypatch.setattr("ops.stack.up.SAVE_SECONDS", 0.5)
+    home = str(Servers.load().home)
+    ours = sleeper(**{TAG_VARIABLE: home})
+    run = sleeper(deaf=True, **{TAG_VARIABLE: home, "PREFECT__FLOW_RUN_ID": "1234"})
+    other = sleeper(**{TAG_VARIABLE: home + "-of-another"})
     assert main(["down"]) == 0
-    assert sleepers["ours"].wait(5) == -signal.SIGTERM
-    assert sleepers["run"].wait(5) == -signal.SIGKILL
-    assert sleepers["other"].poll() is None
+    assert ours.wait(5) == -signal.SIGTERM
+    assert run.wait(5) == -signal.SIGKILL
+    assert other.poll() is None
     said = capsys.readouterr().out
-    for name in ("ours", "run"):
-        assert f"pid {sleepers[name].pid} (" in said
-    assert f"pid {sleepers['other'].pid} (" not in said
+    for process in (ours, run):
+        assert f"pid {process.pid} (" in said
+    assert f"pid {other.pid} (" not in said

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,8 +28,6 @@ from ops.machine.process import (
 )
 
 VARIABLE = "FINETUNE_TEST_TAG"
-SLEEP = "import time; print(flush=True); time.sleep(60)"
-DEAF = f"import signal; signal.signal(15, signal.SIG_IGN); {SLEEP}"
 
 
 def test_a_living_process_is_not_dead() -> None:
@@ -108,26 +106,13 @@ def test_any_other_text_is_no_identity() -> None:
 
 
 @pytest.fixture
-def started() -> Iterator[dict[str, subprocess.Popen[bytes]]]:
+def started(sleeper: Callable[..., subprocess.Popen[bytes]]) -> dict[str, subprocess.Popen[bytes]]:
     """A tagged process, a tagged flow run that ignores SIGTERM, and a process with another tag."""
-    environments = {
-        "tagged": {VARIABLE: "here"},
-        "run": {VARIABLE: "here", "PREFECT__FLOW_RUN_ID": "1234"},
-        "other": {VARIABLE: "elsewhere"},
+    return {
+        "tagged": sleeper(**{VARIABLE: "here"}),
+        "run": sleeper(deaf=True, **{VARIABLE: "here", "PREFECT__FLOW_RUN_ID": "1234"}),
+        "other": sleeper(**{VARIABLE: "elsewhere"}),
     }
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", DEAF if name == "run" else SLEEP], env=os.environ | tags, stdout=subprocess.PIPE
-        )
-        for name, tags in environments.items()
-    }
-    for process in started.values():
-        assert process.stdout
-        process.stdout.readline()
-    yield started
-    for process in started.values():
-        process.kill()
-        process.communicate()
 
 
 def test_processes_are_found_by_a_variable(started: dict[str, subprocess.Popen[bytes]]) -> None:
@@ -138,29 +123,19 @@ def test_processes_are_found_by_a_variable(started: dict[str, subprocess.Popen[b
     assert process.identity == identify_process(started["tagged"].pid)
     assert process.parent == os.getpid()
     assert process.flow_run is None
-    assert process.command_line == f"{sys.executable} -c {SLEEP}"[:80]
-    assert str(process) == f"pid {process.pid} ({Path(sys.executable).name} -c {SLEEP})"
+    code = started["tagged"].args[2]  # type: ignore[index]
+    assert process.command_line == f"{sys.executable} -c {code}"[:80]
+    assert str(process) == f"pid {process.pid} ({Path(sys.executable).name} -c {code})"
     assert found[started["run"].pid].flow_run == "1234"
     assert find_process(started["run"].pid) == found[started["run"].pid]
 
 
-def test_processes_of_a_dead_process_are_left_behind(started: dict[str, subprocess.Popen[bytes]]) -> None:
-    """The variable holds the identity of the process that started them; text that is none does not count."""
-    living = identify_process().to_json()
-    dead = replace(identify_process(), started="1").to_json()
-    children = [
-        subprocess.Popen([sys.executable, "-c", SLEEP], env=os.environ | {VARIABLE: value}, stdout=subprocess.PIPE)
-        for value in (living, dead)
-    ]
-    try:
-        for child in children:
-            assert child.stdout
-            child.stdout.readline()
-        assert [process.pid for process in left_behind(VARIABLE)] == [children[1].pid]
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
+def test_processes_of_a_dead_process_are_left_behind(sleeper: Callable[..., subprocess.Popen[bytes]]) -> None:
+    """The variable holds the identity of the process that started them; any other text does not count."""
+    sleeper(**{VARIABLE: "no identity"})
+    sleeper(**{VARIABLE: identify_process().to_json()})
+    orphan = sleeper(**{VARIABLE: replace(identify_process(), started="1").to_json()})
+    assert [process.pid for process in left_behind(VARIABLE)] == [orphan.pid]
 
 
 def test_processes_are_asked_and_then_killed(started: dict[str, subprocess.Popen[bytes]]) -> None:
