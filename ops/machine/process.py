@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -29,7 +30,7 @@ _GIVE_UP_SECONDS = 10.0  # after SIGKILL: a process in an uninterruptible system
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """What tells a process from every other one, before and after it, here and on other machines.
+    """Identifies a process among all that ever run, on this machine and on others.
 
     Attributes:
         host: name of the machine, for people.
@@ -67,8 +68,8 @@ class ProcessIdentity:
         """True only if it is certain: this machine has the process, in this pid namespace."""
         return self._state() == "alive"
 
-    def _state(self) -> str:
-        """ "alive", "dead", or "unknown" for another machine or another container."""
+    def _state(self) -> Literal["alive", "dead", "unknown"]:
+        """Whether the process lives; "unknown" for a process of another machine or another container."""
         here = identify_process(self.pid)
         if self.machine != here.machine:
             return "unknown"
@@ -123,7 +124,7 @@ def _started(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Process:
-    """A process that lived when it was looked at.
+    """A process that was alive when it was found.
 
     Attributes:
         identity: tells whether it still lives.
@@ -211,7 +212,7 @@ def end_processes(
 
 
 def _with_variable(name: str) -> Iterator[tuple[str, Process]]:
-    """The other living processes that have a variable, each behind its value, ordered by pid."""
+    """The value of a variable and the process, for each other living process that has it, ordered by pid."""
     for pid in sorted(psutil.pids()):
         with contextlib.suppress(psutil.Error):  # gone since it was listed
             handle = psutil.Process(pid)
@@ -221,7 +222,7 @@ def _with_variable(name: str) -> Iterator[tuple[str, Process]]:
 
 
 def _describe(process: psutil.Process, environment: Mapping[str, str]) -> Process | None:
-    """What is known of a process; None if it is dead."""
+    """Describe a process with its environment; None if it is dead."""
     described = Process(
         identify_process(process.pid), process.ppid(), tuple(process.cmdline()), environment.get(_FLOW_RUN)
     )
