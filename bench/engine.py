@@ -12,7 +12,8 @@ import torch
 from bench.measure import FIRST_EPOCH, LATER_EPOCHS, Job, Measurement, now, read_clock, windows_of_reports
 from model.data.tokens import CodeAlpacaDataset, epoch_order
 from model.engine.config import TrainConfig
-from model.engine.training import StepReport, train
+from model.engine.trainer import StepReport
+from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig
 from model.net.device import cast_frozen, resolve_device, resolve_precision
 from model.net.freezing import freeze_bottom_layers

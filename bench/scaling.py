@@ -37,7 +37,8 @@ from model.demo import EMBEDDED_BASE
 from model.demo.grammar import write_rows
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
-from model.engine.training import StepReport, default_micro_batch_tokens, train
+from model.engine.trainer import StepReport
+from model.engine.training import default_micro_batch_tokens, train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.config import GPTConfig
 from model.net.device import cast_frozen, peak_memory, resolve_precision

@@ -6,7 +6,7 @@ worker calls them, in a process of its own. Prefect passes the arguments by name
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import wait
 from typing import Any
 
 from prefect.client.schemas.objects import FlowRun, State
@@ -17,6 +17,7 @@ from prefect.runtime import deployment
 from ops.notify import notify
 from ops.recovery.reaper import REASON_TAG, close_run, is_retried, runs_of
 from ops.settings import Settings
+from ops.threads import in_daemon_thread
 from ops.tracking.runs import RunRef
 
 _MLFLOW_SECONDS = 10.0  # after that the reaper closes the run
@@ -49,15 +50,10 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
             found.append((ref, REASON_TAG in run.data.tags and not is_retried(run, flow_run)))
             close_run(ref, status, f"Prefect: {state.name}")
 
-    def attempt() -> None:
-        try:
-            close()
-        except Exception as error:
-            log.warning("MLflow's run is left to the reaper: %s", error)
-
-    thread = threading.Thread(target=attempt, name="close-mlflow-run", daemon=True)
-    thread.start()
-    thread.join(_MLFLOW_SECONDS)
+    closing = in_daemon_thread(close, "close-mlflow-run")
+    wait([closing], _MLFLOW_SECONDS)
+    if closing.done() and (error := closing.exception()):
+        log.warning("the reaper will close MLflow's run: %s", error)
     # The reaper has sent a notice when it closed this attempt's run.
     if word is None or any(reaped for _, reaped in found):
         return

@@ -5,18 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 import sys
-import threading
-from concurrent.futures import Future
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 from ops.machine.lock import exclusive
-from ops.machine.marked import end, left_behind
-from ops.machine.process import mark_process
+from ops.machine.process import end_processes, identify_process, left_behind
 from ops.settings import Settings
+from ops.stack.temporary_server import detach_temporary_server
+from ops.threads import in_daemon_thread
 
 RUN = "FINETUNE_RUN"  # environment variable: names the run that started a process, so that the next can end strays
 _SERVERS = (
@@ -56,33 +51,21 @@ def start(settings: Settings) -> None:
     """
     # Imports create objects that live to the end: collecting them takes a quarter of the import time.
     gc.disable()
-    import prefect.server.api.server as prefect_server  # here, as two threads must not import parts of one package
+    detach_temporary_server()
     from prefect.client.orchestration import get_client
 
-    # Out of the terminal's reach: a server that Ctrl-C ends too cannot be told how the run ended, and is asked for
-    # two minutes.
-    apart = partial(subprocess.Popen, start_new_session=True)
-    prefect_server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": apart})  # type: ignore[assignment, attr-defined]
-    server: Future[Any] = Future()
-
-    def start_server() -> None:
-        try:
-            server.set_result(get_client(sync_client=True))
-        except BaseException as error:
-            server.set_exception(error)
-
     with exclusive(settings.locks, "databases", "make run", print):
-        for orphan in end(lambda: left_behind(RUN), 5):
+        for orphan in end_processes(lambda: left_behind(RUN), 5):
             print(f"ended what a killed run had left: {orphan}")
-        os.environ[RUN] = mark_process().to_json()
-        threading.Thread(target=start_server, daemon=True).start()  # no exit waits for it
+        os.environ[RUN] = identify_process().to_json()
+        server = in_daemon_thread(lambda: get_client(sync_client=True), "temporary-server")
         import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
         from transformers import AutoTokenizer  # noqa: F401
 
         import flows.finetune  # noqa: F401
         from ops.tracking.runs import client
 
-        client(settings.tracking_uri).search_experiments(max_results=1)  # makes a fresh database
+        client(settings.tracking_uri).search_experiments(max_results=1)  # creates a fresh database
         server.result()
     gc.freeze()
     gc.enable()

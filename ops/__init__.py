@@ -1,6 +1,7 @@
-"""What flows and tasks need around the work: settings, tracking, locks, the hub, small commands.
+"""Operations around the training: settings, tracking, locks, the hub, servers, recovery and small commands.
 
-Importing it sets environment defaults that its libraries read at import; a variable that is set wins.
+Importing this package sets environment defaults that libraries read when they are imported. A variable that is set
+already is kept.
 """
 
 import os
@@ -8,10 +9,10 @@ import os
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    # MLflow's own default blocks 246 s a call when its server is gone.
+    # With MLflow's own defaults a call blocks for 246 s when its server is down.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    # All cores: its threads would not survive a fork, but here nothing forks without starting another program.
+    # Tokenize on all cores. The library's threads do not survive a fork, but no process here forks without an exec.
     "TOKENIZERS_PARALLELISM": "true",
     # Progress bars would fill the logs of a flow run.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -1,9 +1,9 @@
-"""Weights and data sets from a Hugging Face hub: pinned, verified, and never waited for in vain.
+"""Weights and data sets from a Hugging Face hub, pinned to a commit, verified, and with bounded waiting.
 
-The only file of the project that talks to a hub, and only through ``huggingface_hub``. A commit that lies
-complete in the cache costs no request; every file is hashed before use, cached or new. The library retries
-and waits on its own terms (a listing has no time limit, a ``Retry-After`` is slept out in full), so each call
-into it is watched from outside and given up once nothing more arrives.
+This is the only file of the project that talks to a hub, and it does so only through ``huggingface_hub``. A commit
+that is complete in the cache needs no request. Every file is hashed before use, cached or new. The library's own
+waiting is unbounded (a listing has no time limit, a ``Retry-After`` is slept out in full), so each call runs in a
+thread, and is given up when no more bytes arrive.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from model.files import sha256_file
+from ops.threads import in_daemon_thread
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from huggingface_hub import DatasetInfo, ModelInfo
 
 T = TypeVar("T")
-Count = Callable[[], int]
+ByteCount = Callable[[], int]
 
-ANSWER_SECONDS = 10.0  # for the answer to one question, such as "which files has this revision?"
-PAUSES = (1.0, 3.0)  # between the tries of a question: three tries, 34 s when the hub hangs
-STALL_SECONDS = 45.0  # without a new byte, then a download is given up (the library writes 10 MB at a time)
+ANSWER_SECONDS = 10.0  # time limit of one query, such as "which files has this revision?"
+PAUSES = (1.0, 3.0)  # seconds between the attempts of a query: three attempts, 34 s if the hub hangs
+STALL_SECONDS = 45.0  # a download without a new byte for so long is given up (the library writes 10 MB at a time)
 
 DEFAULT_DATASET = "HuggingFaceH4/CodeAlpaca_20K"
 PINNED_WEIGHTS: dict[str, tuple[str, str]] = {
@@ -44,29 +44,29 @@ PINNED_WEIGHTS: dict[str, tuple[str, str]] = {
     "1558m": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
 }
 
-# What may be fetched. Pickles (.bin, .pt, .pkl) are not among it.
+# File patterns that may be fetched: no pickles (.bin, .pt, .pkl).
 _WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
             "merges.txt", "model.safetensors")  # fmt: skip
-_CARDS = ("README.md", ".huggingface.yaml")  # they say which table belongs to which split
+_CARDS = ("README.md", ".huggingface.yaml")  # they map the tables to splits
 _TABLES = tuple(f"*.{kind}{gz}" for kind in ("parquet", "json", "jsonl", "csv", "txt") for gz in ("", ".gz"))
-_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # the hub's, of a file in git or in LFS
+_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # the hub's hash of a file in git (sha1) or in LFS (sha256)
 
 
 class HubError(RuntimeError):
-    """The hub did not give what was asked for; the message says what, why, and the local way out."""
+    """A repository could not be fetched; the message says why, and which parameter takes a local copy."""
 
 
 class HubAwayError(HubError):
-    """The hub gave no answer, or one that may change: what is cached still counts."""
+    """The hub did not answer, or answered with an error that may be temporary: a cached copy may be used."""
 
 
 class _Stalled(Exception):
-    """Nothing arrived for too long."""
+    """No byte arrived within the time limit."""
 
 
 @dataclass(frozen=True)
 class HubSnapshot:
-    """Verified files of one commit: ``files`` maps each name in ``path`` to its sha256."""
+    """Verified files of one commit; ``files`` maps each file name in the folder ``path`` to its sha256."""
 
     path: Path
     commit: str
@@ -78,12 +78,15 @@ def fetch_weights(
 ) -> HubSnapshot:
     """Return the config, ``model.safetensors`` and tokenizer of ``repo_id`` at ``revision``.
 
-    Weights in shards are not supported (the GPT-2 repositories have one file). ``cache_dir=None`` means the
-    library's own cache; ``local_option`` is the flow parameter that an error points to.
+    Weights in shards are not supported (the GPT-2 repositories have one file).
+
+    Args:
+        cache_dir: folder of the cache; None for the library's own.
+        local_option: the flow parameter that an error names as the remedy.
 
     Raises:
-        HubError: the hub is away and no complete copy is cached, the repository lacks something, or a file
-            came with the wrong content twice.
+        HubError: the hub does not answer and no complete copy is cached, the repository lacks a needed file, or a
+            file was downloaded with the wrong content twice.
     """
     folder, hashes = _Repo(repo_id, "model", revision, cache_dir, local_option, _WEIGHTS).fetch()
     files = {name: known if len(known) == 64 else sha256_file(folder / name) for name, known in hashes.items()}
@@ -93,21 +96,24 @@ def fetch_weights(
 def fetch_dataset(
     dataset_id: str, revision: str | None, cache_dir: Path | None, local_option: str = "dataset"
 ) -> tuple[DatasetDict, str]:
-    """Return all splits of ``dataset_id`` at ``revision`` (None: its main branch) and the commit behind it.
+    """Return all splits of ``dataset_id`` at ``revision`` (None: its main branch), and the commit's hash.
 
-    The tables of the repository, all of them, are fetched and verified here and then loaded from disk.
-    ``load_dataset(dataset_id, revision=...)`` would not do: whenever the hub fails, it takes the newest
-    commit that it has cached, whatever the revision, and it keeps its downloads outside ``cache_dir``.
+    All tables of the repository are fetched and verified here, and then loaded from disk.
+    ``load_dataset(dataset_id, revision=...)`` is not used: when the hub fails it loads the newest cached commit,
+    whatever the revision, and it keeps its downloads outside ``cache_dir``.
+
+    Args:
+        cache_dir, local_option: as in ``fetch_weights``.
 
     Raises:
-        HubError: as in `fetch_weights`, or the files cannot be read as one data set.
+        HubError: as in ``fetch_weights``, or the files cannot be read as one data set.
     """
     repo = _Repo(dataset_id, "dataset", revision, cache_dir, local_option, _CARDS + _TABLES)
     folder, _ = repo.fetch()
 
-    from datasets import load_dataset  # takes a second, which a failure need not wait for
+    from datasets import load_dataset  # the import takes a second, and is not needed if fetching fails
 
-    arrow = str(cache_dir / "arrow") if cache_dir else None  # away from the downloads
+    arrow = str(cache_dir / "arrow") if cache_dir else None  # apart from the downloads
     try:
         return load_dataset(str(folder), cache_dir=arrow), folder.name
     except Exception as error:
@@ -116,7 +122,16 @@ def fetch_dataset(
 
 @dataclass(frozen=True)
 class _Repo:
-    """The wanted files of one revision of a repository."""
+    """The needed files of one revision of a repository.
+
+    Attributes:
+        repo_id: owner and name.
+        repo_type: "model" or "dataset".
+        revision: a commit, branch or tag; None for the main branch.
+        cache_dir: folder of the cache; None for the library's own.
+        local_option: the flow parameter that an error names as the remedy.
+        patterns: patterns of the needed files' names.
+    """
 
     repo_id: str
     repo_type: str
@@ -126,7 +141,7 @@ class _Repo:
     patterns: tuple[str, ...]
 
     def fetch(self) -> tuple[Path, dict[str, str]]:
-        """Return the folder, named by the commit, and the hub's hash of each file's content."""
+        """Return the folder, whose name is the commit, and the hub's hash of each file by its name."""
         pinned = re.fullmatch("[0-9a-f]{40}", self.revision or "")
         if pinned and (found := self.cached()):
             return found
@@ -147,8 +162,8 @@ class _Repo:
             if not _HASH.fullmatch(hashes[name]):
                 raise self.error(f"the hub gives no hash of {name}")
             folder = self.download(name, hashes[name], str(info.sha))
-        # All files are there: this only notes the list of files, and the commit of a branch, in the cache.
-        # With them a later call knows a complete copy when it cannot ask.
+        # All files are there. This call only records the list of files, and the commit of a branch, in the cache, so
+        # that a later call without the hub can tell that the copy is complete.
         self.attempt(partial(self.snapshot, local_files_only=False), STALL_SECONDS, "the list of files")
         return folder, hashes
 
@@ -166,14 +181,14 @@ class _Repo:
             allow_patterns=list(self.patterns), local_files_only=local_files_only,
         )  # fmt: skip
         if local_files_only and self.repo_type == "dataset":
-            # The library takes a copy without a list of its files (another program filled the cache) for
-            # complete. Of weights it is known what must be there; for a data set this raises.
+            # The library takes a copy for complete if its list of files is missing (another program filled the
+            # cache). For weights `missing` checks the names; for a data set this call raises if there is no list.
             commit = Path(path).name
             get_cached_repo_tree(self.repo_id, repo_type="dataset", revision=commit, cache_dir=self.cache_dir)
         return Path(path)
 
     def cached(self) -> tuple[Path, dict[str, str]] | None:
-        """Return a complete cached copy, verified now; damaged files are removed from the cache."""
+        """Return a complete cached copy, verified by its hashes; damaged files are removed from the cache."""
         try:
             folder = self.attempt(partial(self.snapshot, local_files_only=True), STALL_SECONDS)
         except HubAwayError:
@@ -189,7 +204,7 @@ class _Repo:
         return None if damaged else (folder, hashes)
 
     def download(self, name: str, expected: str, commit: str) -> Path:
-        """Bring a file into the cache unless it is there, verify it, and fetch a wrong one once more."""
+        """Download a file unless it is cached, and verify it; a wrong file is downloaded once more."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.file_download import repo_folder_name
         from huggingface_hub.utils.tqdm import tqdm
@@ -200,11 +215,11 @@ class _Repo:
         class Counter(tqdm):
             def update(self, n: float | None = 1) -> None:
                 nonlocal received
-                received += int(n or 0)  # negative when the library starts over
+                received += int(n or 0)  # negative when the library restarts the download
                 super().update(n)
 
         def arrived() -> int:
-            # Part files count too: another process may be fetching this very file while we wait for its lock.
+            # Part files count too: another process may be downloading this file while this one waits for its lock.
             return received + sum(part.st_size for part in _parts(blobs, expected).values())
 
         fetch = partial(
@@ -218,29 +233,30 @@ class _Repo:
                     return path.parents[name.count("/")]
                 self.remove(path)
         finally:
-            # Given up just now, or by a process that was killed: the library never comes back to them.
+            # Part files of a download that was given up, here or by a killed process: the library never reuses them.
             for part, stat in _parts(blobs, expected).items():
                 if time.time() - stat.st_mtime > STALL_SECONDS / 2:
                     part.unlink(missing_ok=True)
-        raise self.error(f"{name} came twice with hash {actual} instead of {expected}, and was not kept")
+        raise self.error(f"{name} was downloaded twice with hash {actual} instead of {expected}, and was not kept")
 
-    def ask(self, question: Callable[[], T]) -> T:
+    def ask(self, query: Callable[[], T]) -> T:
+        """Send a query, again after each of ``PAUSES`` while the hub does not answer."""
         from huggingface_hub import is_offline_mode
 
         for pause in () if is_offline_mode() else PAUSES:
             try:
-                return self.attempt(question, ANSWER_SECONDS)
+                return self.attempt(query, ANSWER_SECONDS)
             except HubAwayError:
                 time.sleep(pause)
-        return self.attempt(question, ANSWER_SECONDS)
+        return self.attempt(query, ANSWER_SECONDS)
 
-    def attempt(self, call: Callable[[], T], limit: float, file: str = "", arrived: Count = int) -> T:
-        """Call the library, watched; whatever it raises becomes a `HubError`."""
+    def attempt(self, call: Callable[[], T], limit: float, file: str = "", arrived: ByteCount = lambda: 0) -> T:
+        """Call the library with a time limit; whatever it raises becomes a `HubError`."""
         try:
             return _watched(call, limit, arrived)
         except Exception as error:
-            # "Not in the cache either" is caused by what happened. Texts are picked and the chain is cut,
-            # because URLs in it can hold a password or a signature.
+            # The library's FileNotFoundError, "not in the cache either", has the real error as its cause. Only parts
+            # of the text are used and the chain is cut, because URLs in it can hold a password or a signature.
             cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
             name = type(cause).__name__.lstrip("_")
             status = getattr(getattr(cause, "response", None), "status_code", 0)
@@ -273,49 +289,41 @@ class _Repo:
         return Path(self.cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
 
     def remove(self, path: Path) -> None:
-        """Remove a file of a snapshot, its blob, and the content in the store for Xet that it may link to."""
+        """Remove a file of a snapshot, its blob, and the file in the store for Xet to which the blob may link."""
         blob = path.parent / os.readlink(path) if path.is_symlink() else path
         for part in map(os.path.abspath, (path.resolve(), blob, path)):
-            if Path(part).is_relative_to(self.root()):  # what somebody linked to from here is theirs
+            if Path(part).is_relative_to(self.root()):  # a link may lead to a user's file outside the cache
                 Path(part).unlink(missing_ok=True)
 
     def wanted(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
 
     def missing(self, names: list[str]) -> str:
-        """Name what a usable copy lacks."""
+        """The needed files that are not among the names; empty if the copy is complete."""
         if self.repo_type == "dataset":
             return "" if set(names).difference(_CARDS) else "table (parquet, json, csv or text)"
         tokenizer = {"tokenizer.json"} if "tokenizer.json" in names else {"vocab.json", "merges.txt"}
         return ", ".join(sorted({"config.json", "model.safetensors", *tokenizer}.difference(names)))
 
 
-def _watched(call: Callable[[], T], limit: float, arrived: Count) -> T:
-    """Run ``call`` in a thread, and raise `_Stalled` when ``arrived`` has not grown for ``limit`` seconds.
+def _watched(call: Callable[[], T], limit: float, arrived: ByteCount) -> T:
+    """Run ``call`` in a daemon thread, and raise `_Stalled` if ``arrived()`` has not grown for ``limit`` seconds.
 
-    The thread is then left behind. It keeps no process alive (a daemon), and what it may still put into the
-    cache is verified before use like everything else.
+    The thread then goes on. It does not keep the process alive, and files that it may still write into the cache are
+    verified before use like all others.
     """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="hub", daemon=True).start()
-    most, since = arrived(), time.monotonic()
+    future = in_daemon_thread(call, "hub")
+    most, grown_at = arrived(), time.monotonic()
     while not wait([future], timeout=0.2).done:
         if (now := arrived()) > most:
-            most, since = now, time.monotonic()
-        elif time.monotonic() - since > limit:
+            most, grown_at = now, time.monotonic()
+        elif time.monotonic() - grown_at > limit:
             raise _Stalled(f"nothing arrived for {limit:g} s")
     return future.result()
 
 
 def _parts(blobs: Path, expected: str) -> dict[Path, os.stat_result]:
-    """Return the part files of one blob, whichever process writes them."""
+    """Return the part files of one blob, those of other processes included."""
     parts = {}
     for path in blobs.glob(f"{expected}.*.incomplete"):
         with suppress(FileNotFoundError):  # finished and renamed since it was listed
@@ -324,17 +332,17 @@ def _parts(blobs: Path, expected: str) -> dict[Path, os.stat_result]:
 
 
 def _name_of_blob(path: Path) -> str | None:
-    """Return the name of the blob that a file of a snapshot links to, which is the hub's hash of its content.
+    """Return the name of the blob to which a file of a snapshot links: the hub's hash of its content.
 
-    One link only: a blob may itself link into the cache's store for Xet, where files are named by a hash that
-    looks like a sha256 and is none. A cache without links (Windows) has no such names.
+    Only one link is followed: a blob may itself link into the cache's store for Xet, where the names look like a
+    sha256 but are another hash. A cache without links (Windows) has no such names.
     """
     name = Path(os.readlink(path)).name if path.is_symlink() else ""
     return name if _HASH.fullmatch(name) else None
 
 
 def _hash(path: Path, like: str) -> str:
-    """Hash content as the hub does: sha256 (LFS), or else, where ``like`` has 40 digits, its git blob id."""
+    """Hash a file as the hub does: by sha256 (LFS), or as a git blob id if ``like`` has 40 digits."""
     if len(like) == 40:  # small files only
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

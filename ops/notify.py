@@ -1,19 +1,20 @@
-"""Short notices to a chat's webhook and to Prefect's artifacts; neither can hold a run up or make it fail."""
+"""Short notices to a chat webhook and to Prefect's artifacts. Neither delays a run by more than 5 s or fails it."""
 
 from __future__ import annotations
 
-import contextvars
 import json
 import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from uuid import UUID
 
-_SECONDS = 5.0  # for both ways together, at most
+from ops.threads import in_daemon_thread
+
+_SECONDS = 5.0  # time limit for webhook and artifact together
 _TEXT = 3000  # characters; Slack cuts at 4,000
 _log = logging.getLogger(__name__)
 
@@ -24,54 +25,48 @@ def notify(
     links: Mapping[str, str | None] | None = None,
     flow_run_id: str | None = None,
 ) -> bool:
-    """Post a notice to FINETUNE_WEBHOOK_URL, if that is set, and write it as Prefect's artifact ``notice``.
+    """Post a notice to FINETUNE_WEBHOOK_URL, if that is set, and write it as the Prefect artifact ``notice``.
 
-    The URL is a secret: it is read from the environment each time, and neither logged nor stored.
+    The URL is a secret: it is read from the environment at each call, and neither logged nor stored. Errors are
+    logged as warnings and never raised.
 
     Args:
         title: one line.
-        lines: what there is to say, a few short lines.
-        links: title to URL, beside that of the Prefect run; None for a page that there is not.
-        flow_run_id: the Prefect run it is about; by default the one that calls.
+        lines: the text, a few short lines.
+        links: URLs by their titles, shown behind the link to the Prefect run; a URL of None is left out.
+        flow_run_id: id of the Prefect run that the notice is about; by default the current one.
 
     Returns:
-        Whether the webhook took it; False also if there is none.
+        Whether the webhook accepted the notice; False if no webhook is set.
     """
     run = UUID(flow_run_id) if flow_run_id else _current_flow_run()
     pages = {"Prefect run": _page(run), **(links or {})}
     shown = {name: url for name, url in pages.items() if url}
     _log.info("notice: %s", "; ".join([title, *lines]))
-    posted: list[bool] = []
-    ways = [
-        _start("artifact", lambda: _write_artifact(title, lines, shown, run)),
-        _start("webhook", lambda: posted.append(_post(title, lines, shown))),
-    ]
-    deadline = time.monotonic() + _SECONDS
-    for name, thread in ways:
-        thread.join(max(0.0, deadline - time.monotonic()))
-        if thread.is_alive():
-            _log.warning("the notice %r was given up after %g s: the %s does not answer", title, _SECONDS, name)
-    return bool(posted and posted[0])
+    # Both at once, so that one server that hangs does not delay the other notice.
+    artifact = in_daemon_thread(lambda: _write_artifact(title, lines, shown, run), "notice-artifact")
+    webhook = in_daemon_thread(lambda: _post(title, lines, shown), "notice-webhook")
+    both: list[Future[Any]] = [artifact, webhook]
+    wait(both, timeout=_SECONDS)
+    _warn("artifact", title, artifact)
+    return not _warn("webhook", title, webhook) and webhook.result()
 
 
-def _start(name: str, work: Callable[[], None]) -> tuple[str, threading.Thread]:
-    context = contextvars.copy_context()
-
-    def attempt() -> None:
-        try:
-            context.run(work)
-        except HTTPError as error:
-            _log.warning("the %s refused a notice: HTTP %d", name, error.code)
-        except Exception as error:  # its text might hold the URL
-            _log.warning("the %s got no notice: %s", name, type(error).__name__)
-
-    thread = threading.Thread(target=attempt, name=f"notice-{name}", daemon=True)
-    thread.start()
-    return name, thread
+def _warn(receiver: str, title: str, sent: Future[Any]) -> bool:
+    """Log a warning if a notice was not sent. Returns whether it was not."""
+    if not sent.done():
+        _log.warning("the notice %r was given up after %g s: the %s does not answer", title, _SECONDS, receiver)
+        return True
+    error = sent.exception()
+    if isinstance(error, HTTPError):
+        _log.warning("the %s refused a notice: HTTP %d", receiver, error.code)
+    elif error is not None:  # only the type: the text may contain the URL
+        _log.warning("the %s got no notice: %s", receiver, type(error).__name__)
+    return error is not None
 
 
 def _post(title: str, lines: Sequence[str], links: Mapping[str, str]) -> bool:
-    """Slack's format, which Mattermost, Rocket.Chat and others take too."""
+    """Post in Slack's format, which Mattermost, Rocket.Chat and others accept too."""
     url = os.environ.get("FINETUNE_WEBHOOK_URL")
     if not url:
         return False

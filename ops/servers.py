@@ -1,4 +1,4 @@
-"""The two servers of ``make up``: where they listen, and what they and their clients find in the environment."""
+"""Settings of the two servers of ``make up``: addresses, credentials, and the environments of servers and clients."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from xmlrpc.client import ServerProxy
 from ops.settings import PROJECT_ROOT, Settings
 
 USER = "admin"
-MARK = "FINETUNE_UP"  # its value, the servers' folder, tells in the environment of a process who started it
-# What PREFECT_FLOWS_HEARTBEAT_FREQUENCY must be where flow runs are started, and Prefect's least; three missed beats
-# make a run Crashed.
+TAG_VARIABLE = "FINETUNE_UP"  # in the environment of all that `make up` started; its value is the servers' folder
+# Seconds; the value of PREFECT_FLOWS_HEARTBEAT_FREQUENCY wherever flow runs are started, and the smallest that
+# Prefect allows. Three missed heartbeats make a flow run Crashed.
 HEARTBEAT_SECONDS = 30
 _PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)
-_HOST_WAY_OUT = "set FINETUNE_HOST to an address of this machine"
+_HOST_REMEDY = "set FINETUNE_HOST to an address of this machine"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-# Of the user's shell: they would send the servers' own clients elsewhere, or with other credentials.
-_FOREIGN = (
+# Variables of the user's shell that are not passed on: they would point the clients under `make up` to another
+# server, or give them other credentials.
+_NOT_PASSED_ON = (
     "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING",
     "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "PREFECT_UI_API_URL",
     "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_RUN_ID",
@@ -40,12 +41,13 @@ class Servers:
     """Settings of ``make up``, from its environment.
 
     Attributes:
-        home: ``server`` in the data root: databases, artifacts, logs, the password.
-        host: FINETUNE_HOST; the address that both servers listen on, loopback by default.
-        prefect_port: FINETUNE_PREFECT_PORT.
-        mlflow_port: FINETUNE_MLFLOW_PORT.
-        secure: FINETUNE_SECURE; both servers ask for a password. The default where others can reach them.
-        gpus: FINETUNE_GPUS; trainings at a time over all workers. Default: the GPUs of this machine, at least 1.
+        home: folder ``server`` in the data root, with databases, artifacts, logs and the password.
+        host: FINETUNE_HOST, the address that both servers listen on; the loopback by default.
+        prefect_port: FINETUNE_PREFECT_PORT, 4200 by default.
+        mlflow_port: FINETUNE_MLFLOW_PORT, 5000 by default.
+        secure: FINETUNE_SECURE, whether both servers require a password; by default if other machines can reach them.
+        gpus: FINETUNE_GPUS, number of simultaneous trainings over all workers; by default the number of GPUs of this
+            machine, at least 1.
     """
 
     home: Path
@@ -57,15 +59,15 @@ class Servers:
 
     @classmethod
     def load(cls) -> Servers:
-        """Read the environment now.
+        """Read the current environment.
 
         Raises:
-            ValueError: a setting is not what it must be; the message names it.
+            ValueError: a setting has a value that is not allowed; the message names it.
         """
         host = os.environ.get("FINETUNE_HOST") or "127.0.0.1"
         asked = (os.environ.get("FINETUNE_SECURE") or "").lower()
         if asked not in ("", *_YES, *_NO):
-            raise ValueError(f"FINETUNE_SECURE={asked}: 1 asks for a password, 0 for none")
+            raise ValueError(f"FINETUNE_SECURE={asked}: 1 requires a password, 0 does not")
         servers = cls(
             home=Settings.load().data_root / "server",
             host=host,
@@ -80,37 +82,37 @@ class Servers:
 
     @property
     def prefect_url(self) -> str:
-        """Prefect's pages, as this machine reaches them."""
-        return f"http://{self._reach}:{self.prefect_port}"
+        """Address of Prefect's server for clients on this machine."""
+        return f"http://{self._client_host}:{self.prefect_port}"
 
     @property
     def mlflow_url(self) -> str:
-        """MLflow's pages, as this machine reaches them."""
-        return f"http://{self._reach}:{self.mlflow_port}"
+        """Address of MLflow's server for clients on this machine."""
+        return f"http://{self._client_host}:{self.mlflow_port}"
 
     @property
-    def _reach(self) -> str:
+    def _client_host(self) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"[{host}]" if ":" in host else host
 
     @property
     def logs(self) -> Path:
-        """What the processes print, a file each, ten megabytes at most."""
+        """Folder with a log file for each process, of ten megabytes at most."""
         return self.home / "log"
 
     @property
     def client_file(self) -> Path:
-        """For a shell to source: the addresses, the number of GPUs, and the credentials if there are any."""
+        """File that a shell sources: addresses, number of GPUs, and credentials where a password is required."""
         return self.home / "client.env"
 
     @property
     def password_file(self) -> Path:
-        """The password of both servers, readable by its owner alone."""
+        """File with the password of both servers, readable by its owner only."""
         return self.home / "password"
 
     @property
     def socket(self) -> Path:
-        """Where supervisord takes orders from its owner. The kernel allows 107 bytes for its path."""
+        """Socket on which supervisord takes commands from its owner. The kernel allows 107 bytes for its path."""
         path = self.home / "supervisor.sock"
         if len(os.fsencode(path)) <= 100:
             return path
@@ -118,28 +120,28 @@ class Servers:
         return Path(tempfile.gettempdir()) / f"finetune-{os.getuid()}-{name}.sock"
 
     def password(self) -> str:
-        """The password of the user admin on both servers, made at first use.
+        """The password of the user admin on both servers, generated at its first use.
 
         Raises:
-            ValueError: the file is there, and empty.
+            ValueError: the password file exists and is empty.
         """
         try:
             descriptor = os.open(self.password_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
             kept = self.password_file.read_text().strip()
             if not kept:
-                raise ValueError(f"{self.password_file} is empty: remove it, and a new password is made") from None
+                raise ValueError(f"{self.password_file} is empty: remove it, and a new one is generated") from None
             return kept
         with open(descriptor, "w") as stream:
             stream.write(made := secrets.token_urlsafe(24))
         return made
 
     def client_environment(self) -> dict[str, str]:
-        """What every client of the two servers needs."""
+        """The variables that every client of the two servers needs."""
         needed = {
             "PREFECT_API_URL": f"{self.prefect_url}/api",
             "MLFLOW_TRACKING_URI": self.mlflow_url,
-            "FINETUNE_GPUS": str(self.gpus),  # who counts its own does not know those of other machines
+            "FINETUNE_GPUS": str(self.gpus),  # a client can only count the GPUs of its own machine
         }
         if self.secure:
             needed |= {
@@ -150,18 +152,18 @@ class Servers:
         return needed
 
     def write_client_file(self) -> None:
-        """Write `client_file`, readable by its owner alone."""
+        """Write ``client_file``, readable by its owner only."""
         lines = [f"export {name}={shlex.quote(value)}" for name, value in self.client_environment().items()]
         with open(self.client_file, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
             os.fchmod(stream.fileno(), 0o600)
             stream.write("\n".join(lines) + "\n")
 
     def environment(self) -> dict[str, str]:
-        """The environment of everything that ``make up`` starts, flow runs included."""
-        environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+        """The environment of all processes that ``make up`` starts, flow runs included."""
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
         environment |= self.client_environment()
         environment |= {
-            MARK: str(self.home),
+            TAG_VARIABLE: str(self.home),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "FINETUNE_DATA_ROOT": str(self.home.parent),
             "FINETUNE_SOCKET": str(self.socket),
@@ -182,19 +184,19 @@ class Servers:
                 "MLFLOW_AUTH_CONFIG_PATH": str(PROJECT_ROOT / "mlflow" / "basic_auth.ini"),
                 "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
             }
-        # Any origin by default: whatever page the user's browser has open could then start runs here.
+        # Prefect allows any origin by default: any page open in the user's browser could then start runs here.
         environment.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", self.prefect_url)
-        # PREFECT_API_URL by default, which on another machine or behind a proxy is not where the page came from.
+        # Prefect's pages call PREFECT_API_URL by default, which is wrong on another machine or behind a proxy.
         environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
-        # Every 10 s by default; a run that was just submitted need not wait so long.
+        # Seconds between two queries of the worker; with Prefect's default of 10 a submitted run starts late.
         environment.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
-        # Other databases and stores may be named in the environment.
+        # Values in the user's environment select another database or artifact store.
         environment.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{self.home / 'mlflow.db'}")
         environment.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(self.home / "artifacts"))
         return environment
 
     def supervisor(self) -> Any:
-        """supervisord's commands, such as ``stopProcess``; they raise OSError and the errors of `xmlrpc.client`."""
+        """supervisord's XML-RPC methods, such as ``stopProcess``; they raise OSError and xmlrpc.client's errors."""
         from supervisor.xmlrpc import SupervisorTransport
 
         transport = SupervisorTransport(None, None, f"unix://{self.socket}")
@@ -202,11 +204,11 @@ class Servers:
 
     @property
     def is_local(self) -> bool:
-        """Nobody but this machine reaches the servers."""
+        """Whether only this machine can reach the servers."""
         return _is_loopback(self.host)
 
     def taken_ports(self) -> list[str]:
-        """The ports that cannot be listened on, each with the setting that helps."""
+        """A message for each port that cannot be listened on, with the setting to change."""
         taken = []
         for name, port in (("FINETUNE_PREFECT_PORT", self.prefect_port), ("FINETUNE_MLFLOW_PORT", self.mlflow_port)):
             family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -215,22 +217,22 @@ class Servers:
                 try:
                     probe.bind((self.host, port))
                 except OSError as error:
-                    way_out = f"set {name}" if error.errno in _PORT_ERRORS else _HOST_WAY_OUT
-                    taken.append(f"cannot listen on {self.host}:{port} ({error.strerror}): {way_out}")
+                    remedy = f"set {name}" if error.errno in _PORT_ERRORS else _HOST_REMEDY
+                    taken.append(f"cannot listen on {self.host}:{port} ({error.strerror}): {remedy}")
         return taken
 
 
 def gpu_count() -> int:
-    """Trainings at a time: FINETUNE_GPUS, else the GPUs of this machine, at least one (the CPU).
+    """Number of simultaneous trainings: FINETUNE_GPUS, else the GPUs of this machine, at least one (the CPU).
 
     Raises:
-        ValueError: FINETUNE_GPUS is no positive number.
+        ValueError: FINETUNE_GPUS is not a whole number from 1 to 1024.
     """
     return _number("FINETUNE_GPUS", max(1, count_gpus()), 1024)
 
 
 def count_gpus() -> int:
-    """GPUs that a training here could use, as nvidia-smi lists them: torch would take seconds to say the same."""
+    """Number of GPUs that a training here can use, by nvidia-smi: importing torch to count them takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])

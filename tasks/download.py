@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from model.net.config import PRESETS, GPTConfig, normalize_size
 from model.net.loading import CONFIG_FILE, check_size, weight_files
 from model.parameters import Parameters
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS, fetch_dataset, fetch_weights
+from ops.machine.flock import hold_file
 from ops.settings import Settings
 from ops.tracking.registry import fetch_version, find_version, starting_uri
 from ops.tracking.runs import client
@@ -198,8 +198,7 @@ def _trusted(settings: Settings, directory: Path) -> dict[str, str]:
     """
     settings.data_root.mkdir(parents=True, exist_ok=True)
     files = {}
-    with (settings.data_root / ".trusted-weights.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_file(settings.data_root / ".trusted-weights.lock", wait=True):
         record = settings.trusted_hashes
         try:
             known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}

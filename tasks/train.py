@@ -16,7 +16,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
 from model.engine.config import TrainConfig
-from model.engine.training import JOURNAL_FILE, NonFiniteError, StepReport, TrainResult
+from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainResult
 from model.engine.training import train as run_training
 from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_json, write_json

@@ -28,7 +28,8 @@ import torch
 from model.data.tokens import META_FILE
 from model.engine.checkpoint import load_trained
 from model.engine.config import TrainConfig
-from model.engine.training import StepReport, train
+from model.engine.trainer import StepReport
+from model.engine.training import train
 from model.files import write_json
 from model.net.config import GPTConfig
 from model.net.device import resolve_device

@@ -1,1 +1,1 @@
-"""This machine: locks that die with their holder, processes and signals."""
+"""This machine: locks that are freed when their holder dies, processes, and signals."""

@@ -1,12 +1,12 @@
-"""One at a time on a device or a training: lock files that the kernel frees the instant their holder dies.
+"""Exclusive use of a device or a training, by lock files that the kernel frees when their holder dies.
 
-The kernel's flock decides who holds a device; what the file says is only for those who wait. A lock lives as long
-as any process that has its descriptor: a child that works on the device is started with ``pass_fds`` and keeps it.
+The kernel's flock decides who holds a device. The file's content only tells those who wait whom they wait for. A lock
+is held as long as any process has its descriptor: a child that works on the device is started with ``pass_fds``,
+inherits the lock and keeps it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -15,19 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.machine.process import ProcessMark, lock_holders, mark_process
+from ops.machine.flock import try_lock
+from ops.machine.process import ProcessIdentity, identify_process, lock_holders
 
-_POLL_SECONDS = 0.5
-_LOOK_SECONDS = 5.0  # between looks at who holds it: whose process died is searched for in all of /proc
+_POLL_SECONDS = 0.5  # between two attempts to take a lock
+_DESCRIBE_SECONDS = 5.0  # between two looks at who holds it: finding a dead holder's children reads all of /proc
+_REMIND_SECONDS = 60.0  # between two log lines of the same content
 
 
 @dataclass(frozen=True)
 class Held:
-    """A lock that is held.
+    """A lock that this process holds.
 
     Attributes:
         what: the device or training.
-        descriptor: to be passed on to children that work on it.
+        descriptor: of the lock file, to be passed on to children that work on the device.
     """
 
     what: str
@@ -36,42 +38,42 @@ class Held:
 
 @dataclass(frozen=True)
 class LockState:
-    """What can be said about a lock file from outside.
+    """A lock file as seen by a process that does not hold it.
 
     Attributes:
-        path: of the file.
-        what: the device or training, as its last holder wrote it.
-        held: whether anybody holds it now.
+        path: the lock file.
+        what: the device or training, as the last holder wrote it.
+        held: whether a process holds the lock now.
         holder: name of the run that took it last.
-        owner: its process, dead or alive.
-        since: when it took it.
-        flow_run_id: its Prefect run.
+        owner: identity of the process that took it last, dead or alive; None if the content cannot be read.
+        since: when it was taken last, in ISO 8601.
+        flow_run_id: id of that run in Prefect; empty outside of a flow run.
     """
 
     path: Path
     what: str
     held: bool
     holder: str
-    owner: ProcessMark | None
+    owner: ProcessIdentity | None
     since: str
     flow_run_id: str
 
     @property
     def pids(self) -> list[int]:
-        """The processes that hold it now, as far as this user can see them."""
+        """The processes that hold the lock now, as far as this user may see them."""
         return lock_holders(self.path) if self.held else []
 
     def describe(self) -> str:
-        """Who holds it, for people."""
+        """The holder, for people; the text continues "held by"."""
         if not self.held:
-            return f"{self.what} is free"
+            return "a process that has just freed it"
         if self.owner is None:
             return "another process"
-        who = f"{self.holder} (pid {self.owner.pid}, since {self.since})"
+        run = f"{self.holder} (pid {self.owner.pid}, since {self.since})"
         if not self.owner.is_dead:
-            return who
+            return run
         left = ", ".join(map(str, self.pids)) or "not visible to this user"
-        return f"what {who} left behind when it died: pid {left}"
+        return f"pid {left}, left behind by {run}, which died"
 
 
 @contextmanager
@@ -80,12 +82,11 @@ def exclusive(
     what: str,
     holder: str,
     log: Callable[[str], None],
-    remind_seconds: float = 60,
     show: Callable[[str | None], None] = lambda message: None,
     flow_run_id: str = "",
 ) -> Iterator[Held]:
-    """Hold one thing; see ``exclusive_any``."""
-    with exclusive_any(directory, [what], holder, log, remind_seconds, show, flow_run_id) as held:
+    """Hold one device or training; the arguments are those of ``exclusive_any``."""
+    with exclusive_any(directory, [what], holder, log, show, flow_run_id) as held:
         yield held
 
 
@@ -95,73 +96,60 @@ def exclusive_any(
     whats: Sequence[str],
     holder: str,
     log: Callable[[str], None],
-    remind_seconds: float = 60,
     show: Callable[[str | None], None] = lambda message: None,
     flow_run_id: str = "",
 ) -> Iterator[Held]:
-    """Hold the first of several things that is free; wait while none is, and say for whom.
+    """Hold the first of several devices that is free; while none is, wait and report who holds them.
 
     Args:
-        directory: where the lock files lie.
-        whats: devices by a name of the hardware, or a training; the first free one is taken, in this order.
-        holder: shown to those who wait.
-        log: told when waiting begins, whenever it is for somebody else, and again every ``remind_seconds``.
-        show: told the same, but no reminders; and None when waiting is over.
-        flow_run_id: Prefect's id of the holder.
+        directory: folder of the lock files.
+        whats: names of the devices by their hardware, or of a training; the first free one is taken, in this order.
+        holder: name of this run, shown to those who wait for it.
+        log: called with a message when waiting begins, when the holders change, every minute, and when it is over.
+        show: called with the same messages except the reminders, and with None when waiting is over.
+        flow_run_id: id of this run in Prefect.
 
     Raises:
         PermissionError: a lock file of another user cannot be opened; the message names it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    told, told_at, looked_at = "", 0.0, 0.0
     taken = _take_first(directory, whats)
-    if taken is None:  # perhaps somebody only looked whether the lock is held
+    if taken is None:  # perhaps read_locks of another process, which holds a lock for an instant
         time.sleep(0.1)
         taken = _take_first(directory, whats)
-    while taken is None:
-        now = time.monotonic()
-        if not told or now - looked_at > _LOOK_SECONDS:
-            looked_at = now
-            message = _waiting_for(directory, whats)
-            if message != told:
-                show(message)
-            if message != told or now - told_at > remind_seconds:
-                log(message)
-                told, told_at = message, now
-        time.sleep(_POLL_SECONDS)
-        taken = _take_first(directory, whats)
-    what, descriptor = taken
+    waited = taken is None
+    what, descriptor = taken or _wait_for_first(directory, whats, log, show)
     try:
         content = {
             "what": what,
             "holder": holder,
             "flow_run_id": flow_run_id,
-            "process": mark_process().to_json(),
+            "process": identify_process().to_json(),
             "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(content).encode(), 0)
-        if told:
+        if waited:
             log(f"{what} is free: going on")
             show(None)
         yield Held(what, descriptor)
     finally:
-        # Not unlocked: a child that inherited the descriptor may still be at work.
+        # Closed, not unlocked: a child that inherited the descriptor may still be at work and then keeps the lock.
         os.close(descriptor)
 
 
 def shared_directory(path: Path) -> Path:
-    """Make a directory in which every user of the machine may lock, as /tmp is one.
+    """Make a directory in which every user of the machine may create lock files, with the mode of /tmp.
 
     Raises:
-        NotADirectoryError: it is a link or a file.
+        NotADirectoryError: the path is a link or a file.
     """
     try:
         path.mkdir(parents=True)
         path.chmod(0o1777)
     except FileExistsError:
         if path.is_symlink() or not path.is_dir():
-            raise NotADirectoryError(f"{path} is no directory: remove it, or set FINETUNE_LOCKS") from None
+            raise NotADirectoryError(f"{path} is not a directory: remove it, or set FINETUNE_LOCKS") from None
     return path
 
 
@@ -182,7 +170,29 @@ def _take_first(directory: Path, whats: Sequence[str]) -> tuple[str, int] | None
     return None
 
 
+def _wait_for_first(
+    directory: Path, whats: Sequence[str], log: Callable[[str], None], show: Callable[[str | None], None]
+) -> tuple[str, int]:
+    """Wait until one of the locks is free and take it; see ``exclusive_any`` for the messages."""
+    shown = ""
+    logged_at = described_at = 0.0
+    while True:
+        now = time.monotonic()
+        if not shown or now - described_at > _DESCRIBE_SECONDS:
+            described_at = now
+            message = _waiting_for(directory, whats)
+            if message != shown:
+                show(message)
+            if message != shown or now - logged_at > _REMIND_SECONDS:
+                log(message)
+                shown, logged_at = message, now
+        time.sleep(_POLL_SECONDS)
+        if taken := _take_first(directory, whats):
+            return taken
+
+
 def _open(path: Path) -> int:
+    """Open a lock file to read and write, and create it if it does not exist. A link is refused."""
     while True:
         try:
             # Linux may refuse O_CREAT on another user's file in a directory like /tmp, even if it is writable.
@@ -193,19 +203,17 @@ def _open(path: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             continue
-        os.fchmod(descriptor, 0o666)  # whatever the umask
+        os.fchmod(descriptor, 0o666)  # os.open's mode is reduced by the umask
         return descriptor
 
 
 def _try(path: Path) -> int | None:
+    """Lock a file without waiting. Returns its descriptor, which the caller closes; None if it is held."""
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Somebody who cleans up may have removed the file since it was opened.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        # A cleaner of /tmp may have removed the file since it was opened.
+        if try_lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
-    except BlockingIOError:
-        pass
     except BaseException:
         os.close(descriptor)
         raise
@@ -218,13 +226,11 @@ def _read(path: Path) -> LockState:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = True
+            held = not try_lock(descriptor, shared=True)
         finally:
             os.close(descriptor)
         content = json.loads(path.read_text())
-        owner = ProcessMark.from_json(content["process"])
+        owner = ProcessIdentity.from_json(content["process"])
         texts = [str(content[key]) for key in ("what", "holder", "since", "flow_run_id")]
     except (OSError, ValueError, LookupError, TypeError):
         owner, texts = None, [path.stem, "", "", ""]

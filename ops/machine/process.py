@@ -1,29 +1,43 @@
-"""Which process is meant by a pid written down earlier, and which processes hold a lock file."""
+"""Processes of this machine: identified so that a reused pid is noticed, found by a variable, ended.
+
+``make up`` and ``make run`` set a variable in the environment of what they start, and all children inherit it.
+Neither a command's name nor a pid proves anything: names are free, and a pid is used again once its process is gone.
+So a process found by its variable is identified, and the identity is compared at the moment of each signal.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
+
+import psutil
 
 _PROC = Path("/proc")
+_FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect's worker sets it in the environment of a flow run
+_GIVE_UP_SECONDS = 10.0  # after SIGKILL: a process in an uninterruptible system call may not end
 
 
 @dataclass(frozen=True)
-class ProcessMark:
-    """A process that no later one can be mistaken for.
+class ProcessIdentity:
+    """Identifies a process among all that ever run, on this machine and on others.
 
     Attributes:
         host: name of the machine, for people.
-        machine: what identifies the machine: its machine-id, else its name.
-        boot: identifies the time since it was started; with it, what pids mean (a container has its own).
-        pid: of the process.
-        started: when it was started, in the system's own unit; pids are used again.
+        machine: the machine-id, or the host's name where there is no machine-id.
+        boot: the boot id and the pid namespace, separated by a blank; empty on other systems than Linux.
+        pid: the process id in that namespace.
+        started: start time; clock ticks since boot as decimal digits, on other systems what ``ps`` prints.
     """
 
     host: str
@@ -33,12 +47,12 @@ class ProcessMark:
     started: str
 
     def to_json(self) -> str:
-        """One line, for a tag or a lock file."""
+        """One line, for a tag, an environment variable or a lock file."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> ProcessMark | None:
-        """What to_json wrote; None for anything else."""
+    def from_json(cls, text: str) -> ProcessIdentity | None:
+        """Read what to_json wrote; None for any other text."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError):
@@ -46,30 +60,32 @@ class ProcessMark:
 
     @property
     def is_dead(self) -> bool:
-        """True only if it is certain: the machine is this one, and was restarted or no longer has the process."""
-        return self._lives() is False
+        """True only if it is certain: this machine was restarted since, or no longer has the process."""
+        return self._state() == "dead"
 
     @property
     def is_alive(self) -> bool:
-        """True only if it is certain: this machine, here where pids mean the same, has the process."""
-        return self._lives() is True
+        """True only if it is certain: this machine has the process, in this pid namespace."""
+        return self._state() == "alive"
 
-    def _lives(self) -> bool | None:
-        here = mark_process(self.pid)
+    def _state(self) -> Literal["alive", "dead", "unknown"]:
+        """Whether the process lives; "unknown" for a process of another machine or another container."""
+        here = identify_process(self.pid)
         if self.machine != here.machine:
-            return None
+            return "unknown"
         boot, _, namespace = self.boot.partition(" ")
         boot_now, _, namespace_now = here.boot.partition(" ")
         if boot != boot_now:
-            return False
-        # In another container the same number is another process.
-        return self.started == here.started if namespace == namespace_now else None
+            return "dead"
+        if namespace != namespace_now:  # the same pid means another process there
+            return "unknown"
+        return "alive" if self.started == here.started else "dead"
 
 
-def mark_process(pid: int | None = None) -> ProcessMark:
-    """The mark of a process of this machine, by default this one; its ``started`` is empty if there is none."""
+def identify_process(pid: int | None = None) -> ProcessIdentity:
+    """The identity of a process of this machine, by default this one; ``started`` is empty if it does not live."""
     pid = os.getpid() if pid is None else pid
-    return ProcessMark(socket.gethostname(), _machine(), _boot(), pid, _started(pid))
+    return ProcessIdentity(socket.gethostname(), _machine(), _boot(), pid, _started(pid))
 
 
 @functools.cache
@@ -89,8 +105,14 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
+    """The start time of a process; empty if there is none with that pid, or only a zombie.
+
+    Read by hand: psutil's create_time() adds the boot time, which follows the clock, and gives a rounded float.
+    Identities in MLflow's tags and in lock files hold the kernel's own clock ticks and are compared exactly.
+    """
     try:
-        # The name in parentheses may hold anything; the 20th field behind it is the start in clock ticks.
+        # The command's name, in parentheses, may hold blanks and parentheses. Behind it the first field is the
+        # state, and the 20th the start time (proc_pid_stat(5)).
         fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         if (_PROC / "self/stat").exists():
@@ -100,19 +122,126 @@ def _started(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def command_line(pid: int) -> str:
-    """A process's command, cut at 80 characters; empty where it cannot be read."""
+@dataclass(frozen=True)
+class Process:
+    """A process that was alive when it was found.
+
+    Attributes:
+        identity: tells whether it still lives.
+        parent: pid of its parent.
+        arguments: its command line.
+        flow_run: id of the Prefect flow run that it or one of its ancestors executes; None outside of a flow run.
+    """
+
+    identity: ProcessIdentity
+    parent: int
+    arguments: tuple[str, ...]
+    flow_run: str | None
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+    @property
+    def command_line(self) -> str:
+        """Its command, cut at 80 characters; empty where it cannot be read."""
+        return " ".join(self.arguments).strip()[:80]
+
+    @property
+    def command(self) -> str:
+        """Its command without the folders of interpreter and script, cut at 80 characters."""
+        words = [os.path.basename(word) if word.startswith("/") else word for word in self.arguments if word]
+        return " ".join(words)[:80]
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.command})"
+
+
+def find_process(pid: int) -> Process | None:
+    """The living process with this pid; None if there is none."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return _describe(process, _environment(process))
+    return None
+
+
+def tagged(name: str, value: str) -> list[Process]:
+    """All other living processes of this user that were started with the variable ``name`` set to ``value``."""
+    return [process for found, process in _with_variable(name) if found == value]
+
+
+def left_behind(name: str) -> list[Process]:
+    """Those whose variable ``name`` holds the identity (ProcessIdentity.to_json) of a process that has died."""
+    found = []
+    for value, process in _with_variable(name):
+        owner = ProcessIdentity.from_json(value)
+        if owner and owner.is_dead:
+            found.append(process)
+    return found
+
+
+def end_processes(
+    find: Callable[[], Iterable[Process]], seconds: float, hurry: Callable[[], bool] = lambda: False
+) -> list[Process]:
+    """Ask processes to end (SIGTERM), wait for them, and kill those that remain (SIGKILL).
+
+    Args:
+        find: gives the processes that should end. It is called again every 0.1 s, so that what they start meanwhile
+            ends with them; the call returns when ``find`` gives none that lives.
+        seconds: from SIGTERM to SIGKILL. Ten seconds after SIGKILL the remaining ones are given up.
+        hurry: true if SIGKILL should not wait for ``seconds``.
+
+    Returns:
+        Every process that was signalled, in the order of the first signal.
+
+    Raises:
+        PermissionError: a process belongs to another user.
+    """
+    asked: dict[ProcessIdentity, Process] = {}
+    deadline = time.monotonic() + seconds
+    while (living := list(find())) and time.monotonic() < deadline + _GIVE_UP_SECONDS:
+        late = time.monotonic() > deadline or hurry()
+        for process in living:
+            if (late or process.identity not in asked) and process.identity.is_alive:
+                asked[process.identity] = process
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL if late else signal.SIGTERM)
+                    os.kill(process.pid, signal.SIGCONT)  # a stopped process does not handle SIGTERM
+        time.sleep(0.1)
+    return list(asked.values())
+
+
+def _with_variable(name: str) -> Iterator[tuple[str, Process]]:
+    """The value of a variable and the process, for each other living process that has it, ordered by pid."""
+    for pid in sorted(psutil.pids()):
+        with contextlib.suppress(psutil.Error):  # gone since it was listed
+            handle = psutil.Process(pid)
+            environment = _environment(handle)
+            if name in environment and pid != os.getpid() and (process := _describe(handle, environment)):
+                yield environment[name], process
+
+
+def _describe(process: psutil.Process, environment: Mapping[str, str]) -> Process | None:
+    """Describe a process with its environment; None if it is dead."""
+    described = Process(
+        identify_process(process.pid), process.ppid(), tuple(process.cmdline()), environment.get(_FLOW_RUN)
+    )
+    # Looked at last: the environment was read before, and must not be that of an earlier process with this pid.
+    return described if described.identity.started and process.is_running() else None
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    """A process's environment as it began; empty for a zombie, a kernel thread or another user's process."""
     try:
-        words = (_PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return ""
-    return " ".join(word.decode(errors="replace") for word in words).strip()[:80]
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def lock_holders(path: Path) -> list[int]:
-    """The living processes that hold a file's flock, those included that inherited it.
+    """The pids of the living processes that hold a file's flock, those included that inherited it.
 
-    Only those of users whose descriptors may be read; on other systems than Linux none.
+    Only processes whose descriptors this user may read; on other systems than Linux none.
     """
     try:
         file = path.stat()
@@ -123,7 +252,7 @@ def lock_holders(path: Path) -> list[int]:
         try:
             if any(_locks(entry, file) for entry in (process / "fdinfo").iterdir()):
                 found.append(int(process.name))
-        except OSError:  # another user's, or gone
+        except OSError:  # another user's process, or one that has ended
             continue
     return sorted(found)
 
@@ -133,7 +262,7 @@ def _locks(fdinfo: Path, file: os.stat_result) -> bool:
     try:
         if not re.search(r"^lock:.*FLOCK", fdinfo.read_text(), re.MULTILINE):
             return False
-        # Inodes repeat from device to device, and the device that fdinfo names is on btrfs not the one of stat.
+        # Inodes repeat between devices, and on btrfs the device in fdinfo differs from that of stat.
         return os.path.samestat((fdinfo.parents[1] / "fd" / fdinfo.name).stat(), file)
-    except FileNotFoundError:  # closed meanwhile; the process may have the lock by another
+    except FileNotFoundError:  # closed meanwhile; the process may hold the lock by another descriptor
         return False

@@ -1,1 +1,1 @@
-"""Making the books agree: Prefect's limit, zombie runs, and what a dead process left in Prefect and MLflow."""
+"""Recovery after crashes: Prefect's limit and leases, zombie runs, runs of dead processes."""

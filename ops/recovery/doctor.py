@@ -1,21 +1,19 @@
-"""``python -m ops.recovery.doctor [--fix]``: compares limits, leases, locks and states; prints each fault.
+"""``python -m ops.recovery.doctor [--fix]``: compares limits, leases, locks and states; prints each contradiction.
 
-The lock files decide who has a device. All else only displays, and can be wrong after a crash; ``--fix`` mends it.
+The lock files decide who has a device. Prefect's and MLflow's records only display it and can be wrong after a crash;
+``--fix`` mends them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-# Without a server there is nothing to examine: none is to be started for it.
+# Without a server there is nothing to examine, and Prefect's client should not start a temporary one.
 os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -23,7 +21,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
 from ops.machine.lock import read_locks
-from ops.machine.process import ProcessMark, command_line, mark_process
+from ops.machine.process import Process, end_processes, find_process
 from ops.recovery.limits import (
     LEASE_SECONDS,
     LIMIT,
@@ -41,16 +39,16 @@ from ops.servers import Servers
 from ops.settings import Settings
 from ops.tracking.runs import client as mlflow_client
 
-_KILL_SECONDS = 10.0
+_KILL_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong.
+    """A contradiction that was found.
 
     Attributes:
-        text: one line, with what to do if nothing can be mended from here.
-        mend: does it; None where only people can.
+        text: one line; where ``mend`` is None it says what to do.
+        mend: mends it; None if only people can.
     """
 
     text: str
@@ -58,11 +56,11 @@ class Finding:
 
 
 def examine(settings: Settings, gpus: int, prefect: SyncPrefectClient | None) -> list[Finding]:
-    """All that is wrong, in the order in which it is to be mended.
+    """All findings, in the order in which they are to be mended.
 
     Args:
-        gpus: trainings at a time that the limit should allow.
-        prefect: a client of a server that answers; None if there is none.
+        gpus: number of simultaneous trainings that the limit should allow.
+        prefect: a client of Prefect's server; None if it does not answer.
     """
     findings = [*_mlflow(settings, prefect), *_locks(settings, prefect)]
     if prefect is not None:
@@ -71,25 +69,25 @@ def examine(settings: Settings, gpus: int, prefect: SyncPrefectClient | None) ->
 
 
 def connect(prefect: SyncPrefectClient) -> str | None:
-    """Why Prefect's server cannot be asked; None if it can."""
+    """Why Prefect's server cannot be used, as one line; None if it can."""
     url = PREFECT_API_URL.value()
     if not url:
-        return "PREFECT_API_URL is not set: Prefect is not looked at"
+        return "PREFECT_API_URL is not set: Prefect is not examined"
     try:
-        prefect.hello()  # unlike /health it wants the password
+        prefect.hello()  # requires the password, unlike /health
     except Exception as error:
         if isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 401:
-            return f"Prefect at {url} {_wants_password()}"
+            return f"Prefect at {url} {_requires_password()}"
         return f"no Prefect server answers at {url} ({type(error).__name__}): `make up` starts one"
     return None
 
 
-def _wants_password() -> str:
-    return f"wants a password: `. {Servers.load().client_file}` first"
+def _requires_password() -> str:
+    return f"requires a password: run `. {Servers.load().client_file}` first"
 
 
 def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
-    """What is wrong with the limit tag:gpu, its leases and its count; its value is for people to choose."""
+    """Findings on the leases and the count of the limit tag:gpu, not on its value, which people may set to 0."""
     slots = read_slots(prefect)
     if slots is None:
         yield Finding(
@@ -100,55 +98,60 @@ def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
     leased = len(slots.holders)
     if slots.active > leased:
         yield Finding(
-            f"{LIMIT} counts {slots.active} slots as taken, and {leased} have a lease: nobody would free the others",
+            f"{LIMIT} counts {slots.active} slots as taken, but only {leased} have a lease: the rest stay taken",
             lambda: set_active(prefect, leased),
         )
     if slots.dead:
         names = ", ".join(f"{run.name} ({run.state_name})" for run in slots.dead)
-        text = f"a slot of {LIMIT} is still leased to {names}: free by itself within {LEASE_SECONDS} s"
-        # A single lease cannot be revoked from outside; the others' would go with it.
+        text = f"a slot of {LIMIT} is still leased to {names}: Prefect frees it by itself within {LEASE_SECONDS} s"
+        # Prefect's API revokes all leases of a limit or none.
         yield Finding(text, partial(release_all, prefect) if len(slots.dead) == leased else None)
 
 
 def _limit(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:
+    """Whether the limit has the value of FINETUNE_GPUS."""
     slots = read_slots(prefect)
     if slots is None or slots.limit == gpus:
         return
     text = f"the limit {LIMIT} is {slots.limit}, for {gpus} GPUs"
     if os.environ.get("FINETUNE_GPUS"):
         yield Finding(f"{text} (FINETUNE_GPUS)", lambda: set_limit(prefect, gpus))
-    else:  # other machines may have the others
-        yield Finding(f"{text} of this machine: FINETUNE_GPUS, as in client.env, tells how many there are on all")
+    else:  # the remaining GPUs may be in other machines
+        yield Finding(
+            f"{text} of this machine: set FINETUNE_GPUS to the number of GPUs of all machines, as client.env does"
+        )
 
 
 def _mlflow(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Finding]:
+    """MLflow runs whose flow run or process has ended."""
     try:
         mlflow_client(settings.tracking_uri).search_experiments(max_results=1)
     except Exception as error:
         refused = getattr(error, "error_code", "") == "UNAUTHENTICATED"
-        says = _wants_password() if refused else f"does not answer ({type(error).__name__})"
-        yield Finding(f"MLflow at {settings.tracking_uri} {says}")
+        problem = _requires_password() if refused else f"does not answer ({type(error).__name__})"
+        yield Finding(f"MLflow at {settings.tracking_uri} {problem}")
         return
     for stale in stale_runs(settings.tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id)):
         yield Finding(
-            f"MLflow run {stale.name} says RUNNING and should be {stale.status}: {stale.reason}",
+            f"MLflow run {stale.name} is RUNNING and should be {stale.status}: {stale.reason}",
             partial(close_stale, stale, prefect),
         )
 
 
 def _locks(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Finding]:
+    """Locks whose holder has died or has ended in Prefect."""
     for directory in (settings.device_locks, settings.locks):
         for lock in read_locks(directory):
             if not lock.held or lock.owner is None:
                 continue
             if lock.owner.is_dead:
-                # The kernel frees a dead process's lock: if it is held, a child inherited it and lives.
-                left = [mark for mark in map(mark_process, lock.pids) if mark.started]
-                if lock not in read_locks(directory):  # freed meanwhile, and perhaps a run's that waited for it
+                # The kernel frees the lock of a dead process, so a living child has inherited it.
+                left = [process for process in map(find_process, lock.pids) if process]
+                if lock not in read_locks(directory):  # freed meanwhile, and perhaps taken by a run that waited
                     continue
-                named = ", ".join(f"pid {mark.pid} ({command_line(mark.pid)})" for mark in left)
+                named = ", ".join(f"pid {process.pid} ({process.command_line})" for process in left)
                 yield Finding(
-                    f"{lock.what} is held by {named or 'not visible to this user'}, "
+                    f"{lock.what} is held by {named or 'a process not visible to this user'}, "
                     f"left behind by {lock.holder}, which died",
                     partial(_end, left) if left else None,
                 )
@@ -156,21 +159,22 @@ def _locks(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[Fi
             run = read_flow_run(prefect, lock.flow_run_id) if lock.flow_run_id else None
             if run and run.state and run.state.is_final():
                 yield Finding(
-                    f"{lock.what} is held by {lock.holder}, which Prefect says is {run.state.name}, but its process "
+                    f"{lock.what} is held by {lock.holder}, which is {run.state.name} in Prefect, but its process "
                     f"lives: `kill {lock.owner.pid}` makes it save a checkpoint and end"
                 )
 
 
 def _server(prefect: SyncPrefectClient) -> Iterator[Finding]:
+    """The server's automation, its storage of leases, and its workers."""
     if not zombie_automation_is_installed():
         yield Finding(
-            f"the automation {AUTOMATION!r} is not there: a run that dies with its worker would run for ever",
+            f"the automation {AUTOMATION!r} is missing: a run that dies with its worker would stay Running for ever",
             ensure_zombie_automation,
         )
     storage = prefect.request("GET", "/admin/settings").json()["server"]["concurrency"]["lease_storage"]
     if storage.endswith(".memory"):
         yield Finding(
-            "Prefect's server keeps leases in memory: a restart of it leaks the slots in use; start it with "
+            "Prefect's server keeps leases in memory: the slots in use leak when it restarts; start it with "
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem"
         )
     try:
@@ -180,32 +184,31 @@ def _server(prefect: SyncPrefectClient) -> Iterator[Finding]:
     except PrefectHTTPStatusError:  # there is no such pool
         workers = []
     if not any(worker["status"] == "ONLINE" for worker in workers):
-        yield Finding(f"no worker of the pool {POOL} is online: nothing that is deployed will run (`make up`)")
+        yield Finding(f"no worker of the pool {POOL} is online: no deployment will run; `make up` starts one")
 
 
-def _end(processes: list[ProcessMark]) -> None:
-    """End these and no others: who has taken the lock since is a run that waited for it."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.is_alive:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, number)
-        deadline = time.monotonic() + _KILL_SECONDS
-        while left := [process.pid for process in processes if process.is_alive]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        else:
-            return
-    raise RuntimeError(f"it does not end: pid {', '.join(map(str, left))}")
+def _end(processes: list[Process]) -> None:
+    """End these and no others: a process that has taken the lock since belongs to a run that waited for it."""
+
+    def living() -> list[Process]:
+        return [process for process in processes if process.identity.is_alive]
+
+    end_processes(living, _KILL_SECONDS)
+    if left := living():
+        raise RuntimeError(f"still running after SIGKILL: pid {', '.join(str(process.pid) for process in left)}")
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is wrong, mend it with ``--fix``. Returns 1 while something is wrong, 2 if a setting is."""
+    """Print the findings, and mend them with ``--fix``.
+
+    Returns:
+        The exit status: 0 if there is no finding left, 1 if there is, 2 for a wrong setting.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m ops.recovery.doctor", description="What is wrong with the GPU's limits."
+        prog="python -m ops.recovery.doctor",
+        description="Compare limits, leases, locks, states and processes, and print each contradiction.",
     )
-    parser.add_argument("--fix", action="store_true", help="mend what can be mended")
+    parser.add_argument("--fix", action="store_true", help="mend the findings that can be mended")
     fix = parser.parse_args(arguments).fix
     try:
         settings, gpus = Settings.load(), Servers.load().gpus
@@ -232,6 +235,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _line(finding: Finding, fix: bool) -> str:
+    """The finding as a line of output; with ``fix`` it is mended first."""
     if finding.mend is None:
         return f"- {finding.text}"
     if not fix:

@@ -1,4 +1,4 @@
-"""The limit tag:gpu: what Prefect shows and counts of the GPU. The lock files decide; this displays."""
+"""The limit tag:gpu, which shows in Prefect who trains. The lock files, not the limit, decide who has a device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 POOL = "gpu"  # the work pool of all deployments
-TAG = "gpu"
+TAG = "gpu"  # of the tasks that the limit counts
 LIMIT = f"tag:{TAG}"
-LEASE_SECONDS = 75  # a dead holder's lease: 60 s after it was last renewed, and 15 s until the server looks
+LEASE_SECONDS = 75  # until a dead task's lease is freed: 60 s after its last renewal, and 15 s until the server looks
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Slots:
     """The limit as the server counts it.
 
     Attributes:
-        limit: tasks with the tag that run at a time.
-        active: slots counted as taken.
-        holders: task runs with a lease, each with its flow run, if the server still knows it.
+        limit: number of tasks with the tag that may run at a time.
+        active: number of slots counted as taken.
+        holders: flow runs by the ids of the task runs that have a lease; None if the server no longer knows the run.
     """
 
     limit: int
@@ -34,12 +34,12 @@ class Slots:
 
     @property
     def dead(self) -> list[FlowRun]:
-        """Holders whose flow run has ended: their lease was left behind."""
+        """Flow runs that have ended and whose lease is still there."""
         return [run for run in self.holders.values() if run and run.state and run.state.is_final()]
 
 
 def read_slots(client: SyncPrefectClient) -> Slots | None:
-    """The limit and who holds it; None if the server has no such limit."""
+    """The limit with the holders of its leases; None if the server has no such limit."""
     try:
         limit = client.read_global_concurrency_limit_by_name(LIMIT)
         tasks = client.read_concurrency_limit_by_tag(TAG).active_slots
@@ -58,10 +58,10 @@ def read_slots(client: SyncPrefectClient) -> Slots | None:
 
 
 def ensure_limit(client: SyncPrefectClient, limit: int) -> bool:
-    """Create the limit where it is missing: without it Prefect limits nothing, and says nothing.
+    """Create the limit if it is missing: without it Prefect lets any number of tasks run, without a warning.
 
-    Not on a temporary server: there nobody collects the lease of a holder that died, and the next run would wait for
-    ever. Returns whether it was created.
+    A temporary server gets none: it does not free the lease of a task that died, and the next run would wait for
+    ever. Returns whether the limit was created.
     """
     if client.server_type == ServerType.EPHEMERAL:
         return False
@@ -72,22 +72,22 @@ def ensure_limit(client: SyncPrefectClient, limit: int) -> bool:
         pass
     try:
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=limit))
-    except ObjectAlreadyExists:  # another run was faster
+    except ObjectAlreadyExists:  # another run has created it meanwhile
         return False
     return True
 
 
 def set_limit(client: SyncPrefectClient, limit: int) -> None:
-    """Change the limit."""
+    """Change the number of tasks that may run at a time."""
     client.update_global_concurrency_limit(LIMIT, GlobalConcurrencyLimitUpdate(limit=limit))
 
 
 def set_active(client: SyncPrefectClient, active: int) -> None:
-    """Correct the number of slots that count as taken, as ``prefect gcl update tag:gpu --active-slots`` does."""
+    """Set the number of slots counted as taken, as ``prefect gcl update tag:gpu --active-slots`` does."""
     client.update_global_concurrency_limit(LIMIT, GlobalConcurrencyLimitUpdate(active_slots=active))
 
 
 def release_all(client: SyncPrefectClient) -> None:
-    """Forget every lease and count no slot as taken."""
-    client.reset_concurrency_limit_by_tag(TAG)  # revokes the leases, and does not touch the count
+    """Revoke every lease and set the number of taken slots to zero."""
+    client.reset_concurrency_limit_by_tag(TAG)  # revokes the leases and leaves the count as it is
     set_active(client, 0)

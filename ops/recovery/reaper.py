@@ -1,7 +1,7 @@
-"""One truth about states: closes the MLflow runs, and ends the Prefect runs, of processes that are no more.
+"""The reaper: closes the MLflow runs and ends the Prefect runs of processes that have died.
 
-Whoever can, closes its own: the flow by ``tracked_run``, then Prefect's hooks. The reaper is for what both missed:
-kill -9 of the flow and its worker, a reboot, MLflow gone at the wrong moment.
+A flow closes its own MLflow run (``tracked_run``), else Prefect's hooks do. The reaper closes those that both missed:
+after kill -9 of the flow and its worker, a reboot, or an MLflow server that was down when the run ended.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from ops.machine.process import ProcessMark
+from ops.machine.process import ProcessIdentity
 from ops.notify import notify
 from ops.tracking.runs import EXPERIMENT, PROCESS_TAG, RunRef, client, search_runs
 
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
-ATTEMPT_TAG = "prefect.run_count"  # a run that is retried in Prefect keeps its id, and is an MLflow run each time
-REASON_TAG = "ended_by"
+ATTEMPT_TAG = "prefect.run_count"  # a retried Prefect run keeps its id, and each attempt is an MLflow run
+REASON_TAG = "ended_by"  # why hooks or reaper closed the run
 _STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CRASHED": "KILLED", "CANCELLED": "KILLED"}
-HOOK_SECONDS = 15.0  # that Prefect's hooks take at most, on a busy machine too
-_CANCEL_SECONDS = 60.0  # twice what Prefect's worker takes until it kills
+HOOK_SECONDS = 15.0  # upper bound for the duration of Prefect's hooks on a busy machine
+_CANCEL_SECONDS = 60.0  # twice the time after which Prefect's worker kills a cancelled run
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StaleRun:
-    """An MLflow run that says RUNNING and is not.
+    """An MLflow run with the status RUNNING whose flow run or process has ended.
 
     Attributes:
-        run: in MLflow.
-        name: for people.
-        flow_run_id: its Prefect run; empty if it has none.
-        status: what MLflow should say.
+        run: the MLflow run.
+        name: its name, or its id if it has none.
+        flow_run_id: id of its Prefect run; empty if it has none.
+        status: the status it should have in MLflow.
         reason: why, for people.
-        prefect_goes_on: whether Prefect's run is still that of the dead process, and should end too.
-        crashed: whether anybody should be told.
+        prefect_goes_on: whether its Prefect run has not ended and should be set to Crashed or Cancelled.
+        crashed: whether a notice should be sent.
     """
 
     run: RunRef
@@ -59,21 +59,22 @@ class StaleRun:
 
 
 def mlflow_status(state: State | None) -> str | None:
-    """MLflow's word for the end of a Prefect run; None while it has not ended."""
+    """MLflow's status for the final state of a Prefect run; None for any other state."""
     return _STATUS.get(state.type.value) if state else None
 
 
 def stale_runs(
     tracking_uri: str, flow_run: Callable[[str], FlowRun | None], grace_seconds: float = 0
 ) -> list[StaleRun]:
-    """The runs of the experiment that say RUNNING although their flow run has ended, or their process.
+    """The runs of the experiment with the status RUNNING whose flow run or process has ended.
 
-    A run whose process may live on another machine, or in another container, is left alone. So is one that Prefect
-    gave up while its process lives: heartbeats were lost, or it is about to end, and closes its run itself.
+    A run is skipped if its process may live on another machine or in another container. It is also skipped if its
+    process lives although Prefect set the flow run to Crashed or Cancelled: either heartbeats were lost, or the
+    process is about to end and will close its run itself.
 
     Args:
-        flow_run: a Prefect run by its id; None if there is none, or no server.
-        grace_seconds: that Prefect's hooks are given to close what they can, and to tell of it.
+        flow_run: reads a Prefect run by its id; None if the run does not exist or there is no server.
+        grace_seconds: time after the end of a flow run for Prefect's hooks to close the run and notify.
     """
     found = []
     for run in _running(tracking_uri):
@@ -81,35 +82,34 @@ def stale_runs(
         flow_run_id = tags.get(FLOW_RUN_TAG, "")
         prefect = flow_run(flow_run_id) if flow_run_id else None
         state = prefect.state if prefect else None
-        again = prefect is not None and is_retried(run, prefect)
-        status = None if again else mlflow_status(state)
-        process = ProcessMark.from_json(tags.get(PROCESS_TAG, ""))
-        given_up = status == "KILLED"
-        if given_up and process and process.is_alive:
+        retried = prefect is not None and is_retried(run, prefect)
+        status = None if retried else mlflow_status(state)
+        process = ProcessIdentity.from_json(tags.get(PROCESS_TAG, ""))
+        if status == "KILLED" and process and process.is_alive:
             continue
         if state and status:
             if (datetime.now(UTC) - state.timestamp).total_seconds() < grace_seconds:
                 continue
             reason, crashed = f"Prefect: {state.name}", state.is_crashed()
         elif process and process.is_dead:
-            status, reason, crashed = "KILLED", f"process {process.pid} on {process.host} is gone", not again
+            status, reason, crashed = "KILLED", f"process {process.pid} on {process.host} is gone", not retried
         else:
             continue
         ref = RunRef(tracking_uri, run.info.experiment_id, run.info.run_id)
-        goes_on = state is not None and not again and not state.is_final()
+        goes_on = state is not None and not retried and not state.is_final()
         name = run.info.run_name or run.info.run_id
         found.append(StaleRun(ref, name, flow_run_id, status, reason, goes_on, crashed))
     return found
 
 
 def is_retried(run: Run, prefect: FlowRun) -> bool:
-    """Whether Prefect's run is no longer the attempt that an MLflow run is of: a later one, or about to be one."""
-    about_to = prefect.state is not None and (prefect.state.is_scheduled() or prefect.state.is_pending())
-    return about_to or run.data.tags.get(ATTEMPT_TAG, "") not in ("", str(prefect.run_count))
+    """Whether the Prefect run is at a later attempt than the MLflow run, or is about to start one."""
+    about_to_start = prefect.state is not None and (prefect.state.is_scheduled() or prefect.state.is_pending())
+    return about_to_start or run.data.tags.get(ATTEMPT_TAG, "") not in ("", str(prefect.run_count))
 
 
 def close_run(run: RunRef, status: str, reason: str) -> bool:
-    """Close a run that is still RUNNING, and write down why. Returns whether it was."""
+    """Close a run that is still RUNNING, with the reason as a tag. Returns whether it was still RUNNING."""
     mlflow = client(run.tracking_uri)
     if mlflow.get_run(run.run_id).info.status != "RUNNING":
         return False
@@ -119,7 +119,7 @@ def close_run(run: RunRef, status: str, reason: str) -> bool:
 
 
 def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
-    """The MLflow runs of a Prefect run, newest first; a run that Prefect retried has several."""
+    """The MLflow runs of a Prefect run, newest first; a retried Prefect run has several."""
     if _is_absent(tracking_uri):
         return []
     mlflow = client(tracking_uri)
@@ -130,14 +130,14 @@ def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
 
 
 def reap(tracking_uri: str, prefect: SyncPrefectClient | None, grace_seconds: float = 0) -> list[str]:
-    """Close every stale run, end its Prefect run where Prefect does not know yet, and tell people of crashes.
+    """Close every stale run, end its Prefect run if that has not ended, and send a notice of each crash.
 
     Args:
-        prefect: a client of a server; None if there is none, then dead processes alone count.
+        prefect: a client of Prefect's server; None without one: then only runs of dead processes are closed.
         grace_seconds: as in ``stale_runs``.
 
     Returns:
-        A line for each run that was closed, or asked to end.
+        A line for each run that was closed or whose process was asked to end.
     """
     stale = stale_runs(tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id), grace_seconds)
     lines = [
@@ -149,34 +149,36 @@ def reap(tracking_uri: str, prefect: SyncPrefectClient | None, grace_seconds: fl
 
 
 def end_cancelled(tracking_uri: str, prefect: SyncPrefectClient, seconds: float = _CANCEL_SECONDS) -> list[str]:
-    """Ask processes of this machine to end (SIGTERM) whose cancellation nobody delivered: their worker is gone.
+    """Send SIGTERM to processes of this machine whose flow run was cancelled and whose worker has died.
+
+    Prefect's worker delivers a cancellation; without it the process would go on.
 
     Args:
-        seconds: that a worker is given.
+        seconds: time for a worker to deliver the cancellation.
 
     Returns:
-        A line for each, and for each that is another user's and cannot be asked.
+        A line for each such process, also for one of another user, which cannot be signalled.
     """
     lines = []
     for run in _running(tracking_uri):
-        process = ProcessMark.from_json(run.data.tags.get(PROCESS_TAG, ""))
+        process = ProcessIdentity.from_json(run.data.tags.get(PROCESS_TAG, ""))
         found = read_flow_run(prefect, run.data.tags.get(FLOW_RUN_TAG, ""))
         if not (process and found and found.state and found.state.is_cancelling() and process.is_alive):
             continue
         if (datetime.now(UTC) - found.state.timestamp).total_seconds() > seconds:
-            line = f"nobody cancelled {run.info.run_name}: its process {process.pid} "
+            line = f"no worker delivered the cancellation of {run.info.run_name}: its process {process.pid} "
             try:
                 os.kill(process.pid, signal.SIGTERM)
                 lines.append(line + "is asked to end")
             except PermissionError:
                 lines.append(line + "is another user's, who must end it")
-            except ProcessLookupError:  # it has just ended by itself
+            except ProcessLookupError:  # it has ended meanwhile
                 pass
     return lines
 
 
 def close_stale(stale: StaleRun, prefect: SyncPrefectClient | None) -> bool:
-    """Do for one run what ``reap`` does for all. Returns whether it was still RUNNING."""
+    """Close one stale run as ``reap`` does. Returns whether it was still RUNNING."""
     if not close_run(stale.run, stale.status, stale.reason):
         return False
     if prefect is not None and stale.prefect_goes_on:
@@ -188,7 +190,7 @@ def close_stale(stale: StaleRun, prefect: SyncPrefectClient | None) -> bool:
 
 
 def read_flow_run(prefect: SyncPrefectClient | None, flow_run_id: str) -> FlowRun | None:
-    """A Prefect run; None if the server has none of that id, or there is no server."""
+    """Read a Prefect run; None if the server does not know the id, or there is no server."""
     from prefect.exceptions import ObjectNotFound
 
     if prefect is None:
@@ -200,21 +202,23 @@ def read_flow_run(prefect: SyncPrefectClient | None, flow_run_id: str) -> FlowRu
 
 
 def crash_flow_run(prefect: SyncPrefectClient, flow_run_id: str, reason: str) -> bool:
-    """Make a Prefect run whose process is gone Crashed. Returns whether Prefect agreed."""
+    """Set a Prefect run whose process has died to Crashed, or to Cancelled if it was being cancelled.
+
+    Returns whether Prefect accepted the state.
+    """
     from prefect.client.schemas.responses import SetStateStatus
     from prefect.states import Cancelled, Crashed
 
     run = read_flow_run(prefect, flow_run_id)
     if run is None or run.state is None or run.state.is_final():
         return False
-    # A cancellation that nobody was left to finish is one nonetheless.
     end = Cancelled if run.state.is_cancelling() else Crashed
     answer: OrchestrationResult[Any] = prefect.set_flow_run_state(run.id, end(message=reason))
     return answer.status == SetStateStatus.ACCEPT
 
 
 def _is_absent(tracking_uri: str) -> bool:
-    """Whether the store is a file that is not there yet; asking would create it."""
+    """Whether the store is a sqlite file that does not exist yet; a query would create it."""
     return tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists()
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from types import FrameType
 
-# Without a server there is nothing to watch: none is to be started for it.
+# Without a server there is nothing to watch, and Prefect's client should not start a temporary one.
 os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -24,16 +24,21 @@ _log = logging.getLogger("watch")
 
 
 class Watcher:
-    """Looks again and again; trouble with a server is said once and outlived."""
+    """Repairs the state of runs and slots at each call of ``check``; errors of a server are logged once.
+
+    Attributes:
+        suspected: texts of the slot findings of the last check.
+        errors: last error by what failed, "Prefect", "MLflow" or "limit".
+    """
 
     def __init__(self, settings: Settings, gpus: int):
         self.settings = settings
         self.gpus = gpus
         self.suspected: set[str] = set()
-        self.troubles: dict[str, str] = {}
+        self.errors: dict[str, str] = {}
 
-    def round(self) -> list[str]:
-        """One look. Returns a line for each thing that was mended."""
+    def check(self) -> list[str]:
+        """Look once. Returns a line for each thing that was mended."""
         with get_client(sync_client=True) as prefect:
             missing = connect(prefect)
             self._report("Prefect", missing)
@@ -48,26 +53,27 @@ class Watcher:
         return lines
 
     def _mend_slots(self, prefect: SyncPrefectClient) -> list[str]:
-        """Mend what is wrong with the slots twice in a row: the server counts one a moment before it leases it."""
+        """Mend findings of two checks in a row: the server counts a slot a moment before it has the lease."""
         try:
             found = {finding.text: finding for finding in examine_slots(prefect, self.gpus) if finding.mend}
-            again = [finding for text, finding in found.items() if text in self.suspected]
+            confirmed = [finding for text, finding in found.items() if text in self.suspected]
             self.suspected = set(found)
-            for finding in again:
+            for finding in confirmed:
                 assert finding.mend
                 finding.mend()
             self._report("limit", None)
-            return [f"{finding.text}: mended" for finding in again]
+            return [f"{finding.text}: mended" for finding in confirmed]
         except Exception as error:
             self._report("limit", f"the limit was not examined: {type(error).__name__}: {error}")
             return []
 
-    def _report(self, what: str, trouble: str | None) -> None:
-        before = self.troubles.pop(what, None)
-        if trouble:
-            self.troubles[what] = trouble
-            if trouble != before:
-                _log.warning(trouble)
+    def _report(self, what: str, error: str | None) -> None:
+        """Log an error when it is new, and when it is over (None)."""
+        before = self.errors.pop(what, None)
+        if error:
+            self.errors[what] = error
+            if error != before:
+                _log.warning(error)
         elif before:
             _log.info("%s answers again", what)
 
@@ -79,7 +85,7 @@ def main() -> int:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     stops: list[int] = []
 
-    # It takes no lock, as an Event would: the signal may come while the main thread holds it.
+    # A list and no Event: its lock may be held by the main thread, which the signal interrupts.
     def end(number: int, frame: FrameType | None) -> None:
         stops.append(number)
 
@@ -88,10 +94,10 @@ def main() -> int:
     watcher = Watcher(Settings.load(), gpu_count())
     _log.info("watching %s every %g s", watcher.settings.tracking_uri, SECONDS)
     while not stops:
-        for line in watcher.round():
+        for line in watcher.check():
             _log.info(line)
-        next_round = time.monotonic() + SECONDS
-        while not stops and time.monotonic() < next_round:
+        next_check = time.monotonic() + SECONDS
+        while not stops and time.monotonic() < next_check:
             time.sleep(0.2)
     return 0
 

@@ -1,4 +1,4 @@
-"""The automation that makes flow runs Crashed whose heartbeat stopped; an open-source server has none by itself."""
+"""The automation that sets flow runs without heartbeats to Crashed; an open-source Prefect server has none."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NAME = "Crash zombie flow runs"
 
 
 def ensure_zombie_automation() -> bool:
-    """Create the automation, or mend one that differs. Returns whether anything had to be done."""
+    """Create the automation, or update one that differs. Returns whether anything was changed."""
     wanted = Automation(
         name=NAME,
         description="A run that sent heartbeats and then nothing for three of them has died with its worker.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
-            # Any event: state changes are named after the state's name, and a run may end Completed("NothingNew").
+            # Any event: state changes are named after the state's name, and a run may end as Completed("NothingNew").
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
             for_each={"prefect.resource.id"},
@@ -56,6 +56,6 @@ def ensure_zombie_automation() -> bool:
 
 
 def zombie_automation_is_installed() -> bool:
-    """Whether the server has the automation, switched on."""
+    """Whether the server has the automation, and it is switched on."""
     with get_client(sync_client=True) as client:
         return any(automation.enabled for automation in client.read_automations_by_name(NAME))

@@ -1,1 +1,1 @@
-"""Running generated code against its tests behind two guards."""
+"""Runs generated code with its tests behind two guards."""

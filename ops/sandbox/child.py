@@ -1,8 +1,9 @@
-"""The inner side of ops/sandbox/guards.py: reads rows from stdin, forks a child for each, writes a JSON line each.
+"""The program inside the sandbox: reads rows from stdin, forks a child for each, and writes a JSON line for each.
 
-It runs as a script in a fresh interpreter and imports the standard library only. Whatever touches generated text,
-parsing it included, happens in the forked child, behind the limits of ``confine``. What all this covers, and what
-not, is listed in ops/sandbox/guards.py.
+ops/sandbox/guards.py starts it as a script in a fresh interpreter. In bubblewrap it is the only visible file of the
+project, so it stays one file, longer than the others, and imports the standard library only. Generated text is
+handled, parsing included, in the forked child alone, behind the limits of ``confine``. ops/sandbox/guards.py lists
+what is covered, and what not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import struct
 import sys
 import time
 import types
-import unicodedata  # noqa: F401 - the parser imports it for other alphabets, when files are out of reach already
+import unicodedata  # noqa: F401 - the parser imports it for other alphabets, when no file can be opened any more
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ except ImportError:  # a Python built without libffi: no prctl, so no filter
 NOBODY = 65534
 MAX_SOURCE = 20_000  # characters of code and tests together
 MAX_DEPTH = 100  # nested nodes
-MAX_ANSWER = 4096  # bytes that a child may answer
+MAX_ANSWER = 4096  # bytes of a child's answer
 MAX_REASON = 300  # characters
 
 
@@ -41,7 +42,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Guard 1, the allow-list: what is not named here does not pass.
+# Guard 1, the allow-list: nodes, builtins and methods that are not named here are refused.
 NODES = _words(
     """Module Expr Assign AugAssign AnnAssign Delete Assert Raise Return Pass Break Continue If For While Try
     ExceptHandler FunctionDef Lambda arguments arg keyword Nonlocal Name Constant Attribute Subscript Slice Starred
@@ -56,7 +57,7 @@ BUILTINS = _words(
     NameError NotImplementedError OverflowError RecursionError RuntimeError StopIteration TypeError UnboundLocalError
     ValueError ZeroDivisionError"""
 )
-METHODS = _words(  # of str without format and format_map, which read attributes, and encode, which imports codecs
+METHODS = _words(  # without str.format and format_map, which read attributes, and encode, which imports codecs
     """capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit
     isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip maketrans partition
     removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip
@@ -68,7 +69,7 @@ METHODS = _words(  # of str without format and format_map, which read attributes
 _CONSTANTS = (str, int, float, complex, bool, type(None), type(...))
 _IDENTIFIER = re.compile(r"(?!__)[A-Za-z_][A-Za-z0-9_]*")
 
-# System calls, as numbered on x86_64 and aarch64 (None: it has none). Behind guard 1 all others are refused ...
+# Numbers of system calls on x86_64 and aarch64 (None: it does not exist). Behind guard 1 all others are refused.
 _PURE = {
     "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "mremap": (25, 216), "brk": (12, 214),
     "madvise": (28, 233), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
@@ -76,8 +77,8 @@ _PURE = {
     "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "exit": (60, 93),
     "exit_group": (231, 94),
 }  # fmt: skip
-# ... in bubblewrap these are: processes and programs, namespaces, what reaches other processes (the parent judges the
-# next rows), memory that no limit counts or that outlives its process, and rarely used parts of the kernel.
+# In bubblewrap these are refused: starting processes and programs, namespaces, access to other processes (the parent
+# runs the next rows), memory that no limit counts or that outlives its process, and rarely used parts of the kernel.
 _REFUSED = {
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435), "execve": (59, 221),
     "execveat": (322, 281), "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117),
@@ -98,7 +99,7 @@ _HEAPTYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: set for every class that Python code 
 
 
 def refusal(trees: Sequence[ast.AST]) -> str | None:
-    """Why these syntax trees, which share their names, do not pass the allow-list; None if they do."""
+    """Why syntax trees, of code and its tests with shared names, do not pass the allow-list; None if they pass."""
     nodes = list(_walk(trees))
     bound = set()
     for node, _ in nodes:
@@ -126,14 +127,14 @@ def refusal(trees: Sequence[ast.AST]) -> str | None:
             return "decorators are not on the allow-list"
         if isinstance(node, ast.Name) and hasattr(builtins, node.id) and node.id not in BUILTINS | bound:
             return f"the builtin {node.id} is not on the allow-list"
-        for name in _strings(node):  # whatever other text a node holds can only be an identifier
+        for name in _strings(node):  # all other text in a node is an identifier
             if not _IDENTIFIER.fullmatch(name):
                 return f"the name {name} is not on the allow-list"
     return None
 
 
 def _walk(trees: Sequence[ast.AST]) -> Iterator[tuple[ast.AST, int]]:
-    """All nodes with their depth, without recursion."""
+    """All nodes with their depth, without recursion, which generated code could exhaust."""
     waiting = [(tree, 0) for tree in trees]
     while waiting:
         node, depth = waiting.pop()
@@ -147,10 +148,10 @@ def _strings(node: ast.AST) -> Iterator[str]:
 
 
 def judge(code: str, tests: Sequence[str], listed: bool) -> tuple[str, str]:
-    """Run the code, then its tests; outcome ("passed", "failed", "error" or "refused") and reason.
+    """Run the code, then its tests. Returns the outcome ("passed", "failed", "error" or "refused") and the reason.
 
     Args:
-        listed: run only what passes the allow-list, with its builtins; else whatever it is.
+        listed: run only code that passes the allow-list, with the builtins listed there; else run any code.
     """
     if listed and len(code) + sum(map(len, tests)) > MAX_SOURCE:
         return "refused", f"longer than {MAX_SOURCE} characters"
@@ -168,12 +169,12 @@ def judge(code: str, tests: Sequence[str], listed: bool) -> tuple[str, str]:
         given: Any = dict(known)
     else:
         checks = [_Guarded(check).result for check in checks]
-        # Modules of its own, so that "import builtins" or "import __main__" does not lead into this one.
+        # Own modules, so that "import builtins" or "import __main__" gives no access to this program's.
         given = types.ModuleType("builtins")
         vars(given).update(known)
         sys.modules.update(builtins=given, __main__=types.ModuleType("__main__"))
     namespace = {"__builtins__": given, "__name__": "snippet"}
-    # The tests have builtins of their own, and a name of theirs must not be both builtin and the code's.
+    # The tests have their own builtins. A builtin that they use must not be rebound by the code.
     scope = {"__builtins__": known, "__name__": "tests", _Guarded.NAME: _own}
     used = {node.id for check in checks for node in ast.walk(check) if isinstance(node, ast.Name)} & known.keys()
     try:
@@ -199,15 +200,16 @@ def _describe(error: BaseException) -> str:
 
 
 class _Guarded(ast.NodeTransformer):
-    """Tests in which no operator, truth test or builtin meets an object of a class that the code defined.
+    """Rewrites tests so that no operator, truth test or builtin accepts an object of a class that the code defined.
 
-    Such a class could call itself equal to anything. Only where classes can exist, that is, in bubblewrap.
+    Such an object could claim to be equal to anything. Needed in bubblewrap only: the allow-list has no classes.
     """
 
     NAME = "__own__"
 
     def __init__(self, check: ast.Module) -> None:
-        self.free: set[ast.AST | None] = set()  # what is only called, looked into, named or handed to the code
+        # Expressions that are only called, assigned, passed to the code, or have an attribute read.
+        self.free: set[ast.AST | None] = set()
         for node in ast.walk(check):
             if isinstance(node, ast.Call):
                 self.free.add(node.func)
@@ -222,7 +224,7 @@ class _Guarded(ast.NodeTransformer):
         self.result = ast.fix_missing_locations(self.visit(check))
 
     def visit(self, node: ast.AST) -> Any:
-        """Wrap what is a value and not free."""
+        """Wrap every expression that is read and not free in a call of ``_own``."""
         self.generic_visit(node)
         if not isinstance(node, ast.expr) or isinstance(node, ast.Starred | ast.Slice) or node in self.free:
             return node
@@ -232,12 +234,16 @@ class _Guarded(ast.NodeTransformer):
 
 
 def _own(value: Any) -> Any:
-    """The value, if its class and those of its items are built in or stand in an imported module."""
+    """The value itself, if its class and those of its items are builtin or defined in an imported module.
+
+    Raises:
+        AssertionError: a class was defined by the code.
+    """
     kind = type(value)
     if type.__dict__["__flags__"].__get__(kind) & _HEAPTYPE:
         home = sys.modules.get(str(type.__getattribute__(kind, "__module__")))
         if vars(home).get(kind.__qualname__) is not kind if home else True:
-            raise AssertionError(f"meets an object of the class {kind.__qualname__}, which the code defined")
+            raise AssertionError(f"uses an object of the class {kind.__qualname__}, which the code defined")
     if isinstance(value, dict):
         _own([*dict.keys(value), *dict.values(value)])
     elif isinstance(value, list | tuple | set | frozenset):
@@ -247,14 +253,19 @@ def _own(value: Any) -> Any:
 
 
 def confine(memory_bytes: int, seconds: float, report: int, listed: bool) -> None:
-    """Give up, for good, all that a row does not need; ``report`` is the one descriptor left to write to."""
+    """Give up irrevocably what a row does not need.
+
+    Args:
+        report: the only descriptor that can still be written to.
+        listed: whether the code passed the allow-list; the filter of system calls is stricter then.
+    """
     for limit, value in (
         (resource.RLIMIT_CPU, math.ceil(seconds) + 1),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, 0 if listed else 64),
-        (resource.RLIMIT_NPROC, 0),  # not for root, hence drop_root and the filter
+        (resource.RLIMIT_NPROC, 0),  # does not bind root, hence drop_root and the filter
     ):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -266,6 +277,7 @@ def confine(memory_bytes: int, seconds: float, report: int, listed: bool) -> Non
 
 
 def _prctl(option: int, *arguments: int) -> bool:
+    """Call prctl(2). Returns whether it succeeded."""
     try:
         call = ctypes.CDLL(None).prctl
     except AttributeError:  # no ctypes, or not Linux
@@ -274,7 +286,7 @@ def _prctl(option: int, *arguments: int) -> bool:
 
 
 def _filter_system_calls(report: int, listed: bool) -> None:
-    """Load a seccomp filter, which answers EPERM (see seccomp(2) and linux/filter.h)."""
+    """Load a seccomp filter that answers refused system calls with EPERM (see seccomp(2) and linux/filter.h)."""
     if sys.platform != "linux" or os.uname().machine not in _MACHINES or struct.calcsize("P") != 8:
         return
     column = _MACHINES.index(os.uname().machine)
@@ -295,7 +307,7 @@ def _filter_system_calls(report: int, listed: bool) -> None:
 
 
 def drop_root() -> None:
-    """Become nobody: limits on processes do not hold for root, and files closed to nobody are closed."""
+    """Become the user nobody: limits on processes do not bind root, and nobody can read fewer files."""
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a container without that user id
             os.setgroups([])
@@ -304,7 +316,7 @@ def drop_root() -> None:
 
 
 def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, listed: bool) -> tuple[str, str]:
-    """Judge one row in a forked child; only an answer that begins with this row's token counts."""
+    """Run one row in a forked child; only an answer that begins with this row's random token is accepted."""
     token = os.urandom(16).hex()
     reading, writing = os.pipe()
     parent = os.getpid()
@@ -318,7 +330,7 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
             os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
             confine(memory_bytes, seconds, writing, listed)
             if os.getppid() == parent:
-                write = os.write  # the code may patch modules
+                write = os.write  # kept, because the code may patch the module
                 outcome, reason = judge(code, tests, listed)
                 write(writing, f"{token}{outcome}\n{reason[:MAX_REASON]}".encode(errors="replace"))
         finally:
@@ -326,7 +338,7 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
     os.close(writing)
     answer, ended = _read(reading, time.monotonic() + seconds)
     os.close(reading)
-    os.kill(child, signal.SIGKILL)  # not reaped yet, so the id is still its own
+    os.kill(child, signal.SIGKILL)  # not reaped yet, so its pid cannot be another process's
     _, status = os.waitpid(child, 0)
     if answer.startswith(token.encode()):
         outcome, _, reason = answer[len(token) :].decode(errors="replace").partition("\n")
@@ -335,11 +347,11 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
         return "timeout", f"not finished after {seconds:g} s"
     ending = os.waitstatus_to_exitcode(status)
     how = f"signal {-ending}" if ending < 0 else f"exit status {ending}"
-    return "error", f"ended without a verdict ({how})"
+    return "error", f"ended without a result ({how})"
 
 
 def _read(descriptor: int, deadline: float) -> tuple[bytes, bool]:
-    """What comes through a pipe, and whether it came to its end (or over its limit) in time."""
+    """Read a pipe until its end or more than MAX_ANSWER bytes. Returns the bytes, and whether that came in time."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     answer = b""
@@ -358,7 +370,7 @@ def main() -> None:
     """Answer the request on stdin: {"rows", "listed", "seconds", "memory_bytes", "parent"}."""
     request = json.load(sys.stdin.buffer)
     drop_root()
-    _prctl(_PR_SET_DUMPABLE, 0)  # no child reads its parent's memory
+    _prctl(_PR_SET_DUMPABLE, 0)  # a child cannot read its parent's memory
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if request["parent"] not in (None, os.getppid()):
         return

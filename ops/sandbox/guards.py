@@ -1,50 +1,51 @@
-"""Runs generated code against its tests, behind two guards, and says which rows pass.
+"""Runs generated code with its tests behind two guards, and tells which rows pass.
 
-Guard 1 is an allow-list over the syntax tree of the code and of its tests (``refusal`` in ops/sandbox/child.py): no
-import, class, decorator, ``global``, ``with`` or ``match``; no name or attribute that begins with two underscores;
-of the builtins and of the methods of str, list, dict, set, tuple, int and float only those listed. What passes has
-no way to a file, a socket or another process, and runs anywhere. Guard 2 is bubblewrap, for everything else.
-Without a bubblewrap that works such code is not executed.
+Guard 1 is an allow-list over the syntax tree of the code and of its tests (``refusal`` in ops/sandbox/child.py). It
+allows no import, class, decorator, ``global``, ``with`` or ``match``, no name or attribute that begins with two
+underscores, and of the builtins and of the methods of str, list, dict, set, tuple, int and float only those listed.
+Code that passes cannot reach a file, a socket or another process, and runs on any system. Guard 2 is bubblewrap, for
+all other code. Without a working bubblewrap such code is not executed.
 
-Both guards run a fresh, isolated interpreter with an empty environment but for PYTHONHASHSEED=0 (hence ``-P -s``, the
-parts of ``-I`` that do not ignore it: sets have one order in every run). It runs in an empty directory, removed
-already, and a session of its own. It forks a child for each row, and all that touches the text, parsing included,
-happens there.
+Behind both guards the code runs in a fresh, isolated interpreter whose environment has nothing but PYTHONHASHSEED=0,
+so that sets have the same order in every run (hence ``-P -s``, the parts of ``-I`` that do not ignore that variable).
+The interpreter has its own session and an empty working directory, which is removed as soon as it has started. It
+forks a child for each row, and only this child handles the generated text, parsing included.
 
-Covered, in both guards:
+Covered, by both guards:
 
-- Time: a row is killed after ``timeout_seconds`` of wall clock, CPU seconds have a limit too, and all processes are
-  killed when the call ends, when it is interrupted, and (Linux) when the calling process dies.
-- Memory: ``memory_bytes`` of address space; one row runs at a time, and no core is dumped.
-- Files: none can be opened behind guard 1. In bubblewrap only /usr, the libraries, the interpreter and its
+- Time: a row is killed after ``timeout_seconds`` of wall clock, and its CPU seconds are limited too. All processes
+  are killed when the call ends, when it is interrupted, and (Linux) when the calling process dies.
+- Memory: the address space is limited to ``memory_bytes``; one row runs at a time, and no core is dumped.
+- Files: behind guard 1 none can be opened. In bubblewrap only /usr, the libraries, the interpreter and its
   site-packages can be read, nothing can be created, and no file can grow.
-- Processes: none can be started, nor threads (RLIMIT_NPROC, which does not bind root, and a filter of system calls).
-  Behind guard 1 root has become nobody; in bubblewrap it is shown as nobody and has no capabilities.
-- Network: no socket behind guard 1 (filter), nothing but an empty loopback in bubblewrap.
-- System calls, on x86_64 and aarch64 where Python has ctypes and the kernel seccomp: behind guard 1 all but those
-  of pure computing are refused, should the allow-list have a hole; in bubblewrap those which start, trace or share.
-  No new privileges in either.
-- Faked verdicts: printing, writing to every descriptor, SystemExit, os._exit(0), being killed, and catching every
-  exception do not count. A row passes only if code and tests ran to their ends in a child that then says so, with a
-  token drawn for this row. Tests have builtins of their own; a row whose code gives another meaning to a builtin
-  that its tests use fails. Behind guard 1 there are no classes, so == means what Python says. In bubblewrap no
-  operator, truth test or builtin of the tests accepts an object of a class that the code defined.
-- The caller: its environment, descriptors, checkout and home directory are out of reach; reasons are printable.
+- Processes: no process or thread can be started (RLIMIT_NPROC, which does not bind root, and a filter of system
+  calls). Behind guard 1 root becomes the user nobody; in bubblewrap it appears as nobody and has no capabilities.
+- Network: no socket behind guard 1 (filter), only an empty loopback in bubblewrap.
+- System calls, on x86_64 and aarch64 where Python has ctypes and the kernel seccomp: behind guard 1 all but those of
+  pure computation are refused, in case the allow-list has a gap; in bubblewrap those that start or trace processes or
+  share memory. New privileges cannot be gained behind either.
+- Faked results: printing, writing to every descriptor, SystemExit, os._exit(0), being killed, and catching every
+  exception do not make a row pass. A row passes only if code and tests run to their ends in a child that then reports
+  it with a random token of this row. The tests have their own builtins; a row whose code rebinds a builtin that its
+  tests use fails. Behind guard 1 there are no classes, so == has Python's meaning. In bubblewrap no operator, truth
+  test or builtin of the tests accepts an object of a class that the code defined.
+- The calling process: its environment, descriptors, checkout and home directory cannot be reached; the reasons that
+  are returned contain printable characters only.
 
 Stricter than Python: a row fails if its tests compare, add or test the truth of objects of the code's own classes, or
-if its function is named as a builtin that the tests call.
+if its function has the name of a builtin that the tests call.
 
 Not covered:
 
 - Code in bubblewrap that searches its own interpreter (frames, gc, tracing, ctypes, patched library classes) can fake
-  its own verdict. It cannot leave, nor change the verdict of another row. Behind guard 1 it has no way to search.
-- Whatever lies below /usr and the interpreter's own directories can be read in bubblewrap: keep no secrets there.
-- Flaws of the kernel, of bubblewrap, and behind guard 1 of Python together with the filter; side channels. For root
-  they weigh more, since what bubblewrap shows as nobody is root outside: better be another user.
-- Other systems than Linux: there is no guard 2, no filter, and only those limits that the system has. On Linux
-  machines other than x86_64 and aarch64 there is no filter either, so bubblewrap does not count as working for root.
-- One CPU core is busy for up to ``timeout_seconds`` a row. Under heavy load a right but slow row can time out.
-- Whether tests that pass mean anything.
+  its own result. It cannot leave the sandbox or change the result of another row. Behind guard 1 it cannot search.
+- Everything below /usr and the interpreter's own directories can be read in bubblewrap: keep no secrets there.
+- Flaws of the kernel, of bubblewrap, and behind guard 1 of Python together with the filter; side channels. They weigh
+  more for root, because the user that bubblewrap shows as nobody is root outside: run as another user if possible.
+- Other systems than Linux: they have no guard 2, no filter, and only the limits that the system provides. On Linux
+  machines other than x86_64 and aarch64 there is no filter either, so bubblewrap counts as not working for root.
+- A row keeps one CPU core busy for up to ``timeout_seconds``. Under heavy load a correct but slow row can time out.
+- Whether passing tests mean that the code is correct.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ MEMORY_BYTES = 512 * 2**20
 _CHILD = Path(__file__).with_name("child.py")
 _PYTHON_OPTIONS = ["-P", "-s", "-S", "-B", "-W", "ignore"]
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
-_SECONDS_TO_START = 30
-_SECONDS_PER_ROW = 0.5  # of forking, beside the row's own time
+_SECONDS_TO_START = 30  # time limit for the interpreter's start
+_SECONDS_PER_ROW = 0.5  # for forking, in addition to the row's own time limit
 
-# Proves in the very sandbox that what guard 2 promises holds here.
+# Code and tests that run in bubblewrap before its first use, and prove that guard 2 works on this machine.
 _PROBE = """
 import os, socket
 
@@ -100,13 +101,14 @@ _PROBE_TESTS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of a row.
+class RowResult:
+    """The result of running one row.
 
     Attributes:
-        outcome: "passed": code and tests ran to their ends; "failed": a test did not hold; "error": an exception, or
-            a death; "timeout"; "not_executed": it needs bubblewrap, which is not there.
-        reason: for people; empty when passed.
+        outcome: "passed" if code and tests ran to their ends; "failed" if an assertion failed; "error" after an
+            exception or if the process died; "timeout"; "not_executed" if it needs bubblewrap, which does not work
+            here.
+        reason: explanation for people; empty if the row passed.
     """
 
     outcome: Outcome
@@ -115,16 +117,16 @@ class Verdict:
 
 def run_tests(
     snippets: Sequence[Snippet], timeout_seconds: float = 2.0, memory_bytes: int = MEMORY_BYTES
-) -> list[Verdict]:
-    """Run each snippet, code and its tests (statements, at least one of them an assert), by itself.
+) -> list[RowResult]:
+    """Run each row, a snippet of code and its tests (statements, at least one of them an assert), by itself.
 
     Args:
         snippets: generated code with its tests; neither is trusted.
-        timeout_seconds: for each row, of wall clock.
-        memory_bytes: of address space, for each row; an interpreter alone takes about 30 MiB.
+        timeout_seconds: wall-clock limit of each row.
+        memory_bytes: limit of the address space of each row; an interpreter alone takes about 30 MiB.
 
     Returns:
-        One verdict per snippet, in their order.
+        One result per snippet, in the order of the snippets.
     """
     limits = timeout_seconds, memory_bytes
     answers = _run([sys.executable, *_PYTHON_OPTIONS, str(_CHILD)], snippets, *limits, listed=True)
@@ -137,43 +139,49 @@ def run_tests(
             again = _run(command, [snippets[index] for index in refused], *limits, listed=False)
         for index, answer in zip(refused, again, strict=True):
             answers[index] = answer
-    return [_verdict(outcome, reason) for outcome, reason in answers]
+    return [_checked(outcome, reason) for outcome, reason in answers]
 
 
-def _verdict(outcome: str, reason: str) -> Verdict:
+def _checked(outcome: str, reason: str) -> RowResult:
+    """The result with its outcome checked and its reason made printable: the sandbox is not trusted."""
     reason = "".join(character if character.isprintable() else " " for character in reason)
     match outcome:
         case "passed" | "failed" | "error" | "timeout" | "not_executed":
-            return Verdict(outcome, reason)
-    return Verdict("error", f"no such outcome: {outcome[:20]!r}")
+            return RowResult(outcome, reason)
+    return RowResult("error", f"no such outcome: {outcome[:20]!r}")
 
 
 def _run(
     command: list[str], rows: Sequence[Snippet], seconds: float, memory_bytes: int, *, listed: bool
 ) -> list[tuple[str, str]]:
-    """Have ops/sandbox/child.py judge rows: outcome and reason. One that ends the sandbox ends itself only."""
+    """Run rows in ops/sandbox/child.py: outcome and reason of each.
+
+    A row that ends the sandbox is an error; the rows behind it run in a new sandbox.
+    """
     answers: list[tuple[str, str]] = []
     while len(answers) < len(rows):
-        more, ending = _start(command, rows[len(answers) :], seconds, memory_bytes, listed=listed)
+        more, ending = _run_once(command, rows[len(answers) :], seconds, memory_bytes, listed=listed)
         answers += more
         if len(answers) < len(rows):
             answers.append(("error", ending))
     return answers
 
 
-def _start(
+def _run_once(
     command: list[str], rows: Sequence[Snippet], seconds: float, memory_bytes: int, *, listed: bool
 ) -> tuple[list[tuple[str, str]], str]:
-    """Judge rows in one sandbox: the answers there were, and how it ended."""
+    """Run rows in one sandbox. Returns outcomes and reasons until it ended, and a message on how it ended."""
     request = {
         "rows": [(code, list(tests)) for code, tests in rows],
         "listed": listed,
         "seconds": seconds,
         "memory_bytes": memory_bytes,
-        "parent": os.getpid() if listed else None,  # in bubblewrap it is not visible
+        "parent": os.getpid() if listed else None,  # not visible in bubblewrap
     }
     with tempfile.TemporaryFile() as errors:
-        with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:  # and gone once it runs there
+        with tempfile.TemporaryDirectory(
+            prefix="sandbox-"
+        ) as empty:  # removed as soon as the process has started in it
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -190,7 +198,7 @@ def _start(
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
         finally:
-            if process.poll() is None:  # not reaped yet, so the id is still its own
+            if process.poll() is None:  # not reaped yet, so its pid cannot be another process's
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         whole = [line for line in output.splitlines(keepends=True) if line.endswith(b"\n")]
@@ -201,12 +209,12 @@ def _start(
 
 
 def _bubblewrap() -> tuple[list[str] | None, str]:
-    """The command that runs the child in bubblewrap, or None and what is to be done about it."""
+    """The command that runs the child in bubblewrap; or None, and why there is none with the remedy."""
     program = shutil.which("bwrap")
     if sys.platform != "linux":
         return None, "only Linux has bubblewrap to run it in"
     if program is None:
-        return None, f"there is no bubblewrap to run it in: {INSTALL}"
+        return None, f"bubblewrap is not installed to run it in: {INSTALL}"
     command = _bubblewrap_command(program)
     outcome, reason = _probe(tuple(command))
     if outcome != "passed":
@@ -220,7 +228,7 @@ def _probe(command: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _bubblewrap_command(program: str) -> list[str]:
-    """No namespace shared, no capability, an empty read-only root with the system and this Python in it."""
+    """bubblewrap without shared namespaces and capabilities, on a read-only root with the system and this Python."""
     home = Path(os.path.expanduser("~"))
     prefixes = {path for prefix in (sys.base_prefix, sys.prefix) for path in (prefix, os.path.realpath(prefix))}
     readable = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache"]

@@ -1,1 +1,1 @@
-"""`make up`: both servers, the worker and the watcher, and the deployments."""
+"""The servers: those of `make up` with the worker, the watcher and the deployments, and Prefect's temporary one."""

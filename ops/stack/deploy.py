@@ -1,7 +1,7 @@
-"""``python -m ops.stack.deploy``: what a Prefect server must have here: work pool, limits, automation, deployments.
+"""``python -m ops.stack.deploy``: create work pool, limits, automation and deployments on a Prefect server.
 
-All of it as prefect.yaml and the settings say, each time anew, on the server of PREFECT_API_URL. ``make up`` does it
-by itself; ``make deploy`` is for a server that runs elsewhere.
+The server is that of PREFECT_API_URL. Each call updates everything from prefect.yaml and the settings. ``make up``
+does the same by itself; ``make deploy`` is for a server that runs elsewhere.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from ops.settings import PROJECT_ROOT
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-WAITING_RUNS = 2  # flow runs that start beyond the GPUs, so that they can say what they wait for
+WAITING_RUNS = 2  # flow runs beyond the number of GPUs that may start, to show what they wait for
 
 
 class DeployError(RuntimeError):
-    """The server does not answer, wants a password, or refuses; the message says what."""
+    """The server does not answer, requires a password, or refuses a deployment; the message says which."""
 
 
 def set_up(client: SyncPrefectClient, gpus: int) -> None:
-    """Create work pool, limit of trainings at a time and automation, or give them the numbers that hold now."""
-    # Imported here, because it takes seconds in which a server can start.
+    """Create work pool, limit of simultaneous trainings and automation, or update them.
+
+    Args:
+        gpus: number of simultaneous trainings over all workers.
+    """
+    # Imported here: these imports take seconds, in which a server starts.
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
     from prefect.workers.process import ProcessWorker
@@ -51,7 +55,7 @@ def deploy() -> None:
     """Create or update all deployments of prefect.yaml.
 
     Raises:
-        DeployError: prefect refused.
+        DeployError: the command failed; the message has the end of its output.
     """
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -66,7 +70,7 @@ def main() -> int:
     from ops.recovery.doctor import connect
 
     if not os.environ.get("PREFECT_API_URL"):
-        print("PREFECT_API_URL must name the server, as client.env of make up does", file=sys.stderr)
+        print("set PREFECT_API_URL to the server's address, as client.env of make up does", file=sys.stderr)
         return 2
     try:
         with get_client(sync_client=True) as client:

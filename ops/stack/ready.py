@@ -9,24 +9,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from http.client import HTTPException
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from ops.servers import USER, Servers
 from ops.stack.deploy import DeployError, deploy, set_up
 
-SECONDS = 120.0  # for each of them; four times what they need together on two idle cores
+SECONDS = 120.0  # time limit for each server; four times what all need together on two idle cores
 
 
 class NotReadyError(RuntimeError):
-    """Something did not come up; the message says what, and where to look."""
+    """A server or the worker did not start; the message names it and its log."""
 
 
-def wait_for(what: str, log: object, ready: Callable[[], bool]) -> None:
-    """Ask again and again; to be refused a connection means not yet.
+def wait_for(what: str, log: Path, ready: Callable[[], bool]) -> None:
+    """Call ``ready`` until it is true; a refused connection counts as not ready yet.
+
+    Args:
+        what: name of the server or worker, for the error.
+        log: path of its log, for the error.
 
     Raises:
-        NotReadyError: the time is over.
+        NotReadyError: it was not ready within ``SECONDS``.
     """
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
@@ -34,7 +39,7 @@ def wait_for(what: str, log: object, ready: Callable[[], bool]) -> None:
             if ready():
                 return
         time.sleep(0.2)
-    raise NotReadyError(f"{what} did not come up in {SECONDS:.0f} s: see {log}")
+    raise NotReadyError(f"{what} did not start in {SECONDS:.0f} s: see {log}")
 
 
 def _answers(url: str | Request) -> bool:
@@ -43,10 +48,10 @@ def _answers(url: str | Request) -> bool:
 
 
 def _takes_the_password(servers: Servers) -> bool:
-    """Whether MLflow answers a client that has what client.env gives.
+    """Whether MLflow answers a request with the credentials of client.env.
 
     Raises:
-        NotReadyError: it answers, and refuses.
+        NotReadyError: MLflow refuses the password.
     """
     ask = Request(f"{servers.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1")
     if servers.secure:
@@ -58,21 +63,21 @@ def _takes_the_password(servers: Servers) -> bool:
             raise
         raise NotReadyError(
             f"MLflow does not know the password in {servers.password_file}: it keeps the one it was first started "
-            f"with. Put that one back, or remove {servers.home / 'basic_auth.db'}, and with it all users but {USER}"
+            f"with. Restore that one, or remove {servers.home / 'basic_auth.db'}, and with it all users but {USER}"
         ) from None
 
 
 def main() -> int:
-    """Returns the exit status."""
+    """Wait, set up, and start worker and watcher. Returns the exit status."""
     servers = Servers.load()
     began = datetime.now(UTC)
 
-    # These take seconds, in which the server starts.
+    # Imported here: these imports take seconds, in which the server starts.
     from prefect.client.orchestration import get_client
 
     from ops.recovery.limits import POOL
 
-    def works() -> bool:
+    def worker_is_online() -> bool:
         beats = [worker.last_heartbeat_time for worker in client.read_workers_for_work_pool(POOL)]
         return any(beat and beat > began for beat in beats)
 
@@ -84,8 +89,8 @@ def main() -> int:
             servers.supervisor().startProcess("worker", False)
             deploy()
             wait_for("MLflow's server", servers.logs / "mlflow.log", lambda: _takes_the_password(servers))
-            wait_for("the worker", servers.logs / "worker.log", works)
-            servers.supervisor().startProcess("watch", False)  # last, because nobody waits for it
+            wait_for("the worker", servers.logs / "worker.log", worker_is_online)
+            servers.supervisor().startProcess("watch", False)  # last: no other program needs it
     except (NotReadyError, DeployError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.engine.journal import read_journal
 from model.files import sha256_file, write_json
-from ops.machine.process import mark_process
+from ops.machine.process import identify_process
 from ops.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def tracked_run(
         tags={
             **_user(),
             **tags,
-            PROCESS_TAG: mark_process().to_json(),
+            PROCESS_TAG: identify_process().to_json(),
             **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {}),
         },
     )

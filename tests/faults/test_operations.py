@@ -1,6 +1,6 @@
-"""The rows of the table in docs/operations.md: real servers and a worker, and what kill -9 and signals do to them.
+"""The rows of the table in docs/operations.md: kill -9 and signals with real servers and a real worker.
 
-The device lock "cpu" plays the GPU's part. Prefect and MLflow must agree on every run's end.
+The device lock "cpu" stands for that of a GPU. Prefect and MLflow must agree on the end of every run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from installation import Installation, installed
 from made_up import BIN, wait_for
 
 from ops.machine.lock import read_locks
-from ops.machine.process import ProcessMark
+from ops.machine.process import ProcessIdentity
 from ops.recovery.zombies import HEARTBEAT_SECONDS, NAME
 from ops.tracking.runs import client
 
@@ -37,7 +37,7 @@ _PIDFD_GETFD = 438  # the system call's number, on every architecture
 
 @dataclass(frozen=True)
 class Run:
-    """A flow run, seen from both sides."""
+    """A flow run, in Prefect and in MLflow."""
 
     on: Installation
     id: str
@@ -63,18 +63,18 @@ class Run:
 
     @property
     def both(self) -> tuple[str, str]:
-        """State type at Prefect, status at MLflow."""
+        """State type in Prefect, status in MLflow."""
         return self.state["type"], self.mlflow.info.status
 
     @property
-    def process(self) -> ProcessMark:
-        mark = ProcessMark.from_json(self.mlflow.data.tags["process"])
-        assert mark is not None
-        return mark
+    def process(self) -> ProcessIdentity:
+        identity = ProcessIdentity.from_json(self.mlflow.data.tags["process"])
+        assert identity is not None
+        return identity
 
     @property
     def losses(self) -> list[Any]:
-        """The training's points that MLflow has."""
+        """The points of train/loss that MLflow has."""
         return list(client(self.on.tracking).get_metric_history(self.mlflow.info.run_id, "train/loss"))
 
     @property
@@ -83,13 +83,13 @@ class Run:
         return "\n".join(line["message"] for line in self.on.api("/logs/filter", query))
 
     def artifact(self, key: str) -> str:
-        """The newest artifact of that key that the run has; empty if it has none."""
+        """The run's newest artifact with that key; empty if it has none."""
         query = {"artifacts": {"flow_run_id": {"any_": [self.id]}, "key": {"any_": [key]}}}
         found = self.on.api("/artifacts/filter", query)
         return str(found[-1]["data"]) if found else ""
 
     def kill(self, number: int = signal.SIGKILL) -> float:
-        """A signal to its process alone. Returns the time."""
+        """Send a signal to its process alone. Returns the time of day in seconds."""
         os.kill(self.process.pid, number)
         return time.time()
 
@@ -104,7 +104,7 @@ class Run:
 
 
 class Webhook(ThreadingHTTPServer):
-    """Takes notices and keeps them."""
+    """A webhook that keeps the texts of notices."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -184,7 +184,7 @@ def _training(platform: Installation, seed: int) -> Path:
 def test_kill_9_of_the_holder_lets_the_next_one_in(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
-    """Two deployments take turns; who waits is seen to wait, and for whom; states agree; no two trainers at once."""
+    """Two deployments take turns: the waiting run shows whom it waits for, states agree, and one trains at a time."""
     first = submit({**LONG, "seed": 1})
     first.wait_until_it_trains()
     parameters = {**_tiny(platform), **SHORT, "seed": 2}
@@ -241,9 +241,9 @@ def _links_lead_both_ways(run: Run) -> None:
 
 
 def test_a_living_child_keeps_the_device(platform: Installation, submit: Callable[..., Run]) -> None:
-    """A flow is killed, and what it started may still compute: states agree, and the next run waits.
+    """A flow is killed while its child may still compute: states agree, and the next run waits.
 
-    Through a restart of Prefect's server too, until the doctor ends the child.
+    It waits through a restart of Prefect's server, until the doctor ends the child.
     """
     first = submit({**LONG, "seed": 3})
     first.wait_until_it_trains()
@@ -253,7 +253,7 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
         first.wait_for_both("CRASHED", "KILLED", 45)
         run = submit({**SHORT, "seed": 3})
         message = run.wait_for_state("WaitingForGpu", 90)["message"]
-        assert f"left behind when it died: pid {child.pid}" in message
+        assert f"held by pid {child.pid}, left behind by {first.prefect['name']} (pid " in message
         platform.kill("prefect")
         time.sleep(5)
         platform.start_prefect()
@@ -265,7 +265,7 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
         assert doctor.returncode == 1
         assert f"cpu is held by pid {child.pid}" in output
         assert f"left behind by {first.prefect['name']}" in output
-        assert child.poll() is None  # told, and not touched
+        assert child.poll() is None  # reported, but not ended
         doctor = platform.command(str(BIN / "python"), "-m", "ops.recovery.doctor", "--fix")
         output, _ = doctor.communicate(timeout=90)
         print(output)
@@ -278,7 +278,7 @@ def test_a_living_child_keeps_the_device(platform: Installation, submit: Callabl
 
 
 def _start_with_its_lock(pid: int, lock: Path) -> subprocess.Popen[bytes]:
-    """A process that has a running flow's lock as a child has that was forked with it."""
+    """A process that holds a running flow's lock, as a child does that inherited it."""
     number = next(int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir() if _leads_to(link, lock))
     flow = os.pidfd_open(pid)
     descriptor = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, flow, number, 0)
@@ -298,7 +298,7 @@ def _leads_to(link: Path, file: Path) -> bool:
 
 
 def test_an_exception_ends_both_sides(platform: Installation, submit: Callable[..., Run], webhook: Webhook) -> None:
-    """In the middle of a training, which holds the device: it is free, both sides say so, and people are told."""
+    """In a training, which holds the device: the device is freed, both sides have FAILED, and a notice is sent."""
     run = submit({**SHORT, "learning_rate": 1e30, "max_grad_norm": 1e30, "seed": 15})
     run.wait_for_both("FAILED", "FAILED", 120)
     print(run.state["message"])
@@ -313,7 +313,7 @@ def test_an_exception_ends_both_sides(platform: Installation, submit: Callable[.
 
 
 def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Away for 10 s in the middle of a training. Who waits goes on waiting, and gets its turn."""
+    """The server is down for 10 s during a training. A waiting run goes on waiting, and trains afterwards."""
     first = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 4})
     first.wait_until_it_trains()
     second = submit({**SHORT, "seed": 5})
@@ -333,7 +333,7 @@ def test_a_run_outlives_a_restart_of_prefect_s_server(platform: Installation, su
 def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
-    """The trainer is gone within 30 s, both sides say so, and the next run goes on at that very step."""
+    """The process ends within 30 s, both sides have its end, and the next run goes on at its last step."""
     parameters = {**SHORT, "epochs": 1000, "max_steps": 1200, "eval_freq": 1100, "seed": 6}
     steps = []
     for how, prefect in (("cancel", "CANCELLED"), ("SIGTERM", "CRASHED")):
@@ -366,7 +366,7 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
 
 
 def test_a_training_outlives_mlflow(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Killed in the middle of a training and started later: no point is missing, none is there twice."""
+    """MLflow is killed during a training and started later: no point is missing, and none is there twice."""
     run = submit({**SHORT, "epochs": 1000, "max_steps": 1000, "eval_freq": 900, "seed": 7})
     run.wait_until_it_trains()
     platform.kill("mlflow")
@@ -380,7 +380,7 @@ def test_a_training_outlives_mlflow(platform: Installation, submit: Callable[...
 def test_mlflow_gone_to_the_end_is_a_failed_run(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
-    """What was trained stays; MLflow learns of the end when it is back; the next run does not train again."""
+    """The trained model is kept; MLflow gets the status when it is back; the next run does not train again."""
     parameters = {**SHORT, "epochs": 1000, "max_steps": 300, "eval_freq": 1000, "seed": 8}
     run = submit(parameters)
     run.wait_until_it_trains()
@@ -397,7 +397,7 @@ def test_mlflow_gone_to_the_end_is_a_failed_run(
 
 
 def test_a_run_outlives_its_worker(platform: Installation, submit: Callable[..., Run]) -> None:
-    """kill -9 of the worker alone: the flow ends as if nothing had happened."""
+    """kill -9 of the worker alone: the flow completes."""
     run = submit({**SHORT, "epochs": 1000, "max_steps": 300, "seed": 9})
     run.wait_until_it_trains()
     platform.kill("worker")
@@ -408,7 +408,7 @@ def test_a_run_outlives_its_worker(platform: Installation, submit: Callable[...,
 
 
 def test_a_cancellation_without_a_worker(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Nobody is there to deliver it: the watcher asks the process to end, which saves what it has."""
+    """No worker delivers it: the watcher sends SIGTERM to the process, which saves a checkpoint and ends."""
     run = submit({**LONG, "seed": 14})
     run.wait_until_it_trains()
     platform.kill("worker")
@@ -427,7 +427,7 @@ def test_a_cancellation_without_a_worker(platform: Installation, submit: Callabl
 def test_the_watcher_ends_what_died_with_its_worker(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
-    """kill -9 of worker and flow: nobody is left to tell, but the watcher, within two of its rounds."""
+    """kill -9 of worker and flow: the watcher sets both ends, within two of its checks."""
     run = submit({**LONG, "seed": 10})
     run.wait_until_it_trains()
     platform.kill("worker")
@@ -444,7 +444,7 @@ def test_the_watcher_ends_what_died_with_its_worker(
 
 
 def test_heartbeats_end_what_died_with_everything(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Without worker and watcher Prefect's automation ends the run; the watcher, once back, MLflow's."""
+    """Without worker and watcher Prefect's automation ends the flow run; a later watcher closes the MLflow run."""
     run = submit({**LONG, "seed": 11})
     run.wait_until_it_trains()
     platform.kill("worker")
@@ -458,12 +458,12 @@ def test_heartbeats_end_what_died_with_everything(platform: Installation, submit
     finally:
         platform.start_watcher()
         platform.start_worker()
-    # The watcher's first look falls into the 15 s that hooks are given; its next comes 30 s later.
+    # The watcher's first check is within the 15 s that hooks have; its next one is 30 s later.
     run.wait_for_both("CRASHED", "KILLED", 65)
 
 
 def test_a_restart_of_the_machine(platform: Installation, submit: Callable[..., Run]) -> None:
-    """Everything is killed at once; when servers, worker and watcher are back, both sides learn what happened."""
+    """Everything is killed at once; after servers, worker and watcher have started again, both sides have the end."""
     run = submit({**LONG, "seed": 12})
     run.wait_until_it_trains()
     pid = run.process.pid
@@ -482,8 +482,8 @@ def test_a_restart_of_the_machine(platform: Installation, submit: Callable[..., 
     after.wait_for_both("COMPLETED", "FINISHED", 300)
 
 
-def test_the_doctor_is_content(platform: Installation) -> None:
-    """After all that nothing is wrong, and the webhook's address stands in no log and no database."""
+def test_the_doctor_finds_nothing(platform: Installation) -> None:
+    """After all these tests nothing is wrong, and the webhook's address is in no log and no database."""
     doctor = platform.command(str(BIN / "python"), "-m", "ops.recovery.doctor")
     output, _ = doctor.communicate(timeout=90)
     assert doctor.returncode == 0, output

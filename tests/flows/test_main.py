@@ -16,8 +16,7 @@ import pytest
 
 from flows.__main__ import complaint, main
 from flows.local import RUN
-from ops.machine.marked import end, marked
-from ops.machine.process import mark_process
+from ops.machine.process import end_processes, identify_process, tagged
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORTEST = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
@@ -50,18 +49,18 @@ def test_a_run_without_servers(tmp_path: Path, environment: dict[str, str]) -> N
 def test_what_a_killed_run_left_is_ended(environment: dict[str, str]) -> None:
     """Its server, perhaps at work on the databases; the server of a run that lives stays."""
     killed = subprocess.Popen(SHORTEST, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    mark = mark_process(killed.pid).to_json()
-    while not (servers := [process for process in marked(RUN, mark) if "uvicorn" in process.command]):
+    mark = identify_process(killed.pid).to_json()
+    while not (servers := [process for process in tagged(RUN, mark) if "uvicorn" in process.command]):
         assert killed.poll() is None
         time.sleep(0.1)
     killed.kill()
     killed.wait()
-    living = subprocess.Popen(["sleep", "600"], env={**os.environ, RUN: mark_process().to_json()})
+    living = subprocess.Popen(["sleep", "600"], env={**os.environ, RUN: identify_process().to_json()})
     try:
         done = subprocess.run(SHORTEST, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"ended what a killed run had left: {servers[0]}" in done.stdout
-        assert marked(RUN, mark) == []
+        assert tagged(RUN, mark) == []
         assert living.poll() is None
     finally:
         living.kill()
@@ -79,7 +78,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
         [*SHORTEST[:3], *SHORTEST[4:]], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
-    mark = mark_process(run.pid).to_json()
+    mark = identify_process(run.pid).to_json()
     lines: list[str] = []
     assert run.stdout is not None
     try:
@@ -88,7 +87,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
                 assert line, "".join(lines)
                 lines.append(line)
         else:
-            while not marked(RUN, mark):
+            while not tagged(RUN, mark):
                 assert run.poll() is None
                 time.sleep(0.1)
             time.sleep(1)
@@ -96,9 +95,9 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
         output, _ = run.communicate(timeout=30)
         assert run.returncode == 128 + (signal.SIGTERM if number == signal.SIGHUP else number), output[-3000:]
         assert "Traceback" not in output, output[-3000:]
-        assert marked(RUN, mark) == []
+        assert tagged(RUN, mark) == []
     finally:
-        end(lambda: marked(RUN, mark), 0)
+        end_processes(lambda: tagged(RUN, mark), 0)
     if moment == "training":
         [(state,)] = rows(tmp_path / "prefect" / "prefect.db", "select state_type from flow_run")
         [(status,)] = rows(tmp_path / "mlflow" / "mlflow.db", "select status from runs")

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from ops.machine.marked import Process, end, marked
-from ops.servers import MARK
+from ops.machine.process import Process, end_processes, tagged
+from ops.servers import TAG_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -126,12 +126,12 @@ class MadeUp:
         """End it, if it is still running, and all processes that it started."""
         if self.process and self.process.poll() is None:
             self.interrupt(signal.SIGTERM)
-        end(self.processes, 5)
+        end_processes(self.processes, 5)
         assert not self.processes()
 
     def processes(self, *words: str) -> list[Process]:
-        """All running processes that it started, with all the words in their command."""
-        return [p for p in marked(MARK, str(self.home)) if all(word in p.command for word in words)]
+        """All living processes that it started, or those with all the words in their command."""
+        return [p for p in tagged(TAG_VARIABLE, str(self.home)) if all(word in p.command for word in words)]
 
     def one(self, *words: str) -> Process:
         """The oldest process with these words in its command."""

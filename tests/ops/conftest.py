@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def fakehub() -> ModuleType:
-    """The module beside this file; tests are no packages, so it is loaded by its path."""
+    """The module fakehub.py, loaded by its path because the tests are not packages."""
     spec = importlib.util.spec_from_file_location("fakehub", Path(__file__).with_name("fakehub.py"))
     assert spec
     assert spec.loader
@@ -28,9 +30,29 @@ def hub(fakehub: ModuleType) -> Iterator[Any]:
         yield running
 
 
+@pytest.fixture
+def sleeper() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """sleeper(deaf=False, **variables): a process with these variables, which ignores SIGTERM if it is deaf."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(deaf: bool = False, **variables: str) -> subprocess.Popen[bytes]:
+        code = "import signal, time; " + "signal.signal(15, signal.SIG_IGN); " * deaf
+        code += "print(flush=True); time.sleep(60)"
+        process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | variables, stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout
+        process.stdout.readline()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store of MLflow's, to be copied: its migrations take seconds."""
+    """An empty MLflow database for tests to copy, because its migrations take seconds."""
     from ops.tracking.runs import client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"

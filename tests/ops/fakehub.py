@@ -1,9 +1,9 @@
-"""A hub on the loopback interface that can be told to fail. A fake, because tests must run where no hub can
-be reached, and because the real one cannot be asked to send half a file.
+"""A fake hub on the loopback interface, with faults that tests switch on.
 
-It serves the routes that `ops.hub` makes huggingface_hub 2.4 use: a revision's info, its tree, and its files
-(small ones directly, LFS ones by a redirect to another host, as the real hub does with its CDN, so the token
-must not follow). Git's and LFS's hashes are real. There is no Xet and no access control.
+Tests must run where no hub can be reached, and a real hub does not send half a file on request. The fake serves the
+routes that huggingface_hub 2.4 uses for `ops.hub`: a revision's info, its tree, and its files (small ones directly,
+LFS ones by a redirect to another host, like the real hub with its CDN, so that the token must not be sent there). The
+hashes of git and LFS are real. There is no Xet and no access control.
 """
 
 from __future__ import annotations
@@ -34,11 +34,17 @@ def is_lfs(name: str) -> bool:
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose path contains ``match``, ``times`` times (None: always).
+    """A fault of requests whose path contains ``match``.
 
-    status: answer ``status`` with ``headers``. hang: never answer. The others concern the content of files.
-    half: close the connection after half of the bytes; rewind: the same, and Range is ignored; stall: keep it
-    open but send no more; short: call the half the whole; flip: change one byte.
+    Attributes:
+        kind: "status": answer with ``status`` and ``headers``; "hang": never answer. The others concern the content
+            of files. "half": close the connection after half of the bytes; "rewind": the same, and ignore Range;
+            "stall": keep the connection open after half of the bytes; "short": send half of the bytes as the whole
+            file; "flip": change one bit.
+        times: number of requests with the fault; None: all.
+        match: part of the path.
+        status: HTTP status of the answer.
+        headers: headers of the answer.
     """
 
     kind: Literal["status", "hang", "half", "rewind", "stall", "short", "flip"]
@@ -49,7 +55,7 @@ class Fault:
 
 
 class FakeHub:
-    """``with FakeHub() as hub``: serves what was pushed, applies ``hub.faults``, records ``hub.requests``."""
+    """``with FakeHub() as hub``: serves pushed files, applies ``hub.faults`` and records ``hub.requests``."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
@@ -70,7 +76,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop: from now on the port is dead."""
+        """Stop; connections to the port are refused from now on."""
         self.closing.set()
         self._server.shutdown()
         self._server.server_close()
@@ -144,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries: list[dict[str, Any]] = []
         for name, content in files.items():
             sha256 = hashlib.sha256(content).hexdigest()
-            # What git itself stores of an LFS file, and the hub gives as its blob id, is a pointer.
+            # Git stores a pointer in place of an LFS file, and the hub gives the pointer's hash as the blob id.
             pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n"
             pointer %= sha256.encode(), len(content)
             lfs = {"sha256": sha256, "oid": sha256, "size": len(content), "pointerSize": len(pointer)}

@@ -1,6 +1,6 @@
-"""`ops.hub` against a fake hub, in processes of their own: the library reads HF_ENDPOINT when it is imported.
+"""`ops.hub` against a fake hub, in separate processes, because the library reads HF_ENDPOINT when it is imported.
 
-Time limits are the module's settings, made short; everything else is the real library.
+The module's time limits are shortened; the library is the real one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODEL, DATASET = "org/tiny", "org/Code_Pairs"
-SPLITS = {"train": "train", "held_out": "test"}  # of the card: split -> file
+SPLITS = {"train": "train", "held_out": "test"}  # in the card: split -> file
 TOKEN = "hf_canaryCanaryCanary"
 FETCHED = {"config.json", "generation_config.json", "merges.txt", "model.safetensors", "vocab.json"}
-KINDS = ("model.safetensors", "config.json")  # hashed by LFS, and by git
+KINDS = ("model.safetensors", "config.json")  # one hashed by LFS, one by git
 DEAD = "http://127.0.0.1:9"
-SHORT = {"ANSWER_SECONDS": 1.0, "STALL_SECONDS": 1.0}  # where the wait is the point; else as shipped
+SHORT = {"ANSWER_SECONDS": 1.0, "STALL_SECONDS": 1.0}  # for tests of the time limits; the others use the defaults
 SCRIPT = """
 import json, sys, time, traceback
 from pathlib import Path
@@ -48,7 +48,7 @@ Fetch = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real, tiny GPT-2 as its repository would be, pickle and all."""
+    """A real, tiny GPT-2 with the files of its repository, a pickle included."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("weights")
@@ -74,7 +74,7 @@ def rows(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fetch(tmp_path: Path) -> Fetch:
-    """Run one call of `ops.hub` in a new process; its cache lasts through the test."""
+    """fetch(hub, function, *arguments): call `ops.hub` in a new process; all calls of a test share a cache."""
 
     def run(
         hub: Any, call: str, *arguments: str | None, env: dict[str, str] | None = None, **settings: Any
@@ -117,7 +117,7 @@ def sha256(path: Path) -> str:
 
 
 def parquet(folder: Path) -> Path:
-    """Tables in a folder below, and a card that names the splits."""
+    """A data set of tables in a sub-folder, and a card that names the splits."""
     import pyarrow
     from pyarrow.parquet import write_table
 
@@ -184,7 +184,7 @@ def test_a_damaged_cache_is_refetched(hub: Any, weights: Path, commit: str, fetc
 
 
 def test_a_blob_in_xets_store(hub: Any, weights: Path, commit: str, fetch: Fetch, tmp_path: Path) -> None:
-    """There a blob is a link to a file whose name has 64 digits, too, but is not its sha256."""
+    """There a blob is a link to a file whose name has 64 digits, but is not the file's sha256."""
     link = Path(fetch(hub, "fetch_weights", MODEL, commit)["path"]) / "model.safetensors"
     blob, stored = link.resolve(), tmp_path / "cache" / "blobs" / "ab" / ("ab" * 32)
     stored.parent.mkdir(parents=True)
@@ -203,11 +203,11 @@ def test_a_blob_in_xets_store(hub: Any, weights: Path, commit: str, fetch: Fetch
     assert theirs.exists()
     assert not config.is_symlink()
     assert got["files"]["model.safetensors"] == sha256(weights / "model.safetensors") == sha256(link)
-    assert not stored.exists(), "or the library would link to it again"
+    assert not stored.exists(), "else the library would link to it again"
 
 
 def test_a_cache_without_links(hub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
-    """As on Windows: no file says what its hash should be, so the hub is asked for it."""
+    """As on Windows: the file names do not give the hashes, so the hub is asked for them."""
     no_links = {"HF_HUB_DISABLE_SYMLINKS": "1"}
     file = Path(fetch(hub, "fetch_weights", MODEL, commit, env=no_links)["path"]) / "model.safetensors"
     assert not file.is_symlink()
@@ -217,7 +217,7 @@ def test_a_cache_without_links(hub: Any, weights: Path, commit: str, fetch: Fetc
     assert got["files"]["model.safetensors"] == sha256(weights / "model.safetensors") == sha256(file)
 
 
-def test_what_a_repository_lacks(hub: Any, weights: Path, fetch: Fetch, tmp_path: Path) -> None:
+def test_missing_files_and_repositories_are_named(hub: Any, weights: Path, fetch: Fetch, tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     folder.mkdir()
     for name in ("config.json", "vocab.json", "merges.txt", "pytorch_model.bin"):
@@ -227,11 +227,11 @@ def test_what_a_repository_lacks(hub: Any, weights: Path, fetch: Fetch, tmp_path
     assert not hub.asked("/resolve/")
     missing = fetch(hub, "fetch_weights", "org/none", pickled)["error"]
     assert "RepositoryNotFoundError (HTTP 404)" in missing
-    assert hub.asked("org/none") == 1, "a clear answer is not asked for again"
+    assert hub.asked("org/none") == 1, "a definite answer is not asked for again"
     assert "HFValidationError" in fetch(hub, "fetch_weights", "a/b/c", "main")["error"]
 
 
-# The hub is away
+# The hub does not answer
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_no_hub_and_nothing_cached(fetch: Fetch, endpoint: str, reason: str) -> 
     assert got["seconds"] < 10
 
 
-def test_the_limits_as_shipped_end_in_a_minute() -> None:
+def test_the_default_limits_end_within_a_minute() -> None:
     from ops import hub
 
     tries = len(hub.PAUSES) + 1
@@ -264,9 +264,9 @@ def test_the_limits_as_shipped_end_in_a_minute() -> None:
     assert hub.STALL_SECONDS < 60
 
 
-def test_offline_is_said(fetch: Fetch) -> None:
+def test_offline_mode_is_named(fetch: Fetch) -> None:
     got = fetch(DEAD, "fetch_dataset", DATASET, None, env={"HF_HUB_OFFLINE": "1"}, PAUSES=[20])
-    assert got["seconds"] < 10, "and not asked again"
+    assert got["seconds"] < 10, "without further attempts"
     assert "OfflineModeIsEnabled" in got["error"]
     assert "as dataset" in got["error"]
 
@@ -277,7 +277,7 @@ def test_a_hub_that_never_answers(hub: Any, fakehub: Any, commit: str, fetch: Fe
     got = fetch(hub, "fetch_weights", MODEL, commit, ANSWER_SECONDS=0.4)
     assert "Stalled (nothing arrived" in got["error"] or "Timeout" in got["error"]
     assert 1.2 < got["seconds"] < 5
-    assert time.monotonic() - start < got["seconds"] + 5, "the process ends, whatever still hangs in it"
+    assert time.monotonic() - start < got["seconds"] + 5, "a hanging thread does not keep the process alive"
 
 
 @pytest.mark.parametrize(("kind", "match"), [("hang", "/resolve/"), ("stall", "config.json")])
@@ -300,7 +300,7 @@ def test_a_busy_hub_is_asked_again(hub: Any, fakehub: Any, commit: str, fetch: F
     assert hub.asked(f"/revision/{commit}") == 3
 
 
-def test_a_busy_hub_is_not_asked_for_ever(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
+def test_a_busy_hub_is_given_up(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
     hub.faults = [fakehub.Fault("status")]
     got = fetch(hub.endpoint.replace("//", "//user:secret@"), "fetch_weights", MODEL, commit)
     assert "HTTP 503" in got["error"]
@@ -326,7 +326,7 @@ def test_half_a_large_file(hub: Any, fakehub: Any, fetch: Fetch, tmp_path: Path)
     commit = hub.push("models", "org/large", folder)
     hub.faults = [fakehub.Fault("rewind", match="model.safetensors")]
     error = fetch(hub, "fetch_weights", "org/large", commit, STALL_SECONDS=1.6)["error"]
-    assert "model.safetensors: Stalled" in error, "the same half again and again is no progress"
+    assert "model.safetensors: Stalled" in error, "the same half downloaded again is no progress"
     hub.ranges.clear()
     hub.faults = [fakehub.Fault("half", times=1, match="model.safetensors")]
     got = fetch(hub, "fetch_weights", "org/large", commit)
@@ -334,9 +334,7 @@ def test_half_a_large_file(hub: Any, fakehub: Any, fetch: Fetch, tmp_path: Path)
     assert hub.ranges == [f"bytes={10 << 20}-"], "the library goes on from the last full 10 MB"
 
 
-def test_half_a_file_never_passes_for_the_whole(
-    hub: Any, fakehub: Any, commit: str, fetch: Fetch, tmp_path: Path
-) -> None:
+def test_half_a_file_is_not_accepted(hub: Any, fakehub: Any, commit: str, fetch: Fetch, tmp_path: Path) -> None:
     hub.faults = [fakehub.Fault("short", match="model.safetensors")]
     assert "model.safetensors: OSError" in fetch(hub, "fetch_weights", MODEL, commit)["error"]
     assert all(len(blob.name) == 40 for blob in blobs(tmp_path)), "nothing of it in the cache"
@@ -361,7 +359,7 @@ def test_a_bit_flipped_twice_is_refused(
     else:
         expected, actual = (hashlib.sha256(content).hexdigest() for content in (right, wrong))
     error = fetch(hub, "fetch_weights", MODEL, commit)["error"]
-    assert f"{name} came twice with hash {actual} instead of {expected}" in error
+    assert f"{name} was downloaded twice with hash {actual} instead of {expected}" in error
     assert not [blob for blob in blobs(tmp_path) if blob.name.startswith(expected)]
     assert not list((tmp_path / "cache").rglob(f"snapshots/*/{name}"))
     assert sum(path.endswith((name, expected)) for method, path, _ in hub.requests if method == "GET") >= 2
@@ -385,16 +383,16 @@ def test_a_dataset_is_fetched_at_its_commit(hub: Any, rows: Path, fetch: Fetch, 
         "train": ["train a", "train b"],
         "held_out": ["test a", "test b"],
     }
-    # Away, the library by itself would take the newest commit for this one, too.
+    # Without the hub the library itself would load the newest commit for this revision.
     got = fetch(DEAD, "fetch_dataset", DATASET, first)
     assert (got["commit"], len(got["rows"]["train"])) == (first, 3)
 
 
-def test_part_of_a_dataset_is_no_dataset(hub: Any, fakehub: Any, rows: Path, fetch: Fetch) -> None:
-    """Away, a copy without one of its splits must not pass for a data set that has no such split."""
+def test_an_incomplete_dataset_is_refused(hub: Any, fakehub: Any, rows: Path, fetch: Fetch) -> None:
+    """Without the hub, an incomplete copy must not be taken for a data set that lacks the split."""
     commit = hub.push("datasets", DATASET, rows)
     hub.faults = [fakehub.Fault("flip", match="train.jsonl")]
-    assert "train.jsonl came twice" in fetch(hub, "fetch_dataset", DATASET, commit)["error"]
+    assert "train.jsonl was downloaded twice" in fetch(hub, "fetch_dataset", DATASET, commit)["error"]
     assert "no complete copy" in fetch(DEAD, "fetch_dataset", DATASET, commit)["error"]
 
 

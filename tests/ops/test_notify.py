@@ -1,4 +1,4 @@
-"""Notices: what is posted, and that no webhook, whatever it does, holds a run up or shows its address."""
+"""Notices: their content, and that a faulty webhook neither delays a run nor gets its address logged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ SECRET = "T0K3N-of-the-hook"
 
 
 class Hook(HTTPServer):
-    """A webhook that keeps what it was sent; ``status`` is its answer, None: it never answers."""
+    """A webhook that keeps the messages it was sent.
+
+    Attributes:
+        status: the HTTP status of its answer; None: it never completes one.
+        received: the messages.
+        types: their content types.
+    """
 
     def __init__(self) -> None:
         self.status: int | None = 200
@@ -42,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.server.types.append(self.headers["Content-Type"])
         if self.server.status is None:
-            # A byte now and then: no single read times out.
+            # A byte every 0.5 s, so that no single read times out.
             while not self.server.stop.wait(0.5):
                 self.wfile.write(b"H")
             return
@@ -67,14 +73,14 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
 
 @pytest.fixture
 def artifacts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What would be written to Prefect; the real way is shown with a real server."""
+    """The arguments of artifacts that would be written; tests/faults writes real ones."""
     written: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "_write_artifact", lambda *arguments: written.append(arguments))
     return written
 
 
 def test_the_message_is_slack_s(hook: Hook, artifacts: list[tuple[Any, ...]]) -> None:
-    """One field, links in its syntax, and nothing in a line can be taken for a link or a mention."""
+    """One field, links in Slack's syntax, and special characters escaped, so that no line is read as a link."""
     assert notify("run <@here> failed", ["loss & more", "x < y"], {"Prefect run": "http://127.0.0.1/1"})
     assert hook.received == [
         {"text": "*run &lt;@here&gt; failed*\nloss &amp; more\nx &lt; y\n<http://127.0.0.1/1|Prefect run>"}
@@ -84,7 +90,7 @@ def test_the_message_is_slack_s(hook: Hook, artifacts: list[tuple[Any, ...]]) ->
 
 
 def test_the_run_s_page_is_linked(hook: Hook, artifacts: list[tuple[Any, ...]]) -> None:
-    """Whatever the notice is about, ahead of its other links."""
+    """Ahead of the other links."""
     run = "0b7c6f5e-8a5d-4a39-9d6c-1f1f6f5d3c11"
     with temporary_settings({PREFECT_UI_URL: "http://127.0.0.1:4200"}):
         notify("crashed", [], {"MLflow run": "http://127.0.0.1/2"}, run)
@@ -95,7 +101,7 @@ def test_the_run_s_page_is_linked(hook: Hook, artifacts: list[tuple[Any, ...]]) 
 def test_without_a_webhook_the_artifact_is_written(
     monkeypatch: pytest.MonkeyPatch, artifacts: list[tuple[Any, ...]]
 ) -> None:
-    """No setting, no post, no complaint."""
+    """Without the setting nothing is posted, and no warning is logged."""
     monkeypatch.delenv("FINETUNE_WEBHOOK_URL", raising=False)
     assert not notify("a title", ["a line"])
     assert [written[:2] for written in artifacts] == [("a title", ["a line"])]
@@ -109,7 +115,7 @@ def test_a_bad_webhook_is_a_warning(
     caplog: pytest.LogCaptureFixture,
     fault: str,
 ) -> None:
-    """It returns in some five seconds, says so, keeps the artifact, and never shows the address."""
+    """The call returns within about five seconds, logs it, writes the artifact, and never logs the address."""
     caplog.set_level(logging.DEBUG)
     if fault == "down":
         with socket.socket() as unused:
@@ -131,7 +137,7 @@ def test_a_bad_webhook_is_a_warning(
 
 
 def test_a_hanging_prefect_does_not_keep_the_webhook_waiting(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways are tried at once, and share the time."""
+    """Both are sent at the same time, with one time limit."""
     monkeypatch.setattr(module, "_write_artifact", lambda *arguments: time.sleep(30))
     started = time.monotonic()
     assert notify("a title", [], {})
@@ -140,7 +146,7 @@ def test_a_hanging_prefect_does_not_keep_the_webhook_waiting(hook: Hook, monkeyp
 
 
 def test_a_long_text_is_cut(hook: Hook, artifacts: list[tuple[Any, ...]]) -> None:
-    """Slack would refuse it; the links stay."""
+    """Slack would refuse the whole text; the links are kept."""
     assert notify("a title", ["x" * 10_000], {"run": "http://127.0.0.1/1"})
     (message,) = hook.received
     assert len(message["text"]) < 3_100

@@ -1,4 +1,4 @@
-"""Settings of ``make up``, its credentials, its processes: no server is started here."""
+"""Settings, credentials and processes of ``make up``, without starting a server."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ops.machine.marked import Process, end, marked
-from ops.servers import MARK, Servers, count_gpus
+from ops.machine.process import tagged
+from ops.servers import TAG_VARIABLE, Servers, count_gpus, gpu_count
 from ops.stack.up import main
 
 NAMES = ("FINETUNE_HOST", "FINETUNE_SECURE", "FINETUNE_GPUS", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT")
@@ -29,7 +28,7 @@ def _settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "root" / "server").mkdir(parents=True)
 
 
-def test_defaults_are_this_machine_only_and_without_password() -> None:
+def test_by_default_only_this_machine_has_access_without_a_password() -> None:
     servers = Servers.load()
     assert (servers.host, servers.prefect_port, servers.mlflow_port) == ("127.0.0.1", 4200, 5000)
     assert not servers.secure
@@ -66,7 +65,7 @@ def test_a_wrong_setting_is_named(
 def test_an_address_of_another_machine_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another port would not help."""
+    """The message does not suggest another port, which would not help."""
     monkeypatch.setenv("FINETUNE_HOST", "192.0.2.1")
     assert main([]) == 1
     said = capsys.readouterr().out
@@ -76,7 +75,7 @@ def test_an_address_of_another_machine_is_named(
 
 
 @pytest.mark.parametrize("arguments", [[], ["down"]])
-def test_a_data_root_that_cannot_be(
+def test_a_data_root_that_is_a_file(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -98,7 +97,7 @@ def test_a_data_root_that_cannot_be(
         ("0.0.0.0", "0", False),
     ],
 )
-def test_whoever_lets_others_in_asks_for_a_password_unless_told(
+def test_servers_that_others_can_reach_require_a_password_unless_switched_off(
     host: str, asked: str, secure: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINETUNE_HOST", host)
@@ -109,8 +108,8 @@ def test_whoever_lets_others_in_asks_for_a_password_unless_told(
     assert ("basic-auth" in servers.environment()["FINETUNE_MLFLOW_OPTIONS"]) is secure
 
 
-def test_everybody_is_told_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell by client.env, the watcher by its environment: this machine has none, all together have three."""
+def test_shells_and_the_watcher_get_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through client.env and the environment: this machine has no GPU, all machines together have three."""
     monkeypatch.setenv("FINETUNE_GPUS", "3")
     servers = Servers.load()
     servers.write_client_file()
@@ -155,7 +154,7 @@ def test_another_database_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pages_ask_the_server_that_sent_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a browser reaches it, another machine's too; what the user of a proxy has set is kept."""
+    """Also for a browser on another machine; addresses that the user has set for a proxy are kept."""
     monkeypatch.setenv("FINETUNE_HOST", "0.0.0.0")
     environment = Servers.load().environment()
     assert environment["PREFECT_SERVER_UI_API_URL"] == "/api"
@@ -188,6 +187,21 @@ def test_gpus_are_counted_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monk
     assert Servers.load().gpus == 2
 
 
+def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FINETUNE_GPUS, else the GPUs of this machine, at least one; a wrong value is named."""
+    monkeypatch.delenv("FINETUNE_GPUS", raising=False)
+    monkeypatch.setattr("ops.servers.count_gpus", lambda: 0)
+    assert gpu_count() == 1
+    monkeypatch.setattr("ops.servers.count_gpus", lambda: 4)
+    assert gpu_count() == 4
+    monkeypatch.setenv("FINETUNE_GPUS", "2")
+    assert gpu_count() == 2
+    for wrong in ("0", "-1", "two"):
+        monkeypatch.setenv("FINETUNE_GPUS", wrong)
+        with pytest.raises(ValueError, match="FINETUNE_GPUS"):
+            gpu_count()
+
+
 def test_a_long_path_has_a_socket_that_the_kernel_can_bind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / ("long" * 30)))
     path = Servers.load().socket
@@ -206,11 +220,11 @@ def test_a_taken_port_is_named_and_nothing_is_started(
     said = capsys.readouterr().out
     assert "FINETUNE_MLFLOW_PORT" in said
     assert "FINETUNE_PREFECT_PORT" not in said
-    assert marked(MARK, str(Servers.load().home)) == []
+    assert tagged(TAG_VARIABLE, str(Servers.load().home)) == []
 
 
 def test_the_configuration_is_one_that_supervisord_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each program has a log of its own that cannot grow without end; a blank and a % in a path are no matter."""
+    """Each program has its own log of limited size; blanks and % in a path are allowed."""
     from supervisor.options import ServerOptions
 
     monkeypatch.setenv("FINETUNE_DATA_ROOT", os.environ["FINETUNE_DATA_ROOT"] + "/a %s b")
@@ -240,59 +254,22 @@ def test_down_where_nothing_was_ever_started(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "root" / "server").exists()
 
 
-@pytest.fixture
-def sleepers(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """Three processes alike but for their marks: ours, a flow run of ours that ignores SIGTERM, another's."""
-    code = {
-        "ours": "import time; print(flush=True); time.sleep(60)",
-        "run": "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)",
-        "other": "import time; print(flush=True); time.sleep(60)",
-    }
-    home = str(Servers.load().home)
-    environment = {
-        "ours": {MARK: home},
-        "run": {MARK: home, "PREFECT__FLOW_RUN_ID": "1234"},
-        "other": {MARK: home + "-of-another"},
-    }
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-c", code[name]], env=os.environ | environment[name], stdout=subprocess.PIPE
-        )
-        for name in code
-    }
-    for process in started.values():
-        assert process.stdout
-        process.stdout.readline()
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
-
-
-def test_processes_are_found_by_their_mark(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
-    found = {process.pid: process for process in marked(MARK, str(Servers.load().home))}
-    assert set(found) == {sleepers["ours"].pid, sleepers["run"].pid}
-    assert found[sleepers["run"].pid].flow_run == "1234"
-    assert found[sleepers["ours"].pid].flow_run is None
-
-
-def test_who_lost_its_mark_is_not_signalled(sleepers: dict[str, subprocess.Popen[bytes]]) -> None:
-    """A pid that was found once may be somebody else's now."""
-    stale = [[Process(sleepers["other"].pid, 1, "", None, (MARK, str(Servers.load().home)))], []]
-    end(lambda: stale.pop(0), 0)
-    with pytest.raises(subprocess.TimeoutExpired):
-        sleepers["other"].wait(0.3)
-
-
-def test_down_ends_what_was_left_and_says_so(
-    sleepers: dict[str, subprocess.Popen[bytes]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_down_ends_the_processes_that_were_left_and_prints_them(
+    sleeper: Callable[..., subprocess.Popen[bytes]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Those of this data root: also a flow run that ignores SIGTERM, but no process of another data root."""
     monkeypatch.setattr("ops.stack.up.SAVE_SECONDS", 0.5)
+    home = str(Servers.load().home)
+    ours = sleeper(**{TAG_VARIABLE: home})
+    run = sleeper(deaf=True, **{TAG_VARIABLE: home, "PREFECT__FLOW_RUN_ID": "1234"})
+    other = sleeper(**{TAG_VARIABLE: home + "-of-another"})
     assert main(["down"]) == 0
-    assert sleepers["ours"].wait(5) == -signal.SIGTERM
-    assert sleepers["run"].wait(5) == -signal.SIGKILL
-    assert sleepers["other"].poll() is None
+    assert ours.wait(5) == -signal.SIGTERM
+    assert run.wait(5) == -signal.SIGKILL
+    assert other.poll() is None
     said = capsys.readouterr().out
-    for name in ("ours", "run"):
-        assert f"pid {sleepers[name].pid} (" in said
-    assert f"pid {sleepers['other'].pid} (" not in said
+    for process in (ours, run):
+        assert f"pid {process.pid} (" in said
+    assert f"pid {other.pid} (" not in said

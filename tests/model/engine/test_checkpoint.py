@@ -43,13 +43,8 @@ from model.engine.checkpoint import (
 )
 from model.engine.journal import read_journal
 from model.engine.stepper import build_optimizer
-from model.engine.training import (
-    StepReport,
-    TrainConfig,
-    TrainingStoppedError,
-    TrainResult,
-    train,
-)
+from model.engine.trainer import StepReport, TrainingStoppedError, TrainResult
+from model.engine.training import TrainConfig, train
 from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_file
 
@@ -632,7 +627,7 @@ def test_training_resumes_before_a_damaged_checkpoint(
     # Mocked losses: step 4 is the best, so that its checkpoint is kept beside that of step 8.
     [at_step_4] = [m["eval/loss"] for step, m in record(uninterrupted(CONFIG)[1]) if step == 4 and "eval/loss" in m]
     monkeypatch.setattr(
-        "model.engine.training.mean_loss", lambda sums, counts: abs(float(sums.sum() / counts.sum()) - at_step_4)
+        "model.engine.trainer.mean_loss", lambda sums, counts: abs(float(sums.sum() / counts.sum()) - at_step_4)
     )
     with pytest.raises(Stop):
         train(fresh(), token_dir, CONFIG, tmp_path / "cut", "me", interrupt_at(9))
@@ -649,7 +644,7 @@ def test_damaged_best_checkpoint_is_made_again(
     fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a flipped bit in the best checkpoint the training is repeated, so that the best weights exist again."""
-    monkeypatch.setattr("model.engine.training.mean_loss", lambda sums, counts: 1.0)  # the base stays the best
+    monkeypatch.setattr("model.engine.trainer.mean_loss", lambda sums, counts: 1.0)  # the base stays the best
     first = train(fresh(), token_dir, CONFIG, tmp_path, "me")
     whole = {name: value.clone() for name, value in load_file(first.best / "model.safetensors").items()}
     assert first.best_step == 0 < first.steps

@@ -23,7 +23,8 @@ from model.engine.engine import Engine
 from model.engine.journal import read_journal
 from model.engine.loss import head_loss, padded_head
 from model.engine.stepper import learning_rate_at
-from model.engine.training import TrainResult, train
+from model.engine.trainer import TrainResult
+from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig
 
 BASE = TrainConfig(

@@ -27,13 +27,8 @@ from model.engine.engine import Engine
 from model.engine.journal import read_journal
 from model.engine.scoring import mean_loss, row_losses
 from model.engine.stepper import learning_rate_at
-from model.engine.training import (
-    NonFiniteError,
-    StepReport,
-    TrainConfig,
-    TrainResult,
-    train,
-)
+from model.engine.trainer import NonFiniteError, StepReport, TrainResult
+from model.engine.training import TrainConfig, train
 from model.net.device import cast_frozen, ran_out_of_memory
 from model.net.loading import hf_state_dict
 
@@ -252,7 +247,7 @@ def test_best_checkpoint_is_the_minimum(
 ) -> None:
     """The checkpoints of the best of five validations and of the last step are kept; the others are deleted."""
     script = iter([5.0, 4.0, 3.0, 3.5, 3.25])
-    monkeypatch.setattr("model.engine.training.mean_loss", lambda sums, counts: next(script))
+    monkeypatch.setattr("model.engine.trainer.mean_loss", lambda sums, counts: next(script))
     model = GPTModel.from_pretrained(gpt2_dir)
     freeze_bottom_layers(model, 1)
     bias: dict[int, Tensor] = {}
@@ -272,7 +267,7 @@ def test_best_checkpoint_is_the_minimum(
 def test_base_may_be_the_best(run: Callable[..., Any], gpt2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no validation is better than that of the base, the best checkpoint is the base."""
     script = iter([1.0, 2.0, 1.0])
-    monkeypatch.setattr("model.engine.training.mean_loss", lambda sums, counts: next(script))
+    monkeypatch.setattr("model.engine.trainer.mean_loss", lambda sums, counts: next(script))
     _, _, result = run(max_steps=4, eval_freq=2)
     assert result.best_step == 0
     assert result.best_eval_loss == result.base_eval_loss == 1.0

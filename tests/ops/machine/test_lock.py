@@ -16,7 +16,7 @@ import pytest
 
 from ops.machine.lock import exclusive, exclusive_any, read_locks, shared_directory
 
-# Holds the first free of the devices named, says which, and starts a child that inherits the lock if asked to.
+# Holds the first free one of the named devices, prints which, and starts a child that inherits the lock if told to.
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
@@ -55,7 +55,7 @@ def _line(process: subprocess.Popen[str]) -> str:
 
 
 def test_a_killed_holder_frees_the_device(tmp_path: Path, hold: Hold) -> None:
-    """Who waits is told for whom; kill -9 of the holder lets the next one in at once."""
+    """A waiting process logs who holds the lock, and gets it at once after kill -9 of the holder."""
     process = hold("the holder", "cuda:0")
     assert _line(process) == "held cuda:0 0"
     said: list[str] = []
@@ -76,7 +76,7 @@ def test_a_killed_holder_frees_the_device(tmp_path: Path, hold: Hold) -> None:
 
 
 def test_a_living_child_keeps_the_device(tmp_path: Path, hold: Hold) -> None:
-    """The holder is dead, the process it passed the lock on to still computes: nobody else may. It is named."""
+    """The holder is dead, but a child that inherited the lock still computes: others wait, and its pid is named."""
     process = hold("the holder", "cuda:0", child=True)
     child = int(_line(process).split()[2])
     os.kill(process.pid, signal.SIGKILL)
@@ -95,11 +95,11 @@ def test_a_living_child_keeps_the_device(tmp_path: Path, hold: Hold) -> None:
 
     with exclusive(tmp_path, "cuda:0", "the next", log):
         assert "the holder" in said[0]
-        assert f"left behind when it died: pid {child}" in said[0]
+        assert f"held by pid {child}, left behind by the holder (pid {process.pid}, " in said[0]
 
 
 def test_each_device_has_one_holder(hold: Hold) -> None:
-    """Two devices give two holders, each its own; the third waits, is told for both, and gets what is free first."""
+    """Two devices have two holders; a third process waits for both, names both, and gets the first free one."""
     first, second = hold("one", "cuda:0", "cuda:1"), hold("two", "cuda:0", "cuda:1")
     held = {_line(first): first, _line(second): second}
     assert set(held) == {"held cuda:0 0", "held cuda:1 0"}
@@ -114,7 +114,7 @@ def test_each_device_has_one_holder(hold: Hold) -> None:
     assert _line(third) == "held cuda:1 0"
 
 
-def test_devices_are_locked_apart(tmp_path: Path, hold: Hold) -> None:
+def test_each_device_has_its_own_lock(tmp_path: Path, hold: Hold) -> None:
     """A run on one GPU does not wait for a run on another."""
     process = hold("one", "cuda:0")
     assert _line(process) == "held cuda:0 0"
@@ -125,7 +125,7 @@ def test_devices_are_locked_apart(tmp_path: Path, hold: Hold) -> None:
 
 
 def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
-    """An exception in the block releases the device."""
+    """An exception in the block frees the device."""
     with pytest.raises(RuntimeError, match="injected"), exclusive(tmp_path, "cpu", "first", print):
         raise RuntimeError("injected")
     said: list[str] = []
@@ -134,8 +134,8 @@ def test_a_lock_is_free_after_an_error(tmp_path: Path) -> None:
     assert [lock.held for lock in read_locks(tmp_path)] == [False]
 
 
-def test_a_look_is_no_reason_to_wait(tmp_path: Path) -> None:
-    """Reading who holds a lock does not take it, nor does it change what is written there."""
+def test_reading_a_lock_does_not_take_it(tmp_path: Path) -> None:
+    """Its state is read while it is held, and its content stays."""
     with exclusive_any(tmp_path, ["gpu GPU-1"], "me", print, flow_run_id="an-id"):
         for _ in range(3):
             (lock,) = read_locks(tmp_path)
@@ -146,25 +146,25 @@ def test_a_look_is_no_reason_to_wait(tmp_path: Path) -> None:
             assert lock.pids == [os.getpid()]
 
 
-def test_a_removed_lock_file_lets_nobody_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removed between opening and locking, as a cleaner of /tmp may do: a lock that no other sees is none."""
+def test_a_removed_lock_file_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed between opening and locking, as by a cleaner of /tmp: the lock is taken on a new file."""
     path = tmp_path / "cpu.lock"
     flock, removed = fcntl.flock, []
 
-    def unlucky(descriptor: int, operation: int) -> None:
+    def flock_after_removal(descriptor: int, operation: int) -> None:
         if not removed:
             path.unlink()
             removed.append(path)
         flock(descriptor, operation)
 
-    monkeypatch.setattr("ops.machine.lock.fcntl.flock", unlucky)
+    monkeypatch.setattr("ops.machine.flock.fcntl.flock", flock_after_removal)
     with exclusive(tmp_path, "cpu", "me", print) as held:
         assert removed
         assert os.path.samestat(os.fstat(held.descriptor), path.stat())
 
 
 def test_a_child_outlives_the_block(tmp_path: Path) -> None:
-    """The run has ended well, and what it started has not: the device is not free."""
+    """The run has ended without an error, but its child has not: the device is not free."""
     with exclusive(tmp_path, "cpu", "me", print) as held:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.descriptor])
     try:
@@ -178,7 +178,7 @@ def test_a_child_outlives_the_block(tmp_path: Path) -> None:
 
 
 def test_a_holder_that_opens_and_closes_files_is_found(tmp_path: Path) -> None:
-    """Descriptors vanish while its list is read, as in every program that starts; the lock's own does not."""
+    """Descriptors are closed while their list is read, as in every starting program; that of the lock stays."""
     busy = "import os, sys\nprint(flush=True)\nwhile True: [os.close(os.dup(0)) for _ in range(9)]"
     with exclusive(tmp_path, "cpu", "me", print) as held:
         child = subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE, pass_fds=[held.descriptor])
@@ -193,7 +193,7 @@ def test_a_holder_that_opens_and_closes_files_is_found(tmp_path: Path) -> None:
 
 
 def test_every_user_may_lock(tmp_path: Path) -> None:
-    """The folder is made as /tmp is, the files can be locked by anybody, whatever the umask says."""
+    """The folder has the mode of /tmp, and every user can lock the files, whatever the umask."""
     before = os.umask(0o077)
     try:
         directory = shared_directory(tmp_path / "locks")
@@ -207,15 +207,15 @@ def test_every_user_may_lock(tmp_path: Path) -> None:
 
 
 def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    """Somebody else could have put it there, and would choose where the locks are."""
+    """Another user could have created it, to redirect the lock files."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(NotADirectoryError, match="FINETUNE_LOCKS"):
         shared_directory(tmp_path / "locks")
 
 
-def test_scribble_in_a_lock_file_is_survived(tmp_path: Path) -> None:
-    """Anybody may write there: it is shown as unknown, and locks as before."""
+def test_a_lock_file_with_foreign_content_still_locks(tmp_path: Path) -> None:
+    """Every user may write into it: the holder is shown as unknown, and the lock works."""
     (tmp_path / "cpu.lock").write_text('{"process": [1, 2]')
     with exclusive(tmp_path, "cpu", "me", print):
         pass

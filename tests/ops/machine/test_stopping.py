@@ -1,4 +1,4 @@
-"""Work that a signal asks to stop, and that ends where it chooses to."""
+"""Work that a signal asks to stop, and that ends at a point of its own choice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from ops.machine.stopping import run_stoppable
 
 
-class Told(BaseException):
-    """As Prefect's TerminationSignal: no Exception."""
+class Stopped(BaseException):
+    """Like Prefect's TerminationSignal, which is no Exception."""
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def terminable() -> Iterator[None]:
     """SIGTERM raises in the main thread, as it does in a flow run."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        raise Told
+        raise Stopped
 
     before = signal.signal(signal.SIGTERM, handler)
     yield
@@ -32,7 +32,7 @@ def terminable() -> Iterator[None]:
 
 
 def test_a_signal_waits_for_the_work(terminable: None) -> None:
-    """The work is told, ends what it was doing, and only then does the exception go on."""
+    """``should_stop()`` becomes true, the work ends, and only then the signal's exception is raised."""
     threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     steps = []
 
@@ -43,13 +43,13 @@ def test_a_signal_waits_for_the_work(terminable: None) -> None:
         steps.append("saved")
         raise RuntimeError("stopped")
 
-    with pytest.raises(Told):
+    with pytest.raises(Stopped):
         run_stoppable(work)
     assert steps == ["saved"]
 
 
 def test_a_second_signal_changes_nothing(terminable: None) -> None:
-    """Impatience does not tear a checkpoint apart."""
+    """It does not interrupt the saving of a checkpoint."""
     for seconds in (0.2, 0.4):
         threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     steps = []
@@ -60,13 +60,13 @@ def test_a_second_signal_changes_nothing(terminable: None) -> None:
         time.sleep(0.6)
         steps.append("saved")
 
-    with pytest.raises(Told):
+    with pytest.raises(Stopped):
         run_stoppable(work)
     assert steps == ["saved"]
 
 
-def test_without_a_signal_it_is_a_call() -> None:
-    """The result comes back, an error is raised as it is, and the caller's context is there."""
+def test_without_a_signal_the_work_is_just_called() -> None:
+    """Its result is returned, its error is raised, and it has the caller's context."""
     variable = contextvars.ContextVar("variable", default="none")
     variable.set("the caller's")
     assert run_stoppable(lambda should_stop: (variable.get(), should_stop())) == ("the caller's", False)

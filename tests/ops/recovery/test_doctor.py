@@ -1,10 +1,9 @@
-"""The doctor: what it finds, on a real Prefect server, and that it mends what it can."""
+"""The doctor on a real Prefect server: its findings, and what it mends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,10 @@ from made_up import MAKE
 
 from ops.machine import lock
 from ops.machine.lock import LockState, exclusive
-from ops.machine.process import mark_process
+from ops.machine.process import identify_process
 from ops.recovery import doctor
 from ops.recovery.doctor import Finding, examine, examine_slots, main
-from ops.recovery.limits import LIMIT, ensure_limit, read_slots, set_active, set_limit
-from ops.recovery.watch import Watcher
-from ops.servers import gpu_count
+from ops.recovery.limits import LIMIT, ensure_limit, read_slots, set_active
 from ops.settings import Settings
 from ops.stack import deploy
 from ops.tracking.runs import PROCESS_TAG, client, set_tags, tracked_run
@@ -50,79 +47,25 @@ with exclusive(Path(sys.argv[1]), "cpu", "a run that waits", lambda line: print(
 """
 
 
-@pytest.fixture
-def settings(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    (tmp_path / "mlflow").mkdir()
-    shutil.copy(mlflow_database, tmp_path / "mlflow" / "mlflow.db")
-    monkeypatch.setenv("FINETUNE_LOCKS", str(tmp_path / "device-locks"))
-    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow/mlflow.db")
-    monkeypatch.setattr("ops.recovery.reaper.notify", lambda *arguments: None)
-    return Settings.load()
-
-
-@pytest.fixture
-def prefect(prefect_server: None) -> Iterator[Any]:
-    """A client of a server with no limit tag:gpu."""
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
-
-    with get_client(sync_client=True) as prefect:
-        with contextlib.suppress(ObjectNotFound):
-            prefect.delete_global_concurrency_limit_by_name(LIMIT)
-        yield prefect
-
-
-@pytest.fixture
-def lease(prefect: Any) -> Callable[[str], UUID]:
-    """lease(state): a slot leased by a task of a flow run in that state. Returns the flow run's id."""
-    from prefect import flow, states, task
-    from prefect.client.schemas.objects import ConcurrencyLeaseHolder
-
-    @flow
-    def some_flow() -> None:
-        return
-
-    @task
-    def some_task() -> None:
-        return
-
-    def take(state: str) -> UUID:
-        run = prefect.create_flow_run(some_flow, state=states.Running())
-        made = prefect.create_task_run(some_task, flow_run_id=run.id, dynamic_key="0", state=states.Pending())
-        prefect.increment_concurrency_slots_with_lease(
-            names=[LIMIT],
-            slots=1,
-            mode="concurrency",
-            lease_duration=60,
-            holder=ConcurrencyLeaseHolder(type="task_run", id=made.id),
-        )
-        if state != "Running":
-            prefect.set_flow_run_state(run.id, getattr(states, state)(), force=True)
-        return UUID(str(run.id))
-
-    return take
-
-
 def _one(findings: Iterator[Finding]) -> Finding:
     (finding,) = findings
     return finding
 
 
 def test_a_missing_limit_is_created(prefect: Any) -> None:
-    """Without it Prefect would let everything start."""
+    """Without it Prefect would not limit the number of trainings."""
     finding = _one(examine_slots(prefect, 2))
     assert "no limit tag:gpu" in finding.text
     assert finding.mend
     finding.mend()
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 2
     assert list(examine_slots(prefect, 2)) == []
-    assert not ensure_limit(prefect, 5)  # one that is there is the user's
+    assert not ensure_limit(prefect, 5)  # an existing limit is the user's choice
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 2
 
 
 def test_no_limit_is_made_on_a_temporary_server() -> None:
-    """Nobody collects a dead holder's lease there."""
+    """Such a server does not free the lease of a dead task."""
     from types import SimpleNamespace
 
     from prefect.client.base import ServerType
@@ -130,14 +73,14 @@ def test_no_limit_is_made_on_a_temporary_server() -> None:
     assert not ensure_limit(SimpleNamespace(server_type=ServerType.EPHEMERAL), 1)  # type: ignore[arg-type]
 
 
-def test_slots_that_nobody_leased_are_freed(prefect: Any, lease: Callable[[str], UUID]) -> None:
-    """As a server that forgot its leases leaves them; what is leased stays counted."""
+def test_taken_slots_without_a_lease_are_freed(prefect: Any, lease: Callable[[str], UUID]) -> None:
+    """A server that lost its leases leaves them; slots with a lease stay counted."""
     ensure_limit(prefect, 3)
     lease("Running")
     assert list(examine_slots(prefect, 3)) == []
     set_active(prefect, 3)
     finding = _one(examine_slots(prefect, 3))
-    assert "counts 3 slots as taken, and 1 have a lease" in finding.text
+    assert "counts 3 slots as taken, but only 1 have a lease" in finding.text
     assert finding.mend
     finding.mend()
     assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 1
@@ -145,8 +88,8 @@ def test_slots_that_nobody_leased_are_freed(prefect: Any, lease: Callable[[str],
 
 
 @pytest.mark.parametrize("state", ["Crashed", "Cancelled", "Failed"])
-def test_a_dead_holder_s_lease_is_taken_from_it(prefect: Any, lease: Callable[[str], UUID], state: str) -> None:
-    """Its flow run has ended; the server would wait for the lease to run out."""
+def test_the_lease_of_a_dead_task_is_revoked(prefect: Any, lease: Callable[[str], UUID], state: str) -> None:
+    """Its flow run has ended; otherwise the server would wait until the lease expires."""
     ensure_limit(prefect, 2)
     lease(state)
     finding = _one(examine_slots(prefect, 2))
@@ -158,8 +101,8 @@ def test_a_dead_holder_s_lease_is_taken_from_it(prefect: Any, lease: Callable[[s
     assert (slots.active, slots.holders) == (0, {})
 
 
-def test_a_living_holder_s_lease_is_left(prefect: Any, lease: Callable[[str], UUID]) -> None:
-    """Leases are revoked all or none: beside a living one the dead one runs out by itself."""
+def test_the_lease_of_a_living_task_is_kept(prefect: Any, lease: Callable[[str], UUID]) -> None:
+    """Only all leases can be revoked: with a living task among them, that of the dead one expires by itself."""
     ensure_limit(prefect, 2)
     lease("Crashed")
     living = lease("Running")
@@ -171,48 +114,9 @@ def test_a_living_holder_s_lease_is_left(prefect: Any, lease: Callable[[str], UU
     assert living in {run.id for run in slots.holders.values() if run}
 
 
-def test_the_watcher_mends_slots_at_the_second_look(
-    prefect: Any, settings: Settings, lease: Callable[[str], UUID]
-) -> None:
-    """A slot is counted a moment before its lease is there: once is no reason."""
-    ensure_limit(prefect, 2)
-    set_active(prefect, 2)
-    watcher = Watcher(settings, 2)
-    assert watcher.round() == []
-    assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 2
-    (line,) = watcher.round()
-    assert line.endswith(": mended")
-    assert prefect.read_global_concurrency_limit_by_name(LIMIT).active_slots == 0
-    assert watcher.round() == []
-
-
-def test_the_watcher_leaves_the_limit_to_people(prefect: Any, settings: Settings) -> None:
-    """Somebody who sets it to 0, to stop trainings, has a reason."""
-    ensure_limit(prefect, 2)
-    set_limit(prefect, 0)
-    watcher = Watcher(settings, 2)
-    assert watcher.round() == watcher.round() == []
-    assert prefect.read_global_concurrency_limit_by_name(LIMIT).limit == 0
-
-
-def test_the_watcher_outlives_its_servers(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """No Prefect, and an MLflow that does not answer: said once each."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    caplog.set_level("INFO", logger="watch")
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        watcher = Watcher(Settings(settings.data_root, "http://127.0.0.1:9"), 1)
-        assert watcher.round() == watcher.round() == []
-    messages = [record.message for record in caplog.records if record.name == "watch"]
-    assert len([m for m in messages if "no Prefect server answers" in m]) == 1
-    assert len([m for m in messages if m.startswith("MLflow")]) == 1
-
-
 @pytest.fixture
 def left(settings: Settings) -> Iterator[int]:
-    """The pid of a child that has a device's lock from a run that died."""
+    """The pid of a child that inherited a device's lock from a run that died."""
     command = [sys.executable, "-c", LEFT, str(settings.device_locks)]
     child = int(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
     yield child
@@ -222,7 +126,7 @@ def left(settings: Settings) -> Iterator[int]:
 
 @pytest.fixture
 def waiting(settings: Settings, left: int) -> Iterator[Callable[[], subprocess.Popen[str]]]:
-    """waiting(): kill that child, and a run that waits for the device takes it. Returns the run's process."""
+    """waiting(): kill that child, so that a run that waits for the device gets it. Returns the run's process."""
     command = [sys.executable, "-c", WAITS, str(settings.device_locks)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
@@ -239,22 +143,22 @@ def waiting(settings: Settings, left: int) -> Iterator[Callable[[], subprocess.P
     run.communicate()
 
 
-def test_a_device_left_to_a_child(settings: Settings, left: int) -> None:
-    """Named with the child's number and command, and ended with --fix: nobody waits for its result."""
+def test_a_child_of_a_dead_run_that_holds_a_device_is_ended(settings: Settings, left: int) -> None:
+    """The finding names the child's pid and command; --fix ends it, because no run waits for its result."""
     finding = _one(iter(examine(settings, 1, None)))
     assert finding.text.startswith(f"cpu is held by pid {left} (")
     assert "time.sleep(100)" in finding.text
     assert "left behind by a run that dies" in finding.text
     assert finding.mend
     finding.mend()
-    assert not Path(f"/proc/{left}").exists() or mark_process(left).started == ""
+    assert not Path(f"/proc/{left}").exists() or identify_process(left).started == ""
     assert examine(settings, 1, None) == []
 
 
-def test_who_has_taken_the_device_since_is_left_alone(
+def test_a_run_that_got_the_device_since_is_not_ended(
     settings: Settings, waiting: Callable[[], subprocess.Popen[str]]
 ) -> None:
-    """The child that was named is gone: there is nothing to end, and the run that waited has the device."""
+    """The named child has ended meanwhile, and a run that waited has the device."""
     finding = _one(iter(examine(settings, 1, None)))
     run = waiting()
     assert finding.mend
@@ -263,10 +167,10 @@ def test_who_has_taken_the_device_since_is_left_alone(
         run.wait(0.5)
 
 
-def test_who_takes_the_device_meanwhile_is_not_named(
+def test_a_run_that_gets_the_device_meanwhile_is_not_named(
     settings: Settings, waiting: Callable[[], subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at the lock and the one at its holders: they are not those that the dead run left."""
+    """It takes the lock after its state was read and before its holders are: they are no children of the dead run."""
     looks: list[int] = []
 
     def read_locks(directory: Path) -> list[LockState]:
@@ -280,8 +184,8 @@ def test_who_takes_the_device_meanwhile_is_not_named(
     assert looks
 
 
-def test_a_lock_s_old_text_is_no_finding(settings: Settings) -> None:
-    """A dead run's name in a file that nobody locks says nothing: the kernel has freed it."""
+def test_the_content_of_a_free_lock_is_no_finding(settings: Settings) -> None:
+    """The file still names the dead run, but the kernel has freed its lock."""
     dead = "import sys; from pathlib import Path; from ops.machine.lock import exclusive as e; import os\n"
     dead += "with e(Path(sys.argv[1]), 'cpu', 'dead', print): os._exit(1)"
     subprocess.run([sys.executable, "-c", dead, str(settings.device_locks)], check=False)
@@ -289,8 +193,10 @@ def test_a_lock_s_old_text_is_no_finding(settings: Settings) -> None:
     assert examine(settings, 1, None) == []
 
 
-def test_a_trainer_that_prefect_gave_up(prefect: Any, settings: Settings, lease: Callable[[str], UUID]) -> None:
-    """Crashed for Prefect, alive for the kernel: told with the command that ends it well, and left alone."""
+def test_a_living_run_that_is_crashed_in_prefect(
+    prefect: Any, settings: Settings, lease: Callable[[str], UUID]
+) -> None:
+    """Its process lives and holds the device: the finding has the command that ends it, and nothing is mended."""
     ensure_limit(prefect, 1)
     run = lease("Crashed")
     with exclusive(settings.device_locks, "cpu", "given up", print, flow_run_id=str(run)):
@@ -300,16 +206,16 @@ def test_a_trainer_that_prefect_gave_up(prefect: Any, settings: Settings, lease:
     assert finding.mend is None
 
 
-def test_a_run_that_is_no_more(settings: Settings) -> None:
-    """RUNNING in MLflow, its process dead: closed."""
+def test_a_run_of_a_dead_process_is_closed(settings: Settings) -> None:
+    """RUNNING in MLflow although its process is dead."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mark = mark_process(process.pid)
+    identity = identify_process(process.pid)
     with tracked_run(settings, "stale", {}, {}) as run:
-        set_tags(run, {PROCESS_TAG: mark.to_json()})
+        set_tags(run, {PROCESS_TAG: identity.to_json()})
         assert examine(settings, 1, None) == []
         process.communicate(b"\n")
         finding = _one(iter(examine(settings, 1, None)))
-        assert "MLflow run stale says RUNNING and should be KILLED" in finding.text
+        assert "MLflow run stale is RUNNING and should be KILLED" in finding.text
         assert finding.mend
         finding.mend()
         assert client(run.tracking_uri).get_run(run.run_id).info.status == "KILLED"
@@ -317,7 +223,7 @@ def test_a_run_that_is_no_more(settings: Settings) -> None:
 
 
 def test_the_server_s_settings(prefect: Any, settings: Settings) -> None:
-    """The automation is installed, once; leases in memory and a missing worker are told. The harness has both."""
+    """The automation is installed once; leases in memory and a missing worker are findings on the test's server."""
     from ops.recovery.zombies import NAME, ensure_zombie_automation
 
     for automation in prefect.read_automations_by_name(NAME):
@@ -339,10 +245,10 @@ def test_the_server_s_settings(prefect: Any, settings: Settings) -> None:
     assert len(prefect.read_automations_by_name(NAME)) == 1
 
 
-def test_the_command_tells_and_mends(
+def test_the_command_prints_and_mends(
     prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line a finding; status 1 while something is wrong, 0 when all is well."""
+    """One line for each finding; exit status 1 with findings, 0 without."""
     monkeypatch.setattr(doctor, "_server", lambda prefect: iter(()))  # the harness keeps leases in memory
     monkeypatch.setenv("FINETUNE_GPUS", "2")
     ensure_limit(prefect, 1)
@@ -360,7 +266,7 @@ def test_the_command_tells_and_mends(
 
 
 @pytest.mark.parametrize("name", ["FINETUNE_GPUS", "FINETUNE_SECURE", "FINETUNE_MLFLOW_PORT"])
-def test_a_setting_that_cannot_be_is_named(
+def test_a_wrong_setting_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     monkeypatch.setenv(name, "many")
@@ -371,7 +277,7 @@ def test_a_setting_that_cannot_be_is_named(
 def test_a_limit_for_more_machines_is_left(
     prefect: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A shell without FINETUNE_GPUS knows this machine's GPUs only: it is told, and nothing is changed."""
+    """Without FINETUNE_GPUS only this machine's GPUs are known: a finding, but the limit is not changed."""
     monkeypatch.setattr(doctor, "_server", lambda prefect: iter(()))
     monkeypatch.delenv("FINETUNE_GPUS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -387,7 +293,7 @@ def test_a_limit_for_more_machines_is_left(
 
 @pytest.fixture
 def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Both servers of a secured profile, to one without the password: 401 to everything but the health check."""
+    """A server that answers like both servers with SECURE=1 without the password: 401 except to health checks."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     class Refuse(BaseHTTPRequestHandler):
@@ -410,9 +316,9 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_password_is_asked_for(settings: Settings, locked: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each server by a sentence that says where the password is; make deploy says the same."""
-    first = f"wants a password: `. {settings.data_root}/server/client.env` first"
+def test_a_required_password_is_named(settings: Settings, locked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each server a line that names the file with the password; make deploy prints the same."""
+    first = f"requires a password: run `. {settings.data_root}/server/client.env` first"
     assert main(["--fix"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said == [f"- Prefect at {locked}/api {first}", f"- MLflow at {locked} {first}"]
@@ -421,7 +327,7 @@ def test_a_password_is_asked_for(settings: Settings, locked: str, capsys: pytest
 
 
 def test_make_doctor_knows_the_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of make up, unless addresses are set."""
+    """The defaults are the ports of make up; addresses in the environment are kept."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "$PREFECT_API_URL $MLFLOW_TRACKING_URI"\n')
     (tmp_path / "python").chmod(0o755)
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "FINETUNE_PREFECT_PORT", "FINETUNE_MLFLOW_PORT"):
@@ -437,18 +343,3 @@ def test_make_doctor_knows_the_ports(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert told("FINETUNE_MLFLOW_PORT=5001") == "http://127.0.0.1:4201/api http://127.0.0.1:5001"
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     assert told() == "http://elsewhere/api http://127.0.0.1:5000"
-
-
-def test_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting, else the GPUs that are there, at least one; nonsense is named."""
-    monkeypatch.delenv("FINETUNE_GPUS", raising=False)
-    monkeypatch.setattr("ops.servers.count_gpus", lambda: 0)
-    assert gpu_count() == 1
-    monkeypatch.setattr("ops.servers.count_gpus", lambda: 4)
-    assert gpu_count() == 4
-    monkeypatch.setenv("FINETUNE_GPUS", "2")
-    assert gpu_count() == 2
-    for wrong in ("0", "-1", "two"):
-        monkeypatch.setenv("FINETUNE_GPUS", wrong)
-        with pytest.raises(ValueError, match="FINETUNE_GPUS"):
-            gpu_count()

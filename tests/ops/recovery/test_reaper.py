@@ -1,4 +1,4 @@
-"""The reaper: which runs are closed, with which status, and which are left alone."""
+"""The reaper: which runs are closed, with which status, and which stay open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 
 from flows.finetune import finetune
 from flows.hooks import after_failure
-from ops.machine.process import ProcessMark, mark_process
+from ops.machine.process import ProcessIdentity, identify_process
 from ops.recovery import reaper
 from ops.recovery.reaper import ATTEMPT_TAG, REASON_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
 from ops.settings import Settings
@@ -35,19 +35,19 @@ def settings(tmp_path: Path, mlflow_database: Path) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def dead() -> ProcessMark:
-    """The mark of a process that has ended."""
+def dead() -> ProcessIdentity:
+    """The identity of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    mark = mark_process(process.pid)
+    identity = identify_process(process.pid)
     process.communicate(b"\n")
-    return mark
+    return identity
 
 
 @pytest.fixture
 def opened(settings: Settings) -> Callable[..., RunRef]:
-    """opened(process, flow_run_id): a run that says RUNNING, as a process that was killed leaves it."""
+    """opened(process, flow_run_id): a run with the status RUNNING, as left by a killed process."""
 
-    def start(process: ProcessMark | None, flow_run_id: str = "") -> RunRef:
+    def start(process: ProcessIdentity | None, flow_run_id: str = "") -> RunRef:
         with tracked_run(settings, "a run", {}, {"prefect.flow_run_id": flow_run_id}) as run:
             pass
         mlflow = client(run.tracking_uri)
@@ -62,7 +62,7 @@ def opened(settings: Settings) -> Callable[..., RunRef]:
 
 
 def _flow_run(kind: str, run_count: int = 1) -> Any:
-    """What stale_runs looks at of a Prefect run."""
+    """The attributes of a Prefect run that stale_runs reads."""
     return SimpleNamespace(state=State(type=StateType(kind), name=kind.title()), run_count=run_count)
 
 
@@ -75,10 +75,10 @@ def _flow_run(kind: str, run_count: int = 1) -> Any:
         ("CANCELLED", "KILLED", False),
     ],
 )
-def test_prefect_s_end_is_mlflow_s(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str, status: str, crashed: bool
+def test_the_final_state_in_prefect_gives_the_status_in_mlflow(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str, status: str, crashed: bool
 ) -> None:
-    """Whatever is known of the process, if it cannot be seen alive."""
+    """Unless the process is known to live."""
     run = opened(dead if kind == "CRASHED" else None, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, status, crashed, False)
@@ -87,19 +87,19 @@ def test_prefect_s_end_is_mlflow_s(
 @pytest.mark.parametrize(
     ("kind", "closed"), [("CRASHED", False), ("CANCELLED", False), ("COMPLETED", True), ("FAILED", True)]
 )
-def test_who_was_given_up_and_lives_closes_its_own(
+def test_a_living_process_closes_its_own_run(
     opened: Callable[..., RunRef], settings: Settings, kind: str, closed: bool
 ) -> None:
-    """Heartbeats can be lost; but a flow that has come to its end has nothing more to say, process or not."""
-    opened(mark_process(), "one")
+    """Crashed may mean lost heartbeats. A flow that completed or failed has ended, even if its process lives."""
+    opened(identify_process(), "one")
     assert bool(stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))) == closed
 
 
 @pytest.mark.parametrize("kind", ["RUNNING", "CANCELLING", None])
 def test_a_dead_process_is_enough(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str | None
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str | None
 ) -> None:
-    """Where Prefect does not know yet, or never will."""
+    """Before Prefect has noticed, and for a run that Prefect does not know."""
     run = opened(dead, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind) if kind else None)
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", True, kind is not None)
@@ -109,33 +109,35 @@ def test_a_dead_process_is_enough(
     ("kind", "run_count"), [("SCHEDULED", 1), ("PENDING", 1), ("RUNNING", 2), ("COMPLETED", 2), ("CANCELLING", 2)]
 )
 def test_a_retry_is_not_ended_for_the_attempt_before_it(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, kind: str, run_count: int
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str, run_count: int
 ) -> None:
-    """It has the same id in Prefect: the dead attempt's MLflow run is closed as killed, and no more than that."""
+    """Both attempts have one id in Prefect: only the MLflow run of the dead attempt is closed, without a notice."""
     run = opened(dead, "one")
     set_tags(run, {ATTEMPT_TAG: "1"})
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind, run_count))
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", False, False)
 
 
-def test_what_may_live_is_left_alone(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
-    """A living process, one of another machine, and a run that says nothing about its process."""
-    opened(mark_process(), "one")
+def test_runs_whose_process_may_live_stay_open(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
+) -> None:
+    """A living process, a process of another machine, and a run without a tag for its process."""
+    opened(identify_process(), "one")
     opened(replace(dead, machine="another"), "two")
     opened(None, "three")
-    opened(mark_process())
+    opened(identify_process())
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: None) == []
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("RUNNING")) == []
 
 
 def test_an_empty_store_has_no_stale_runs(settings: Settings) -> None:
-    """Before the first run there is not even an experiment."""
+    """Before the first run there is no experiment."""
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: None) == []
     assert runs_of(settings.tracking_uri, "one") == []
 
 
-def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
-    """More runs than MLflow gives at a time."""
+def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity) -> None:
+    """More runs than one page of MLflow's search."""
     runs = {opened(dead).run_id for _ in range(5)}
     mlflow = client(settings.tracking_uri)
     search = mlflow.search_runs
@@ -147,8 +149,10 @@ def test_every_page_is_read(opened: Callable[..., RunRef], settings: Settings, d
         assert {stale.run.run_id for stale in stale_runs(settings.tracking_uri, lambda _: None)} == runs
 
 
-def test_closing_says_why_and_only_once(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
-    """The reason stands in a tag; what has ended already keeps its status and says nothing."""
+def test_a_run_is_closed_once_with_its_reason(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
+) -> None:
+    """The reason is a tag; a run that has ended already keeps its status and reason."""
     run = opened(dead)
     assert close_run(run, "KILLED", "a reason")
     assert not close_run(run, "FAILED", "another")
@@ -164,10 +168,10 @@ def notices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return told
 
 
-def test_reaping_twice_tells_once(
-    opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark, notices: list[tuple[Any, ...]]
+def test_reaping_twice_sends_one_notice(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, notices: list[tuple[Any, ...]]
 ) -> None:
-    """People hear of a crash once, however many watchers look."""
+    """One notice for each crash, however many watchers run."""
     run = opened(dead)
     (line,) = reap(settings.tracking_uri, None)
     assert "KILLED" in line
@@ -186,12 +190,12 @@ def test_prefect_learns_of_a_dead_process(
     prefect_server: None,
     opened: Callable[..., RunRef],
     settings: Settings,
-    dead: ProcessMark,
+    dead: ProcessIdentity,
     notices: list[tuple[Any, ...]],
     before: str,
     after: str,
 ) -> None:
-    """What ran is Crashed, what was being cancelled Cancelled; an end is never changed."""
+    """A running flow run becomes Crashed, a cancelling one Cancelled; a final state is not changed."""
     from prefect import flow, states
     from prefect.client.orchestration import get_client
 
@@ -214,10 +218,10 @@ def test_prefect_learns_of_a_dead_process(
     assert client(run.tracking_uri).get_run(run.run_id).info.status == status
 
 
-def test_a_cancellation_that_nobody_delivered(
+def test_a_cancellation_without_a_worker(
     prefect_server: None, opened: Callable[..., RunRef], settings: Settings
 ) -> None:
-    """The worker is gone: after a while the process is asked to end, and only then."""
+    """The worker has died: the process gets SIGTERM, but only after the time that a worker has."""
     from prefect import flow, states
     from prefect.client.orchestration import get_client
 
@@ -229,7 +233,7 @@ def test_a_cancellation_that_nobody_delivered(
     try:
         with get_client(sync_client=True) as prefect:
             flow_run = prefect.create_flow_run(nothing, state=states.Running())
-            opened(mark_process(process.pid), str(flow_run.id))
+            opened(identify_process(process.pid), str(flow_run.id))
             assert end_cancelled(settings.tracking_uri, prefect, 0) == []
             prefect.set_flow_run_state(flow_run.id, states.Cancelling())
             assert reap(settings.tracking_uri, prefect) == []
@@ -243,14 +247,14 @@ def test_a_cancellation_that_nobody_delivered(
 
 
 @pytest.mark.parametrize(("error", "said"), [(PermissionError, ["another user's"]), (ProcessLookupError, [])])
-def test_a_process_that_cannot_be_asked(
+def test_a_process_that_cannot_be_signalled(
     error: type[OSError],
     said: list[str],
     opened: Callable[..., RunRef],
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another user's is named, one that is gone is passed over; the round goes on to the next run."""
+    """A process of another user gives a line, an ended one does not; the next run is treated in both cases."""
     state = SimpleNamespace(is_cancelling=lambda: True, timestamp=datetime.now(UTC))
     monkeypatch.setattr(reaper, "read_flow_run", lambda prefect, flow_run_id: SimpleNamespace(state=state))
     asked: list[int] = []
@@ -260,8 +264,8 @@ def test_a_process_that_cannot_be_asked(
         raise error
 
     monkeypatch.setattr("ops.recovery.reaper.os.kill", refuse)
-    opened(mark_process(), str(uuid4()))
-    opened(mark_process(), str(uuid4()))
+    opened(identify_process(), str(uuid4()))
+    opened(identify_process(), str(uuid4()))
     lines = end_cancelled(settings.tracking_uri, None, 0)  # type: ignore[arg-type]
     assert asked == [os.getpid()] * 2
     assert len(lines) == 2 * len(said)
@@ -269,29 +273,29 @@ def test_a_process_that_cannot_be_asked(
 
 
 def test_a_run_that_prefect_does_not_know(
-    prefect_server: None, opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark
+    prefect_server: None, opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity
 ) -> None:
-    """Of another server, or deleted: its process decides."""
+    """It belongs to another server or was deleted: only its process counts."""
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as prefect:
-        opened(mark_process(), str(uuid4()))
-        opened(mark_process(), "no id at all")
+        opened(identify_process(), str(uuid4()))
+        opened(identify_process(), "no id at all")
         assert reap(settings.tracking_uri, prefect) == []
         opened(dead, str(uuid4()))
         assert len(reap(settings.tracking_uri, prefect)) == 1
 
 
 @pytest.mark.parametrize(("run_count", "notices"), [(1, 0), (2, 1)])
-def test_a_retry_that_fails_is_told_of(
+def test_a_retry_that_fails_sends_a_notice(
     opened: Callable[..., RunRef],
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
-    dead: ProcessMark,
+    dead: ProcessIdentity,
     run_count: int,
     notices: int,
 ) -> None:
-    """Whoever reaped the attempt before it has told of that one only."""
+    """The notice of the reaped first attempt does not replace that of the retry."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(settings.data_root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", settings.tracking_uri)
     told: list[Any] = []
@@ -304,8 +308,8 @@ def test_a_retry_that_fails_is_told_of(
     assert len(told) == notices
 
 
-def test_hooks_come_first(opened: Callable[..., RunRef], settings: Settings, dead: ProcessMark) -> None:
-    """Prefect's hooks have a moment to close the run and to tell of it; two notices would be one too many."""
+def test_hooks_come_first(opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity) -> None:
+    """Prefect's hooks have time to close the run and to send the notice, so that there is only one."""
     run = opened(dead, "one")
     assert stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("CRASHED"), grace_seconds=60) == []
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run("CRASHED"), grace_seconds=0)

@@ -1,25 +1,19 @@
-"""The sandbox: right rows pass, wrong ones do not, and hostile code neither harms, escapes nor fakes a verdict."""
+"""The sandbox: correct rows pass, wrong ones do not, and hostile code cannot escape, do harm or fake a result."""
 
 from __future__ import annotations
 
-import ast
-import ctypes
 import os
-import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from model.demo.grammar import make_rows
-from ops.sandbox import child as sandbox_child
 from ops.sandbox import guards as sandbox
-from ops.sandbox.guards import Verdict, run_tests
+from ops.sandbox.guards import RowResult, run_tests
 
 ROOT = Path(__file__).resolve().parents[3]
 FILTERED = os.uname().machine in ("x86_64", "aarch64") and sys.platform == "linux"
@@ -27,14 +21,8 @@ _COMMAND, _PROBLEM = sandbox._bubblewrap()
 needs_bubblewrap = pytest.mark.skipif(_COMMAND is None, reason=_PROBLEM)
 
 
-def _one(code: str, *tests: str, **limits: float) -> Verdict:
+def _one(code: str, *tests: str, **limits: float) -> RowResult:
     return run_tests([(code, tests or ("assert True",))], **limits)[0]  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def without_bubblewrap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A PATH on which there is no bwrap."""
-    monkeypatch.setenv("PATH", str(tmp_path))
 
 
 # Rows
@@ -70,7 +58,7 @@ RIGHT = {
 @pytest.mark.parametrize("row", RIGHT.values(), ids=RIGHT)
 def test_right_rows_pass_anywhere(row: tuple[str, list[str]], without_bubblewrap: None) -> None:
     """Ordinary code of the tasks passes the allow-list and needs nothing but Python."""
-    assert run_tests([row]) == [Verdict("passed")]
+    assert run_tests([row]) == [RowResult("passed")]
 
 
 @pytest.mark.parametrize(
@@ -96,36 +84,36 @@ def test_right_rows_pass_anywhere(row: tuple[str, list[str]], without_bubblewrap
 )
 def test_wrong_rows_fail_and_say_why(code: str, test: str, outcome: str, reason: str) -> None:
     """A false assert has failed; an exception, anywhere, is an error."""
-    verdict = _one(code, test)
-    assert verdict.outcome == outcome
-    assert reason in verdict.reason
+    result = _one(code, test)
+    assert result.outcome == outcome
+    assert reason in result.reason
 
 
 def test_a_row_without_tests_does_not_pass() -> None:
-    """Nothing asserted is nothing shown."""
-    assert run_tests([("x = 1", [])]) == [Verdict("error", "no test asserts anything")]
+    """Without an assertion nothing was tested."""
+    assert run_tests([("x = 1", [])]) == [RowResult("error", "no test asserts anything")]
     assert run_tests([]) == []
 
 
-def test_every_test_of_a_row_counts_and_rows_do_not_meet() -> None:
-    """The last assert decides too, and what one row defines the next does not see."""
+def test_every_test_of_a_row_counts_and_rows_are_isolated() -> None:
+    """Also the last assert counts, and a row does not see the definitions of the row before it."""
     rows = [("def f(x): return 1", ["assert f(1) == 1", "assert f(2) == 2"]), ("", ["assert f(1) == 1"])]
-    assert [verdict.outcome for verdict in run_tests(rows)] == ["failed", "error"]
+    assert [result.outcome for result in run_tests(rows)] == ["failed", "error"]
 
 
 def test_two_hundred_rows_take_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    """One interpreter forks a child for each row; the bound only notices a start of an interpreter for each."""
+    """One interpreter forks a child for each row; starting an interpreter for each row would exceed the bound."""
     started = time.monotonic()
-    verdicts = run_tests([("def f(x):\n    return x + 1", [f"assert f({n}) == {n + n % 2 + 1}"]) for n in range(200)])
+    results = run_tests([("def f(x):\n    return x + 1", [f"assert f({n}) == {n + n % 2 + 1}"]) for n in range(200)])
     seconds = time.monotonic() - started
-    assert [verdict.outcome for verdict in verdicts] == ["passed", "failed"] * 100
+    assert [result.outcome for result in results] == ["passed", "failed"] * 100
     with capsys.disabled():
         print(f" [200 rows: {seconds:.2f} s]", end="")
     assert seconds < 60
 
 
 def test_sets_have_one_order_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same rows give the same figures twice; the caller's PYTHONHASHSEED does not matter."""
+    """The same rows give the same results in each run, whatever the caller's PYTHONHASHSEED."""
     reasons = set()
     for seed in ("1", "2", "random"):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
@@ -133,209 +121,20 @@ def test_sets_have_one_order_in_every_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(reasons) == 1
 
 
-# Guard 1
-
-
-FORBIDDEN = """eval exec compile open input getattr setattr delattr hasattr globals locals vars dir type object super
-id bytes bytearray memoryview classmethod property staticmethod breakpoint BaseException SystemExit KeyboardInterrupt
-MemoryError OSError __build_class__"""
-ESCAPES = [
-    "import os",
-    "from os import *",
-    "from os import path as p",
-    "().__class__.__base__.__subclasses__()",
-    "''.__class__",
-    "x = f'{().__class__}'",
-    "x = f'{1:{().__class__}}'",
-    "'{0.__class__}'.format(1)",
-    "'{x.__class__}'.format_map({'x': 1})",
-    "list(map(str.format, ['{0.__class__}'], [1]))",
-    "f = lambda x=().__class__: x",
-    "def f(x: ().__class__): pass",
-    "def f(x=[y for y in ().__class__.__mro__]): pass",
-    "[y.__class__ for y in [1]]",
-    "(lambda: 0).__globals__",
-    "def f(): pass\nf.__code__",
-    "(x for x in [1]).gi_frame",
-    "(x for x in [1]).gi_frame.f_globals",
-    "def f(): yield\nf().send(None)",
-    "try:\n    1 / 0\nexcept Exception as e:\n    e.__traceback__.tb_frame",
-    "try:\n    1 / 0\nexcept Exception as e:\n    e.with_traceback(None)",
-    "try:\n    pass\nexcept* ValueError:\n    pass",
-    "class A: pass",
-    "class A(metaclass=int): pass",
-    "match 1:\n    case int(__class__=c):\n        pass",
-    "match 1:\n    case _:\n        pass",
-    "@print\ndef f(): pass",
-    "def f():\n    global sorted\n    sorted = 1",
-    "with open('x'): pass",
-    "async def f(): pass",
-    "x = 1\nx.real = 2",
-    "del ''.join",
-    "for ''.join in []: pass",
-    "__builtins__",
-    "__import__('os')",
-    "__name__ = 1",
-    "def __f(): pass",
-    "f = lambda **__k: 0",
-    "dict(__class__=1)",
-    "try:\n    pass\nexcept Exception as __e:\n    pass",
-    "b'bytes'",
-    "'x'.encode('rot13')",
-    "\uff45\uff56\uff41\uff4c('1')",
-    "''.__\uff43lass__",
-    "gr\u00f6\u00dfe = 1",
-    "f = eval",
-    "x = ''.join(['1'] * 5)\nprint(*[" + "1, " * 7000 + "])",
-    "x = " + "-" * 150 + "1",
-    *(f"{name}('x')" for name in FORBIDDEN.split()),
-]
-
-
-def test_escapes_do_not_pass_the_allow_list(without_bubblewrap: None) -> None:
-    """In code and in tests: each known way out is refused, so without bubblewrap it is not executed."""
-    as_code = run_tests([(code, ["assert True"]) for code in ESCAPES])
-    as_tests = run_tests([("x = 1", [code, "assert True"]) for code in ESCAPES])
-    passed = [
-        code
-        for code, *both in zip(ESCAPES, as_code, as_tests, strict=True)
-        if {v.outcome for v in both} != {"not_executed"}
-    ]
-    assert passed == []
-
-
-def test_the_allow_list_is_small() -> None:
-    """Every name on it exists, belongs to the types it is meant for, and none reads an attribute or runs text."""
-    assert not sandbox_child.METHODS & {"format", "format_map", "encode", "mro", "send", "throw", "with_traceback"}
-    assert not sandbox_child.BUILTINS & {*FORBIDDEN.split(), "format"}
-    assert not [name for name in sandbox_child.METHODS | sandbox_child.BUILTINS if name.startswith("_")]
-    types = (str, list, dict, set, tuple, int, float)
-    assert all(any(hasattr(kind, name) for kind in types) for name in sandbox_child.METHODS)
-    assert all(hasattr(ast, name) for name in sandbox_child.NODES)
-
-
-def test_behind_the_allow_list_builtins_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were the allow-list to let them through, there would be nothing to import, define a class or evaluate with."""
-    monkeypatch.setattr(sandbox_child, "refusal", lambda trees: None)
-    for code in ("import math", "class A: pass", "eval('1')", "open", "getattr(1, 'real')"):
-        outcome, reason = sandbox_child.judge(code, ["assert True"], True)
-        assert (outcome, reason.split(":")[0]) in {("error", "ImportError"), ("error", "NameError")}, code
-
-
-@pytest.mark.skipif(not FILTERED, reason="the filter of system calls knows x86_64 and aarch64 on Linux")
-def test_behind_the_allow_list_the_kernel_refuses_too() -> None:
-    """A confined child can compute and report, but not open, connect, fork, signal or write elsewhere."""
-    script = """
-import os, socket, sys
-from ops.sandbox import child as sandbox_child
-report, other = os.dup(1), os.dup(1)
-sandbox_child.drop_root()
-sandbox_child.confine(2**29, 5, report, True)
-def refused(attempt, *arguments):
-    try:
-        result = attempt(*arguments)
-    except OSError as error:
-        return error.errno == 1
-    if attempt is os.fork and result == 0:
-        os._exit(0)
-    return False
-attempts = [(open, "/etc/passwd"), (open, "/dev/null", "w"), (os.listdir, "/"), (socket.socket,), (os.fork,),
-            (os.kill, os.getppid(), 0), (os.write, other, b"x"), (os.execv, sys.executable, ["x"]),
-            (os.mkdir, "/tmp/x"), (os.setuid, 0), (os.pipe,), (os.dup, report)]
-os.write(report, repr([attempt[0].__name__ for attempt in attempts if not refused(*attempt)]).encode())
-os._exit(len(bytearray(2**26)) % 2)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, timeout=60, check=False)
-    assert (done.stdout, done.returncode) == (b"[]", 0), done.stderr
-
-
-REBOUND = [
-    ("def sorted(x): return [1, 2]\ndef f(): return 3", "assert sorted(f()) == [1, 2]"),
-    ("len = lambda x: 2\ndef f(): return []", "assert len(f()) == 2"),
-    ("for all in [lambda x: True]: pass\ndef f(): return 0", "assert all(f() == 1 for _ in [1])"),
-    ("[isinstance := lambda *x: True for _ in [1]]\ndef f(): return 0", "assert isinstance(f(), str)"),
-]
-
-
-@pytest.mark.parametrize(("code", "test"), REBOUND)
-def test_rebound_builtins_do_not_pass(code: str, test: str, without_bubblewrap: None) -> None:
-    """A builtin that the tests use must not be the code's."""
-    verdict = _one(code, test)
-    assert verdict.outcome == "failed"
-    assert "rebinds" in verdict.reason
-
-
-@pytest.mark.parametrize(
-    ("code", "outcomes"),
-    [
-        ("while True: pass", {"timeout"}),
-        ("while True:\n    try:\n        while True: pass\n    except Exception: pass", {"timeout"}),
-        ("x = 10 ** 10 ** 10", {"timeout", "error"}),
-        ("x = 1 << (1 << 40)", {"error"}),
-        ("x = 'a' * 10 ** 12", {"error"}),
-        ("x = 'a' * 2 ** 31", {"error"}),
-        ("x = []\nwhile True: x.append('a' * 10 ** 7 + str(len(x)))", {"error", "timeout"}),
-        ("x = f'{1:>2000000000}'", {"error"}),
-        ("x = list(range(10 ** 12))", {"error"}),
-        ("x = [[]] * 10 ** 6\nfor i in range(100): x = [x] * 10 ** 6", {"error", "timeout"}),
-        ("def f(n): return f(n + 1)\nf(0)", {"error"}),
-        ("x = []\nfor i in range(10 ** 5): x = [x]\nprint(*[x])\nrepr(x)", {"error"}),
-        ("x = str(9 ** 100000)", {"error"}),
-        ('print(\'["passed", ""]\')\nraise ValueError', {"error"}),
-    ],
-)
-def test_limits_end_what_the_allow_list_lets_pass(code: str, outcomes: set[str], without_bubblewrap: None) -> None:
-    """Time, memory and recursion: the row is over, and the next one is judged."""
-    seconds = 1 if "timeout" in outcomes else 10
-    first, second = run_tests([(code, ["assert True"]), ("x = 1", ["assert x == 1"])], timeout_seconds=seconds)
-    assert first.outcome in outcomes, first
-    assert second == Verdict("passed")
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "x = 1\0",
-        "x = '\udc80'",
-        "# -*- coding: utf-16 -*-\n\udcff",
-        "(" * 9000,
-        "[" * 150 + "]" * 150,
-        "-" * 19000 + "1",
-        "not " * 4000 + "1",
-        "x" + ".real" * 3000,
-        "x" + "()" * 9000,
-        "1" + " + 1" * 4000,
-        "lambda: " * 2000 + "1",
-        "if 1:\n" + "".join(" " * n + "if 1:\n" for n in range(1, 150)),
-        "x = " + "9" * 15000,
-        "f'" + "{" * 5000,
-        "\ufeff\ufeffx",
-        "a" * 10**6,
-        "(" * 10**6,
-    ],
-    ids=lambda code: repr(code[:12]),
-)
-def test_hostile_source_harms_nobody(code: str, without_bubblewrap: None) -> None:
-    """What cannot be parsed, or only deeply, neither passes nor ends the call; the caller never parses it."""
-    first, second = run_tests([(code, ["assert True"]), ("x = 1", ["assert x == 1"])])
-    assert first.outcome in {"error", "not_executed"}
-    assert second == Verdict("passed")
-
-
-# Guard 2, and doing without it
+# Guard 2, and working without it
 
 
 NEEDS_IMPORT = ("import math as m\ndef f(x): return m.isqrt(x)", ["assert f(9) == 3"])
 
 
 def test_without_bubblewrap_it_is_not_executed(without_bubblewrap: None) -> None:
-    """What does not pass the allow-list is left alone, and the reason says how to install it; the rest is judged."""
+    """Code that does not pass the allow-list is not run, with the remedy in the reason; other rows are run."""
     (first, second) = run_tests([NEEDS_IMPORT, ("x = 1", ["assert x == 1"])])
     assert first.outcome == "not_executed"
     assert "is not on the allow-list" in first.reason
     assert "apt install bubblewrap" in first.reason
     assert "user namespaces" in first.reason
-    assert second == Verdict("passed")
+    assert second == RowResult("passed")
 
 
 @pytest.mark.parametrize(
@@ -352,15 +151,15 @@ def test_without_bubblewrap_it_is_not_executed(without_bubblewrap: None) -> None
 def test_a_bubblewrap_that_does_not_isolate_counts_as_none(
     script: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Being there is not enough: it has to start, and what runs in it must find everything closed."""
+    """An installed bubblewrap counts only if it starts, and if the code in it finds files and network closed."""
     program = tmp_path / "bwrap"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    verdict = run_tests([NEEDS_IMPORT])[0]
-    assert verdict.outcome == "not_executed"
-    assert problem in verdict.reason
-    assert "apt install bubblewrap" in verdict.reason
+    result = run_tests([NEEDS_IMPORT])[0]
+    assert result.outcome == "not_executed"
+    assert problem in result.reason
+    assert "apt install bubblewrap" in result.reason
 
 
 @needs_bubblewrap
@@ -381,7 +180,7 @@ def test_a_bubblewrap_that_does_not_isolate_counts_as_none(
 )
 def test_right_rows_pass_in_bubblewrap(code: str, test: str) -> None:
     """Imports, classes, and the packages of this environment."""
-    assert _one(code, test, timeout_seconds=10) == Verdict("passed")
+    assert _one(code, test, timeout_seconds=10) == RowResult("passed")
 
 
 WRITE_EVERYWHERE = """
@@ -450,17 +249,17 @@ HOSTILE = {
 @needs_bubblewrap
 @pytest.mark.parametrize("seconds", [1, 10])
 def test_hostile_rows_are_contained(seconds: int) -> None:
-    """Each is recorded as what it is, and the right rows between them pass as if nothing had happened."""
+    """Each hostile row gets its outcome, and the correct rows between them pass."""
     rows = {name: row for name, row in HOSTILE.items() if ("timeout" in row[1]) == (seconds == 1)}
     between = [row for code, _ in rows.values() for row in ((code, ["assert True"]), NEEDS_IMPORT)]
-    verdicts = run_tests(between, timeout_seconds=seconds)
-    found = dict(zip(rows, verdicts[::2], strict=True))
+    results = run_tests(between, timeout_seconds=seconds)
+    found = dict(zip(rows, results[::2], strict=True))
     assert {name: found[name] for name, (_, outcomes) in rows.items() if found[name].outcome not in outcomes} == {}
-    assert set(verdicts[1::2]) == {Verdict("passed")}
+    assert set(results[1::2]) == {RowResult("passed")}
 
 
 def test_a_row_that_ends_the_sandbox_ends_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should one succeed in killing what judges it, the rows behind it are judged by a new one."""
+    """If a row succeeds in killing its sandbox, the rows behind it run in a new one."""
     child = tmp_path / "child.py"
     deadly = "        if code == 'deadly': os.kill(os.getpid(), 40)\n"
     source = sandbox._CHILD.read_text()
@@ -470,21 +269,21 @@ def test_a_row_that_ends_the_sandbox_ends_only_itself(tmp_path: Path, monkeypatc
     os.chmod(tmp_path, 0o755)
     monkeypatch.setattr(sandbox, "_CHILD", child)
     good = ("x = 1", ["assert x"])
-    verdicts = run_tests([good, ("deadly", ["assert True"]), good, ("deadly", ["assert True"]), good])
-    assert [verdict.outcome for verdict in verdicts] == ["passed", "error", "passed", "error", "passed"]
-    assert "ended early" in verdicts[1].reason
+    results = run_tests([good, ("deadly", ["assert True"]), good, ("deadly", ["assert True"]), good])
+    assert [result.outcome for result in results] == ["passed", "error", "passed", "error", "passed"]
+    assert "ended early" in results[1].reason
 
 
 @needs_bubblewrap
 def test_no_network_file_or_variable_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server of this machine is not reached, a file beside is not written, a secret is not in the environment."""
+    """A server of this machine is not reached, a file is not written, a secret is not in the environment."""
     monkeypatch.setenv("SECRET_TOKEN", "canary")
     target = tmp_path / "target"
     target.write_text("untouched")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
         address = server.getsockname()
-        verdicts = run_tests(
+        results = run_tests(
             [
                 (f"import socket\nsocket.create_connection({address!r})", ["assert True"]),
                 (f"open({str(target)!r}, 'w').write('x')", ["assert True"]),
@@ -496,8 +295,8 @@ def test_no_network_file_or_variable_of_the_caller(tmp_path: Path, monkeypatch: 
         )
         with pytest.raises(TimeoutError):
             server.accept()
-    assert [verdict.outcome for verdict in verdicts] == ["error", "error", "error", "passed", "failed", "error"]
-    assert "HOME" not in verdicts[4].reason
+    assert [result.outcome for result in results] == ["error", "error", "error", "passed", "failed", "error"]
+    assert "HOME" not in results[4].reason
     assert target.read_text() == "untouched"
 
 
@@ -540,140 +339,19 @@ FAKES = {
 
 
 @needs_bubblewrap
-def test_operands_cannot_pretend() -> None:
-    """Where classes exist, the tests' operators, truth tests and builtins do not take the code's own objects."""
-    verdicts = run_tests([(code, [test]) for code, test in FAKES.values()])
-    assert {name: v for name, v in zip(FAKES, verdicts, strict=True) if v.outcome != "failed"} == {}
-
-
-# Processes
-
-
-def _descendants(pid: int) -> set[int]:
-    """Living processes below this one."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            except OSError:
-                continue
-            if state != "Z":
-                parents[int(entry.name)] = int(parent)
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-@pytest.fixture
-def _adopts_orphans() -> Iterator[None]:
-    """Whatever loses its parent becomes a child of this process and is noticed."""
-    prctl, set_child_subreaper = ctypes.CDLL(None).prctl, 36
-    prctl(set_child_subreaper, 1, 0, 0, 0)
-    yield
-    prctl(set_child_subreaper, 0, 0, 0, 0)
-
-
-LOOPS = [("while True: pass", ["assert True"]), ("import os\nwhile True: os.getpid()", ["assert True"])]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-@pytest.mark.usefixtures("_adopts_orphans")
-def test_no_process_remains() -> None:
-    """After a call with endless loops, and bombs, there are the processes of before."""
-    before = _descendants(os.getpid())
-    bomb = ("import os\nos.setsid()\nwhile True:\n    try: os.fork()\n    except OSError: pass", ["assert True"])
-    assert "passed" not in {verdict.outcome for verdict in run_tests([*LOOPS, bomb], timeout_seconds=0.5)}
-    assert _descendants(os.getpid()) == before
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-@pytest.mark.usefixtures("_adopts_orphans")
-@pytest.mark.parametrize("row", LOOPS, ids=["guard 1", "bubblewrap"])
-def test_the_sandbox_dies_with_its_caller(row: tuple[str, list[str]]) -> None:
-    """kill -9 of who called leaves nothing behind, although the row would have taken a minute."""
-    if _COMMAND is None and row is LOOPS[1]:
-        pytest.skip(_PROBLEM)
-    before = _descendants(os.getpid())
-    script = f"from ops import sandbox\nsandbox.run_tests([{row!r}], timeout_seconds=60)"
-    caller = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 30
-        while not _busy(_descendants(caller.pid)):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        caller.kill()
-        caller.wait(timeout=30)
-    assert _remaining(before) == set()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-@pytest.mark.usefixtures("_adopts_orphans")
-@pytest.mark.parametrize("row", LOOPS, ids=["guard 1", "bubblewrap"])
-def test_an_interrupted_call_leaves_no_process(row: tuple[str, list[str]]) -> None:
-    """Ctrl-C, or any exception, ends the row too, although the caller lives on."""
-    if _COMMAND is None and row is LOOPS[1]:
-        pytest.skip(_PROBLEM)
-
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    before = _descendants(os.getpid())
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_tests([row], timeout_seconds=60)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert _remaining(before) == set()
-
-
-def test_a_sandbox_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should the parent of the rows itself not answer, the call still ends."""
-    child = tmp_path / "child.py"
-    child.write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(sandbox, "_CHILD", child)
-    monkeypatch.setattr(sandbox, "_SECONDS_TO_START", 0.2)
-    started = time.monotonic()
-    verdict = _one("x = 1", "assert x", timeout_seconds=0.1)
-    assert verdict.outcome == "error"
-    assert "ended early" in verdict.reason
-    assert time.monotonic() - started < 30
-
-
-def _remaining(before: set[int]) -> set[int]:
-    """Processes which were not there before and have not gone after ten seconds; they are ended here."""
-    deadline = time.monotonic() + 10
-    while (left := _descendants(os.getpid()) - before) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    return left
-
-
-def _busy(pids: set[int]) -> bool:
-    """Whether one of them has computed for 0.3 s: that is the row, since starting takes less."""
-    for pid in pids:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[11]) + int(fields[12]) > 0.3 * os.sysconf("SC_CLK_TCK"):
-            return True
-    return False
+def test_objects_of_the_code_cannot_fake_a_comparison() -> None:
+    """In bubblewrap the tests' operators, truth tests and builtins refuse objects of the code's own classes."""
+    results = run_tests([(code, [test]) for code, test in FAKES.values()])
+    assert {name: v for name, v in zip(FAKES, results, strict=True) if v.outcome != "failed"} == {}
 
 
 def test_the_projects_own_answers_pass_anywhere(without_bubblewrap: None) -> None:
-    """Every reference of the sample data's test split passes the allow-list and its tests."""
+    """Every reference answer of the sample data's test split passes the allow-list and its tests."""
     rows = make_rows()[1]
-    verdicts = run_tests([(row["completion"], row["tests"]) for row in rows])
-    assert [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if verdict.outcome != "passed"] == []
+    results = run_tests([(row["completion"], row["tests"]) for row in rows])
+    assert [(row, result) for row, result in zip(rows, results, strict=True) if result.outcome != "passed"] == []
 
 
-def test_no_rows_no_verdicts() -> None:
-    """Data without tests, such as CodeAlpaca, costs nothing and is no error."""
+def test_no_rows_give_no_results() -> None:
+    """Data without tests, such as CodeAlpaca, is no error."""
     assert run_tests([]) == []

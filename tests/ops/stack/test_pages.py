@@ -1,4 +1,4 @@
-"""The pages as a user sees them: real servers, three runs that differ in their learning rate, a real browser."""
+"""Prefect's and MLflow's pages in a real browser, with real servers and three runs of different learning rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ops.tracking.runs import client
 pytestmark = pytest.mark.slow
 RATES = ("0.0001", "0.0003", "0.001")
 FEW_STEPS = ("max_steps=20", "eval_freq=5", "eval_rows=20", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
-# Nothing but the two servers is asked for; root cannot have Chromium's sandbox.
+# No request goes to other hosts than the two servers. Chromium's sandbox does not work for root.
 FLAGS = [
     "--disable-gpu",
     "--disable-quic",
@@ -29,7 +29,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SECONDS = 60  # until something is on a page, on a machine that has other work
+SECONDS = 60  # time limit for a page to show something, on a busy machine
 DRAWN = """
     () => [...document.querySelectorAll(".js-plotly-plot")].map(plot => ({
         curves: Object.fromEntries(plot.data.map(curve => [curve.name, [...curve.y]])),
@@ -40,7 +40,7 @@ DRAWN = """
 
 @dataclass(frozen=True)
 class Seen:
-    """A finished run: its ids and names in both systems, and its curve of eval/loss."""
+    """A finished run: its ids and names in Prefect and MLflow, its learning rate and its values of eval/loss."""
 
     flow_run: str
     flow_name: str
@@ -52,7 +52,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    """A page of the system's Chromium, high enough for lists that draw only what is in sight."""
+    """A page of the system's Chromium, high enough for lists that draw only visible entries."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("Chromium is not installed (apt-get install chromium)")
@@ -82,7 +82,7 @@ def _ended(processes: list[subprocess.Popen[str]]) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def platform(page: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
-    """Both servers and a worker; after the browser, so that nothing is started where there is none."""
+    """Both servers and a worker. Depends on the browser, so that nothing is started without one."""
     made = MadeUp(tmp_path_factory.mktemp("platform"), FINETUNE_GPUS="1")
     try:
         made.start()
@@ -121,21 +121,21 @@ def _text(page: Any, wanted: str) -> None:
 
 
 def _check_curves(page: Any, runs: list[Seen]) -> None:
-    """Exactly one curve for each run is drawn, and its points are those that were logged."""
+    """Exactly one curve for each run is drawn, with the points that were logged."""
     page.wait_for_function(f"() => {{ const p = ({DRAWN})(); return p.length === 1 && p[0].lines.length > 0; }}")
     (plot,) = page.evaluate(DRAWN)
     assert set(plot["curves"]) == {run.name for run in runs}
     for run in runs:
         assert plot["curves"][run.name] == pytest.approx(run.losses)
         assert len(run.losses) == 5  # before the first step, and every 5 of 20
-    # Plotly draws each twice, the second for the points; the rates give different lines.
+    # Plotly draws each curve twice, the second time for its points; the rates give different curves.
     assert len(set(plot["lines"])) == len(runs) == len(RATES)
     for run in runs:
         _text(page, f"{run.name} (eval/loss)")  # the legend
 
 
 def test_compare_page_shows_three_runs_and_their_curves(page: Any, platform: MadeUp, runs: list[Seen]) -> None:
-    """What the button Compare opens: names and differing parameter; a metric's name leads to its curves."""
+    """The page of the button Compare: names and the differing parameter; a metric's name links to its curves."""
     chosen, experiments = (quote(json.dumps(ids)) for ids in ([r.run_id for r in runs], [_experiment(platform)]))
     page.goto(
         f"{platform.mlflow}/#/compare-runs?runs={chosen}&experiments={experiments}&workflowType=machine_learning"
@@ -167,7 +167,7 @@ def test_chart_view_shows_three_curves(page: Any, platform: MadeUp, runs: list[S
 
 
 def test_prefect_page_leads_to_mlflow_and_back(page: Any, platform: MadeUp, runs: list[Seen]) -> None:
-    """State and artifacts of a flow run; its artifact mlflow-run opens that run, whose note leads back."""
+    """State and artifacts of a flow run; its artifact mlflow-run links to the MLflow run, whose note links back."""
     run = runs[0]
     page.goto(f"{platform.prefect}/runs/flow-run/{run.flow_run}")
     _text(page, run.flow_name)

@@ -1,4 +1,4 @@
-"""``make up`` on PostgreSQL: both servers, and a run, with the URLs that docs/operations.md shows."""
+"""``make up`` on PostgreSQL: both servers and a run, with the URLs of docs/operations.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_
 
 
 def _binaries() -> Path:
-    """Debian keeps them beside the path."""
+    """The folder of PostgreSQL's programs, which on Debian is not in PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     program = shutil.which("initdb") or (str(found[-1]) if found else None)
     if not program:
@@ -31,14 +31,14 @@ def _binaries() -> Path:
 
 @pytest.fixture
 def postgres() -> Iterator[str]:
-    """A throw-away cluster with the databases prefect and mlflow. Yields user, password, host and port."""
+    """A temporary cluster with the databases prefect and mlflow. Yields user, password, host and port."""
     binaries = _binaries()
     (port,) = free_ports(1)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         (base / "password").write_text("postgres-secret")
         user = {}
-        if os.getuid() == 0:  # which PostgreSQL refuses to run as
+        if os.getuid() == 0:  # PostgreSQL refuses to run as root
             try:
                 owner = pwd.getpwnam("postgres")
             except KeyError:
@@ -81,7 +81,7 @@ def test_both_servers_and_a_run_on_postgresql(postgres: str, tmp_path: Path) -> 
         with psycopg2.connect(f"postgresql://{postgres}/mlflow") as connection, connection.cursor() as cursor:
             cursor.execute("select status from runs")
             assert cursor.fetchall() == [("FINISHED",)]
-        assert list(up.home.rglob("*.db")) == []  # no sqlite beside it
+        assert list(up.home.rglob("*.db")) == []  # no sqlite database was made
         logs = b"".join(path.read_bytes() for path in up.home.rglob("*.log"))
         assert b"postgres-secret" not in logs
     finally:

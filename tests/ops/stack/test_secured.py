@@ -1,4 +1,4 @@
-"""``make up SECURE=1``: without the password nothing, with it a run, and the password in no other place."""
+"""``make up SECURE=1``: requests need the password, a run completes, and the password is stored nowhere else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from made_up import MAKE, MadeUp
 pytestmark = pytest.mark.slow
 FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
 EXPERIMENTS = "/api/2.0/mlflow/experiments/search?max_results=1"
-CANARY = "canary-5d41402abc4b2a76"  # in the environment of make up, like a key for a cloud
+CANARY = "canary-5d41402abc4b2a76"  # a secret in the environment of make up, such as a cloud's key
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,14 @@ def _status(url: str, credentials: str | None = None, **headers: str) -> int:
         return refused.code
 
 
-def test_it_says_where_the_password_is_and_not_what(secured: MadeUp) -> None:
+def test_it_prints_the_password_file_and_not_the_password(secured: MadeUp) -> None:
     assert str(secured.home / "password") in secured.output
     for name in ("password", "client.env"):
         assert stat.S_IMODE((secured.home / name).stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("credentials", [None, "admin:wrong", "somebody:{password}"])
-def test_without_credentials_nobody_gets_anything(credentials: str | None, secured: MadeUp) -> None:
+def test_without_credentials_every_request_is_refused(credentials: str | None, secured: MadeUp) -> None:
     wrong = credentials and credentials.format(password=secured.password)
     urls = [secured.mlflow + EXPERIMENTS, secured.mlflow + "/", secured.prefect + "/api/admin/settings"]
     for url in urls:
@@ -55,17 +55,19 @@ def test_without_credentials_nobody_gets_anything(credentials: str | None, secur
 
 
 @pytest.mark.parametrize("command", ["doctor", "deploy"])
-def test_without_the_password_a_command_says_where_it_is(command: str, secured: MadeUp) -> None:
+def test_without_the_password_a_command_names_its_file(command: str, secured: MadeUp) -> None:
     environment = secured.environment | {"PREFECT_API_URL": f"{secured.prefect}/api"}
     done = subprocess.run([*MAKE, command], env=environment, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
-    assert said.count(f"wants a password: `. {secured.home}/client.env` first") == (2 if command == "doctor" else 1)
+    assert said.count(f"requires a password: run `. {secured.home}/client.env` first") == (
+        2 if command == "doctor" else 1
+    )
     assert "Traceback" not in said
 
 
 def test_a_foreign_host_header(secured: MadeUp) -> None:
-    """MLflow refuses it even with the password. Prefect does not look at it, and wants the password as always."""
+    """MLflow refuses it even with the password. Prefect ignores it and requires the password as always."""
     right = f"admin:{secured.password}"
     assert _status(secured.mlflow + EXPERIMENTS, right, Host="evil.example") == 403
     assert _status(secured.mlflow + EXPERIMENTS, Host="evil.example") == 403
@@ -74,18 +76,18 @@ def test_a_foreign_host_header(secured: MadeUp) -> None:
 
 
 def test_a_run_completes_and_the_secrets_are_written_nowhere(secured: MadeUp) -> None:
-    """No log, no database, no artifact has the password or another secret of the environment."""
+    """No log, database or artifact holds the password or another secret of the environment."""
     output, _ = secured.run(*FEW_STEPS).communicate(timeout=240)
     run = secured.flow_run(output)
     assert secured.api(f"/flow_runs/{run}")["state"]["type"] == "COMPLETED", output[-3000:]
 
     assert secured.password
     encoded = base64.b64encode(f"admin:{secured.password}".encode()).decode()
-    places = [path for path in secured.home.parent.rglob("*") if path.is_file()] + [secured.log]
-    assert {"prefect.db", "mlflow.db", "basic_auth.db", "prefect.log", "worker.log"} <= {p.name for p in places}
+    files = [path for path in secured.home.parent.rglob("*") if path.is_file()] + [secured.log]
+    assert {"prefect.db", "mlflow.db", "basic_auth.db", "prefect.log", "worker.log"} <= {p.name for p in files}
     allowed = {secured.home / "password", secured.home / "client.env"}
     for secret in (secured.password, encoded, CANARY):
-        found = {path for path in places if secret.encode() in path.read_bytes()}
+        found = {path for path in files if secret.encode() in path.read_bytes()}
         assert found == (allowed if secret == secured.password else set())
         assert secret not in output
         for process in secured.processes():
@@ -93,7 +95,7 @@ def test_a_run_completes_and_the_secrets_are_written_nowhere(secured: MadeUp) ->
 
 
 def test_a_lost_password_is_noticed(secured: MadeUp) -> None:
-    """MLflow would refuse the new one for ever."""
+    """MLflow keeps the old password, so a newly made one would never be accepted."""
     secured.interrupt()
     (secured.home / "password").unlink()
     secured.begin()

@@ -1,4 +1,4 @@
-"""``make up`` and ``make down`` as users meet them: real servers, a real worker, real signals."""
+"""``make up`` and ``make down`` with real servers, a real worker and real signals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
-    """Two GPUs by its settings, no password. Its tests stand in an order; the last one ends it."""
+    """Two GPUs by its settings, no password. The tests depend on their order; the last one ends it."""
     made = MadeUp(tmp_path_factory.mktemp("up"), FINETUNE_GPUS="2")
     try:
         made.load = os.getloadavg()[0]  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ def test_it_is_ready_within_forty_seconds(up: MadeUp) -> None:
     seconds = up.seconds  # type: ignore[attr-defined]
     print(f"ready after {seconds:.1f} s")
     if seconds > 40 and up.load > 1:  # type: ignore[attr-defined]
-        pytest.skip(f"{seconds:.0f} s, while others kept this machine busy: says nothing")
+        pytest.skip(f"{seconds:.0f} s, but other processes kept this machine busy")
     assert seconds <= 40
 
 
@@ -76,7 +76,7 @@ def test_everything_is_set_up(up: MadeUp) -> None:
 
 
 def test_only_this_machine_reaches_it(up: MadeUp) -> None:
-    """Each port of its processes is bound to the loopback."""
+    """All listening ports of its processes are bound to the loopback."""
     inodes = set()
     for process in up.processes():
         for link in Path(f"/proc/{process.pid}/fd").iterdir():
@@ -92,8 +92,8 @@ def test_only_this_machine_reaches_it(up: MadeUp) -> None:
     assert set(bound) == {"0100007F"}
 
 
-def test_a_page_of_elsewhere_may_not_use_prefect(up: MadeUp) -> None:
-    """The browser lets a page read and send what the server's answer allows its origin."""
+def test_a_page_of_another_origin_may_not_use_prefect(up: MadeUp) -> None:
+    """A browser lets a page use the API only if the server's answer allows the page's origin."""
     for origin, allowed in ((up.prefect, up.prefect), ("http://evil.example", None)):
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
         asked = Request(f"{up.prefect}/api/flow_runs/filter", headers=headers, method="OPTIONS")
@@ -106,12 +106,12 @@ def test_a_page_of_elsewhere_may_not_use_prefect(up: MadeUp) -> None:
 
 
 def test_prefect_s_pages_ask_the_server_that_sent_them(up: MadeUp) -> None:
-    """By a path: an address of the loopback would be another machine's own."""
+    """By a path: on another machine an address of the loopback would mean that machine."""
     with urlopen(f"{up.prefect}/ui-settings", timeout=10) as answer:
         assert json.load(answer)["api_url"] == "/api"
 
 
-def test_a_second_one_says_where_the_first_is(up: MadeUp) -> None:
+def test_a_second_one_prints_the_addresses_of_the_first(up: MadeUp) -> None:
     before = up.processes()
     second = up.make("up")
     assert second.returncode == 0, second.stdout
@@ -143,7 +143,7 @@ def test_a_run_completes_and_both_sides_have_it(up: MadeUp) -> None:
 
 
 def test_idle_it_needs_less_than_a_gigabyte_and_a_half(up: MadeUp) -> None:
-    """After a run has come and gone."""
+    """After a run has ended."""
     memory = up.memory()
     print("\n".join(f"{megabytes:6.0f} MB  {process}" for process, megabytes in memory.items()))
     assert len(memory) >= 6
@@ -152,13 +152,13 @@ def test_idle_it_needs_less_than_a_gigabyte_and_a_half(up: MadeUp) -> None:
 
 @pytest.mark.parametrize("server", ["prefect server", "mlflow"])
 def test_a_killed_server_is_started_again(server: str, up: MadeUp) -> None:
-    """The worker outlives it."""
+    """The worker survives it."""
     worker = up.one("prefect worker").pid
     killed = up.one(server).pid
     os.kill(killed, signal.SIGKILL)
     url = f"{up.prefect}/api/health" if "prefect" in server else f"{up.mlflow}/health"
     wait_for("another process", lambda: up.processes(server) and up.one(server).pid != killed, 30)
-    # MLflow's has a child that listens, and would keep the port.
+    # MLflow's server has a listening child process, which would keep the port.
     orphans = [process for process in up.processes("uvicorn") if process.parent != up.one("mlflow").pid]
     wait_for("the end of orphans", lambda: set(orphans).isdisjoint(up.processes()), 30)
     wait_for(server, lambda: urlopen(url, timeout=5).status == 200, 60)
@@ -187,7 +187,7 @@ def _train(up: MadeUp) -> str:
 
 
 def _state(up: MadeUp, run: str) -> str:
-    """What Prefect has written down, after its server has ended."""
+    """The run's state in Prefect's database, read after its server has ended."""
     with sqlite3.connect(up.home / "prefect" / "prefect.db") as connection:
         (state,) = connection.execute("select state_type from flow_run where id = ?", (run,)).fetchone()
     return str(state)
@@ -195,9 +195,9 @@ def _state(up: MadeUp, run: str) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_everything_and_a_training_too(number: signal.Signals, up: MadeUp) -> None:
-    """The training's run is Crashed in Prefect: the servers live long enough to be told.
+    """The training's run is Crashed in Prefect: the servers end after the flow run has reported its state.
 
-    The signal goes to the group, and make passes SIGTERM on: the two that arrive are one.
+    The signal goes to the whole process group, and make passes SIGTERM on: the two that arrive count as one.
     """
     if not up.processes():
         up.start()
@@ -207,7 +207,7 @@ def test_a_signal_ends_everything_and_a_training_too(number: signal.Signals, up:
     status = up.interrupt(number)
 
     assert up.processes() == []
-    assert status in (0, -number)  # make's own habit
+    assert status in (0, -number)  # make exits with 0 or by the signal
     assert "everything has ended" in up.output
     for port in (up.prefect, up.mlflow):
         with pytest.raises(ConnectionRefusedError):
@@ -215,8 +215,8 @@ def test_a_signal_ends_everything_and_a_training_too(number: signal.Signals, up:
     assert _state(up, run) == "CRASHED"
 
 
-def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
-    """kill -9 of supervisord and of `make up` itself; meanwhile a GPU was taken out."""
+def test_processes_left_by_a_crash_are_ended_by_up_and_down(up: MadeUp) -> None:
+    """After kill -9 of supervisord and of `make up` itself, with fewer GPUs than before."""
     up.environment["FINETUNE_GPUS"] = "1"
     up.start()
     assert up.api("/work_pools/gpu")["concurrency_limit"] == 3
@@ -241,7 +241,7 @@ def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
         assert f"pid {pid} (" in up.output
     assert strays.isdisjoint(process.pid for process in up.processes())
 
-    # The training goes on, and Prefect's new server hears of it.
+    # The training goes on, and reports to Prefect's new server.
     assert "left alone, a flow run" in up.output
     assert training <= {process.pid for process in up.processes()}
     assert up.api(f"/flow_runs/{run}")["state"]["type"] == "RUNNING"
@@ -256,7 +256,7 @@ def test_what_a_crash_left_is_found_by_up_and_ended_by_down(up: MadeUp) -> None:
 
 
 def test_make_up_alone_killed_ends_the_rest(up: MadeUp) -> None:
-    """And so does an interrupt before it is ready."""
+    """The same holds for an interrupt before it is ready."""
     up.begin()
     wait_for("supervisord", lambda: up.processes("supervisord"), 20)
     wait_for("both servers", lambda: up.processes("prefect server") and up.processes("mlflow"), 20)
@@ -275,5 +275,5 @@ def test_supervisord_alone_killed_ends_the_rest(up: MadeUp) -> None:
     os.kill(up.one("supervisord").pid, signal.SIGKILL)
     assert up.process
     assert up.process.wait(timeout=60) != 0
-    assert "supervisord is gone" in up.output
+    assert "supervisord ended (status " in up.output
     assert up.processes() == []

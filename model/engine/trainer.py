@@ -1,0 +1,295 @@
+"""One attempt of a training: exact token normalisation, validation, checkpoints, resumption."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.data.tokens import CodeAlpacaDataset, epoch_order
+from model.engine.checkpoint import CheckpointWriter, FoundCheckpoint, checkpoint_path, load_checkpoint
+from model.engine.config import TrainConfig
+from model.engine.engine import Engine
+from model.engine.flops import matmul_ceiling
+from model.engine.journal import MetricsJournal
+from model.engine.scoring import mean_loss, perplexity, row_losses
+from model.engine.speed import Speed
+from model.engine.state import TrainingState
+from model.engine.stepper import PendingStep, Stepper, build_optimizer, learning_rate_at
+from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.net.device import peak_memory
+
+JOURNAL_FILE = "metrics.jsonl"
+_LAG = 4  # steps a GPU may be behind: the host reads a step's loss only when the next ones are queued
+
+_ceiling = functools.cache(matmul_ceiling)  # measured once per process, device and dtype
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Progress after a step, for ``on_step``.
+
+    Attributes:
+        step: optimizer steps done; 0 for the validation of the base.
+        total_steps: optimizer steps of the whole training.
+        loss: training loss of the step; NaN at step 0.
+        tokens_per_second: real tokens per second over the last steps; 0 at step 0.
+        eta_seconds: seconds to the end of the training, estimated; NaN at step 0.
+        eval_loss: validation loss in nats per response token; None at a step without validation.
+    """
+
+    step: int
+    total_steps: int
+    loss: float
+    tokens_per_second: float
+    eta_seconds: float
+    eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Result of a finished training.
+
+    Attributes:
+        best: directory of the checkpoint with the lowest validation loss; it may be that of step 0, the base.
+        best_step: step of that checkpoint.
+        best_eval_loss: validation loss of that checkpoint, in nats per response token.
+        base_eval_loss: validation loss of the base, in nats per response token.
+        steps: optimizer steps done.
+        resumed_from: step at which this process resumed the training; 0 for a fresh start.
+        micro_batch_tokens: tokens per pass, about, at the end of the training.
+        first_step_seconds: seconds from the start of the last attempt to the end of its first step; NaN without one.
+        peak_memory_bytes: as ``model.net.device.peak_memory``.
+        trunk: where the trunk's outputs were kept, as a line for the log.
+        trunk_hit_share: share of the tokens whose trunk output was in the cache when it was needed.
+    """
+
+    best: Path
+    best_step: int
+    best_eval_loss: float
+    base_eval_loss: float
+    steps: int
+    resumed_from: int
+    micro_batch_tokens: int
+    first_step_seconds: float
+    peak_memory_bytes: int
+    trunk: str
+    trunk_hit_share: float
+
+
+class TrainingStoppedError(Exception):
+    """The training stopped because the caller requested it; a checkpoint of the last step was saved."""
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradient became NaN or infinite; the model is unchanged since the step before."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all attempts of one call of ``train`` share.
+
+    Attributes:
+        tokens, config, directory, identity, on_step, warn, cache, should_stop: arguments of ``train``.
+        resumed_from: step of the checkpoint that the first attempt started from; 0 without one.
+    """
+
+    tokens: Path
+    config: TrainConfig
+    directory: Path
+    identity: str
+    on_step: Callable[[StepReport], None]
+    warn: Callable[[str], None]
+    cache: TrunkCacheConfig
+    should_stop: Callable[[], bool]
+    resumed_from: int
+
+
+class Trainer:
+    """One attempt of a training, from a checkpoint or from the base.
+
+    Args:
+        engine: of the model to train.
+        call: what the attempts share.
+        micro_batch_tokens: tokens per pass, about.
+        found: the checkpoint to resume from; None for a fresh start.
+    """
+
+    def __init__(self, engine: Engine, call: Call, micro_batch_tokens: int, found: FoundCheckpoint | None):
+        self.begun = time.perf_counter()
+        self.first_step_seconds = math.nan
+        self.engine, self.call, self.config = engine, call, call.config
+        self.micro_batch_tokens = micro_batch_tokens
+        self.fresh = found is None
+        self.rows = CodeAlpacaDataset(call.tokens, "train", prompt_loss_weight=self.config.prompt_loss_weight)
+        self.validation_rows = CodeAlpacaDataset(call.tokens, "validation", limit=self.config.eval_rows)
+        self.total_steps = self.config.total_steps(len(self.rows))
+        self.steps_per_epoch = math.ceil(len(self.rows) / self.config.batch_size)
+        self.optimizer = build_optimizer(engine.model, self.config)
+        self.trunk, self.validation_trunk = self._trunk_outputs()
+        self.stepper = Stepper(engine, self.optimizer, self.rows, self.trunk, self.config, micro_batch_tokens)
+        call.directory.mkdir(parents=True, exist_ok=True)
+        self.journal = MetricsJournal(call.directory / JOURNAL_FILE)
+        torch.manual_seed(self.config.seed)
+        self.state = self._restore(found)
+        self.writer = CheckpointWriter(call.directory, engine.model, self.optimizer)
+        self.ceiling = _ceiling(engine.device, engine.dtype)
+        self.speed = Speed()
+        self.pending: deque[PendingStep] = deque()
+
+    def _trunk_outputs(self) -> tuple[TrunkOutputs, TrunkOutputs]:
+        """The trunk's outputs for the training rows and for the validation rows, as far as the limits allow."""
+        epochs = self.total_steps / self.steps_per_epoch
+        validations = 2 + self.total_steps // self.config.eval_freq
+        order = epoch_order(len(self.rows), self.config.seed, 0)
+        engine, size, cache = self.engine, self.micro_batch_tokens, self.call.cache
+        training = TrunkOutputs(engine, self.rows, order, size, epochs, cache)
+        order = np.arange(len(self.validation_rows))
+        return training, TrunkOutputs(
+            engine, self.validation_rows, order, size, validations, cache, reserved_bytes=training.bytes_kept
+        )
+
+    def _restore(self, found: FoundCheckpoint | None) -> TrainingState:
+        """Load the checkpoint and cut the journal back to it; without one, start at step 0 with an empty journal."""
+        state = TrainingState(self.call.identity, self.micro_batch_tokens)
+        if found:
+            load_checkpoint(found.path, self.engine.model, self.optimizer)
+            state = TrainingState.from_json(found.state, self.micro_batch_tokens)
+        self.journal.truncate(state.journal_lines)
+        return state
+
+    def run(self) -> TrainResult:
+        """Train to the last step.
+
+        Raises:
+            TrainingStoppedError, NonFiniteError: as ``train``.
+        """
+        self.engine.model.train()
+        with self.writer:
+            if self.fresh:
+                self.call.on_step(StepReport(0, self.total_steps, math.nan, 0.0, math.nan, self.validate()))
+            self.speed.restart()
+            for rows in self.batches():
+                if self.call.should_stop():
+                    self.stop()
+                self.step(rows)
+                self.report_finished_steps()
+        return self.result()
+
+    def batches(self) -> Iterator[np.ndarray[Any, Any]]:
+        """The rows of each step from the current one to the last."""
+        order, order_epoch = np.empty(0, dtype=np.int64), -1
+        while self.state.step < self.total_steps:
+            epoch, position = divmod(self.state.step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(len(self.rows), self.config.seed, epoch), epoch
+            yield order[position * self.config.batch_size : (position + 1) * self.config.batch_size]
+
+    def step(self, rows: np.ndarray[Any, Any]) -> None:
+        """Queue one optimizer step."""
+        learning_rate = learning_rate_at(self.state.step, self.total_steps, self.config)
+        self.pending.append(self.stepper.step(self.state.step, rows, learning_rate))
+        self.state.step += 1
+
+    def report_finished_steps(self) -> None:
+        """Report pending steps: on a GPU those more than ``_LAG`` steps old, and before a validation all of them."""
+        evaluate = self.state.step % self.config.eval_freq == 0 or self.state.step == self.total_steps
+        while len(self.pending) > (0 if evaluate or self.engine.device.type != "cuda" else _LAG):
+            self.report(evaluate and len(self.pending) == 1)
+
+    def report(self, evaluate: bool) -> None:
+        """Write the oldest pending step to the journal and hand it to the caller.
+
+        Args:
+            evaluate: validate first; the step is the newest one, too.
+
+        Raises:
+            NonFiniteError: its loss or gradient is not finite.
+        """
+        done = self.pending.popleft()
+        loss, grad_norm = done.read()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"loss {loss} with gradient norm {grad_norm} at step {done.step}: stopped before the update; "
+                f"lower learning_rate (now {self.config.learning_rate:g}) or use precision=fp32"
+            )
+        if math.isnan(self.first_step_seconds):
+            self.first_step_seconds = time.perf_counter() - self.begun
+        self.speed.add(done.tokens, done.flops)
+        self.journal.append(
+            done.step,
+            {
+                "train/loss": loss,
+                "train/lr": done.learning_rate,
+                "train/grad_norm": grad_norm,
+                "train/tokens_per_second": self.speed.tokens_per_second,
+                "train/mfu": self.speed.flops_per_second / self.ceiling,
+            },
+        )
+        eval_loss = self.validate() if evaluate else None
+        eta = (self.total_steps - done.step) * self.speed.seconds_per_step
+        self.call.on_step(StepReport(done.step, self.total_steps, loss, self.speed.tokens_per_second, eta, eval_loss))
+
+    def validate(self) -> float:
+        """Score the validation rows and save a checkpoint. Returns nats per response token.
+
+        Raises:
+            NonFiniteError: the loss is not finite; no checkpoint is saved.
+        """
+        state = self.state
+        scores = row_losses(self.engine, self.validation_rows, self.micro_batch_tokens, self.validation_trunk)
+        loss = mean_loss(*scores)
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"validation loss is {loss} at step {state.step}: lower the learning rate")
+        if state.step == 0:
+            state.base_eval_loss = loss
+        if loss < state.best_eval_loss:
+            state.best_eval_loss, state.best_step = loss, state.step
+        self.journal.append(state.step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
+        self.save()
+        self.speed.restart()
+        return loss
+
+    def save(self) -> None:
+        """Save a checkpoint of the current step; only it and the best one are kept."""
+        self.state.journal_lines = self.journal.lines
+        keep = {self.state.best_step, self.state.step}
+        self.writer.save(self.state.step, self.state.to_json(), keep)
+
+    def stop(self) -> None:
+        """Report all pending steps, save a checkpoint of the last one, and end the training.
+
+        Raises:
+            TrainingStoppedError: always.
+        """
+        while self.pending:
+            self.report(evaluate=False)
+        self.save()
+        self.writer.wait()
+        raise TrainingStoppedError(f"stopped on request after step {self.state.step} of {self.total_steps}")
+
+    def result(self) -> TrainResult:
+        """The result after the last step."""
+        state = self.state
+        return TrainResult(
+            best=checkpoint_path(self.call.directory, state.best_step),
+            best_step=state.best_step,
+            best_eval_loss=state.best_eval_loss,
+            base_eval_loss=state.base_eval_loss,
+            steps=state.step,
+            resumed_from=self.call.resumed_from,
+            micro_batch_tokens=self.micro_batch_tokens,
+            first_step_seconds=self.first_step_seconds,
+            peak_memory_bytes=peak_memory(self.engine.device),
+            trunk=self.trunk.describe(),
+            trunk_hit_share=self.trunk.hit_share,
+        )
