@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.end_to_end import Line, parse, read_pipeline, read_trl, run_timed, table, write_rows
-from flows.__main__ import time_table
+from flows.summary import time_table
 from model.data.rows import prompt_key
 
 
