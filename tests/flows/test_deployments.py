@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from made_up import ROOT, MadeUp, wait_for
+from made_up import ROOT, MadeUp, made_up, wait_for
 
 from ops.tracking.runs import client
 
@@ -25,12 +25,8 @@ def _time(text: str) -> datetime:
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
     """A fresh installation: both servers up, everything deployed, one worker. All of it is gone afterwards."""
-    made = MadeUp(tmp_path_factory.mktemp("platform"), FINETUNE_GPUS="1")
-    try:
-        made.start()
+    with made_up(tmp_path_factory.mktemp("platform"), FINETUNE_GPUS="1") as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture(scope="module")

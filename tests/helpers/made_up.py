@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -48,6 +48,17 @@ def wait_for(what: str, ready: Callable[[], Any], seconds: float) -> Any:
                 return answer
         time.sleep(0.25)
     raise AssertionError(f"timeout after {seconds:g} s: {what}")
+
+
+@contextmanager
+def made_up(base: Path, **settings: str) -> Iterator[MadeUp]:
+    """A started ``make up``; all its processes are ended afterwards. Arguments as ``MadeUp``."""
+    made = MadeUp(base, **settings)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 class MadeUp:

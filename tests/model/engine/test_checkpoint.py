@@ -564,13 +564,14 @@ def resume(
     return check
 
 
-@pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
+# resume(config, directory, step): trains on from there, and compares the end with the uninterrupted training.
+Resume = Callable[[TrainConfig, Path, int], None]
+STEPS = pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
+
+
+@STEPS
 def test_interrupted_anywhere(
-    fresh: Callable[[], GPTModel],
-    token_dir: Path,
-    tmp_path: Path,
-    resume: Callable[[TrainConfig, Path, int], None],
-    step: int,
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, resume: Resume, step: int
 ) -> None:
     """Interrupted in the first epoch, in the last, or right after a checkpoint, with dropout: the end is equal."""
     config = config_of(dropout=0.1)
@@ -579,13 +580,9 @@ def test_interrupted_anywhere(
     resume(config, tmp_path / "cut", step // 4 * 4)
 
 
-@pytest.mark.parametrize("step", [0, 1, 4, 7, 14])
+@STEPS
 def test_stopped_on_request(
-    fresh: Callable[[], GPTModel],
-    token_dir: Path,
-    tmp_path: Path,
-    resume: Callable[[TrainConfig, Path, int], None],
-    step: int,
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, resume: Resume, step: int
 ) -> None:
     """The checkpoint is of the step before the stop, not of the last validation; the end is bitwise equal."""
     config = config_of(dropout=0.1)

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from made_up import MadeUp
+from made_up import MadeUp, made_up
 
 from ops.tracking.runs import client
 
@@ -83,12 +83,8 @@ def _ended(processes: list[subprocess.Popen[str]]) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def platform(page: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
     """Both servers and a worker. Depends on the browser, so that nothing is started without one."""
-    made = MadeUp(tmp_path_factory.mktemp("platform"), FINETUNE_GPUS="1")
-    try:
-        made.start()
+    with made_up(tmp_path_factory.mktemp("platform"), FINETUNE_GPUS="1") as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture(scope="module")

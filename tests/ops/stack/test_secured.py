@@ -11,7 +11,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from made_up import MAKE, MadeUp
+from made_up import MAKE, MadeUp, made_up
 
 pytestmark = pytest.mark.slow
 FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
@@ -21,12 +21,8 @@ CANARY = "canary-5d41402abc4b2a76"  # a secret in the environment of make up, su
 
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
-    made = MadeUp(tmp_path_factory.mktemp("secured"), FINETUNE_SECURE="1", AWS_SECRET_ACCESS_KEY=CANARY)
-    try:
-        made.start()
+    with made_up(tmp_path_factory.mktemp("secured"), FINETUNE_SECURE="1", AWS_SECRET_ACCESS_KEY=CANARY) as made:
         yield made
-    finally:
-        made.stop()
 
 
 def _status(url: str, credentials: str | None = None, **headers: str) -> int:
