@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.scores import score_table_markdown
+from model.evaluation.scores import score_sources, score_table_markdown
 from model.files import sha256_json
 from model.net.prompt import format_prompt
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS
@@ -43,6 +43,8 @@ def model_card(sources: Sources, training: TrainingRef, metrics: Mapping[str, fl
         "## Scores",
         "",
         *score_table_markdown(metrics),
+        "",
+        *score_sources(metrics),
         "",
     ]
     return "\n".join(lines)

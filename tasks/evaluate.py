@@ -73,7 +73,7 @@ def evaluate(
     directory = Path(checkpoint.directory)
     tables = {
         "test_rows.json": row_table(test.rows, tuned.row_tokens, base.row_losses, tuned.row_losses),
-        "samples.json": sample_table(base.sampled, base.completions, tuned.completions),
+        "samples.json": sample_table(base.sampled_rows, base.sampled_completions, tuned.sampled_completions),
         "pass_rate.json": pass_table(tuned_answers.tested, base.passes, tuned.passes),
     }
     for name, records in tables.items():
@@ -126,8 +126,8 @@ def _outputs(validation_loss: float, losses: tuple[np.ndarray, np.ndarray], answ
         validation_loss=validation_loss,
         row_losses=losses[0],
         row_tokens=losses[1],
-        sampled=answers.sampled,
-        completions=answers.completions,
+        sampled_rows=answers.sampled,
+        sampled_completions=answers.completions,
         passes=[verdict.outcome == "passed" for verdict in verdicts],
         not_executed=len(refused),
     )

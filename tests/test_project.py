@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,13 @@ def test_no_two_files_import_each_other() -> None:
 # Test files that are about a theme, and not about one module.
 THEMES = {
     "model": {"engine/test_cuda.py", "engine/test_sameness.py"},
-    "ops": {"fakehub.py", "stack/test_pages.py", "stack/test_postgres.py", "stack/test_secured.py"},
+    "ops": {
+        "fakehub.py",
+        "sandbox/test_processes.py",
+        "stack/test_pages.py",
+        "stack/test_postgres.py",
+        "stack/test_secured.py",
+    },
     "flows": {"test_deployments.py", "test_nights.py", "test_resume.py", "test_main.py"},
     "tasks": set(),
 }
@@ -150,6 +157,28 @@ def test_every_dependency_says_why() -> None:
     requirements = [line for line in text.splitlines() if re.match(r'\s+"[a-zA-Z-]+([<>=]|",)', line)]
     assert len(requirements) > 10
     assert [line for line in requirements if "#" not in line and "setuptools" not in line] == []
+
+
+def test_every_third_party_import_is_declared_and_pinned() -> None:
+    """What the packages import is a dependency in pyproject.toml, and constraints.txt pins every dependency."""
+    with (ROOT / "pyproject.toml").open("rb") as stream:
+        project = tomllib.load(stream)["project"]
+    declared = {_distribution(line) for line in project["dependencies"]}
+    modules = {name: path for package in PACKAGES for name, path in _modules(package).items()}
+    imported = {name.split(".")[0] for path in modules.values() for name in _imported(path, modules)}
+    distributions = packages_distributions()
+    # triton comes with torch's CUDA builds, cryptography and the like only with extras of others.
+    foreign = {name for name in imported - {*PACKAGES, "triton"} if name not in sys.stdlib_module_names}
+    for name in foreign:
+        owners = {_distribution(owner) for owner in distributions[name]}
+        assert owners & declared, f"{name} is imported, and {owners} not among the dependencies of pyproject.toml"
+    pinned = {_distribution(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    assert declared - {"torch"} <= pinned
+
+
+def _distribution(requirement: str) -> str:
+    """The normalised name in a requirement (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[A-Za-z0-9._-]+", requirement)[0]).lower()  # type: ignore[index]
 
 
 def _deployments() -> dict[str, dict]:  # type: ignore[type-arg]

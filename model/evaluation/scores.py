@@ -1,6 +1,7 @@
 """The scoreboard: every score of a model, in one list that all tables, cards and MLflow's names are made from.
 
-To add a score, write its function and add its entry to SCOREBOARD.
+To add a score, write its function and add its entry to SCOREBOARD. docs/architecture.md names the tests and pages
+that list scores.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ class Outputs:
         validation_loss: nats per response token on the validation split.
         row_losses: (R,) nats, summed over the response of each row of the test split.
         row_tokens: (R,) response tokens of these rows.
-        sampled: the rows of the test split that were completed: ``prompt``, ``completion`` (the reference) and more.
-        completions: the model's answers to them, in the same order.
-        passes: for each row with tests, whether the greedy completion passed them.
+        sampled_rows: the first ``sample_rows`` rows of the test split; ``row["completion"]`` is the reference.
+        sampled_completions: the model's completions of these rows, in the same order.
+        passes: for each of the first ``pass_rows`` rows with tests, whether its greedy completion passed them.
         not_executed: number of greedy completions that could not be executed, and so did not pass.
     """
 
     validation_loss: float
     row_losses: Array
     row_tokens: Array
-    sampled: Sequence[Mapping[str, Any]] = ()
-    completions: Sequence[Completion] = ()
+    sampled_rows: Sequence[Mapping[str, Any]] = ()
+    sampled_completions: Sequence[Completion] = ()
     passes: Sequence[bool] = ()
     not_executed: int = 0
 
@@ -51,9 +52,10 @@ class Score:
         compute: from a model's outputs to the value; None where there is nothing to compute it from.
         form: format specification of the value in tables.
         unit: of the value; empty for a plain number.
-        higher_is_better: the direction.
-        source: definition or citation.
-        headline: logged with the model too, and part of its version's description.
+        higher_is_better: the direction, shown in Markdown tables.
+        source: definition or citation, shown in the model card.
+        headline: a score that decides between versions: ``publish`` logs it with the model, and the description of
+            the registered version shows it.
     """
 
     title: str
@@ -84,7 +86,7 @@ def response_perplexity(outputs: Outputs) -> float:
 
 def stop_rate(outputs: Outputs) -> float | None:
     """Share of the sampled completions that ended by themselves."""
-    return _share([completion.stopped for completion in outputs.completions])
+    return _share([completion.stopped for completion in outputs.sampled_completions])
 
 
 def pass_rate(outputs: Outputs) -> float | None:
@@ -179,6 +181,12 @@ def score_table(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]
 
 
 def score_table_markdown(metrics: Mapping[str, float]) -> list[str]:
-    """``score_table`` as the lines of a Markdown table."""
-    lines = ["| | base | tuned | unit |", "|---|---|---|---|"]
-    return lines + ["| " + " | ".join(cells) + " |" for cells in score_table(metrics)]
+    """``score_table`` as the lines of a Markdown table, with the direction in which a score is better."""
+    better = {score.title: "higher" if score.higher_is_better else "lower" for score in SCOREBOARD}
+    lines = ["| | base | tuned | unit | better |", "|---|---|---|---|---|"]
+    return lines + [f"| {' | '.join(cells)} | {better[cells[0]]} |" for cells in score_table(metrics)]
+
+
+def score_sources(metrics: Mapping[str, float]) -> list[str]:
+    """The definition or citation of each score that was computed, as the lines of a Markdown list."""
+    return [f"- {score.title}: {score.source}" for score in SCOREBOARD if score.tuned in metrics]

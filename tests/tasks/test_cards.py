@@ -55,5 +55,6 @@ def test_the_card_shows_the_prompt_format_and_the_scores(tmp_path: Path) -> None
     card = _card(tmp_path, "embedded", "rows.jsonl")
     lines = "\n".join(line.removeprefix("    ") for line in card.splitlines())
     assert format_prompt({"prompt": "<the request>"}).rstrip() in lines
-    assert "| test loss | 2.5000 | 1.2500 | nats per token |" in card
+    assert "| test loss | 2.5000 | 1.2500 | nats per token | lower |" in card
+    assert "- test loss: cross-entropy on response tokens" in card
     assert "pass rate" not in card

@@ -16,8 +16,8 @@ BASE = Outputs(
     validation_loss=3.0,
     row_losses=np.array([10.0, 20.0]),
     row_tokens=np.array([4, 6]),
-    sampled=[{"prompt": "p", "completion": "c"}] * 2,
-    completions=[Completion("x", False), Completion("y", False)],
+    sampled_rows=[{"prompt": "p", "completion": "c"}] * 2,
+    sampled_completions=[Completion("x", False), Completion("y", False)],
     passes=[False, False, False, False],
     not_executed=1,
 )
@@ -25,8 +25,8 @@ TUNED = Outputs(
     validation_loss=1.5,
     row_losses=np.array([5.0, 2.0]),
     row_tokens=np.array([4, 6]),
-    sampled=[{"prompt": "p", "completion": "c"}] * 2,
-    completions=[Completion("c", True), Completion("y", False)],
+    sampled_rows=[{"prompt": "p", "completion": "c"}] * 2,
+    sampled_completions=[Completion("c", True), Completion("y", False)],
     passes=[True, True, True, False],
 )
 
@@ -62,7 +62,7 @@ def test_tables_come_from_the_scoreboard() -> None:
     assert [title for title, *_ in table] == [score.title for score in SCOREBOARD]
     assert table[0] == ("validation loss", "3.0000", "1.5000", "nats per token")
     assert table[-1] == ("pass rate", "0.0%", "75.0%", "share of rows with tests")
-    assert score_table_markdown(metrics)[2] == "| validation loss | 3.0000 | 1.5000 | nats per token |"
+    assert score_table_markdown(metrics)[2] == "| validation loss | 3.0000 | 1.5000 | nats per token | lower |"
     assert headline(metrics) == {
         "best/eval_loss": 1.5,
         "test/loss": 0.7,
