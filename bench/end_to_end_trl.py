@@ -95,7 +95,9 @@ def read_rows(data: Path) -> dict[str, list[dict[str, Any]]]:
     """Rows by split; if the data has no test or validation split, it is drawn from the training rows."""
     from datasets import Dataset
 
-    from model.data.rows import find_splits, normalize_row, read_records
+    from model.data.formats import read_records
+    from model.data.layout import find_splits
+    from model.data.schemas import normalize_row
 
     rows = {
         split: [normalize_row(record) for path in paths for record in read_records(path)]

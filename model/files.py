@@ -52,6 +52,26 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(f"cannot write {path}, {size:,} bytes ({free:,} are free there): {error}") from error
 
 
+# First bytes of what is found in place of data or weights, and what it is.
+_CONTENTS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"),
+    (b"<!doctype html", "an HTML page, perhaps of a login or an error: download the file itself"),
+    (b"<html", "an HTML page, perhaps of a login or an error: download the file itself"),
+    (b"\x1f\x8b", "compressed by gzip: let its name end with .gz, or unpack it"),
+    (b"PK\x03\x04", "a zip archive (also .xlsx, and PyTorch's .pt): unpack or convert it"),
+)
+
+
+def describe_bytes(head: bytes) -> str | None:
+    """What a file is, by its first bytes, if it is surely neither text, a table nor safetensors; else None."""
+    for magic, description in _CONTENTS:
+        if head.lstrip().lower().startswith(magic.lower()):
+            return description
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "a Python pickle, which is never read: it can run code. Convert it where it came from"
+    return None
+
+
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Yield a scratch directory beside ``target``; it is renamed to ``target`` once the block has succeeded.

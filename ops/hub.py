@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from model.data.formats import READERS, SUFFIXES
 from model.files import sha256_file
 from ops.threads import in_daemon_thread
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
     from huggingface_hub import DatasetInfo, ModelInfo
 
 T = TypeVar("T")
@@ -47,8 +47,8 @@ PINNED_WEIGHTS: dict[str, tuple[str, str]] = {
 # File patterns that may be fetched: no pickles (.bin, .pt, .pkl).
 _WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
             "merges.txt", "model.safetensors")  # fmt: skip
-_CARDS = ("README.md", ".huggingface.yaml")  # they map the tables to splits
-_TABLES = tuple(f"*.{kind}{gz}" for kind in ("parquet", "json", "jsonl", "csv", "txt") for gz in ("", ".gz"))
+_CARDS = ("README.md",)  # it may name configurations and the files of splits
+_TABLES = tuple(f"*{suffix}" for suffix in SUFFIXES)
 _HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # the hub's hash of a file in git (sha1) or in LFS (sha256)
 
 
@@ -95,29 +95,24 @@ def fetch_weights(
 
 def fetch_dataset(
     dataset_id: str, revision: str | None, cache_dir: Path | None, local_option: str = "dataset"
-) -> tuple[DatasetDict, str]:
-    """Return all splits of ``dataset_id`` at ``revision`` (None: its main branch), and the commit's hash.
+) -> tuple[Path, str]:
+    """Fetch and verify the tables and the card of ``dataset_id`` at ``revision`` (None: its main branch).
 
-    All tables of the repository are fetched and verified here, and then loaded from disk.
-    ``load_dataset(dataset_id, revision=...)`` is not used: when the hub fails it loads the newest cached commit,
-    whatever the revision, and it keeps its downloads outside ``cache_dir``.
+    ``datasets.load_dataset`` is not used. When the hub fails, ``load_dataset(id, revision=...)`` loads the newest
+    cached commit, whatever the revision; and ``load_dataset(folder)`` obeys a card that names files outside the
+    folder, or URLs. ``model.data.layout`` reads the folder by the same rules, and nothing outside it.
 
     Args:
         cache_dir, local_option: as in ``fetch_weights``.
 
+    Returns:
+        The folder, and the commit's hash.
+
     Raises:
-        HubError: as in ``fetch_weights``, or the files cannot be read as one data set.
+        HubError: as in ``fetch_weights``.
     """
-    repo = _Repo(dataset_id, "dataset", revision, cache_dir, local_option, _CARDS + _TABLES)
-    folder, _ = repo.fetch()
-
-    from datasets import load_dataset  # the import takes a second, and is not needed if fetching fails
-
-    arrow = str(cache_dir / "arrow") if cache_dir else None  # apart from the downloads
-    try:
-        return load_dataset(str(folder), cache_dir=arrow), folder.name
-    except Exception as error:
-        raise repo.error(f"{type(error).__name__} while reading its files: {error}") from error
+    folder, _ = _Repo(dataset_id, "dataset", revision, cache_dir, local_option, _CARDS + _TABLES).fetch()
+    return folder, folder.name
 
 
 @dataclass(frozen=True)
@@ -301,7 +296,7 @@ class _Repo:
     def missing(self, names: list[str]) -> str:
         """The needed files that are not among the names; empty if the copy is complete."""
         if self.repo_type == "dataset":
-            return "" if set(names).difference(_CARDS) else "table (parquet, json, csv or text)"
+            return "" if set(names).difference(_CARDS) else f"table ({', '.join(READERS)})"
         tokenizer = {"tokenizer.json"} if "tokenizer.json" in names else {"vocab.json", "merges.txt"}
         return ", ".join(sorted({"config.json", "model.safetensors", *tokenizer}.difference(names)))
 

@@ -47,11 +47,6 @@ class Settings:
         return self.data_root / "hub"
 
     @property
-    def datasets(self) -> Path:
-        """Data sets from the hub, converted to JSON lines; one folder for each commit."""
-        return self.data_root / "datasets"
-
-    @property
     def tokens(self) -> Path:
         """Token files, named by the hash of everything that determines their content."""
         return self.data_root / "tokens"

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.scores import score_sources, score_table_markdown
+from model.evaluation.scores import describe_failures, score_sources, score_table_markdown
 from model.files import sha256_json
 from model.net.prompt import format_prompt
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS
 from ops.sandbox.guards import INSTALL
 from ops.tracking.runs import RunRef
-from tasks.references import Sources, TrainingRef
+from tasks.references import EvaluationRef, Sources, TrainingRef
 
 _WEIGHTS_LICENCE = "OpenAI's GPT-2 weights are under a modified MIT licence."
 _ROWS_LICENCE = "CC BY-NC 4.0: a model trained on them is for non-commercial use."
@@ -72,9 +72,12 @@ def _origin(revision: str | None, sha256: str) -> str:
     return f"hub commit {revision}" if revision else f"a local copy (sha256 {sha256[:12]}), licence not known here"
 
 
-def sample_report(samples: list[dict[str, Any]], metrics: Mapping[str, float], run: RunRef, uri: str) -> str:
+def sample_report(samples: list[dict[str, Any]], evaluation: EvaluationRef, run: RunRef, uri: str) -> str:
     """The text of Prefect's artifact: scores of both models, a few completions, and a link to the MLflow run."""
+    metrics = evaluation.metrics
     lines = [f"MLflow run {run.link}, model `{uri}`", "", *score_table_markdown(metrics)]
+    if evaluation.failures:
+        lines += ["", f"Commonest reasons of failure, tuned model: {describe_failures(evaluation.failures)}"]
     refused = metrics.get("base/not_executed", 0) + metrics.get("sample/not_executed", 0)
     if refused:
         lines += ["", f"{refused:.0f} completions were not executed and count as failed: {INSTALL}"]

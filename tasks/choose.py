@@ -47,6 +47,7 @@ def choose(
     shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE)
     tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
     present, held_out = training_keys(sources.dataset.paths, tokenizer, config)
+    sources.dataset.check()
     ledger = read_ledger(settings.tracking_uri, model_name(size), dataset, settings.ledger)
     leaked = len(set(held_out.tolist()) & set(ledger.used.tolist()))
     if leaked:

@@ -12,7 +12,8 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import AfterValidator, Field
 
-from model.data.rows import SUFFIXES, find_splits
+from model.data.formats import file_type
+from model.data.layout import find_layout
 from model.demo import EMBEDDED_BASE, grammar
 from model.files import atomic_directory, sha256_file, write_json
 from model.net.config import PRESETS, GPTConfig, normalize_size
@@ -44,13 +45,16 @@ class SourceConfig(Parameters):
     model_size: Size = "124m"
     """tiny, 124m, 355m, 774m or 1558m."""
     dataset: str = DEFAULT_DATASET
-    """A hub id, a local .jsonl/.json/.parquet/.csv file or a folder of them, or "demo"."""
+    """A hub id, a local file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, or these with .gz), a folder of such
+    files, or "demo"."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a hub data set; the commit that it resolves to is recorded."""
     weights_dir: str | None = None
     """A local directory in Hugging Face's GPT-2 layout; null takes the hub's weights at a pinned commit."""
     tokenizer_dir: str | None = None
     """A local directory with the tokenizer, if it is not beside the weights."""
+    dataset_config: str | None = None
+    """Configuration to use of a data set whose card (README.md) names several."""
     start_from: Annotated[str, Field(pattern=r"^(base|champion|models:/.+)$")] = "base"
     """base; champion (the base if there is none yet); or a registered version, models:/NAME/VERSION or
     models:/NAME@ALIAS, which brings its own weights and tokenizer."""
@@ -77,8 +81,10 @@ def download(config: SourceConfig) -> Sources:
         weights = registered_weights(settings, uri, size, config.tokenizer_dir, log.info)
     else:
         weights = _weights(settings, size, config.weights_dir, config.tokenizer_dir)
-    sources = Sources(_dataset(settings, config.dataset, config.dataset_revision), weights)
+    sources = Sources(_dataset(settings, config), weights)
     log.info("data set %s, %s", sources.dataset.source, sources.dataset.revision or "local")
+    for line in sources.dataset.left_out:
+        log.warning("left out of %s: %s", sources.dataset.source, line)
     log.info("weights %s, %s", sources.weights.source, sources.weights.revision or "local")
     return sources
 
@@ -97,40 +103,27 @@ def _write_once(target: Path, write: Callable[[Path], None]) -> None:
             write(scratch)
 
 
-def _dataset(settings: Settings, dataset: str, revision: str | None) -> DatasetRef:
+def _dataset(settings: Settings, config: SourceConfig) -> DatasetRef:
+    """The files of the data set by split, with their hashes."""
     commit = None
-    if dataset == DEMO:
-        splits = find_splits(_demo(settings))
-    elif Path(dataset).expanduser().exists() or not _is_hub_id(dataset):
-        splits = find_splits(Path(dataset).expanduser().resolve())
+    path = Path(config.dataset).expanduser()
+    if config.dataset == DEMO:
+        folder = _demo(settings)
+    elif path.exists() or not _is_hub_id(config.dataset):
+        folder = path.resolve()
     else:
-        directory, commit = _hub_dataset(settings, dataset, revision)
-        splits = find_splits(directory)
+        folder, commit = fetch_dataset(config.dataset, config.dataset_revision, settings.hub_cache)
+    layout = find_layout(folder, config.dataset_config)
     files = {
         split: [FileRef(str(path), sha256_file(path), path.stat().st_size) for path in paths]
-        for split, paths in splits.items()
+        for split, paths in layout.splits.items()
     }
-    return DatasetRef(dataset, commit, files)
+    return DatasetRef(config.dataset, commit, files, tuple(layout.left_out))
 
 
 def _is_hub_id(dataset: str) -> bool:
     """Whether ``dataset`` has the form owner/name, and not that of a path."""
-    return (
-        dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and Path(dataset).suffix not in SUFFIXES
-    )
-
-
-def _hub_dataset(settings: Settings, dataset: str, revision: str | None) -> tuple[Path, str]:
-    """The hub's splits as JSON lines, written once for each commit."""
-    tables, commit = fetch_dataset(dataset, revision, settings.hub_cache)
-    target = settings.datasets / dataset.replace("/", "--") / commit
-
-    def write(directory: Path) -> None:
-        for split, table in tables.items():
-            table.to_json(directory / f"{split}.jsonl", lines=True, force_ascii=False)
-
-    _write_once(target, write)
-    return target, commit
+    return dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and file_type(Path(dataset)) is None
 
 
 def _weights(settings: Settings, size: str, weights_dir: str | None, tokenizer_dir: str | None) -> WeightsRef:

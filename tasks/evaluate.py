@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from model.engine.checkpoint import load_trained
 from model.engine.engine import Engine
 from model.engine.scoring import perplexity, row_losses
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
-from model.evaluation.completions import Completion, SamplingConfig, complete
-from model.evaluation.scores import Outputs, headline, score_both, score_table
+from model.evaluation.completions import Completion, SamplingConfig, complete, extract_code
+from model.evaluation.scores import Outputs, describe_failures, headline, score_both, score_table
 from model.evaluation.tables import pass_table, row_table, sample_table
 from model.files import write_json
 from model.net.device import resolve_device, resolve_precision
@@ -70,6 +71,8 @@ def evaluate(
     log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
     for title, before, after, unit in score_table(metrics):
         log.info("%s: base %s, tuned %s %s", title, before, after, f"({unit})" if unit else "")
+    if tuned.failures:
+        log.info("commonest reasons of failure: %s", describe_failures(tuned.failures))
     directory = Path(checkpoint.directory)
     tables = {
         "test_rows.json": row_table(test.rows, tuned.row_tokens, base.row_losses, tuned.row_losses),
@@ -78,7 +81,8 @@ def evaluate(
     }
     for name, records in tables.items():
         write_json(directory / name, records)
-    return EvaluationRef(metrics, *(str(directory / name) for name in tables))
+    rows, samples, passes = (str(directory / name) for name in tables)
+    return EvaluationRef(metrics, rows, samples, passes, tuned.failures)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,9 @@ def _answer(
 
 def _outputs(validation_loss: float, losses: tuple[np.ndarray, np.ndarray], answers: _Answers, log: Any) -> Outputs:
     """All that a model's scores are computed from. The completions of rows with tests are run in the sandbox."""
-    verdicts = run_tests([(code.text, row["tests"]) for row, code in zip(answers.tested, answers.code, strict=True)])
+    verdicts = run_tests(
+        [(extract_code(code.text), row["tests"]) for row, code in zip(answers.tested, answers.code, strict=True)]
+    )
     refused = [verdict for verdict in verdicts if verdict.outcome == "not_executed"]
     if refused:
         log.warning("%d of %d completions were not executed: %s", len(refused), len(verdicts), refused[0].reason)
@@ -130,6 +136,7 @@ def _outputs(validation_loss: float, losses: tuple[np.ndarray, np.ndarray], answ
         sampled_completions=answers.completions,
         passes=[verdict.outcome == "passed" for verdict in verdicts],
         not_executed=len(refused),
+        failures=dict(Counter(verdict.reason for verdict in verdicts if verdict.outcome != "passed").most_common(3)),
     )
 
 

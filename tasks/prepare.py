@@ -15,11 +15,11 @@ from model.files import sha256_file, sha256_json
 from model.net.config import GPTConfig
 from model.net.loading import CONFIG_FILE, load_tokenizer
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_data, log_metrics, set_tags
+from ops.tracking.runs import RunRef, log_data, log_metrics, log_table, set_tags
 from ops.tracking.stopwatch import timed
 from tasks.references import Sources, TokensRef
 
-_CODE_VERSION = 2  # raise it when equal inputs would give other token files
+_CODE_VERSION = 3  # raise it when equal inputs would give other token files
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,6 +42,7 @@ def prepare(run: RunRef, sources: Sources, config: PrepareConfig) -> TokensRef:
     set_tags(run, {"data_sha256": tokens.data_sha256})
     log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
     log_metrics(run, _data_metrics(tokens), step=0)
+    log_table(run, list(tokens.sources), "data_files")
     return tokens
 
 
@@ -63,10 +64,12 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
         log.info("tokens of an earlier run are used: %s", directory)
     else:
         tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
-        meta = write_tokens(sources.dataset.paths, tokenizer, config, directory)
+        meta = write_tokens(sources.dataset.paths, tokenizer, config, directory, sources.dataset.check)
+    for source in meta["sources"]:
+        log.info("%s: %d rows, %s", source["file"], source["rows"], source["split"])
     counts = meta["counts"]
     log.info("rows %s, tokens %s, dropped %s", counts["rows"], counts["tokens"], counts["dropped"] or "none")
-    return TokensRef(str(directory), key, meta["data_sha256"], counts)
+    return TokensRef(str(directory), key, meta["data_sha256"], counts, tuple(meta["sources"]))
 
 
 def _tokens_key(sources: Sources, config: PrepareConfig) -> str:

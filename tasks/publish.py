@@ -15,7 +15,7 @@ from model.engine.checkpoint import load_trained
 from model.engine.journal import read_journal
 from model.evaluation.scores import headline
 from ops.tracking.registry import model_name, version_uri
-from ops.tracking.runs import RunRef, client, log_model
+from ops.tracking.runs import RunRef, client, log_model, log_table
 from ops.tracking.stopwatch import timed
 from tasks.cards import model_card, sample_report
 from tasks.frozen import load_frozen
@@ -52,7 +52,7 @@ def publish(
     get_run_logger().info("registered %s", uri)
     samples = json.loads(Path(evaluation.samples).read_text())
     create_markdown_artifact(
-        sample_report(samples, evaluation.metrics, run, uri), key="samples", description=f"Samples of {uri}"
+        sample_report(samples, evaluation, run, uri), key="samples", description=f"Samples of {uri}"
     )
     return uri
 
@@ -74,14 +74,9 @@ def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRe
     for name, file in files.items():
         records = json.loads(Path(file).read_text())
         if records or name != "pass_rate":
-            mlflow.log_table(run.run_id, _columns(records), f"tables/{name}.json")
+            log_table(run, records, name)
     mlflow.log_artifact(run.run_id, checkpoint.journal)
     mlflow.log_figure(run.run_id, _loss_curve(Path(checkpoint.journal)), "plots/loss.png")
-
-
-def _columns(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Records by column, as MLflow's log_table takes them."""
-    return {key: [record[key] for record in records] for key in records[0]} if records else {"row": []}
 
 
 def _loss_curve(journal: Path) -> Any:

@@ -5,11 +5,13 @@ Prefect hashes and may store every argument and result, so these stay small and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model.engine.config import TrainConfig
+from model.files import sha256_file
 from model.net.freezing import FreezePlan
 
 
@@ -30,16 +32,28 @@ class DatasetRef:
         source: hub id, path or "demo", as the user gave it.
         revision: the hub commit; None for local files.
         splits: split -> files.
+        left_out: a line for each split of a card that is not used, with the reason.
     """
 
     source: str
     revision: str | None
     splits: dict[str, list[FileRef]]
+    left_out: tuple[str, ...] = ()
 
     @property
     def paths(self) -> dict[str, list[Path]]:
         """The files alone, by split."""
         return {split: [Path(file.path) for file in files] for split, files in self.splits.items()}
+
+    def check(self) -> None:
+        """Compare the files with what they were when the reference was made.
+
+        Raises:
+            ValueError: one has been changed since; the message names it.
+        """
+        for file in (file for files in self.splits.values() for file in files):
+            if sha256_file(Path(file.path)) != file.sha256:
+                raise ValueError(f"{file.path} has been changed since this run began: start the run again")
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,14 @@ class TokensRef:
         key: hash of all that determines the files.
         data_sha256: over all rows used.
         counts: rows, tokens and dropped rows, as in meta.json.
+        sources: for each file read its path, its split and the number of its rows.
     """
 
     directory: str
     key: str
     data_sha256: str
     counts: dict[str, Any]
+    sources: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,12 +189,14 @@ class EvaluationRef:
         rows: JSON file, one record per scored row.
         samples: JSON file, one record per prompt with both completions.
         passes: JSON file, one record per task family with the passes of both models; empty without tests.
+        failures: the commonest reasons why completions of the tuned model did not pass, with their numbers.
     """
 
     metrics: dict[str, float]
     rows: str
     samples: str
     passes: str
+    failures: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

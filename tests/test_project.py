@@ -130,7 +130,10 @@ def test_tests_mirror_the_packages(package: str) -> None:
     found -= {name for name in found if name.endswith("conftest.py")} | THEMES[package]
     for name in found:
         module = ROOT / package / name.replace("test_", "")
-        assert module.exists(), f"tests/{package}/{name} has no {module.relative_to(ROOT)}"
+        said = (
+            f"tests/{package}/{name} has no {module.relative_to(ROOT)}: name it after its module, or add it to THEMES"
+        )
+        assert module.exists(), said
     assert all((folder / name).exists() for name in THEMES[package])
 
 

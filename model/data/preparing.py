@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,17 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from model.data.rows import (
-    IN_HELD_OUT,
-    SCHEMAS,
-    UNUSABLE,
-    UnusableRow,
-    fraction,
-    normalize_row,
-    prompt_key,
-    read_records,
-    row_key,
-)
+from model.data.formats import describe_schemas, read_records
+from model.data.rows import fraction, prompt_key, row_key
+from model.data.schemas import IN_HELD_OUT, UNUSABLE, UnusableRow, normalize_row
 from model.data.tokens import META_FILE
 from model.data.writing import Counts, TokenFiles
 from model.files import atomic_directory, sha256_file, write_json
@@ -57,7 +50,11 @@ class PrepareConfig(Seeded):
 
 
 def prepare(
-    sources: Sources, tokenizer: PreTrainedTokenizerBase, config: PrepareConfig, target: Path
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PrepareConfig,
+    target: Path,
+    check_sources: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Format, split and tokenise; rows stream through, so memory does not grow with their number.
 
@@ -70,9 +67,11 @@ def prepare(
         sources: split -> files, as from ``find_splits``.
         target: the directory to write: per split ``.ids.bin`` (uint16 or uint32, flat), ``.lengths.npy``
             (rows x (length, prompt length)), ``.rows.jsonl`` (text; held-out splits), and ``meta.json``.
+        check_sources: called when all rows have been read; if it raises, nothing is written.
 
     Returns:
-        The contents of meta.json: configuration, counts, sha256 over all rows used and of each file.
+        The contents of meta.json: configuration, counts, rows read of each source file, sha256 over all rows used and
+        of each file written.
 
     Raises:
         ValueError: too many unusable rows (the message names the first five), or a split is empty.
@@ -84,6 +83,7 @@ def prepare(
         files = TokenFiles(scratch, tokenizer, config.max_length, inspection.counts)
         for source_split in _READING_ORDER:
             for record in _assign_splits(source_split, sources, config, held_out):
+                inspection.read[record.path, source_split] += 1
                 chosen = source_split != "train" or in_subset(record)
                 if chosen:
                     inspection.count(record)
@@ -91,6 +91,7 @@ def prepare(
                     files.add(record.split, {"row": record.number, **record.row})
             files.flush()  # data_sha256 depends on the order of writing: one source split after another
         files.close()
+        check_sources()
         inspection.check()
         meta = {
             "config": asdict(config),
@@ -98,6 +99,11 @@ def prepare(
             "eos_token_id": tokenizer.eos_token_id,
             "dtype": files.dtype.str,
             "counts": asdict(inspection.counts),
+            "sources": [
+                {"file": str(path), "split": split, "rows": inspection.read[path, split]}
+                for split, paths in sources.items()
+                for path in paths
+            ],
             "data_sha256": files.digest.hexdigest(),
             "files": {path.name: sha256_file(path) for path in sorted(scratch.iterdir())},
         }
@@ -220,6 +226,7 @@ class _Inspection:
 
     def __init__(self, sources: Sources, config: PrepareConfig):
         self.counts = Counts()
+        self.read: Counter[tuple[Path, str]] = Counter()  # records read, by file and split
         self._config = config
         self._files = ", ".join(str(path) for paths in sources.values() for path in paths)
         self._first_unusable: list[str] = []
@@ -235,11 +242,10 @@ class _Inspection:
         """Raise ValueError if more than max_dropped_share of the records are unusable."""
         seen, unusable = self.counts.seen, sum(self.counts.dropped.get(reason, 0) for reason in UNUSABLE)
         if seen and unusable / seen > self._config.max_dropped_share:
-            schemas = ", or ".join(" and ".join(fields) for fields in SCHEMAS)
             raise ValueError(
                 f"{unusable} of {seen} rows of {self._files} cannot be used, more than max_dropped_share "
                 f"{self._config.max_dropped_share:g} allows; the first, counted from 0: "
-                f"{'; '.join(self._first_unusable)}. Rows have {schemas}"
+                f"{'; '.join(self._first_unusable)}. Rows have {describe_schemas()}"
             )
 
     def check(self) -> None:

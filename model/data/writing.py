@@ -10,7 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from model.data.rows import PROMPT_TOO_LONG, SPLITS
+from model.data.layout import SPLITS
+from model.data.schemas import PROMPT_TOO_LONG
 from model.net.prompt import encode_examples
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -48,6 +49,15 @@ class Completion(NamedTuple):
 
     text: str
     stopped: bool
+
+
+_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+
+
+def extract_code(text: str) -> str:
+    """The code of a completion: what stands in its Markdown fence, if it has exactly one; else all of it."""
+    blocks = _FENCE.findall(text)
+    return str(blocks[0]) if len(blocks) == 1 else text
 
 
 def complete(

@@ -7,7 +7,7 @@ that list scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Outputs:
         sampled_completions: the model's completions of these rows, in the same order.
         passes: for each of the first ``pass_rows`` rows with tests, whether its greedy completion passed them.
         not_executed: number of greedy completions that could not be executed, and so did not pass.
+        failures: the commonest reasons why greedy completions did not pass, with their numbers.
     """
 
     validation_loss: float
@@ -39,6 +40,7 @@ class Outputs:
     sampled_completions: Sequence[Completion] = ()
     passes: Sequence[bool] = ()
     not_executed: int = 0
+    failures: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,11 @@ def score_table_markdown(metrics: Mapping[str, float]) -> list[str]:
     better = {score.title: "higher" if score.higher_is_better else "lower" for score in SCOREBOARD}
     lines = ["| | base | tuned | unit | better |", "|---|---|---|---|---|"]
     return lines + [f"| {' | '.join(cells)} | {better[cells[0]]} |" for cells in score_table(metrics)]
+
+
+def describe_failures(failures: Mapping[str, int]) -> str:
+    """Reasons of failure with their numbers, as a line."""
+    return "; ".join(f"{count} x {reason or 'no reason'}" for reason, count in failures.items())
 
 
 def score_sources(metrics: Mapping[str, float]) -> list[str]:

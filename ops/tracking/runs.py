@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -200,6 +200,14 @@ def log_metrics(run: RunRef, metrics: Mapping[str, float], step: int, model_id: 
         for key, value in metrics.items()
     ]
     client(run.tracking_uri).log_batch(run.run_id, metrics=batch)
+
+
+def log_table(run: RunRef, records: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Log records as the artifact ``tables/<name>.json``, which MLflow shows as a table."""
+    import pandas as pd
+
+    table = pd.DataFrame.from_records(records) if records else pd.DataFrame({"row": []})
+    client(run.tracking_uri).log_table(run.run_id, table, f"tables/{name}.json")
 
 
 def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> None:

@@ -18,14 +18,6 @@ import torch
 from model.evaluation.scores import SCOREBOARD
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMETERS = {
-    "model_size", "dataset", "dataset_revision", "weights_dir", "tokenizer_dir", "subset_start", "subset_count",
-    "subset", "replay_share", "start_from", "promote", "promote_margin",
-    "test_share", "validation_share", "max_dropped_share", "max_length", "freeze_layers", "num_unfrozen_layers",
-    "train_head", "epochs", "max_steps", "batch_size", "micro_batch_tokens", "trunk_cache_gb", "learning_rate",
-    "weight_decay", "warmup_ratio", "max_grad_norm", "prompt_loss_weight", "dropout", "eval_freq", "eval_rows",
-    "sample_rows", "pass_rows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "precision", "device",
-}  # fmt: skip
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
 METRICS = {
     "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/first_step_seconds",
@@ -41,7 +33,7 @@ METRICS = {
 } | {name for score in SCOREBOARD for name in (score.base, score.tuned)}  # fmt: skip
 ARTIFACTS = {
     "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
-    "tables/samples.json", "tables/pass_rate.json",
+    "tables/samples.json", "tables/pass_rate.json", "tables/data_files.json",
 }  # fmt: skip
 MODEL_FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -55,10 +47,12 @@ def _artifacts(mlflow: Any, run_id: str, path: str = "") -> set[str]:
 
 def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
     """Names of params, metrics, artifacts and tags are what users build upon."""
+    from flows.job import parameters
+
     mlflow = mlflow_of(finished.run)
     run = mlflow.get_run(finished.run.run_id)
     assert run.info.status == "FINISHED"
-    assert set(run.data.params) == PARAMETERS | PLAN_PARAMETERS
+    assert set(run.data.params) == {parameter.name for parameter in parameters()} | PLAN_PARAMETERS
     assert set(run.data.metrics) == METRICS, set(run.data.metrics) ^ METRICS
     assert _artifacts(mlflow, finished.run.run_id) == ARTIFACTS
     own_tags = {tag for tag in run.data.tags if not tag.startswith("mlflow.")}
@@ -130,6 +124,18 @@ def test_tables_compare_row_by_row(finished: Any, mlflow_of: Callable[[Any], Any
     assert set(samples.columns) == {
         "row", "prompt", "reference", "base", "base_stopped", "tuned", "tuned_stopped",
     }  # fmt: skip
+
+
+def test_every_file_is_named_with_its_rows_and_split(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """MLflow's table of data files accounts for all rows that were read."""
+    mlflow = mlflow_of(finished.run)
+    table = mlflow.load_table(finished.run.experiment_id, "tables/data_files.json", [finished.run.run_id])
+    assert {(Path(row.file).name, row.split) for row in table.itertuples()} == {
+        ("train.jsonl", "train"),
+        ("test.jsonl", "test"),
+    }
+    for row in table.itertuples():
+        assert row.rows == len(Path(row.file).read_text().splitlines())
 
 
 def test_registered_model_loads_in_transformers(finished: Any, session_root: Path) -> None:

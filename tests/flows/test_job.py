@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_readme_shows_the_table(tmp_path: Path) -> None:
     """The README's table is the one that is made from the declarations; ``make parameters`` writes it anew."""
     text = (ROOT / "README.md").read_text()
+    missing = [line for line in parameter_table().splitlines() if line not in text]
+    assert not missing, f"run `make parameters`: the README lacks {missing}"
     assert parameter_table() in text
     page = tmp_path / "README.md"
     page.write_text(text.replace("| `epochs` | `3` |", "| `epochs` | `4` |"))
@@ -36,7 +38,6 @@ def test_prefect_is_told_every_parameter() -> None:
     """Prefect's schema of the flow has each parameter's name, default, bounds and meaning."""
     schema = finetune.parameters.properties
     assert list(schema) == [parameter.name for parameter in parameters()]
-    assert len(schema) == 41
     for parameter in parameters():
         assert schema[parameter.name]["default"] == parameter.default
         assert schema[parameter.name]["description"] == parameter.meaning

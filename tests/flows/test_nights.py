@@ -21,7 +21,8 @@ import pytest
 import torch
 import yaml
 
-from model.data.rows import fraction, normalize_row, prompt_key, row_key
+from model.data.rows import fraction, prompt_key, row_key
+from model.data.schemas import normalize_row
 from model.demo import grammar
 from ops.tracking import rollback
 from ops.tracking.ledger import read_ledger

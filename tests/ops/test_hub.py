@@ -28,6 +28,8 @@ SHORT = {"ANSWER_SECONDS": 1.0, "STALL_SECONDS": 1.0}  # for tests of the time l
 SCRIPT = """
 import json, sys, time, traceback
 from pathlib import Path
+from model.data.formats import read_records
+from model.data.layout import find_layout
 from ops import hub
 call, arguments, settings = json.loads(sys.argv[1])
 vars(hub).update(settings)
@@ -37,7 +39,9 @@ try:
     if call == "fetch_weights":
         answer = {"path": str(result.path), "commit": result.commit, "files": result.files}
     else:
-        answer = {"rows": {name: split.to_list() for name, split in result[0].items()}, "commit": result[1]}
+        layout = find_layout(result[0])
+        rows = {name: [row for path in paths for row in read_records(path)] for name, paths in layout.splits.items()}
+        answer = {"rows": rows, "commit": result[1], "left_out": layout.left_out}
 except hub.HubError as error:
     traceback.print_exc()
     answer = {"error": str(error)}
@@ -380,9 +384,9 @@ def test_a_dataset_is_fetched_at_its_commit(hub: Any, rows: Path, fetch: Fetch, 
     got = fetch(hub, "fetch_dataset", DATASET, "main")
     assert got["commit"] == second
     assert {name: [row["prompt"] for row in split] for name, split in got["rows"].items()} == {
-        "train": ["train a", "train b"],
-        "held_out": ["test a", "test b"],
+        "train": ["train a", "train b"]
     }
+    assert "held_out" in got["left_out"][0]
     # Without the hub the library itself would load the newest commit for this revision.
     got = fetch(DEAD, "fetch_dataset", DATASET, first)
     assert (got["commit"], len(got["rows"]["train"])) == (first, 3)
@@ -396,7 +400,32 @@ def test_an_incomplete_dataset_is_refused(hub: Any, fakehub: Any, rows: Path, fe
     assert "no complete copy" in fetch(DEAD, "fetch_dataset", DATASET, commit)["error"]
 
 
-def test_tables_that_do_not_fit(hub: Any, rows: Path, fetch: Fetch) -> None:
-    (rows / "test.jsonl").write_text("no json\n")
-    commit = hub.push("datasets", DATASET, rows)
-    assert "while reading its files" in fetch(hub, "fetch_dataset", DATASET, commit)["error"]
+def test_files_with_different_columns_are_read(hub: Any, rows: Path, fetch: Fetch) -> None:
+    """datasets#7169: a column that only one file of a split has does not matter; each row has its own fields."""
+    more = json.dumps({"prompt": "more", "completion": "c", "source": "x"})
+    (rows / "train-1.jsonl").write_text(more + "\n")
+    got = fetch(hub, "fetch_dataset", DATASET, hub.push("datasets", DATASET, rows))
+    assert [row["prompt"] for row in got["rows"]["train"]] == ["more", "train 0", "train 1", "train 2"]
+
+
+def test_a_card_that_leads_outside_the_snapshot_is_refused(hub: Any, rows: Path, tmp_path: Path) -> None:
+    """A repository cannot make the machine's own files, or those of another server, into rows."""
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text(json.dumps({"prompt": "secret", "completion": "c"}) + "\n")
+    for pattern in (str(secret), "../../../secret.jsonl", f"{hub.endpoint}/rows.jsonl"):
+        (rows / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: '{pattern}'\n---\n")
+        commit = hub.push("datasets", DATASET, rows)
+        code = (
+            "import sys; from prefect.logging import disable_run_logger\n"
+            "from tasks.download import SourceConfig, download\n"
+            "with disable_run_logger(): print(download.fn(SourceConfig('tiny', sys.argv[1], sys.argv[2])))"
+        )
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.endpoint, "FINETUNE_DATA_ROOT": str(tmp_path / "root"), "NO_PROXY": "*"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, DATASET, commit],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode != 0
+        assert "outside the data set: only files of the data set are read" in done.stderr.splitlines()[-1]
+        assert "secret" not in done.stdout

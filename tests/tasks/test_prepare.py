@@ -76,3 +76,18 @@ def test_max_length_beyond_the_context(sources: Sources) -> None:
     """The model has 96 positions; asking for more is refused before anything is tokenised."""
     with pytest.raises(ValueError, match="max_length 97 is beyond the model's context of 96"):
         _prepare(sources, PrepareConfig(max_length=97))
+
+
+def test_a_file_that_changes_after_it_was_hashed_ends_the_run(sources: Sources, tmp_path: Path) -> None:
+    """Tokens never lie under the hash of another content: nothing is written, and the message names the file."""
+    file = Path(sources.dataset.splits["train"][0].path)
+    copy = tmp_path / "train.jsonl"
+    copy.write_bytes(file.read_bytes())
+    moved = replace(sources.dataset.splits["train"][0], path=str(copy))
+    changing = replace(sources, dataset=replace(sources.dataset, splits={"train": [moved]}))
+    copy.write_bytes(copy.read_bytes() + b'{"prompt": "another row", "completion": "x"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl has been changed since this run began"):
+        _prepare(changing)
+    assert list((tmp_path / "root" / "tokens").iterdir()) == []
+    copy.write_bytes(file.read_bytes())
+    assert _prepare(changing).counts == _prepare(sources).counts

@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 from tokenizers import ByteLevelBPETokenizer
 
-from model.data.rows import find_splits, normalize_row, prompt_key, read_records
+from model.data.formats import read_records
+from model.data.layout import find_splits
+from model.data.rows import prompt_key
+from model.data.schemas import normalize_row
 from model.demo.families import ARGUMENT_PAIRS, ARGUMENTS, FAMILIES, FRAMES, FUNCTIONS, Family
 from model.demo.grammar import TEST_ROWS, TRAIN_ROWS, Example, code_sha256, make_examples, make_rows, write_rows
 from model.files import sha256_json

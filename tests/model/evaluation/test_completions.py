@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from model import GPTModel, generate
-from model.evaluation.completions import SamplingConfig, complete
+from model.evaluation.completions import SamplingConfig, complete, extract_code
 from model.net.prompt import encode_prompts
 
 PROMPTS = ["Write a function.", "Add 3 to a price, please.", "x"]
@@ -48,3 +48,20 @@ def test_same_seed_same_completions(gpt2_dir: Path, tokenizer: Any) -> None:
     first = complete(model, tokenizer, ["same"] * 3, config)
     assert complete(model, tokenizer, ["same"] * 3, config) == first
     assert len(set(first)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("```python\ndef f(x):\n    return x\n```", "def f(x):\n    return x\n"),
+        ("Here it is:\n\n```\nx = 1\n```\nDone.", "x = 1\n"),
+        ("  ```py\n  x = 1\n  ```  ", "  x = 1\n"),
+        ("def f():\n    return 1\n", "def f():\n    return 1\n"),
+        ("```\na\n```\n```\nb\n```", "```\na\n```\n```\nb\n```"),
+        ("```python\nx = 1\n", "```python\nx = 1\n"),
+        ("s = '```'", "s = '```'"),
+    ],
+)
+def test_code_is_taken_out_of_one_fence(text: str, code: str) -> None:
+    """Two fences, or an open one, are left as they are: which of them is meant is not guessed."""
+    assert extract_code(text) == code

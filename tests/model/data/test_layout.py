@@ -1,0 +1,181 @@
+"""Which files are rows, and of which split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.data.layout import find_layout, find_splits
+
+
+def _touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def _found(folder: Path, config: str | None = None) -> dict[str, list[str]]:
+    splits = find_layout(folder, config).splits
+    return {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in splits.items()}
+
+
+def test_folder_is_split_by_file_names(tmp_path: Path) -> None:
+    """File names decide the split as on the hub; files of other types are ignored."""
+    names = ["train-00000.jsonl", "more.csv", "Test.parquet", "validation.json", "dev2.jsonl", "README.md"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = {split: [path.name for path in paths] for split, paths in find_splits(tmp_path).items()}
+    assert found == {
+        "train": ["more.csv", "train-00000.jsonl"],
+        "test": ["Test.parquet"],
+        "validation": ["dev2.jsonl", "validation.json"],
+    }
+
+
+def test_single_file_is_train(tmp_path: Path) -> None:
+    """A single file is train, even if its name is test.jsonl."""
+    (tmp_path / "test.jsonl").touch()
+    assert find_splits(tmp_path / "test.jsonl") == {"train": [tmp_path / "test.jsonl"]}
+
+
+def test_nothing_to_read_is_named(tmp_path: Path) -> None:
+    """Each way of giving no data has its own message."""
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        find_splits(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="holds no file"):
+        find_splits(tmp_path)
+    (tmp_path / "test.csv").touch()
+    with pytest.raises(ValueError, match="holds no training file, only test"):
+        find_splits(tmp_path)
+    (tmp_path / "rows.txt").touch()
+    with pytest.raises(ValueError, match=r"rows\.txt is none of"):
+        find_splits(tmp_path / "rows.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("alpaca_test.jsonl", "test"),
+        ("alpaca-validation.jsonl", "validation"),
+        ("my.val.jsonl.gz", "validation"),
+        ("eval1.parquet", "test"),
+        ("00-dev.csv", "validation"),
+        ("data/test-00000-of-00001.parquet", "test"),
+        ("test/part-0.parquet", "test"),
+        ("validation/train_like.jsonl", "validation"),
+        ("python/test/rows.jsonl", "test"),
+        ("developers.jsonl", "train"),
+        ("testing_frameworks.jsonl", "train"),
+        ("values.jsonl", "train"),
+        ("latest.jsonl", "train"),
+        ("contest.jsonl", "train"),
+        ("devices/rows.jsonl", "train"),
+    ],
+)
+def test_a_word_counts_where_it_is_bounded(tmp_path: Path, name: str, split: str) -> None:
+    """As in datasets: by an end of the name, a digit or a separator; a folder called like a split comes first."""
+    _touch(tmp_path, "rows.jsonl", name)
+    assert name in _found(tmp_path)[split]
+
+
+def test_a_name_of_two_splits_is_refused(tmp_path: Path) -> None:
+    """Neither is guessed."""
+    _touch(tmp_path, "train_test.jsonl")
+    with pytest.raises(ValueError, match="'train_test' names the splits train and test: rename it"):
+        find_splits(tmp_path)
+
+
+def test_hidden_files_and_descriptions_are_no_data(tmp_path: Path) -> None:
+    """Backups, caches, and what datasets writes beside its tables."""
+    _touch(tmp_path, "train.jsonl", ".train-backup.jsonl", "_old.jsonl", ".cache/rows.jsonl", "_tmp/rows.jsonl")
+    _touch(tmp_path, "dataset_infos.json", "dataset_info.json", "config.json", "data/dataset_dict.json")
+    assert _found(tmp_path) == {"train": ["train.jsonl"]}
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    """The shards that state.json lists, by split; a cache of a map that was left there is no data."""
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"prompt": str(i), "completion": "c"} for i in range(4)])
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "set")
+    _touch(tmp_path, "set/train/cache-1234.arrow")
+    assert _found(tmp_path / "set") == {
+        "test": ["test/data-00000-of-00001.arrow"],
+        "train": ["train/data-00000-of-00001.arrow"],
+    }
+    (tmp_path / "set" / "train" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"state\.json is not what save_to_disk writes"):
+        find_splits(tmp_path / "set")
+
+
+def _card(folder: Path, *lines: str) -> None:
+    (folder / "README.md").write_text("\n".join(["---", *lines, "---", "Text.", ""]))
+
+
+def test_configurations_of_a_card(tmp_path: Path) -> None:
+    """One must be chosen where there are several; the message names them."""
+    _touch(tmp_path, "python/train.jsonl", "java/train.jsonl", "other.jsonl")
+    entries = [
+        "- config_name: python",
+        "  data_files: python/train.jsonl",
+        "- config_name: java",
+        "  data_files: java/*",
+    ]
+    _card(tmp_path, "configs:", *entries)
+    with pytest.raises(ValueError, match="has the configurations python, java: choose one with dataset_config"):
+        find_splits(tmp_path)
+    assert _found(tmp_path, "java") == {"train": ["java/train.jsonl"]}
+    with pytest.raises(ValueError, match=r"names no configuration 'c' .*only python, java"):
+        find_layout(tmp_path, "c")
+    _card(tmp_path, "configs:", *entries, "  default: true")
+    assert _found(tmp_path) == {"train": ["java/train.jsonl"]}
+
+
+def test_splits_of_a_card(tmp_path: Path) -> None:
+    """Those named train, validation and test are used, with any ending; others are left out, and named."""
+    _touch(tmp_path, "a.jsonl", "b.jsonl", "c.jsonl")
+    named = {"train_sft": "a", "test": "b", "held": "c"}
+    files = [f"  - split: {split}\n    path: {name}.jsonl" for split, name in named.items()]
+    _card(tmp_path, "configs:", "- config_name: default", "  data_files:", *files)
+    layout = find_layout(tmp_path)
+    assert _found(tmp_path) == {"train": ["a.jsonl"], "test": ["b.jsonl"]}
+    assert layout.left_out == ["the split held (c.jsonl): only train, validation and test are used"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "/etc/passwd",
+        "../secret.jsonl",
+        "data/../../secret.jsonl",
+        "https://evil.example/rows.jsonl",
+        "hf://x/y.jsonl",
+    ],
+)
+@pytest.mark.parametrize("form", ["  data_files: '{}'", "  data_files: ['{}']", "  data_files: {{train: '{}'}}"])
+def test_a_card_that_leads_outside_is_refused(tmp_path: Path, pattern: str, form: str) -> None:
+    """Absolute paths, ``..`` and URLs: nothing outside the folder is ever read."""
+    (tmp_path / "secret.jsonl").write_text(json.dumps({"prompt": "p", "completion": "c"}))
+    folder = tmp_path / "set"
+    _touch(folder, "train.jsonl")
+    _card(folder, "configs:", "- config_name: default", form.format(pattern))
+    with pytest.raises(ValueError, match="which is outside the data set: only files of the data set are read"):
+        find_splits(folder)
+
+
+def test_a_data_dir_that_leads_outside_is_refused(tmp_path: Path) -> None:
+    """The folder of a configuration likewise."""
+    _touch(tmp_path, "set/train.jsonl", "other/train.jsonl")
+    _card(tmp_path / "set", "configs:", "- config_name: default", "  data_dir: ../other")
+    with pytest.raises(ValueError, match="outside the data set"):
+        find_splits(tmp_path / "set")
+
+
+def test_a_pattern_without_a_file_is_named(tmp_path: Path) -> None:
+    """The card promises what is not there."""
+    _touch(tmp_path, "train.jsonl")
+    _card(tmp_path, "configs:", "- config_name: default", "  data_files: absent/*.jsonl")
+    with pytest.raises(ValueError, match=r"names 'absent/\*\.jsonl', and no such file"):
+        find_splits(tmp_path)
