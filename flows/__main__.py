@@ -70,9 +70,9 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
     from prefect.exceptions import ParameterTypeError
 
     from flows.finetune import finetune
-    from flows.job import parameters as declared
+    from flows.job import all_parameters
 
-    if unknown := sorted(parameters.keys() - {parameter.name for parameter in declared()}):
+    if unknown := sorted(parameters.keys() - {parameter.name for parameter in all_parameters()}):
         return f"no parameter is called {', '.join(unknown)}: README.md lists them"
     log = logging.getLogger("prefect.flows")
     level = log.level

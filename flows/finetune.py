@@ -60,7 +60,7 @@ def finetune(**parameters: Any) -> FinetuneResult | None:
     job = Job.from_parameters(parameters)
     with open_run(job) as run:
         if run.ended:
-            # Prefect takes it for the flow's state, and its caller gets None.
+            # Prefect makes a returned state the state of the flow run; the caller of the flow gets None.
             return run.ended  # type: ignore[return-value]
         sources = run.sources or download(job.sources)
         tokens = prepare(run.mlflow, sources, run.prepare)
@@ -68,7 +68,7 @@ def finetune(**parameters: Any) -> FinetuneResult | None:
         plan = freeze(model, job.freeze)
         training = identify_training(tokens, model, plan, job.train, job.hardware.device)
         announce(run.mlflow, run.settings, training, job.hardware.device)
-        run.hold(training)
+        run.hold_training(training)
         # One hold for both: another run must not train between this training and its evaluation.
         with hold_device(run.settings, job.hardware.device) as device:
             checkpoint = train(run.mlflow, training, device, job.hardware.trunk_cache_gb)

@@ -21,7 +21,7 @@ from flows.nightly import NightConfig
 from model.data.preparing import PrepareConfig
 from model.engine.config import TrainConfig
 from model.evaluation.completions import SamplingConfig
-from model.net.config import PRESETS
+from model.net.config import GPTConfig
 from model.net.device import resolve_device
 from model.net.freezing import FreezeConfig
 from model.parameters import NonNegative, Parameter, Parameters
@@ -55,11 +55,14 @@ class Job:
 
     @classmethod
     def from_parameters(cls, values: Mapping[str, Any]) -> Self:
-        """Sort the flow's parameters into their groups, by name.
+        """Sort the flow's parameters into their groups, by name; those that are missing have their defaults.
 
         Raises:
+            TypeError: there is no parameter of that name.
             ValueError: they contradict each other, or this machine.
         """
+        if unknown := values.keys() - {parameter.name for parameter in all_parameters()}:
+            raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}")
         groups: dict[str, Any] = {name: group.take(values) for name, group in _groups().items()}
         job = cls(**groups)
         job.check()
@@ -77,7 +80,7 @@ class Job:
                 f"subset_start {self.prepare.subset_start} selects rows by position, and subset={self.night.subset} "
                 "by content: leave one out"
             )
-        self.freeze.check(PRESETS[self.sources.model_size].n_layer, self.sources.model_size)
+        self.freeze.check(GPTConfig.preset(self.sources.model_size).n_layer, self.sources.model_size)
 
     def flat(self) -> dict[str, Any]:
         """The value of each parameter, by name."""
@@ -90,14 +93,14 @@ def _groups() -> dict[str, type[Parameters]]:
 
 
 @cache
-def parameters() -> tuple[Parameter, ...]:
+def all_parameters() -> tuple[Parameter, ...]:
     """All parameters of the flow, group by group; one that several groups have stands once."""
     found: dict[str, Parameter] = {}
     for group in _groups().values():
         for parameter in group.declared():
             if found.setdefault(parameter.name, parameter) != parameter:
                 raise TypeError(f"{group.__name__} declares {parameter.name} unlike another group")
-    # A parameter of several groups, the seed, comes last: it belongs to none of them.
+    # A parameter that several groups share (the seed) comes last.
     names = Counter(parameter.name for group in _groups().values() for parameter in group.declared())
     return tuple(sorted(found.values(), key=lambda parameter: names[parameter.name] > 1))
 
@@ -109,10 +112,10 @@ def with_parameters(function: F) -> F:
     """
     declared = [
         inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.annotation)
-        for each in parameters()
+        for each in all_parameters()
     ]
     function.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
-    meanings = "".join(f"    {each.name}: {each.meaning}\n" for each in parameters())
+    meanings = "".join(f"    {each.name}: {each.meaning}\n" for each in all_parameters())
     function.__doc__ = f"{function.__doc__}\n\nArgs:\n{meanings}"
     return function
 
@@ -120,7 +123,7 @@ def with_parameters(function: F) -> F:
 def parameter_table() -> str:
     """The parameters as a Markdown table: name, default, meaning."""
     lines = ["| parameter | default | meaning |", "|---|---|---|"]
-    for each in parameters():
+    for each in all_parameters():
         default = "null" if each.default is None else each.default
         lines.append(f"| `{each.name}` | `{default}` | {each.meaning} |")
     return "\n".join(lines) + "\n"

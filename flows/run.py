@@ -37,9 +37,11 @@ class Run:
         settings: of this process.
         prepare: how rows are prepared; of a night, the rows that it chose.
         stopwatch: seconds by step.
-        mlflow: its MLflow run; None where the flow run ends before one is opened.
+        mlflow: its MLflow run; an empty reference until one is opened.
         sources: rows and weights, if a night has fetched them already.
         ended: the state in which the flow run ends at once; None if there is work.
+        held: what is held until the run is over: the night and the training.
+        finished: directories of finished trainings, deleted once the MLflow run is closed.
     """
 
     settings: Settings
@@ -51,7 +53,7 @@ class Run:
     held: ExitStack = field(default_factory=ExitStack)
     finished: list[Path] = field(default_factory=list)
 
-    def hold(self, training: TrainingRef) -> None:
+    def hold_training(self, training: TrainingRef) -> None:
         """Hold a training until everything of this run is over: another run of it would overwrite its checkpoints."""
         self.held.enter_context(hold_training(self.settings, training.identity))
 
@@ -75,7 +77,7 @@ def open_run(job: Job) -> Iterator[Run]:
     settings.claim_caches()
     run = Run(settings, job.prepare, start_stopwatch())
     _warn_of_a_slow_device(job)
-    tidy_up(settings)
+    _tidy_up(settings)
     run.stopwatch.end("plan")
     with run.held:
         night = None
@@ -110,7 +112,7 @@ def _warn_of_a_slow_device(job: Job) -> None:
         get_run_logger().warning("torch sees no GPU: a %s trains on the CPU", job.sources.model_size)
 
 
-def tidy_up(settings: Settings) -> None:
+def _tidy_up(settings: Settings) -> None:
     """Before a run: create the limit tag:gpu if it is missing, and close the MLflow runs of processes that died."""
     log = get_run_logger()
     with get_client(sync_client=True) as client:

@@ -28,7 +28,7 @@ from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.device import peak_memory
 
 JOURNAL_FILE = "metrics.jsonl"
-_LAG = 4  # steps a GPU may be behind: the host reads a step's loss only when the next ones are queued
+_LAG = 4  # steps queued ahead on a GPU: the host reads a step's loss when so many later ones are queued
 
 _ceiling = functools.cache(matmul_ceiling)  # measured once per process, device and dtype
 

@@ -100,14 +100,17 @@ def _train_in_passes_that_fit(
 
     Raises:
         torch.OutOfMemoryError: memory ran out in passes of ``_FEWEST_TOKENS``.
+        RuntimeError: memory ran out, and no whole checkpoint is left to go on from.
     """
     tokens_per_pass = call.config.micro_batch_tokens or default_micro_batch_tokens(model)
     while True:
         if found:  # a resumed training keeps the passes that memory held
             tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens", tokens_per_pass))
         engine = Engine(model, dtype)
+        trainer: Trainer | None = None
         try:
-            return Trainer(engine, call, tokens_per_pass, found).run()
+            trainer = Trainer(engine, call, tokens_per_pass, found)
+            return trainer.run()
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
@@ -128,9 +131,15 @@ def _train_in_passes_that_fit(
             f"with {fewer:,} (micro_batch_tokens), and steps stay the same{noise} ({reason})"
         )
         tokens_per_pass = fewer
-        del engine
+        has_trained = trainer is not None and trainer.state.step > 0
+        del engine, trainer
         _free_memory(model)
         found = newest_checkpoint(call.directory, call.identity, call.warn)
+        if has_trained and not found:  # the model is the base no longer, and must not be taken for it
+            raise RuntimeError(
+                f"{call.directory} has no whole checkpoint to go on from after memory ran out: start the run again, "
+                f"with micro_batch_tokens={fewer}"
+            )
 
 
 def _free_memory(model: GPTModel) -> None:

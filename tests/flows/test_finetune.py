@@ -47,12 +47,12 @@ def _artifacts(mlflow: Any, run_id: str, path: str = "") -> set[str]:
 
 def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
     """Names of params, metrics, artifacts and tags are what users build upon."""
-    from flows.job import parameters
+    from flows.job import all_parameters
 
     mlflow = mlflow_of(finished.run)
     run = mlflow.get_run(finished.run.run_id)
     assert run.info.status == "FINISHED"
-    assert set(run.data.params) == {parameter.name for parameter in parameters()} | PLAN_PARAMETERS
+    assert set(run.data.params) == {parameter.name for parameter in all_parameters()} | PLAN_PARAMETERS
     assert set(run.data.metrics) == METRICS, set(run.data.metrics) ^ METRICS
     assert _artifacts(mlflow, finished.run.run_id) == ARTIFACTS
     own_tags = {tag for tag in run.data.tags if not tag.startswith("mlflow.")}

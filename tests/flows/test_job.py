@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.finetune import finetune
-from flows.job import Job, parameter_table, parameters, write_table
+from flows.job import Job, all_parameters, parameter_table, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,8 +37,8 @@ def test_a_page_without_the_table_is_refused(tmp_path: Path) -> None:
 def test_prefect_is_told_every_parameter() -> None:
     """Prefect's schema of the flow has each parameter's name, default, bounds and meaning."""
     schema = finetune.parameters.properties
-    assert list(schema) == [parameter.name for parameter in parameters()]
-    for parameter in parameters():
+    assert list(schema) == [parameter.name for parameter in all_parameters()]
+    for parameter in all_parameters():
         assert schema[parameter.name]["default"] == parameter.default
         assert schema[parameter.name]["description"] == parameter.meaning
         assert parameter.meaning.endswith(".")
@@ -47,7 +47,7 @@ def test_prefect_is_told_every_parameter() -> None:
 
 def test_values_reach_their_groups() -> None:
     """By name; a parameter of several groups reaches all of them, and internal fields keep their defaults."""
-    assert Job.from_parameters({}).flat() == {parameter.name: parameter.default for parameter in parameters()}
+    assert Job.from_parameters({}).flat() == {parameter.name: parameter.default for parameter in all_parameters()}
     given: dict[str, Any] = {"seed": 7, "batch_size": 5, "sample_rows": 3, "num_unfrozen_layers": 2}
     job = Job.from_parameters(given)
     assert {name: job.flat()[name] for name in given} == given
@@ -72,3 +72,10 @@ def test_contradictions_are_refused(given: dict[str, Any], message: str) -> None
 def test_layers_are_ignored_where_nothing_is_frozen() -> None:
     """freeze_layers=false trains everything."""
     assert not Job.from_parameters({"freeze_layers": False, "num_unfrozen_layers": 13}).freeze.freeze_layers
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    """A name that no group has is not dropped in silence; sizes may be written in capitals."""
+    with pytest.raises(TypeError, match="there is no parameter epoch"):
+        Job.from_parameters({"epoch": 9})
+    assert Job.from_parameters({"model_size": "355M"}).sources.model_size == "355M"

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from prefect.logging import disable_run_logger
 
+from model.net.config import PRESETS
+from ops.hub import PINNED_WEIGHTS
 from tasks.download import SourceConfig, download
 from tasks.references import Sources
 
@@ -90,3 +92,8 @@ def test_weights_without_config(tmp_path: Path, gpt2_dir: Path) -> None:
     (weights / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         _download(weights_dir=str(weights))
+
+
+def test_every_size_has_weights() -> None:
+    """A preset without pinned weights would fail when it is downloaded."""
+    assert PINNED_WEIGHTS.keys() == PRESETS.keys() - {"tiny"}, "add the size to ops.hub.PINNED_WEIGHTS"

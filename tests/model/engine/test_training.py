@@ -448,6 +448,20 @@ def test_resumed_training_keeps_the_shorter_passes(
     assert difference(*weights) == 0.0
 
 
+def test_a_trained_model_is_not_taken_for_the_base(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If memory runs out and every checkpoint is damaged or gone, the run ends: its model is the base no longer.
+
+    Mocks memory that does not hold long passes.
+    """
+    monkeypatch.setattr("model.engine.training._FEWEST_TOKENS", 60)
+    ScarceMemory(fails_at=3).patch(monkeypatch)
+    monkeypatch.setattr("model.engine.checkpoint.write_checkpoint", lambda directory, *arguments: directory)
+    with pytest.raises(
+        RuntimeError, match="no whole checkpoint to go on from after memory ran out: start the run again"
+    ):
+        run(epochs=2, eval_freq=2, micro_batch_tokens=10_000)
+
+
 def test_memory_that_holds_no_pass_is_an_error(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the parameters to lower. Mocks memory that holds no pass."""
     monkeypatch.setattr("model.engine.training._FEWEST_TOKENS", 60)
