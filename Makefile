@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow check format parameters bench up down doctor deploy worker watch rollback sample clean
+.PHONY: help install run test test-slow fuzz check format parameters bench up down doctor deploy worker watch rollback sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test: $(INSTALLED) ## Run the tests
 
 test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+fuzz: $(INSTALLED) ## Fuzz what is read from files, for some ten minutes
+	FINETUNE_FUZZ_EXAMPLES=$(or $(EXAMPLES),25000) $(BIN)/python -m pytest -k fuzz $(ARGS)
 
 check: $(INSTALLED) ## Check lint, format and types
 	$(BIN)/ruff check .
