@@ -109,7 +109,7 @@ def test_no_two_files_import_each_other() -> None:
 
 # Test files that are about a theme, and not about one module.
 THEMES = {
-    "model": {"engine/test_cuda.py", "engine/test_sameness.py"},
+    "model": {"data/test_fuzz.py", "engine/test_cuda.py", "engine/test_sameness.py"},
     "ops": {
         "fakehub.py",
         "sandbox/test_processes.py",
