@@ -109,7 +109,13 @@ def test_no_two_files_import_each_other() -> None:
 # Test files that are about a theme, and not about one module.
 THEMES = {
     "model": {"engine/test_cuda.py", "engine/test_sameness.py"},
-    "ops": {"fakehub.py", "stack/test_pages.py", "stack/test_postgres.py", "stack/test_secured.py"},
+    "ops": {
+        "fakehub.py",
+        "sandbox/test_processes.py",
+        "stack/test_pages.py",
+        "stack/test_postgres.py",
+        "stack/test_secured.py",
+    },
     "flows": {"test_deployments.py", "test_nights.py", "test_resume.py", "test_main.py"},
     "tasks": set(),
 }
