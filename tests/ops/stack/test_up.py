@@ -117,7 +117,7 @@ def test_a_foreign_host_is_refused(host: str, up: MadeUp) -> None:
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_its_own_names_work(host: str, up: MadeUp) -> None:
     port = up.prefect.rpartition(":")[2]
-    for path in ("/api/health", "/", "/dashboard"):
+    for path in ("/api/health", "/", "/ui-settings"):
         with urlopen(Request(up.prefect + path, headers={"Host": f"{host}:{port}"}), timeout=10) as answer:
             assert answer.status == 200
 
