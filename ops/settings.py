@@ -79,15 +79,16 @@ class Settings:
     @property
     def locks(self) -> Path:
         """Lock files of trainings."""
-        return self.data_root / "locks"
+        return (self.data_root / "locks").resolve()
 
     @property
     def device_locks(self) -> Path:
         """Lock files of devices, FINETUNE_LOCKS: one folder for all users and checkouts of a machine.
 
-        The default does not use TMPDIR, which may differ between users.
+        The default does not use TMPDIR, which may differ between users. Links are not resolved: another user may have
+        put one there, and ``shared_directory`` has to see it.
         """
-        return Path(os.environ.get("FINETUNE_LOCKS") or "/tmp/finetune-locks").expanduser().resolve()
+        return Path(os.environ.get("FINETUNE_LOCKS") or "/tmp/finetune-locks").expanduser().absolute()
 
     @property
     def trusted_hashes(self) -> Path:

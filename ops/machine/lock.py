@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops.machine.flock import try_lock
+from ops.machine.paths import replaceable_part
 from ops.machine.process import ProcessIdentity, identify_process, lock_holders
 
 _POLL_SECONDS = 0.5  # between two attempts to take a lock
 _DESCRIBE_SECONDS = 5.0  # between two looks at who holds it: finding a dead holder's children reads all of /proc
+_CONTENT_BYTES = 65536  # of a lock file that are read; every user may write into it
+_REMEDY = "remove it, or set FINETUNE_LOCKS to a folder that only root or you can replace"
 _REMIND_SECONDS = 60.0  # between two log lines of the same content
 
 
@@ -143,13 +147,16 @@ def shared_directory(path: Path) -> Path:
 
     Raises:
         NotADirectoryError: the path is a link or a file.
+        PermissionError: another user could replace the directory, or a part of the path to it, by a link.
     """
+    if weak := replaceable_part(path):
+        raise PermissionError(f"another user can replace {weak}, and with it the lock files in {path}: {_REMEDY}")
     try:
         path.mkdir(parents=True)
         path.chmod(0o1777)
     except FileExistsError:
         if path.is_symlink() or not path.is_dir():
-            raise NotADirectoryError(f"{path} is not a directory: remove it, or set FINETUNE_LOCKS") from None
+            raise NotADirectoryError(f"{path} is a link or a file, and not a directory: {_REMEDY}") from None
     return path
 
 
@@ -192,15 +199,35 @@ def _wait_for_first(
 
 
 def _open(path: Path) -> int:
-    """Open a lock file to read and write, and create it if it does not exist. A link is refused."""
+    """Open a lock file to read and write, and create it if it does not exist.
+
+    Raises:
+        OSError: the file or its folder is a link, also one that was put there a moment ago.
+        PermissionError: the file is not a plain file, or has a second name, which may be that of another file.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        descriptor = _open_in(folder, path.name)
+    except OSError as error:  # it names the file without its folder
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(folder)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise PermissionError(f"the lock file {path} is not a plain file with one name: remove it")
+    return descriptor
+
+
+def _open_in(folder: int, name: str) -> int:
     while True:
         try:
             # Linux may refuse O_CREAT on another user's file in a directory like /tmp, even if it is writable.
-            return os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
         except FileNotFoundError:
             pass
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
         except FileExistsError:
             continue
         os.fchmod(descriptor, 0o666)  # os.open's mode is reduced by the umask
@@ -212,7 +239,7 @@ def _try(path: Path) -> int | None:
     descriptor = _open(path)
     try:
         # A cleaner of /tmp may have removed the file since it was opened.
-        if try_lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        if try_lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.lstat()):
             return descriptor
     except BaseException:
         os.close(descriptor)
@@ -224,12 +251,13 @@ def _try(path: Path) -> int | None:
 def _read(path: Path) -> LockState:
     held = False
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Without O_NONBLOCK a pipe in place of the file would hang this process.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             held = not try_lock(descriptor, shared=True)
+            content = json.loads(os.pread(descriptor, _CONTENT_BYTES, 0))
         finally:
             os.close(descriptor)
-        content = json.loads(path.read_text())
         owner = ProcessIdentity.from_json(content["process"])
         texts = [str(content[key]) for key in ("what", "holder", "since", "flow_run_id")]
     except (OSError, ValueError, LookupError, TypeError):

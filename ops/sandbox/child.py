@@ -78,7 +78,8 @@ _PURE = {
     "exit_group": (231, 94),
 }  # fmt: skip
 # In bubblewrap these are refused: starting processes and programs, namespaces, access to other processes (the parent
-# runs the next rows), memory that no limit counts or that outlives its process, and rarely used parts of the kernel.
+# runs the next rows), memory that no limit counts or that outlives its process, rarely used parts of the kernel, and
+# sockets of every family: namespaces do not cover them all (AF_VSOCK reaches the host of a virtual machine).
 _REFUSED = {
     "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435), "execve": (59, 221),
     "execveat": (322, 281), "unshare": (272, 97), "setns": (308, 268), "ptrace": (101, 117),
@@ -87,10 +88,13 @@ _REFUSED = {
     "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280), "perf_event_open": (298, 241),
     "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "kill": (62, 129), "tkill": (200, 130),
     "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424), "prlimit64": (302, 261), "setpriority": (141, 140),
+    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "socket": (41, 198), "prlimit64": (302, 261),
+    "setpriority": (141, 140),
     "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
     "sched_setattr": (314, 274), "ioprio_set": (251, 30),
 }  # fmt: skip
+_SOCKETPAIR = (53, 199)  # allowed in bubblewrap for AF_UNIX: two ends in one process, which asyncio needs
+_AF_UNIX = 1
 _WRITE = (1, 64)
 _AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 _MACHINES = ("x86_64", "aarch64")
@@ -300,7 +304,7 @@ def _filter_system_calls(report: int, listed: bool) -> None:
     if listed:
         program += [(equal, 0, 3, _WRITE[column]), first_argument, (equal, 0, 1, report), allow, refuse]
     else:
-        program += [allow]
+        program += [(equal, 0, 3, _SOCKETPAIR[column]), first_argument, (equal, 1, 0, _AF_UNIX), refuse, allow]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
     _prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(header))

@@ -20,7 +20,8 @@ Covered, by both guards:
   site-packages can be read, nothing can be created, and no file can grow.
 - Processes: no process or thread can be started (RLIMIT_NPROC, which does not bind root, and a filter of system
   calls). Behind guard 1 root becomes the user nobody; in bubblewrap it appears as nobody and has no capabilities.
-- Network: no socket behind guard 1 (filter), only an empty loopback in bubblewrap.
+- Network: no socket of any family behind either guard (filter), and in bubblewrap a network namespace of its own. A
+  pair of AF_UNIX sockets within the process can be made in bubblewrap, because asyncio needs it.
 - System calls, on x86_64 and aarch64 where Python has ctypes and the kernel seccomp: behind guard 1 all but those of
   pure computation are refused, in case the allow-list has a gap; in bubblewrap those that start or trace processes or
   share memory. New privileges cannot be gained behind either.
@@ -43,7 +44,7 @@ Not covered:
 - Flaws of the kernel, of bubblewrap, and behind guard 1 of Python together with the filter; side channels. They weigh
   more for root, because the user that bubblewrap shows as nobody is root outside: run as another user if possible.
 - Other systems than Linux: they have no guard 2, no filter, and only the limits that the system provides. On Linux
-  machines other than x86_64 and aarch64 there is no filter either, so bubblewrap counts as not working for root.
+  machines other than x86_64 and aarch64 there is no filter either, so bubblewrap counts as not working.
 - A row keeps one CPU core busy for up to ``timeout_seconds``. Under heavy load a correct but slow row can time out.
 - Whether passing tests mean that the code is correct.
 """
@@ -95,6 +96,7 @@ _PROBE_TESTS = (
     "assert raises(os.fork)",
     "assert raises(open, '/etc/passwd')",
     "assert raises(os.mkdir, '/tmp/probe') and raises(os.mkdir, '/probe') and raises(os.mkdir, '/dev/shm/probe')",
+    "assert all(raises(socket.socket, family) for family in (socket.AF_INET, socket.AF_NETLINK, 40))",  # 40: AF_VSOCK
     "assert raises(socket.create_connection, ('192.0.2.1', 80), 1)",
     "assert os.getuid() != 0 and os.getpid() < 100",
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ops.machine.lock import exclusive, exclusive_any, read_locks, shared_directory
+from ops.settings import Settings
 
 # Holds the first free one of the named devices, prints which, and starts a child that inherits the lock if told to.
 HOLD = """
@@ -212,6 +213,80 @@ def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(NotADirectoryError, match="FINETUNE_LOCKS"):
         shared_directory(tmp_path / "locks")
+
+
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """configured(path): the folder of the device locks with FINETUNE_LOCKS=path, as the settings give it."""
+
+    def configure(path: Path) -> Path:
+        monkeypatch.setenv("FINETUNE_LOCKS", str(path))
+        return Settings.load().device_locks
+
+    tmp_path.chmod(0o700)
+    return configure
+
+
+def test_the_settings_keep_a_link_visible(tmp_path: Path, configured: Callable[[Path], Path]) -> None:
+    """FINETUNE_LOCKS is a link, as another user could make one in /tmp: refused, and nothing is created elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NotADirectoryError, match="FINETUNE_LOCKS"):
+        shared_directory(configured(tmp_path / "locks"))
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NotADirectoryError, match="FINETUNE_LOCKS"):
+        shared_directory(configured(tmp_path / "dangling"))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_that_another_user_could_replace_is_refused(
+    tmp_path: Path, configured: Callable[[Path], Path]
+) -> None:
+    """Its parent may be written by all: the error names that parent, and nothing is created."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(PermissionError, match=f"replace {tmp_path / 'open'}, .*FINETUNE_LOCKS"):
+        shared_directory(configured(tmp_path / "open" / "locks"))
+    assert list((tmp_path / "open").iterdir()) == []
+
+
+def test_a_link_of_ones_own_on_the_way_is_followed(tmp_path: Path, configured: Callable[[Path], Path]) -> None:
+    """/var/lock, for example, is a link of root's to /run/lock."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    shared_directory(configured(tmp_path / "link" / "locks"))
+    assert (tmp_path / "real" / "locks").is_dir()
+
+
+def test_a_folder_that_becomes_a_link_is_not_followed(tmp_path: Path, configured: Callable[[Path], Path]) -> None:
+    """Its owner replaces it after it was checked."""
+    directory = shared_directory(configured(tmp_path / "locks"))
+    (tmp_path / "elsewhere").mkdir()
+    directory.rmdir()
+    directory.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="locks"), exclusive(directory, "cpu", "me", print):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
+def test_a_lock_file_that_leads_elsewhere_is_refused(kind: str, tmp_path: Path) -> None:
+    """What it leads to keeps its content, and the call does not hang."""
+    victim, lock = tmp_path / "victim", tmp_path / "locks" / "cpu.lock"
+    victim.write_text("content")
+    lock.parent.mkdir()
+    if kind == "link":
+        lock.symlink_to(victim)
+    elif kind == "second name":
+        lock.hardlink_to(victim)
+    else:
+        os.mkfifo(lock)
+    (state,) = read_locks(lock.parent)
+    assert (state.held, state.owner) == (False, None)
+    with pytest.raises(OSError, match=str(lock)), exclusive(lock.parent, "cpu", "me", print):
+        pass
+    assert victim.read_text() == "content"
 
 
 def test_a_lock_file_with_foreign_content_still_locks(tmp_path: Path) -> None:

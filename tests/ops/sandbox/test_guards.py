@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -17,8 +19,8 @@ from ops.sandbox.guards import RowResult, run_tests
 
 ROOT = Path(__file__).resolve().parents[3]
 FILTERED = os.uname().machine in ("x86_64", "aarch64") and sys.platform == "linux"
-_COMMAND, _PROBLEM = sandbox._bubblewrap()
-needs_bubblewrap = pytest.mark.skipif(_COMMAND is None, reason=_PROBLEM)
+# A broken bubblewrap is not skipped: it fails these tests.
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
 def _one(code: str, *tests: str, **limits: float) -> RowResult:
@@ -298,6 +300,51 @@ def test_no_network_file_or_variable_of_the_caller(tmp_path: Path, monkeypatch: 
     assert [result.outcome for result in results] == ["error", "error", "error", "passed", "failed", "error"]
     assert "HOME" not in results[4].reason
     assert target.read_text() == "untouched"
+
+
+SOCKETS = """
+import socket
+def open_ones():
+    found = []
+    for family in range(64):
+        for kind in (1, 2, 3, 4, 5, 10):  # SOCK_STREAM, DGRAM, RAW, RDM, SEQPACKET, PACKET
+            for make in (socket.socket, socket.socketpair):
+                try:
+                    make(family, kind)
+                    found.append((make.__name__, family))
+                except OSError:
+                    pass
+    return set(found)
+"""
+
+
+@needs_bubblewrap
+def test_no_socket_of_any_family_opens() -> None:
+    """AF_VSOCK, for example, reaches the host of a virtual machine; no network namespace covers it."""
+    (result,) = run_tests([(SOCKETS, ["assert open_ones() <= {('socketpair', 1)}, open_ones()"])], timeout_seconds=10)
+    assert result == RowResult("passed")
+
+
+@needs_bubblewrap
+def test_asyncio_works_without_sockets() -> None:
+    """Its event loop makes a pair of AF_UNIX sockets, which lead nowhere."""
+    code = "import asyncio\nasync def add(a, b):\n    await asyncio.sleep(0)\n    return a + b"
+    assert _one(code, "import asyncio", "assert asyncio.run(add(1, 2)) == 3") == RowResult("passed")
+
+
+@needs_bubblewrap
+def test_a_broken_bubblewrap_fails_these_tests(tmp_path: Path) -> None:
+    """With a bwrap on the PATH that does not work, tests fail instead of being skipped."""
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'No permissions to create a new namespace' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "asyncio or no_socket", __file__]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stdout
+    assert "1 failed" in done.stdout
+    assert "skipped" not in done.stdout
 
 
 SAME = "class Same:\n    __hash__ = int.__hash__\n    def __eq__(self, other): return True\n"

@@ -63,12 +63,12 @@ def test_without_the_password_a_command_names_its_file(command: str, secured: Ma
 
 
 def test_a_foreign_host_header(secured: MadeUp) -> None:
-    """MLflow refuses it even with the password. Prefect ignores it and requires the password as always."""
+    """Both servers refuse it, even with the password."""
     right = f"admin:{secured.password}"
     assert _status(secured.mlflow + EXPERIMENTS, right, Host="evil.example") == 403
     assert _status(secured.mlflow + EXPERIMENTS, Host="evil.example") == 403
-    assert _status(secured.prefect + "/api/admin/settings", Host="evil.example") == 401
-    assert _status(secured.prefect + "/api/admin/settings", right, Host="evil.example") == 200
+    assert _status(secured.prefect + "/api/admin/settings", Host="evil.example") == 403
+    assert _status(secured.prefect + "/api/admin/settings", right, Host="evil.example") == 403
 
 
 def test_a_run_completes_and_the_secrets_are_written_nowhere(secured: MadeUp) -> None:

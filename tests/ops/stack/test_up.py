@@ -105,6 +105,23 @@ def test_a_page_of_another_origin_may_not_use_prefect(up: MadeUp) -> None:
         assert told == allowed
 
 
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "evil.example:4200", "198.41.0.4"])
+def test_a_foreign_host_is_refused(host: str, up: MadeUp) -> None:
+    """Without a password too: a page whose name resolves to 127.0.0.1 (DNS rebinding) sends its own name."""
+    for url in (f"{up.prefect}/api/health", f"{up.prefect}/", f"{up.mlflow}/api/2.0/mlflow/experiments/search"):
+        with pytest.raises(HTTPError) as refused:
+            urlopen(Request(url, headers={"Host": host}), timeout=10)
+        assert refused.value.code == 403
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_its_own_names_work(host: str, up: MadeUp) -> None:
+    port = up.prefect.rpartition(":")[2]
+    for path in ("/api/health", "/", "/ui-settings"):
+        with urlopen(Request(up.prefect + path, headers={"Host": f"{host}:{port}"}), timeout=10) as answer:
+            assert answer.status == 200
+
+
 def test_prefect_s_pages_ask_the_server_that_sent_them(up: MadeUp) -> None:
     """By a path: on another machine an address of the loopback would mean that machine."""
     with urlopen(f"{up.prefect}/ui-settings", timeout=10) as answer:
@@ -150,13 +167,13 @@ def test_idle_it_needs_less_than_a_gigabyte_and_a_half(up: MadeUp) -> None:
     assert sum(memory.values()) <= 1536
 
 
-@pytest.mark.parametrize("server", ["prefect server", "mlflow"])
+@pytest.mark.parametrize("server", ["host_check", "mlflow"])
 def test_a_killed_server_is_started_again(server: str, up: MadeUp) -> None:
     """The worker survives it."""
     worker = up.one("prefect worker").pid
     killed = up.one(server).pid
     os.kill(killed, signal.SIGKILL)
-    url = f"{up.prefect}/api/health" if "prefect" in server else f"{up.mlflow}/health"
+    url = f"{up.prefect}/api/health" if server == "host_check" else f"{up.mlflow}/health"
     wait_for("another process", lambda: up.processes(server) and up.one(server).pid != killed, 30)
     # MLflow's server has a listening child process, which would keep the port.
     orphans = [process for process in up.processes("uvicorn") if process.parent != up.one("mlflow").pid]
@@ -259,12 +276,12 @@ def test_make_up_alone_killed_ends_the_rest(up: MadeUp) -> None:
     """The same holds for an interrupt before it is ready."""
     up.begin()
     wait_for("supervisord", lambda: up.processes("supervisord"), 20)
-    wait_for("both servers", lambda: up.processes("prefect server") and up.processes("mlflow"), 20)
+    wait_for("both servers", lambda: up.processes("host_check") and up.processes("mlflow"), 20)
     os.kill(up.one("supervisord").parent, signal.SIGKILL)
     wait_for("the end of all", lambda: not up.processes(), 60)
 
     up.begin()
-    wait_for("both servers", lambda: up.processes("prefect server") and up.processes("mlflow"), 20)
+    wait_for("both servers", lambda: up.processes("host_check") and up.processes("mlflow"), 20)
     up.interrupt()
     assert "everything has ended" in up.output
     assert up.processes() == []
