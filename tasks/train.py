@@ -124,7 +124,7 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
 
     with progress.courier, shipping:
         result = run_stoppable(work)
-    shipper.ship()
+    shipper.finish()
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)

@@ -65,3 +65,22 @@ def test_a_dead_server_does_not_stop_the_training(settings: Settings, caplog: py
     JournalShipper(run, journal.path).ship()
     history = client(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
     assert [point.value for point in history] == [1.0]
+
+
+@pytest.mark.parametrize("content", ["null", "{}", '{"lines": "3"}', '{"lines": -1}', "{", b"\xff", '{"lines": 999}'])
+def test_a_damaged_count_of_lines_is_found_again(settings: Settings, content: str | bytes) -> None:
+    """MLflow is asked what it has: no point is missing, and none is there twice, though times differ."""
+    journal = MetricsJournal(settings.data_root / "metrics.jsonl")
+    with tracked_run(settings, "a run", {}, {}) as run:
+        shipper = JournalShipper(run, journal.path)
+        journal.append(0, {"eval/loss": 1.0})
+        for step in range(1, 6):
+            journal.append(step, {"train/loss": 1 / step})
+        shipper.ship()
+        journal.truncate(4)
+        for step in range(4, 9):  # steps 4 and 5 again, at another time
+            journal.append(step, {"train/loss": 1 / step})
+        shipper.progress.write_bytes(content if isinstance(content, bytes) else content.encode())
+        shipper.finish()
+        history = client(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
+        assert [point.step for point in history] == list(range(1, 9))
