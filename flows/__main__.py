@@ -32,10 +32,14 @@ def read_parameters(deployment: str) -> dict[str, Any]:
     """The parameters of a deployment in prefect.yaml.
 
     Raises:
-        UsageError: there is no deployment of that name.
+        UsageError: there is no deployment of that name, or the file is damaged.
     """
-    deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
-    parameters = {d["name"]: d["parameters"] for d in deployments}
+    try:
+        deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+        parameters = {str(d["name"]): dict(d["parameters"]) for d in deployments}
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{DEPLOYMENTS.resolve()} is damaged, restore it: {reason}") from error
     if deployment not in parameters:
         raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
     return dict(parameters[deployment])

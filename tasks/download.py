@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from model.files import atomic_directory, sha256_file, write_json
 from model.net.config import PRESETS, GPTConfig, normalize_size
 from model.net.loading import CONFIG_FILE, check_size, weight_files
 from model.parameters import Parameters
+from model.records import read_record
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS, fetch_dataset, fetch_weights
 from ops.machine.flock import hold_file
 from ops.settings import Settings
@@ -194,11 +194,9 @@ def _trusted(settings: Settings, directory: Path) -> dict[str, str]:
     with hold_file(settings.data_root / ".trusted-weights.lock", wait=True):
         record = settings.trusted_hashes
         try:
-            known: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+            known = read_record(record, dict[str, str]) if record.exists() else {}
         except ValueError as error:
-            raise ValueError(
-                f"{record} is not JSON any more ({error}): mend it, or remove it to trust the files as they are now"
-            ) from error
+            raise ValueError(f"{error}. Mend it, or remove it to trust the files as they are now") from error
         for path in [directory / CONFIG_FILE, *weight_files(directory)]:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing: weights_dir needs Hugging Face's GPT-2 layout")

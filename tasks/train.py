@@ -14,6 +14,7 @@ import torch
 from prefect import get_run_logger, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from model.engine.config import TrainConfig
 from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainResult
@@ -22,9 +23,11 @@ from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_json, write_json
 from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
+from ops.courier import Courier
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
-from ops.tracking.runs import JournalShipper, RunRef, log_metrics
+from ops.tracking.runs import RunRef, log_metrics
+from ops.tracking.shipping import JournalShipper
 from ops.tracking.stopwatch import timed
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
@@ -100,10 +103,11 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
     )
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     progress = _Progress(log)
+    shipping = shipper.in_background()
 
     def on_step(report: StepReport) -> None:
         progress.show(report)
-        shipper.maybe_ship()
+        shipping.offer(report.step)
 
     def work(should_stop: Callable[[], bool]) -> TrainResult:
         return run_training(
@@ -118,8 +122,9 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
             should_stop=should_stop,
         )
 
-    result = run_stoppable(work)
-    shipper.ship()
+    with progress.courier, shipping:
+        result = run_stoppable(work)
+    shipper.finish()
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)
@@ -149,12 +154,14 @@ def _log_result(run: RunRef, result: TrainResult) -> None:
 
 
 class _Progress:
-    """Log lines and Prefect's progress bar, one at most every ten seconds; errors in them never stop the training."""
+    """Log lines and Prefect's progress bar, one at most every ten seconds; the training never waits for Prefect."""
 
     def __init__(self, log: Any):
         self.log = log
         self.last_line = -math.inf
         self.artifact: UUID | None = None
+        trouble = "Prefect's progress bar was not updated"
+        self.courier = Courier(self._draw, "progress-artifact", trouble, log)
 
     def show(self, report: StepReport) -> None:
         now = time.monotonic()
@@ -169,11 +176,13 @@ class _Progress:
             parts.append(f"validation loss {report.eval_loss:.4f}")
         line = ", ".join(parts)
         self.log.info(line)
-        percent = 100 * report.step / max(1, report.total_steps)
-        try:
+        self.courier.offer((100 * report.step / max(1, report.total_steps), line))
+
+    def _draw(self, value: tuple[float, str]) -> None:
+        """Write percentage and line into the artifact. One try: Prefect's client would repeat it for a minute."""
+        percent, line = value
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
             if self.artifact is None:
                 self.artifact = cast(UUID, create_progress_artifact(percent, key="train-progress", description=line))
             else:
                 update_progress_artifact(self.artifact, percent, description=line)
-        except Exception as error:
-            self.log.warning("the progress artifact was not updated: %s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Collection
@@ -16,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.engine.state import CheckpointFiles, CheckpointRecord
 from model.files import atomic_directory, remove_strays, save_tensors, sha256_file, write_json
 from model.net.gpt import GPTModel
+from model.records import read_record
 
 MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.safetensors"
@@ -161,13 +162,15 @@ def load_state(path: Path, names: Collection[str] = (MODEL_FILE, TRAINER_FILE)) 
         ValueError: the checkpoint is incomplete or damaged; the message names the file.
     """
     try:
-        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+        found = read_record(path / STATE_FILE, CheckpointFiles)
+        if path != checkpoint_path(path.parent, found.step):
+            raise ValueError(f"{path / STATE_FILE} is damaged: it says step {found.step}")
         for name in names:
-            if sha256_file(path / name) != state["files"][name]:
+            if sha256_file(path / name) != found.files.get(name):
                 raise ValueError(f"{path / name} is damaged: its sha256 is not the one in {STATE_FILE}")
-    except (OSError, LookupError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"checkpoint {path} is not complete: {error}") from error
-    return state
+    return found.model_dump()
 
 
 def load_trained(path: Path, model: GPTModel) -> None:
@@ -220,17 +223,21 @@ class FoundCheckpoint(NamedTuple):
 
 
 def newest_checkpoint(
-    directory: Path, identity: str, warn: Callable[[str], None] = lambda message: None
+    directory: Path,
+    identity: str,
+    warn: Callable[[str], None] = lambda message: None,
+    check: Callable[[CheckpointRecord], None] = lambda record: None,
 ) -> FoundCheckpoint | None:
     """The newest usable checkpoint of this training, or None; scratch directories of killed processes are removed.
 
-    A damaged checkpoint is skipped. So is one whose best checkpoint so far is damaged: a training resumed from it
-    could end without its best weights.
+    A damaged checkpoint is skipped, and so is one that ``check`` refuses. So is one whose best checkpoint so far is
+    damaged: a training resumed from it could end without its best weights.
 
     Args:
         directory: directory of the training.
         identity: checkpoints with another identity are skipped.
         warn: called with a message for each skipped checkpoint.
+        check: raises ValueError for a checkpoint that something else contradicts.
     """
     if not directory.is_dir():
         return None
@@ -240,8 +247,10 @@ def newest_checkpoint(
             state = load_state(path)
             if state.get("identity") != identity:
                 raise ValueError(f"{path} belongs to another training")
-            if (best := state.get("best_step", state["step"])) != state["step"]:
-                load_state(checkpoint_path(directory, best), [MODEL_FILE])
+            record = read_record(path / STATE_FILE, CheckpointRecord)
+            check(record)
+            if record.best_step != record.step:
+                load_state(checkpoint_path(directory, record.best_step), [MODEL_FILE])
         except ValueError as error:
             warn(f"{error}; an earlier checkpoint is tried")
             continue

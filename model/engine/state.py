@@ -4,7 +4,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Number = Annotated[int, Field(ge=0)]
+
+
+class CheckpointFiles(BaseModel):
+    """The part of a state.json that verifies the other files of a checkpoint."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    step: Number
+    files: dict[str, str]
+
+
+class CheckpointRecord(BaseModel):
+    """A state.json from which a training can be resumed. Fields are those of ``TrainingState``."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    identity: str
+    step: Number
+    base_eval_loss: float
+    best_eval_loss: float
+    best_step: Number
+    journal_lines: Annotated[int, Field(ge=1)]
+    micro_batch_tokens: Annotated[int | None, Field(ge=1)] = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.best_step > self.step:
+            raise ValueError(f"best_step {self.best_step} is after step {self.step}")
+        if self.best_eval_loss > self.base_eval_loss or self.journal_lines <= self.step:
+            raise ValueError("best_eval_loss and journal_lines do not fit base_eval_loss and step")
+        return self
+
+    @property
+    def eval_losses(self) -> dict[int, float]:
+        """The validation losses by step that are known from it."""
+        return {0: self.base_eval_loss, self.best_step: self.best_eval_loss}
 
 
 @dataclass
@@ -48,13 +88,17 @@ class TrainingState:
         Args:
             record: the content of state.json.
             micro_batch_tokens: tokens per pass from now on.
+
+        Raises:
+            ValueError: the record is damaged.
         """
+        found = CheckpointRecord.model_validate(record)
         return cls(
-            identity=record["identity"],
+            identity=found.identity,
             micro_batch_tokens=micro_batch_tokens,
-            step=int(record["step"]),
-            base_eval_loss=record["base_eval_loss"],
-            best_eval_loss=record["best_eval_loss"],
-            best_step=record["best_step"],
-            journal_lines=record["journal_lines"],
+            step=found.step,
+            base_eval_loss=found.base_eval_loss,
+            best_eval_loss=found.best_eval_loss,
+            best_step=found.best_step,
+            journal_lines=found.journal_lines,
         )

@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from model.data.tokens import CodeAlpacaDataset
 from model.engine.checkpoint import FoundCheckpoint, newest_checkpoint
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
-from model.engine.trainer import Call, StepReport, Trainer, TrainResult
+from model.engine.journal import check_journal
+from model.engine.state import CheckpointRecord
+from model.engine.trainer import JOURNAL_FILE, Call, StepReport, Trainer, TrainResult
 from model.engine.trunk import TrunkCacheConfig
 from model.net.device import give_memory_back, let_memory_grow, ran_out_of_memory, resolve_precision
 from model.net.gpt import GPTModel
@@ -83,10 +87,22 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
         let_memory_grow(device)
         torch.cuda.reset_peak_memory_stats(device)
-    found = newest_checkpoint(directory, identity, warn)
+    call = Call(tokens, config, directory, identity, on_step, warn, cache, should_stop, 0)
+    found = _find_checkpoint(call)
     resumed_from = int(found.state["step"]) if found else 0
-    call = Call(tokens, config, directory, identity, on_step, warn, cache, should_stop, resumed_from)
-    return _train_in_passes_that_fit(model, dtype, call, found)
+    return _train_in_passes_that_fit(model, dtype, replace(call, resumed_from=resumed_from), found)
+
+
+def _find_checkpoint(call: Call) -> FoundCheckpoint | None:
+    """The newest checkpoint that fits the training and its journal; None for a fresh start."""
+    total_steps = call.config.total_steps(len(CodeAlpacaDataset(call.tokens, "train")))
+
+    def check(record: CheckpointRecord) -> None:
+        if record.step > total_steps:
+            raise ValueError(f"a checkpoint says step {record.step}, and the training has {total_steps} steps")
+        check_journal(call.directory / JOURNAL_FILE, record.journal_lines, record.step, record.eval_losses)
+
+    return newest_checkpoint(call.directory, call.identity, call.warn, check)
 
 
 def _train_in_passes_that_fit(
@@ -105,7 +121,7 @@ def _train_in_passes_that_fit(
     tokens_per_pass = call.config.micro_batch_tokens or default_micro_batch_tokens(model)
     while True:
         if found:  # a resumed training keeps the passes that memory held
-            tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens", tokens_per_pass))
+            tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens") or tokens_per_pass)
         engine = Engine(model, dtype)
         trainer: Trainer | None = None
         try:
@@ -134,7 +150,7 @@ def _train_in_passes_that_fit(
         has_trained = trainer is not None and trainer.state.step > 0
         del engine, trainer
         _free_memory(model)
-        found = newest_checkpoint(call.directory, call.identity, call.warn)
+        found = _find_checkpoint(call)
         if has_trained and not found:  # the model is the base no longer, and must not be taken for it
             raise RuntimeError(
                 f"{call.directory} has no whole checkpoint to go on from after memory ran out: start the run again, "

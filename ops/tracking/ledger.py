@@ -123,7 +123,7 @@ def _read_used(tracking_uri: str, run_id: str, copies: Path | None) -> Keys:
         return _read(tracking_uri, run_id, _USED)
     copy = copies / f"{run_id}.npy"
     with suppress(OSError, ValueError, EOFError):
-        return np.load(copy, allow_pickle=False)
+        return _load(copy)
     keys = _read(tracking_uri, run_id, _USED)
     copies.mkdir(parents=True, exist_ok=True)
     scratch = copies / f".{uuid.uuid4().hex}.npy"
@@ -136,12 +136,24 @@ def _read(tracking_uri: str, run_id: str, name: str) -> Keys:
     with TemporaryDirectory() as scratch:
         try:
             path = client(tracking_uri).download_artifacts(run_id, f"{_FOLDER}/{name}", scratch)
-            return np.load(path, allow_pickle=False)
+            return _load(Path(path))
         except Exception as error:  # MLflow, its HTTP client, the disk and numpy raise different ones
             raise RuntimeError(
                 f"the ledger cannot be read: {_FOLDER}/{name} of the MLflow run {run_id} at {tracking_uri}: {error}. "
                 "Restore that artifact, or delete the run in MLflow: its rows then count as not used"
             ) from error
+
+
+def _load(path: Path) -> Keys:
+    """Keys from a file.
+
+    Raises:
+        OSError, ValueError, EOFError: it cannot be read, or does not hold keys.
+    """
+    keys: Keys = np.load(path, allow_pickle=False)
+    if keys.dtype != np.uint64 or keys.ndim != 1:
+        raise ValueError(f"it holds {keys.dtype} of shape {keys.shape}, and no keys")
+    return keys
 
 
 def choose_rows(present: Keys, ledger: Ledger, count: int | None, replay_share: float, seed: int) -> Choice:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.files import atomic_directory, sha256_file, write_json
+from model.records import parse_record, read_record
 from ops.machine.lock import exclusive
 from ops.settings import Settings
 from ops.tracking.runs import FILES_TAG, MODEL_PREFIX, client, without_credentials
@@ -128,8 +128,7 @@ def fetch_version(
     directory = settings.models / f"{version.name}-{version.version}-{key}"
     record = directory.with_suffix(".json")
     with exclusive(settings.locks, f"files of {directory.name}", uri, log):
-        known = version.tags.get(FILES_TAG) or (record.read_text() if record.exists() else "{}")
-        expected = json.loads(known)
+        expected = _recorded(version, record)
         found = _hashes(directory)
         if not found or found != expected:
             if found:
@@ -147,6 +146,23 @@ def fetch_version(
         os.utime(directory)
     _remove_unused(settings.models)
     return directory, found
+
+
+def _recorded(version: ModelVersion, record: Path) -> dict[str, str]:
+    """The sha256 of a version's files, as registered or as first seen; empty where neither is known.
+
+    Raises:
+        RuntimeError: what is recorded is damaged.
+    """
+    tag = version.tags.get(FILES_TAG)
+    try:
+        if tag:
+            what = f"the tag {FILES_TAG} of {version_uri(version)} in MLflow"
+            return parse_record(tag, dict[str, str], what)
+        return read_record(record, dict[str, str]) if record.exists() else {}
+    except ValueError as error:
+        remedy = "Restore it" if tag else "Remove it to trust the files that MLflow has now"
+        raise RuntimeError(f"{error}. {remedy}") from error
 
 
 def _hashes(directory: Path) -> dict[str, str]:

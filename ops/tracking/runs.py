@@ -16,8 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.engine.journal import read_journal
-from model.files import sha256_file, write_json
+from model.files import sha256_file
 from ops.machine.process import identify_process
 from ops.settings import PROJECT_ROOT, Settings
 
@@ -31,7 +30,6 @@ MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
-_BATCH = 1000  # metrics per request, MLflow's limit
 _PAGE = 1000  # runs per request
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
@@ -227,54 +225,6 @@ def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> Non
     except MlflowException:
         # MLflow looks the data set up, then inserts it: two runs at once may both insert, and the second one fails.
         mlflow.log_inputs(run.run_id, [inputs])
-
-
-class JournalShipper:
-    """Sends a training's journal to an MLflow run, each line once.
-
-    A file beside the journal, one for each run, keeps the number of lines sent: a retried task continues after them,
-    and a new run that resumes the training gets the whole journal.
-    """
-
-    def __init__(self, run: RunRef, journal: Path, every_seconds: float = 5.0):
-        self.run = run
-        self.journal = journal
-        self.progress = journal.with_name(f"shipped-{run.run_id}.json")
-        self.every_seconds = every_seconds
-        self.pause = every_seconds
-        self.last = 0.0
-
-    def maybe_ship(self) -> None:
-        """Ship if the last time is long enough ago. The training goes on when MLflow does not answer."""
-        if time.monotonic() - self.last >= self.pause:
-            try:
-                self.ship()
-                self.pause = self.every_seconds
-            except Exception as error:
-                # Each failed try holds the training up for seconds, so the pause between tries grows.
-                self.pause = min(600.0, max(30.0, 2 * self.pause))
-                logging.getLogger(__name__).warning("metrics stay in %s for now: %s", self.journal, error)
-            self.last = time.monotonic()
-
-    def ship(self) -> None:
-        """Ship every line not yet sent.
-
-        Raises:
-            MlflowException: the tracking server cannot be reached; nothing is lost.
-        """
-        from mlflow.entities import Metric
-
-        sent = json.loads(self.progress.read_text())["lines"] if self.progress.exists() else 0
-        records = read_journal(self.journal, sent)
-        mlflow = client(self.run.tracking_uri)
-        batch: list[Metric] = []
-        for index, record in enumerate(records, 1):
-            batch += [Metric(k, v, record["time"], record["step"]) for k, v in record["metrics"].items()]
-            full = index == len(records) or len(batch) + len(records[index]["metrics"]) > _BATCH
-            if full:
-                mlflow.log_batch(self.run.run_id, metrics=batch)
-                write_json(self.progress, {"lines": sent + index})
-                batch = []
 
 
 def log_model(

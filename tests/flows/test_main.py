@@ -152,3 +152,19 @@ def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixtur
     """Before anything is started."""
     assert main([argument]) == 2
     assert capsys.readouterr().err.startswith(f"{argument}: ")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"deployments: 3", b"deployments: [1]", b"{", b"\xff", b"deployments: [{name: x}]"]
+)
+def test_a_damaged_list_of_deployments(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence that names the file."""
+    path = tmp_path / "prefect.yaml"
+    path.write_bytes(content)
+    monkeypatch.setattr("flows.__main__.DEPLOYMENTS", path)
+    assert main([]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is damaged, restore it: " in error
+    assert error.count("\n") == 1

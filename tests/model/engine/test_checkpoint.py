@@ -42,6 +42,7 @@ from model.engine.checkpoint import (
     write_checkpoint,
 )
 from model.engine.journal import read_journal
+from model.engine.state import TrainingState
 from model.engine.stepper import build_optimizer
 from model.engine.trainer import StepReport, TrainingStoppedError, TrainResult
 from model.engine.training import TrainConfig, train
@@ -80,7 +81,9 @@ def trained_optimizer(model: GPTModel, steps: int = 2) -> torch.optim.AdamW:
 def write(
     directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
 ) -> Path:
-    return write_checkpoint(directory, take_snapshot(model, optimizer), step, state)
+    """A checkpoint whose state is complete: the best one is itself."""
+    known = TrainingState("", 512, step, 0.5, 0.5, best_step=step, journal_lines=step + 1).to_json()
+    return write_checkpoint(directory, take_snapshot(model, optimizer), step, {**known, **state})
 
 
 def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -160,6 +163,12 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+def edit(path: Path, **changes: Any) -> None:
+    """Change fields of a checkpoint's state.json."""
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, **changes}))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped bit in the weights": lambda p: flip(p / "model.safetensors", -1),
     "flipped bit in the moments": lambda p: flip(p / "trainer.safetensors", -1),
@@ -170,6 +179,19 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "state empty": lambda p: os.truncate(p / "state.json", 0),
     "state of another kind": lambda p: (p / "state.json").write_text("null"),
     "state not text": lambda p: (p / "state.json").write_bytes(b"\xff\xfe\x00"),
+    "state of a later step": lambda p: edit(p, step=1_000_000_000),
+    "state of an earlier step": lambda p: edit(p, step=4),
+    "step that is no whole number": lambda p: edit(p, step=8.0),
+    "step that is a truth": lambda p: edit(p, step=True),
+    "loss that is no number": lambda p: edit(p, best_eval_loss=None),
+    "loss that is infinite": lambda p: edit(p, base_eval_loss=math.inf, best_eval_loss=math.inf),
+    "best loss above that of the base": lambda p: edit(p, best_eval_loss=9.0),
+    "best step in the future": lambda p: edit(p, best_step=9),
+    "negative best step": lambda p: edit(p, best_step=-1),
+    "fewer lines than steps": lambda p: edit(p, journal_lines=3),
+    "passes of no token": lambda p: edit(p, micro_batch_tokens=0),
+    "no checksums": lambda p: edit(p, files={}),
+    "checksums of another kind": lambda p: edit(p, files=["model.safetensors", "trainer.safetensors"]),
 }
 
 
@@ -664,3 +686,59 @@ def test_another_training_does_not_resume_from_it(
     result = train(fresh(), token_dir, CONFIG, tmp_path / "reused", "me")
     assert result.resumed_from == 0
     assert_same_end(tmp_path / "reused", uninterrupted(CONFIG)[1])
+
+
+def edit_lines(path: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+
+
+JOURNAL_DAMAGES: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "a line missing": lambda lines: lines[:9] + lines[10:],
+    "the last line missing": lambda lines: lines[:-1],
+    "a validation missing": lambda lines: [
+        line for line in lines if not (json.loads(line)["step"] == 8 and b"eval/loss" in line)
+    ],
+    "a line twice": lambda lines: lines[:9] + lines[8:],
+    "two lines exchanged": lambda lines: [*lines[:7], lines[8], lines[7], *lines[9:]],
+    "not text": lambda lines: [*lines[:9], b"\xff\xfe\n", *lines[10:]],
+    "not JSON": lambda lines: [*lines[:9], b"{]\n", *lines[10:]],
+    "null": lambda lines: [*lines[:9], b"null\n", *lines[10:]],
+    "a step that is text": lambda lines: [*lines[:9], b'{"step": "8", "time": 1, "metrics": {}}\n', *lines[10:]],
+    "a metric that is text": lambda lines: [
+        *lines[:9], b'{"step": 8, "time": 1, "metrics": {"train/loss": "0"}}\n', *lines[10:]
+    ],
+    "empty": lambda lines: [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", JOURNAL_DAMAGES)
+def test_a_damaged_journal_is_mended(
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, damage: str
+) -> None:
+    """A finished training is resumed before the damage; journal and weights end as if there had been none."""
+    calm = tmp_path / "calm"
+    train(fresh(), token_dir, CONFIG, calm, "me")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(calm, damaged)
+    edit_lines(damaged / "metrics.jsonl", JOURNAL_DAMAGES[damage])
+    warnings: list[str] = []
+    model = fresh()
+    result = train(model, token_dir, CONFIG, damaged, "me", warn=warnings.append)
+    assert "metrics.jsonl" in warnings[0]
+    assert record(damaged) == record(calm)
+    best = load_file(result.best / "model.safetensors")
+    assert same_tensors(best, load_file(calm / result.best.name / "model.safetensors"))
+
+
+@pytest.mark.parametrize("step", [16, 99_999_999])
+def test_a_step_after_the_end_is_not_a_finished_training(
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, step: int
+) -> None:
+    """Even where directory, state and journal agree on it."""
+    calm = train(fresh(), token_dir, CONFIG, tmp_path, "me")
+    shutil.copytree(tmp_path / "step-00000015", tmp_path / f"step-{step:08d}")
+    edit(tmp_path / f"step-{step:08d}", step=step, journal_lines=step + 5)
+    warnings: list[str] = []
+    again = train(fresh(), token_dir, CONFIG, tmp_path, "me", warn=warnings.append)
+    assert again.steps == calm.steps == 15
+    assert any(f"step {step}" in warning for warning in warnings)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from model.engine.journal import MetricsJournal, read_journal
 
 
@@ -55,3 +57,26 @@ def test_truncate_keeps_the_first_lines(tmp_path: Path) -> None:
 def test_absent_journal_is_empty(tmp_path: Path) -> None:
     """A journal that does not exist yet has no lines."""
     assert read_journal(tmp_path / "absent.jsonl") == []
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"{]", b"null", b'{"step": 1.5, "time": 1, "metrics": {}}'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    """By file and number; the journal can still be opened, counted and cut."""
+    journal = MetricsJournal(tmp_path / "metrics.jsonl")
+    journal.append(1, {"x": 1.0})
+    with journal.path.open("ab") as stream:
+        stream.write(line + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is damaged"):
+        read_journal(journal.path)
+    again = MetricsJournal(journal.path)
+    assert again.lines == 2
+    again.truncate(1)
+    assert steps(journal.path) == [1]
+
+
+def test_a_carriage_return_is_no_end_of_a_line(tmp_path: Path) -> None:
+    """A damaged byte does not move the cut."""
+    journal = MetricsJournal(tmp_path / "metrics.jsonl")
+    journal.path.write_bytes(b"a\rb\nc\n")
+    journal.truncate(1)
+    assert journal.path.read_bytes() == b"a\rb\n"

@@ -175,3 +175,17 @@ def test_versions_nobody_uses_are_deleted(machine: Settings) -> None:
         os.utime(directory, (moment, moment))
     assert _fetch(machine, "2") == used
     assert [path for path in machine.models.iterdir() if path.is_dir()] == [used]
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", '{"config.json": 3}'])
+def test_a_damaged_record_of_first_use_is_named(store: Settings, machine: Settings, spare: Any, content: str) -> None:
+    """It is neither taken for an absent one, nor trusted."""
+    number = str(spare.version)
+    client(store.tracking_uri).delete_model_version_tag(NAME, number, FILES_TAG)
+    record = _fetch(machine, number).with_suffix(".json")
+    record.write_text(content)
+    with pytest.raises(RuntimeError, match=rf"{record.name} is damaged: .*Remove it to trust"):
+        _fetch(machine, number)
+    client(store.tracking_uri).set_model_version_tag(NAME, number, FILES_TAG, content)
+    with pytest.raises(RuntimeError, match=r"the tag files of models:/.* is damaged: "):
+        _fetch(machine, number)

@@ -1,10 +1,8 @@
-"""Runs, statuses and the journal's way to MLflow, on a real sqlite store."""
+"""Runs and their statuses, on a real sqlite store."""
 
 from __future__ import annotations
 
 import os
-import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,10 +10,8 @@ from threading import Barrier
 
 import pytest
 
-from model.engine.journal import MetricsJournal
 from ops.settings import Settings
 from ops.tracking.runs import (
-    JournalShipper,
     RunRef,
     client,
     git_sha,
@@ -48,49 +44,6 @@ def test_the_run_ends_as_the_flow_did(settings: Settings, error: type[BaseExcept
     assert finished.info.status == status
     assert finished.data.params == {"epochs": "1"}
     assert mlflow.get_experiment(run.experiment_id).artifact_location == settings.artifacts.as_uri()
-
-
-def test_the_journal_arrives_once_and_whole(settings: Settings) -> None:
-    """No point twice after a retry, none missing after a resumption, all of them in a run that takes over."""
-    path = settings.data_root / "metrics.jsonl"
-    journal = MetricsJournal(path)
-    mlflow = client(settings.tracking_uri)
-
-    def points(run_id: str) -> list[tuple[int, float]]:
-        return [(m.step, m.value) for m in mlflow.get_metric_history(run_id, "train/loss")]
-
-    with tracked_run(settings, "first", {}, {}) as first:
-        for step in range(1, 1501):  # more than one request's worth
-            journal.append(step, {"train/loss": 1 / step, "train/lr": 0.1})
-        JournalShipper(first, path).ship()
-        assert points(first.run_id) == [(step, 1 / step) for step in range(1, 1501)]
-        journal.truncate(1400)  # a killed process had got beyond its checkpoint
-        JournalShipper(first, path).ship()
-        for step in range(1401, 1511):
-            journal.append(step, {"train/loss": 1 / step, "train/lr": 0.1})
-        JournalShipper(first, path).ship()
-        assert points(first.run_id) == [(step, 1 / step) for step in range(1, 1511)]
-    with tracked_run(settings, "second", {}, {}) as second:
-        JournalShipper(second, path).ship()
-        assert points(second.run_id) == points(first.run_id)
-
-
-def test_a_dead_server_does_not_stop_the_training(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
-    """Shipping gives up quickly, says so, and loses nothing."""
-    with tracked_run(settings, "a run", {}, {}) as run:
-        pass
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        dead = type(run)(f"http://127.0.0.1:{unused.getsockname()[1]}", run.experiment_id, run.run_id)
-    journal = MetricsJournal(settings.data_root / "metrics.jsonl")
-    journal.append(1, {"train/loss": 1.0})
-    started = time.monotonic()
-    JournalShipper(dead, journal.path).maybe_ship()
-    assert time.monotonic() - started < 30
-    assert "metrics stay in" in caplog.text
-    JournalShipper(run, journal.path).ship()
-    history = client(run.tracking_uri).get_metric_history(run.run_id, "train/loss")
-    assert [point.value for point in history] == [1.0]
 
 
 def test_runs_on_the_same_new_data_at_once(settings: Settings) -> None:

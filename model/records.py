@@ -1,0 +1,47 @@
+"""What is read back from the disk is validated: a damaged record is refused by name, never taken on trust."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def parse_record(content: str | bytes, kind: type[T], what: str) -> T:
+    """A JSON text as a value of a type, without conversions: 1.0 is no int, and "1" is no number.
+
+    Args:
+        content: JSON in UTF-8.
+        kind: a pydantic model, or any type that pydantic can validate.
+        what: begins the error message, such as a path.
+
+    Raises:
+        ValueError: the text is not JSON, or not of that type.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{what} is damaged: {_explain(error)}") from error
+
+
+def read_record(path: Path, kind: type[T]) -> T:
+    """The content of a JSON file as a value of a type.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or not of that type; the message names the file.
+    """
+    return parse_record(path.read_bytes(), kind, str(path))
+
+
+def _explain(error: ValidationError) -> str:
+    """The first three complaints, each with the place in the record."""
+
+    def place(complaint: Any) -> str:
+        where = ".".join(map(str, complaint["loc"]))
+        return f"{where}: {complaint['msg']}" if where else str(complaint["msg"])
+
+    return "; ".join(place(complaint) for complaint in error.errors()[:3])

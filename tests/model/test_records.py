@@ -1,0 +1,25 @@
+"""Records that are read back: of their type, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.records import parse_record, read_record
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"\xff", b'{"a": 1}', b'{"a": "b"', b'{"a": ["b"]}'])
+def test_what_is_not_of_the_type_is_refused(tmp_path: Path, content: bytes) -> None:
+    """The message names the file."""
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"record\.json is damaged: "):
+        read_record(path, dict[str, str])
+
+
+def test_a_record_comes_back_as_it_was() -> None:
+    """Nothing is converted, added or left out."""
+    assert parse_record('{"a": "1"}', dict[str, str], "x") == {"a": "1"}
+    with pytest.raises(ValueError, match="x is damaged: a: "):
+        parse_record('{"a": 1.0}', dict[str, int], "x")
