@@ -10,39 +10,16 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flows.commands import UsageError, read_parameters
 from flows.local import embed, end_in_order, start
 from ops.settings import Settings
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
-
-DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")  # a link to the checkout's, so that a wheel has it too
-
-
-class UsageError(Exception):
-    """The command line is wrong; the message is for the terminal."""
-
-
-def read_parameters(deployment: str) -> dict[str, Any]:
-    """The parameters of a deployment in prefect.yaml.
-
-    Raises:
-        UsageError: there is no deployment of that name, or the file is damaged.
-    """
-    try:
-        deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
-        parameters = {str(d["name"]): dict(d["parameters"]) for d in deployments}
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{DEPLOYMENTS.resolve()} is damaged, restore it: {reason}") from error
-    if deployment not in parameters:
-        raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
-    return dict(parameters[deployment])
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
@@ -64,8 +41,9 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"{name} is given twice")
         try:
             changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"{argument}: the value is not YAML; quote it") from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
+            shown = argument if len(argument) < 100 else f"{argument[:100]}..."
+            raise UsageError(f"{shown}: the value is not YAML; quote it") from None
     return parameters | changes
 
 

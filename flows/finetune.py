@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import deployment
+from prefect.states import Failed
 
+from flows.commands import repeat_command
 from flows.hooks import after_cancellation, after_crash, after_failure
-from flows.job import Job, with_parameters
+from flows.job import Job, defaults, with_parameters
 from flows.plan import announce
 from flows.run import open_run
 from flows.waiting import hold_device
 from ops.tracking.promotion import Verdict
-from ops.tracking.runs import RunRef
+from ops.tracking.runs import NotLoggedError, RunRef, must_be_logged
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.freeze import freeze
@@ -24,6 +27,8 @@ from tasks.prepare import prepare
 from tasks.promote import promote, score_champion
 from tasks.publish import publish
 from tasks.train import identify_training, train
+
+NOT_LOGGED = "TrainedNotLogged"  # name of the flow's state
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,16 @@ class FinetuneResult:
 def finetune(**parameters: Any) -> FinetuneResult | None:
     """Fine-tune the top blocks of a GPT-2 on code instructions."""
     job = Job.from_parameters(parameters)
+    try:
+        return _finetune(job)
+    except NotLoggedError as error:
+        command = repeat_command(deployment.name, job.flat(), defaults())
+        message = f"{error}. This command logs it, without training again: {command}"
+        # Prefect takes it for the flow's state, and its caller gets the error.
+        return Failed(name=NOT_LOGGED, message=message, data=NotLoggedError(message))  # type: ignore[return-value]
+
+
+def _finetune(job: Job) -> FinetuneResult | None:
     with open_run(job) as run:
         if run.ended:
             # Prefect takes it for the flow's state, and its caller gets None.
@@ -69,15 +84,20 @@ def finetune(**parameters: Any) -> FinetuneResult | None:
         training = identify_training(tokens, model, plan, job.train, job.hardware.device)
         announce(run.mlflow, run.settings, training, job.hardware.device)
         run.hold(training)
+        directory = Path(training.directory)
         # One hold for both: another run must not train between this training and its evaluation.
         with hold_device(run.settings, job.hardware.device) as device:
             checkpoint = train(run.mlflow, training, device, job.hardware.trunk_cache_gb)
-            evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, device, job.hardware.trunk_cache_gb)
-            rival = score_champion(training, checkpoint, device) if job.night.promote else None
-        model_uri = publish(run.mlflow, sources, training, checkpoint, evaluation)
-        verdict = None
-        if rival:
-            verdict = promote(run.mlflow, model_uri, evaluation, rival, job.night.promote_margin, job.train.seed)
+            with must_be_logged(run.mlflow.tracking_uri, directory):
+                evaluation = evaluate(
+                    run.mlflow, training, checkpoint, job.sampling, device, job.hardware.trunk_cache_gb
+                )
+                rival = score_champion(training, checkpoint, device) if job.night.promote else None
+        with must_be_logged(run.mlflow.tracking_uri, directory):
+            model_uri = publish(run.mlflow, sources, training, checkpoint, evaluation)
+            verdict = None
+            if rival:
+                verdict = promote(run.mlflow, model_uri, evaluation, rival, job.night.promote_margin, job.train.seed)
         run.remove_when_closed(checkpoint)
         samples = json.loads(Path(evaluation.samples).read_text())[:2]
         return FinetuneResult(run.mlflow, model_uri, evaluation.metrics, samples, verdict, run.stopwatch.seconds)

@@ -102,6 +102,11 @@ def parameters() -> tuple[Parameter, ...]:
     return tuple(sorted(found.values(), key=lambda parameter: names[parameter.name] > 1))
 
 
+def defaults() -> dict[str, Any]:
+    """The default of each parameter, by name."""
+    return {parameter.name: parameter.default for parameter in parameters()}
+
+
 def with_parameters(function: F) -> F:
     """Give a function of ``**parameters`` the job's parameters as its signature and its docstring.
 

@@ -147,7 +147,7 @@ def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "epochs is given twice\n"
 
 
-@pytest.mark.parametrize("argument", ["dataset=[x", "learning_rate={"])
+@pytest.mark.parametrize("argument", ["dataset=[x", "learning_rate={", "dataset=2026-13-45"])
 def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is started."""
     assert main([argument]) == 2
@@ -163,8 +163,17 @@ def test_a_damaged_list_of_deployments(
     """One sentence that names the file."""
     path = tmp_path / "prefect.yaml"
     path.write_bytes(content)
-    monkeypatch.setattr("flows.__main__.DEPLOYMENTS", path)
+    monkeypatch.setattr("flows.commands.DEPLOYMENTS", path)
     assert main([]) == 2
     error = capsys.readouterr().err
     assert f"{path} is damaged, restore it: " in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argument", [f"epochs=1{'0' * 5000}", f"dataset={'[' * 5000}"], ids=["digits", "brackets"])
+def test_a_value_that_is_too_long_to_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The beginning of it is shown."""
+    assert main([argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(argument[:50])
+    assert len(error) < 200
