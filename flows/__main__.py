@@ -68,6 +68,18 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        UsageError: one of them is wrong.
+    """
+    try:
+        return Settings.load()
+    except (RuntimeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
 def main(arguments: list[str]) -> int:
     """Run the flow with a deployment's parameters, some of them changed. Returns the exit status."""
     begun = time.perf_counter()
@@ -76,7 +88,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         parameters = parse(arguments)
-        embed(Settings.load())
+        embed(_settings())
         start(Settings.load())  # again: embed has changed the environment
         if wrong := complaint(parameters):
             raise UsageError(wrong)

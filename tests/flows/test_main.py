@@ -177,3 +177,24 @@ def test_a_value_that_is_too_long_to_be_read(argument: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert error.startswith(argument[:50])
     assert len(error) < 200
+
+
+def test_a_data_root_that_no_database_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence; nothing is made, there or elsewhere."""
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "what?"))
+    assert main([]) == 2
+    assert "what?' has a character that" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_data_root_with_special_characters(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Both databases lie in it."""
+    root = tmp_path / "a b#c%20d&e=f;g$HOME~'ü+"
+    environment |= {"FINETUNE_DATA_ROOT": str(root)}
+    done = subprocess.run(SHORTEST, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(tmp_path.iterdir()) == [root]
+    assert {path.name for path in root.rglob("*.db")} == {"mlflow.db", "prefect.db"}
