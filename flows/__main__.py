@@ -17,6 +17,7 @@ import yaml
 from flows.commands import UsageError, read_parameters
 from flows.local import embed, end_in_order, start
 from ops.settings import Settings
+from ops.text import storable
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -56,6 +57,9 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
 
     if unknown := sorted(parameters.keys() - {parameter.name for parameter in declared()}):
         return f"no parameter is called {', '.join(unknown)}: README.md lists them"
+    for name, value in parameters.items():
+        if isinstance(value, str) and storable(value) != value:
+            return f"{name} has a character that is no text: {storable(value)}"
     log = logging.getLogger("prefect.flows")
     level = log.level
     log.setLevel(logging.CRITICAL)  # Prefect would log the same at length

@@ -17,6 +17,7 @@ from flows.job import Job, defaults, with_parameters
 from flows.plan import announce
 from flows.run import open_run
 from flows.waiting import hold_device
+from ops.text import storable_errors
 from ops.tracking.promotion import Verdict
 from ops.tracking.runs import NotLoggedError, RunRef, must_be_logged
 from tasks.download import download
@@ -64,7 +65,8 @@ def finetune(**parameters: Any) -> FinetuneResult | None:
     """Fine-tune the top blocks of a GPT-2 on code instructions."""
     job = Job.from_parameters(parameters)
     try:
-        return _finetune(job)
+        with storable_errors():
+            return _finetune(job)
     except NotLoggedError as error:
         command = repeat_command(deployment.name, job.flat(), defaults())
         message = f"{error}. This command logs it, without training again: {command}"

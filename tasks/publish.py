@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from model.engine.checkpoint import load_trained
 from model.engine.journal import read_journal
 from model.evaluation.scores import headline
+from ops.text import storable
 from ops.tracking.registry import model_name, version_uri
 from ops.tracking.runs import RunRef, client, log_model
 from ops.tracking.stopwatch import timed
@@ -51,9 +52,8 @@ def publish(
     uri = version_uri(version)
     get_run_logger().info("registered %s", uri)
     samples = json.loads(Path(evaluation.samples).read_text())
-    create_markdown_artifact(
-        sample_report(samples, evaluation.metrics, run, uri), key="samples", description=f"Samples of {uri}"
-    )
+    report = storable(sample_report(samples, evaluation.metrics, run, uri))
+    create_markdown_artifact(report, key="samples", description=f"Samples of {uri}")
     return uri
 
 
@@ -64,7 +64,7 @@ def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, ca
     network.save_pretrained(directory, tokenizer.eos_token_id)
     tokenizer.model_max_length = network.config.n_positions
     tokenizer.save_pretrained(str(directory))
-    (directory / "README.md").write_text(card)
+    (directory / "README.md").write_text(storable(card))
 
 
 def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRef) -> None:
