@@ -10,39 +10,17 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flows.commands import UsageError, read_parameters
 from flows.local import embed, end_in_order, start
 from ops.settings import Settings
+from ops.text import storable
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
-
-DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")  # a link to the checkout's, so that a wheel has it too
-
-
-class UsageError(Exception):
-    """The command line is wrong; the message is for the terminal."""
-
-
-def read_parameters(deployment: str) -> dict[str, Any]:
-    """The parameters of a deployment in prefect.yaml.
-
-    Raises:
-        UsageError: there is no deployment of that name, or the file is damaged.
-    """
-    try:
-        deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
-        parameters = {str(d["name"]): dict(d["parameters"]) for d in deployments}
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{DEPLOYMENTS.resolve()} is damaged, restore it: {reason}") from error
-    if deployment not in parameters:
-        raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
-    return dict(parameters[deployment])
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
@@ -64,8 +42,9 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"{name} is given twice")
         try:
             changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"{argument}: the value is not YAML; quote it") from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
+            shown = argument if len(argument) < 100 else f"{argument[:100]}..."
+            raise UsageError(f"{shown}: the value is not YAML; quote it") from None
     return parameters | changes
 
 
@@ -78,6 +57,9 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
 
     if unknown := sorted(parameters.keys() - {parameter.name for parameter in all_parameters()}):
         return f"no parameter is called {', '.join(unknown)}: README.md lists them"
+    for name, value in parameters.items():
+        if isinstance(value, str) and storable(value) != value:
+            return f"{name} has a character that is no text: {storable(value)}"
     log = logging.getLogger("prefect.flows")
     level = log.level
     log.setLevel(logging.CRITICAL)  # Prefect would log the same at length
@@ -90,6 +72,18 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        UsageError: one of them is wrong.
+    """
+    try:
+        return Settings.load()
+    except (RuntimeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
 def main(arguments: list[str]) -> int:
     """Run the flow with a deployment's parameters, some of them changed. Returns the exit status."""
     begun = time.perf_counter()
@@ -98,7 +92,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         parameters = parse(arguments)
-        embed(Settings.load())
+        embed(_settings())
         start(Settings.load())  # again: embed has changed the environment
         if wrong := complaint(parameters):
             raise UsageError(wrong)

@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.endings import with_ending
 from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import Job, with_parameters
 from flows.plan import announce
@@ -55,6 +56,7 @@ class FinetuneResult:
     on_cancellation=[after_cancellation],
 )
 @with_parameters
+@with_ending
 def finetune(**parameters: Any) -> FinetuneResult | None:
     """Fine-tune the top blocks of a GPT-2 on code instructions."""
     job = Job.from_parameters(parameters)

@@ -105,6 +105,11 @@ def all_parameters() -> tuple[Parameter, ...]:
     return tuple(sorted(found.values(), key=lambda parameter: names[parameter.name] > 1))
 
 
+def defaults() -> dict[str, Any]:
+    """The default of each parameter, by name."""
+    return {parameter.name: parameter.default for parameter in all_parameters()}
+
+
 def with_parameters(function: F) -> F:
     """Give a function of ``**parameters`` the job's parameters as its signature and its docstring.
 

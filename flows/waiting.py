@@ -18,6 +18,7 @@ from model.net.device import device_choices, device_key
 from ops.machine.lock import exclusive, exclusive_any, shared_directory
 from ops.recovery.limits import LEASE_SECONDS, read_slots, release_all
 from ops.settings import Settings
+from ops.text import storable
 from ops.tracking.registry import shared_name
 from ops.tracking.stopwatch import end_step
 
@@ -126,6 +127,7 @@ class _Waiting:
     def show(self, message: str | None) -> None:
         """Show the reason to wait; None ends the wait."""
         try:
+            message = None if message is None else storable(message)
             with get_client(sync_client=True) as client:
                 if message is None:
                     waited = f"waited {time.monotonic() - self.since:.0f} s"

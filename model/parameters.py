@@ -12,13 +12,28 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
-Count = Annotated[int, Field(ge=1)]
-WholeNumber = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+
+def _no_truth(value: Any) -> Any:
+    """Refuse true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+_NUMBER = BeforeValidator(_no_truth)
+# Upper bounds are far above any sensible value. They refuse typing errors, and what databases cannot hold.
+MOST = 10**8 - 1  # the number of a step has eight digits in a checkpoint's name
+LARGEST = 1e6
+
+Count = Annotated[int, Field(ge=1, le=MOST), _NUMBER]
+WholeNumber = Annotated[int, Field(ge=0, le=MOST), _NUMBER]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), _NUMBER]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False), _NUMBER]
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False), _NUMBER]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _NUMBER]
+WholeShare = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _NUMBER]
 
 _INTERNAL = "internal"
 
@@ -72,7 +87,7 @@ class Parameters:
 class Seeded(Parameters):
     """A configuration that draws random numbers."""
 
-    seed: WholeNumber = 42
+    seed: Seed = 42
     """Decides splits, order of rows, dropout and sampling."""
 
 

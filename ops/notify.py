@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from uuid import UUID
 
+from ops.text import storable
 from ops.threads import in_daemon_thread
 
 _SECONDS = 5.0  # time limit for webhook and artifact together
@@ -39,6 +40,7 @@ def notify(
     Returns:
         Whether the webhook accepted the notice; False if no webhook is set.
     """
+    title, lines = storable(title), [storable(line) for line in lines]
     run = UUID(flow_run_id) if flow_run_id else _current_flow_run()
     pages = {"Prefect run": _page(run), **(links or {})}
     shown = {name: url for name, url in pages.items() if url}

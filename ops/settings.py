@@ -26,11 +26,19 @@ class Settings:
         """Read the current environment.
 
         Raises:
-            RuntimeError: FINETUNE_DATA_ROOT is not set, and the project is installed outside a checkout.
+            RuntimeError: FINETUNE_DATA_ROOT is not set, and the project is installed outside a checkout; or it has a
+                character that the URI of a database cannot hold.
         """
         if not os.environ.get("FINETUNE_DATA_ROOT") and not (PROJECT_ROOT / "prefect.yaml").exists():
             raise RuntimeError("set FINETUNE_DATA_ROOT: outside a checkout it has no default")
         root = Path(os.environ.get("FINETUNE_DATA_ROOT") or PROJECT_ROOT / ".data").expanduser().resolve()
+        # SQLAlchemy takes what stands behind a "?" for options and cannot quote it: the database would be made
+        # elsewhere. All other printable characters were tried.
+        if "?" in str(root) or not str(root).isprintable():
+            raise RuntimeError(
+                f"the data root {str(root)!r} has a character that the address of a database cannot hold (a question "
+                "mark, a control character, or bytes that are not UTF-8): set FINETUNE_DATA_ROOT to another folder"
+            )
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
 

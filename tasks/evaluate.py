@@ -26,7 +26,7 @@ from model.net.device import resolve_device, resolve_precision
 from model.net.gpt import GPTModel
 from ops.sandbox.guards import run_tests
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_metrics
+from ops.tracking.runs import RunRef, log_metrics, must_be_logged
 from ops.tracking.stopwatch import timed
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
@@ -49,6 +49,7 @@ def evaluate(
 
     Raises:
         ValueError: the checkpoint is damaged.
+        NotLoggedError: MLflow could not take the scores.
     """
     log = get_run_logger()
     place = resolve_device(device)
@@ -68,7 +69,8 @@ def evaluate(
     base = _outputs(checkpoint.base_eval_loss, base_losses, base_answers, log)
     tuned = _outputs(checkpoint.best_eval_loss, tuned_losses, tuned_answers, log)
     metrics = score_both(base, tuned) | _facts(base, tuned, checkpoint)
-    log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
+    with must_be_logged(run.tracking_uri, Path(training.directory)):
+        log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
     for title, before, after, unit in score_table(metrics):
         log.info("%s: base %s, tuned %s %s", title, before, after, f"({unit})" if unit else "")
     if tuned.failures:

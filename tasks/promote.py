@@ -17,7 +17,7 @@ from model.net.prompt import encode_examples
 from ops.settings import Settings
 from ops.tracking.promotion import Verdict, announce, judge, settle
 from ops.tracking.registry import champion, find_version, version_uri
-from ops.tracking.runs import RunRef, client
+from ops.tracking.runs import RunRef, client, must_be_logged
 from ops.tracking.stopwatch import timed
 from tasks.download import registered_weights
 from tasks.frozen import load_frozen
@@ -35,7 +35,8 @@ def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str
     """
     log = get_run_logger()
     settings = Settings.load()
-    version = champion(settings, training.model.model_size)
+    with must_be_logged(settings.tracking_uri, Path(training.directory)):
+        version = champion(settings, training.model.model_size)
     if version is None:
         return RivalRef(f"{training.model.source}, as there is no champion", None)
     uri = version_uri(version)
@@ -76,15 +77,19 @@ def promote(run: RunRef, uri: str, evaluation: EvaluationRef, rival: RivalRef, m
         uri: of the new version.
         margin: nats per token that the lower bound of the gain must exceed.
         seed: of the bootstrap.
+
+    Raises:
+        NotLoggedError: MLflow could not take the decision.
     """
-    version = find_version(client(run.tracking_uri), uri)
-    if rival.trouble:
-        verdict = Verdict(False, f"not compared with {rival.name}: {rival.trouble}", None, rival.champion)
-    else:
-        records = json.loads(Path(evaluation.rows).read_text())
-        losses = json.loads(Path(rival.rows).read_text()) if rival.rows else None
-        verdict = judge(records, losses, rival.name, rival.champion, margin, seed)
-    verdict = settle(run, version, verdict)
+    with must_be_logged(run.tracking_uri, Path(evaluation.rows).parent):
+        version = find_version(client(run.tracking_uri), uri)
+        if rival.trouble:
+            verdict = Verdict(False, f"not compared with {rival.name}: {rival.trouble}", None, rival.champion)
+        else:
+            records = json.loads(Path(evaluation.rows).read_text())
+            losses = json.loads(Path(rival.rows).read_text()) if rival.rows else None
+            verdict = judge(records, losses, rival.name, rival.champion, margin, seed)
+        verdict = settle(run, version, verdict)
     get_run_logger().info("%s is %s: %s", uri, "champion" if verdict.promoted else "challenger", verdict.reason)
     announce(run, version, verdict)
     return verdict

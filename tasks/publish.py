@@ -14,8 +14,9 @@ from prefect.cache_policies import NO_CACHE
 from model.engine.checkpoint import load_trained
 from model.engine.journal import read_journal
 from model.evaluation.scores import headline
+from ops.text import storable
 from ops.tracking.registry import model_name, version_uri
-from ops.tracking.runs import RunRef, client, log_model, log_table
+from ops.tracking.runs import RunRef, client, log_model, log_table, must_be_logged
 from ops.tracking.stopwatch import timed
 from tasks.cards import model_card, sample_report
 from tasks.frozen import load_frozen
@@ -32,28 +33,31 @@ def publish(
 
     Returns:
         The model's URI, ``models:/gpt2-code-<size>/<version>``.
+
+    Raises:
+        NotLoggedError: MLflow could not take all of it.
     """
-    _log_tables(run, checkpoint, evaluation)
-    directory = Path(checkpoint.directory) / "model"  # removed with the training
-    export(training, checkpoint, directory, model_card(sources, training, evaluation.metrics))
-    version = log_model(
-        run,
-        directory,
-        model_name(training.model.model_size),
-        {
-            "model_size": training.model.model_size,
-            "base": training.model.source,
-            "best_step": checkpoint.best_step,
-        },
-        headline(evaluation.metrics),
-        checkpoint.best_step,
-    )
+    with must_be_logged(run.tracking_uri, Path(training.directory)):
+        _log_tables(run, checkpoint, evaluation)
+        directory = Path(checkpoint.directory) / "model"  # removed with the training
+        export(training, checkpoint, directory, model_card(sources, training, evaluation.metrics))
+        version = log_model(
+            run,
+            directory,
+            model_name(training.model.model_size),
+            {
+                "model_size": training.model.model_size,
+                "base": training.model.source,
+                "best_step": checkpoint.best_step,
+            },
+            headline(evaluation.metrics),
+            checkpoint.best_step,
+        )
     uri = version_uri(version)
     get_run_logger().info("registered %s", uri)
     samples = json.loads(Path(evaluation.samples).read_text())
-    create_markdown_artifact(
-        sample_report(samples, evaluation, run, uri), key="samples", description=f"Samples of {uri}"
-    )
+    report = storable(sample_report(samples, evaluation, run, uri))
+    create_markdown_artifact(report, key="samples", description=f"Samples of {uri}")
     return uri
 
 
@@ -64,7 +68,7 @@ def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, ca
     network.save_pretrained(directory, tokenizer.eos_token_id)
     tokenizer.model_max_length = network.config.n_positions
     tokenizer.save_pretrained(str(directory))
-    (directory / "README.md").write_text(card)
+    (directory / "README.md").write_text(storable(card))
 
 
 def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRef) -> None:

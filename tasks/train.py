@@ -26,7 +26,7 @@ from model.net.freezing import FreezePlan
 from ops.courier import Courier
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_metrics
+from ops.tracking.runs import RunRef, log_metrics, must_be_logged
 from ops.tracking.shipping import JournalShipper
 from ops.tracking.stopwatch import timed
 from tasks.frozen import load_frozen
@@ -92,6 +92,7 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
     Raises:
         NonFiniteError: loss or gradient became NaN or infinite.
         RuntimeError: the loaded model trains other parameters than planned.
+        NotLoggedError: the training is finished, and MLflow could not take its metrics.
     """
     log = get_run_logger()
     place = resolve_device(device)
@@ -124,12 +125,13 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
 
     with progress.courier, shipping:
         result = run_stoppable(work)
-    shipper.finish()
+    with must_be_logged(run.tracking_uri, directory):
+        shipper.finish()
+        _log_result(run, result)
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
-    _log_result(run, result)
     return CheckpointRef(
         directory=str(directory),
         best=str(result.best),

@@ -18,7 +18,7 @@ from model.data.tokens import META_FILE
 from model.data.writing import Counts, TokenFiles
 from model.files import atomic_directory, sha256_file, write_json
 from model.net.prompt import encode_prompts, format_prompt
-from model.parameters import Count, Seeded, Share, WholeNumber, internal
+from model.parameters import Count, Seeded, Share, WholeNumber, WholeShare, internal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ _READING_ORDER = ("test", "validation", "train")
 class PrepareConfig(Seeded):
     """How rows become tokens."""
 
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Annotated[Count, Field(ge=8)] = 512
     """Tokens a row is cut at, prompt included."""
     subset_start: WholeNumber = 0
     """First row of train to use, counted from 0."""
@@ -45,7 +45,7 @@ class PrepareConfig(Seeded):
     """Share of train that becomes test where the data set has no test split."""
     validation_share: Share = 0.02
     """Share of train that becomes validation where the data set has no validation split."""
-    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    max_dropped_share: WholeShare = 0.05
     """A larger share of unusable rows is an error."""
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from model.parameters import Count, NonNegative, Positive, Seeded, Share
+from model.parameters import Count, NonNegative, Positive, Seeded, Share, WholeShare
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class TrainConfig(Seeded):
     """Peak of the schedule: linear warm-up, then a cosine to zero."""
     weight_decay: NonNegative = 0.01
     """AdamW's decay of matrices; biases and norms have none."""
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    warmup_ratio: WholeShare = 0.03
     """Share of the steps over which the learning rate rises from 0."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""

@@ -13,7 +13,7 @@ from model.net.device import autocast
 from model.net.gpt import GPTModel
 from model.net.prompt import encode_prompts
 from model.net.sampling import generate
-from model.parameters import Count, NonNegative, Seeded, WholeNumber, internal
+from model.parameters import Count, NonNegative, Seeded, WholeNumber, WholeShare, internal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class SamplingConfig(Seeded):
     """Divides the logits; 0 is greedy."""
     top_k: Count | None = 50
     """Sample among this many most probable tokens; null sets no limit."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
+    top_p: Annotated[WholeShare, Field(gt=0)] | None = 0.95
     """Sample within this probability mass; null sets no limit."""
     prompts_at_once: int = internal(64)
     """Prompts generated together."""

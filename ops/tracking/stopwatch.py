@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
+from ops.text import storable_errors
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -44,11 +46,15 @@ def end_step(step: str) -> None:
 
 
 def timed(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a task's function a step of the run: it ends when the function returns, under the function's name."""
+    """Make a task's function a step of the run: it ends when the function returns, under the function's name.
+
+    Its errors become storable.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        result = function(*args, **kwargs)
+        with storable_errors():
+            result = function(*args, **kwargs)
         end_step(function.__name__)
         return result
 

@@ -157,7 +157,7 @@ def _leads_to(link: Path, file: Path) -> bool:
 
 def test_an_exception_ends_both_sides(platform: Installation, submit: Callable[..., Run], webhook: Webhook) -> None:
     """In a training, which holds the device: the device is freed, both sides have FAILED, and a notice is sent."""
-    run = submit({**SHORT, "learning_rate": 1e30, "max_grad_norm": 1e30, "seed": 15})
+    run = submit({**SHORT, "learning_rate": 1e6, "weight_decay": 1e6, "seed": 15})
     run.wait_for_both("FAILED", "FAILED", 120)
     print(run.state["message"])
     assert "step" in run.state["message"]
@@ -233,25 +233,6 @@ def test_a_training_outlives_mlflow(platform: Installation, submit: Callable[...
     platform.start_mlflow()
     run.wait_for_both("COMPLETED", "FINISHED", 500)
     assert [point.step for point in run.losses] == list(range(1, 1001))
-
-
-def test_mlflow_gone_to_the_end_is_a_failed_run(
-    platform: Installation, submit: Callable[..., Run], webhook: Webhook
-) -> None:
-    """The trained model is kept; MLflow gets the status when it is back; the next run does not train again."""
-    parameters = {**SHORT, "epochs": 1000, "max_steps": 300, "eval_freq": 1000, "seed": 8}
-    run = submit(parameters)
-    run.wait_until_it_trains()
-    platform.kill("mlflow")
-    run.wait_for_state("Failed", 240)
-    platform.start_mlflow()
-    assert run.mlflow.info.status == "RUNNING"
-    run.wait_for_both("FAILED", "FAILED", 65)
-    assert any(f"failed: {run.prefect['name']}" in text for text in webhook.texts)
-    again = submit(parameters)
-    again.wait_for_both("COMPLETED", "FINISHED", 300)
-    assert [point.step for point in again.losses] == list(range(1, 301))
-    assert max(point.timestamp for point in again.losses) < again.mlflow.info.start_time
 
 
 def test_a_run_outlives_its_worker(platform: Installation, submit: Callable[..., Run]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faulty import LONG, Run
+from faulty import LONG, SHORT, Run, Webhook
 from installation import Installation
-from made_up import wait_for
+from made_up import BIN, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -67,3 +69,30 @@ def test_a_training_keeps_its_speed_without_servers(
     assert steps == list(range(1, len(steps) + 1))
     assert [json.loads(line)["step"] for line in _journal(platform).read_text().splitlines()[:3]] == [0, 1, 2]
     assert run.state["type"] == "RUNNING"
+
+
+def test_mlflow_gone_to_the_end_is_trained_but_not_logged(
+    platform: Installation, submit: Callable[..., Run], webhook: Webhook
+) -> None:
+    """FAULTS 23: the state says so; the command in its message logs all when MLflow is back."""
+    run = submit({**SHORT, "epochs": 1000, "max_steps": 300, "eval_freq": 1000, "seed": 8})
+    run.wait_until_it_trains()
+    platform.kill("mlflow")
+    state = run.wait_for_state("TrainedNotLogged", 240)
+    message = state["message"]
+    print(message)
+    assert state["type"] == "FAILED"
+    (kept,) = (platform.base / "data" / "trainings").glob("*/step-00000300")
+    assert str(kept.parent) in message
+    platform.start_mlflow()
+    assert run.mlflow.info.status == "RUNNING"
+    run.wait_for_both("FAILED", "FAILED", 65)
+    assert any(f"failed: {run.prefect['name']}" in text for text in webhook.texts)
+
+    command = shlex.split(message.partition("without training again: ")[2])
+    output, _ = platform.command(str(BIN / command[0]), *command[1:]).communicate(timeout=60)
+    again = Run(platform, re.findall(r"UUID: (\S+)", output)[0])
+    again.wait_for_both("COMPLETED", "FINISHED", 300)
+    assert [point.step for point in again.losses] == list(range(1, 301))
+    assert max(point.timestamp for point in again.losses) < again.mlflow.info.start_time
+    assert not kept.exists()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 
+from flows.__main__ import complaint
 from flows.finetune import finetune
 from flows.job import Job, all_parameters, parameter_table, write_table
+from model.parameters import Parameter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,3 +83,53 @@ def test_an_unknown_parameter_is_refused() -> None:
     with pytest.raises(TypeError, match="there is no parameter epoch"):
         Job.from_parameters({"epoch": 9})
     assert Job.from_parameters({"model_size": "355M"}).sources.model_size == "355M"
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether an annotation is a number with bounds, or such a number and None."""
+    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
+        return any(_is_number(part) for part in get_args(annotation))
+    return get_origin(annotation) is Annotated and get_args(annotation)[0] in (int, float)
+
+
+NUMBERS = [parameter for parameter in all_parameters() if _is_number(parameter.annotation)]
+
+
+@pytest.mark.parametrize("parameter", NUMBERS, ids=[parameter.name for parameter in NUMBERS])
+def test_every_number_has_bounds(parameter: Parameter) -> None:
+    """What no run can mean is refused at once, by name, on the command line as on Prefect's server."""
+    refused = [
+        1e300,
+        -1e300,
+        math.inf,
+        -math.inf,
+        math.nan,
+        2**64,
+        -(2**64),
+        "",
+        " ",
+        "1e300",
+        "inf",
+        "nan",
+        True,
+        [1],
+    ]
+    refused += [-1] if parameter.name == "seed" else [10**9, -1]
+    for value in refused:
+        message = complaint({parameter.name: value})
+        assert message is not None, value
+        assert parameter.name in message
+    assert complaint({parameter.name: parameter.default}) is None
+    told = finetune.parameters.properties[parameter.name]
+    (bounds,) = [part for part in told.get("anyOf", [told]) if part.get("type") != "null"]
+    assert bounds.keys() & {"maximum", "exclusiveMaximum"}
+    assert bounds.keys() & {"minimum", "exclusiveMinimum"}
+
+
+def test_no_number_without_bounds() -> None:
+    """The list above has every parameter that is a number."""
+    defaults = {
+        p.name for p in all_parameters() if isinstance(p.default, int | float) and not isinstance(p.default, bool)
+    }
+    assert defaults <= {parameter.name for parameter in NUMBERS}
+    assert len(NUMBERS) == 29

@@ -147,7 +147,7 @@ def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err == "epochs is given twice\n"
 
 
-@pytest.mark.parametrize("argument", ["dataset=[x", "learning_rate={"])
+@pytest.mark.parametrize("argument", ["dataset=[x", "learning_rate={", "dataset=2026-13-45"])
 def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is started."""
     assert main([argument]) == 2
@@ -163,8 +163,38 @@ def test_a_damaged_list_of_deployments(
     """One sentence that names the file."""
     path = tmp_path / "prefect.yaml"
     path.write_bytes(content)
-    monkeypatch.setattr("flows.__main__.DEPLOYMENTS", path)
+    monkeypatch.setattr("flows.commands.DEPLOYMENTS", path)
     assert main([]) == 2
     error = capsys.readouterr().err
     assert f"{path} is damaged, restore it: " in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argument", [f"epochs=1{'0' * 5000}", f"dataset={'[' * 5000}"], ids=["digits", "brackets"])
+def test_a_value_that_is_too_long_to_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The beginning of it is shown."""
+    assert main([argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(argument[:50])
+    assert len(error) < 200
+
+
+def test_a_data_root_that_no_database_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence; nothing is made, there or elsewhere."""
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "what?"))
+    assert main([]) == 2
+    assert "what?' has a character that" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_data_root_with_special_characters(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Both databases lie in it."""
+    root = tmp_path / "a b#c%20d&e=f;g$HOME~'ü+"
+    environment |= {"FINETUNE_DATA_ROOT": str(root)}
+    done = subprocess.run(SHORTEST, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(tmp_path.iterdir()) == [root]
+    assert {path.name for path in root.rglob("*.db")} == {"mlflow.db", "prefect.db"}

@@ -1,0 +1,53 @@
+"""The deployments of prefect.yaml, and the command line that repeats a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")  # a link to the checkout's, so that a wheel has it too
+
+
+class UsageError(Exception):
+    """The command line is wrong; the message is for the terminal."""
+
+
+def read_parameters(deployment: str) -> dict[str, Any]:
+    """The parameters of a deployment in prefect.yaml.
+
+    Raises:
+        UsageError: there is no deployment of that name, or the file is damaged.
+    """
+    try:
+        deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
+        parameters = {str(d["name"]): dict(d["parameters"]) for d in deployments}
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{DEPLOYMENTS.resolve()} is damaged, restore it: {reason}") from error
+    if deployment not in parameters:
+        raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
+    return dict(parameters[deployment])
+
+
+def repeat_command(deployment: str | None, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The command that starts a run with the same parameters again.
+
+    Args:
+        deployment: that the run is of; None for a run without servers.
+        values: all parameters of the run.
+        defaults: the flow's own.
+    """
+    try:
+        known = {**defaults, **read_parameters(deployment or "tiny")}
+    except UsageError:  # a deployment that somebody made by hand
+        known = dict(defaults)
+    changes = [f"{name}={json.dumps(value)}" for name, value in values.items() if value != known[name]]
+    if deployment:
+        options = [word for change in changes for word in ("-p", change)]
+        return shlex.join(["prefect", "deployment", "run", f"finetune/{deployment}", *options])
+    return shlex.join(["python", "-m", "flows", *changes])

@@ -1,0 +1,38 @@
+"""How a flow run ends: errors that Prefect can store, and a state of its own for a training that MLflow lacks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from prefect.runtime import deployment
+from prefect.states import Failed
+
+from flows.commands import repeat_command
+from flows.job import Job, defaults
+from ops.text import storable_errors
+from ops.tracking.runs import NotLoggedError
+
+NOT_LOGGED = "TrainedNotLogged"  # name of the flow's state
+
+
+def with_ending(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the flow's function its endings.
+
+    Where MLflow could not take a finished training, the flow run is Failed under the name TrainedNotLogged, and its
+    message has the command that logs it. Messages that Prefect cannot store are escaped.
+    """
+
+    @functools.wraps(function)
+    def wrapper(**parameters: Any) -> Any:
+        try:
+            with storable_errors():
+                return function(**parameters)
+        except NotLoggedError as error:
+            command = repeat_command(deployment.name, Job.from_parameters(parameters).flat(), defaults())
+            message = f"{error}. This command logs it, without training again: {command}"
+            return Failed(name=NOT_LOGGED, message=message, data=NotLoggedError(message))
+
+    del wrapper.__wrapped__  # type: ignore[attr-defined]  # Prefect would read the signature of what is wrapped
+    return wrapper

@@ -1,0 +1,32 @@
+"""The data root's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ops.settings import Settings
+from ops.tracking.runs import client
+
+
+@pytest.mark.parametrize("name", ["what?", "a?b=c", "new\nline", "tab\t", "\udcff"])
+def test_a_data_root_that_no_database_can_have(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused: a part of the name would be lost, and the database made elsewhere."""
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / name))
+    with pytest.raises(RuntimeError, match="set FINETUNE_DATA_ROOT to another folder"):
+        Settings.load()
+
+
+def test_any_other_character_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's database and artifacts lie in the data root, and nothing lies beside it."""
+    root = tmp_path / "a b#c%20d&e=f;g$HOME~'\"ü+@:"
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    settings = Settings.load()
+    mlflow = client(settings.tracking_uri)
+    run = mlflow.create_run(mlflow.create_experiment("x", settings.artifacts.as_uri()))
+    mlflow.log_text(run.info.run_id, "text", "file.txt")
+    assert list(tmp_path.iterdir()) == [root]
+    assert (root / "mlflow" / "mlflow.db").exists()
+    assert [path.read_text() for path in settings.artifacts.rglob("file.txt")] == ["text"]
