@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.redaction import separate_mlflow_credentials
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,7 +25,7 @@ class Settings:
 
     @classmethod
     def load(cls) -> Settings:
-        """Read the current environment.
+        """Read the current environment. A password in MLFLOW_TRACKING_URI is moved to MLFLOW_TRACKING_PASSWORD.
 
         Raises:
             RuntimeError: FINETUNE_DATA_ROOT is not set, and the project is installed outside a checkout.
@@ -31,6 +33,7 @@ class Settings:
         if not os.environ.get("FINETUNE_DATA_ROOT") and not (PROJECT_ROOT / "prefect.yaml").exists():
             raise RuntimeError("set FINETUNE_DATA_ROOT: outside a checkout it has no default")
         root = Path(os.environ.get("FINETUNE_DATA_ROOT") or PROJECT_ROOT / ".data").expanduser().resolve()
+        separate_mlflow_credentials()
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
 

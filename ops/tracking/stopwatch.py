@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
+from ops.redaction import redacted_errors
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -44,11 +46,15 @@ def end_step(step: str) -> None:
 
 
 def timed(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a task's function a step of the run: it ends when the function returns, under the function's name."""
+    """Make a task's function a step of the run: it ends when the function returns, under the function's name.
+
+    Secrets are redacted in what it raises, which Prefect stores.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        result = function(*args, **kwargs)
+        with redacted_errors():
+            result = function(*args, **kwargs)
         end_step(function.__name__)
         return result
 
