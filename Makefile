@@ -35,10 +35,11 @@ test: $(INSTALLED) ## Run the tests
 test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(INSTALLED) ## Check lint, format and types
+check: $(INSTALLED) ## Check lint, format, types, and the pinned versions for known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py
 
 bench: $(INSTALLED) ## Compare the training speed with other trainers; ARGS="--data rows --tokenizer DIR --size 355m"
 	$(BIN)/python -m bench.train $(ARGS)
