@@ -38,10 +38,11 @@ test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
 fuzz: $(INSTALLED) ## Fuzz what is read from files, for some ten minutes
 	FINETUNE_FUZZ_EXAMPLES=$(or $(EXAMPLES),25000) $(BIN)/python -m pytest -k fuzz $(ARGS)
 
-check: $(INSTALLED) ## Check lint, format and types
+check: $(INSTALLED) ## Check lint, format, types, and the pinned versions for known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py
 
 bench: $(INSTALLED) ## Compare the training speed with other trainers; ARGS="--data rows --tokenizer DIR --size 355m"
 	$(BIN)/python -m bench.train $(ARGS)
@@ -70,20 +71,26 @@ doctor: $(INSTALLED) ## Check limits, leases, locks, states and processes; ARGS=
 # Without this, each prefect command would start a temporary server and deploy to that.
 deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 deploy: $(INSTALLED) ## Set up the Prefect server of PREFECT_API_URL, if make up did not start it
+	@$(NO_PASSWORD)
 	@exec $(BIN)/python -m ops.stack.deploy
 
 NEEDS_SERVERS = test -n "$$PREFECT_API_URL" -a -n "$$MLFLOW_TRACKING_URI" || { \
 	echo "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of make up does"; exit 1; }
+# Prefect's own commands would log the address.
+NO_PASSWORD = case "$$PREFECT_API_URL" in *://*@*) \
+	echo "PREFECT_API_URL must not contain a password: set PREFECT_API_AUTH_STRING=user:password instead"; exit 1;; esac
 
 # In seconds. After three missed heartbeats a run becomes Crashed.
 worker: export PREFECT_FLOWS_HEARTBEAT_FREQUENCY ?= 30
 worker: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 worker: $(INSTALLED) ## Start a worker on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI
 	@$(NEEDS_SERVERS)
+	@$(NO_PASSWORD)
 	@exec $(BIN)/prefect worker start --pool gpu
 
 watch: $(INSTALLED) ## Start the watcher beside such a worker: it closes the runs of processes that died on this machine
 	@$(NEEDS_SERVERS)
+	@$(NO_PASSWORD)
 	@exec $(BIN)/python -m ops.recovery.watch
 
 rollback: $(INSTALLED) ## Make the previous champion champion again: SIZE=355m

@@ -11,6 +11,7 @@ from prefect.states import Failed
 
 from flows.commands import repeat_command
 from flows.job import Job, defaults
+from ops.redaction import redacted_errors
 from ops.text import storable_errors
 from ops.tracking.runs import NotLoggedError
 
@@ -27,7 +28,7 @@ def with_ending(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(**parameters: Any) -> Any:
         try:
-            with storable_errors():
+            with storable_errors(), redacted_errors():
                 return function(**parameters)
         except NotLoggedError as error:
             command = repeat_command(deployment.name, Job.from_parameters(parameters).flat(), defaults())

@@ -1,10 +1,12 @@
 """Operations around the training: settings, tracking, locks, the hub, servers, recovery and small commands.
 
 Importing this package sets environment defaults that libraries read when they are imported. A variable that is set
-already is kept.
+already is kept. From then on secrets are redacted in the log records of the process.
 """
 
 import os
+
+from ops.redaction import redact_logs
 
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -21,3 +23,4 @@ _DEFAULTS = {
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+redact_logs()

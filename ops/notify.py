@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from uuid import UUID
 
+from ops.redaction import redact, without_credentials
 from ops.text import storable
 from ops.threads import in_daemon_thread
 
@@ -40,10 +41,10 @@ def notify(
     Returns:
         Whether the webhook accepted the notice; False if no webhook is set.
     """
-    title, lines = storable(title), [storable(line) for line in lines]
+    title, lines = storable(redact(title)), [storable(redact(line)) for line in lines]
     run = UUID(flow_run_id) if flow_run_id else _current_flow_run()
     pages = {"Prefect run": _page(run), **(links or {})}
-    shown = {name: url for name, url in pages.items() if url}
+    shown = {name: without_credentials(url) for name, url in pages.items() if url}
     _log.info("notice: %s", "; ".join([title, *lines]))
     # Both at once, so that one server that hangs does not delay the other notice.
     artifact = in_daemon_thread(lambda: _write_artifact(title, lines, shown, run), "notice-artifact")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from xmlrpc.client import ServerProxy
 
+from ops.redaction import without_credentials
 from ops.settings import PROJECT_ROOT, Settings
 
 USER = "admin"
@@ -26,6 +27,7 @@ TAG_VARIABLE = "FINETUNE_UP"  # in the environment of all that `make up` started
 HEARTBEAT_SECONDS = 30
 _PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)
 _HOST_REMEDY = "set FINETUNE_HOST to an address of this machine"
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 # Variables of the user's shell that are not passed on: they would point the clients under `make up` to another
 # server, or give them other credentials.
@@ -78,6 +80,13 @@ class Servers:
         )
         if servers.prefect_port == servers.mlflow_port:
             raise ValueError(f"FINETUNE_PREFECT_PORT and FINETUNE_MLFLOW_PORT are both {servers.prefect_port}")
+        store = os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
+        if "://" in store and store.partition("://")[0].partition("+")[0] not in _DATABASES:
+            # MLflow's server would write the whole address, with the password, into its log.
+            raise ValueError(
+                f"MLFLOW_BACKEND_STORE_URI={without_credentials(store)}: MLflow knows no such database, only "
+                f"{', '.join(_DATABASES)}"
+            )
         return servers
 
     @property

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ops.redaction import separate_mlflow_credentials
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -23,7 +25,7 @@ class Settings:
 
     @classmethod
     def load(cls) -> Settings:
-        """Read the current environment.
+        """Read the current environment. A password in MLFLOW_TRACKING_URI is moved to MLFLOW_TRACKING_PASSWORD.
 
         Raises:
             RuntimeError: FINETUNE_DATA_ROOT is not set, and the project is installed outside a checkout; or it has a
@@ -39,6 +41,7 @@ class Settings:
                 f"the data root {str(root)!r} has a character that the address of a database cannot hold (a question "
                 "mark, a control character, or bytes that are not UTF-8): set FINETUNE_DATA_ROOT to another folder"
             )
+        separate_mlflow_credentials()
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
 

@@ -15,12 +15,12 @@ from model.net.loading import CONFIG_FILE, load_tokenizer
 from ops.settings import Settings
 from ops.tracking.ledger import choose_rows, read_ledger, write_choice
 from ops.tracking.registry import model_name
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.references import Sources, SubsetRef
 
 
 @task(name="choose", cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def choose(
     sources: Sources, size: str, dataset: str, config: PrepareConfig, count: int | None, replay_share: float
 ) -> SubsetRef | None:

@@ -24,7 +24,7 @@ from ops.machine.flock import hold_file
 from ops.settings import Settings
 from ops.tracking.registry import fetch_version, find_version, starting_uri
 from ops.tracking.runs import client
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.references import DatasetRef, FileRef, Sources, WeightsRef
 
 DEMO = "demo"
@@ -62,7 +62,7 @@ class SourceConfig(Parameters):
 
 # No retries: ops.hub has its own, bounded, so that a dead network is reported within a minute.
 @task(name="download", cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def download(config: SourceConfig) -> Sources:
     """Find or fetch the data set and the weights, and verify them.
 

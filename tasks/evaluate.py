@@ -27,7 +27,7 @@ from model.net.gpt import GPTModel
 from ops.sandbox.guards import run_tests
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics, must_be_logged
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @task(name="evaluate", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def evaluate(
     run: RunRef,
     training: TrainingRef,

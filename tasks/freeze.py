@@ -7,12 +7,12 @@ from prefect.cache_policies import NO_CACHE
 
 from model.net.config import GPTConfig
 from model.net.freezing import FreezeConfig, FreezePlan, plan_freeze
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.references import ModelRef
 
 
 @task(name="freeze", cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def freeze(model: ModelRef, config: FreezeConfig) -> FreezePlan:
     """Plan the freeze; ``train`` and ``evaluate`` apply it to the model they load.
 

@@ -11,12 +11,12 @@ from prefect.cache_policies import NO_CACHE
 from model.files import sha256_json
 from model.net.config import normalize_size
 from model.net.loading import check_pretrained, check_size
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.references import ModelRef, WeightsRef
 
 
 @task(name="load_weights", cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def load_weights(weights: WeightsRef, model_size: str) -> ModelRef:
     """Check the base against its config and the size asked for, from the files' headers.
 

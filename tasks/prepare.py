@@ -16,7 +16,7 @@ from model.net.config import GPTConfig
 from model.net.loading import CONFIG_FILE, load_tokenizer
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_data, log_metrics, log_table, set_tags
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.references import Sources, TokensRef
 
 _CODE_VERSION = 3  # raise it when equal inputs would give other token files
@@ -31,7 +31,7 @@ _TOKENIZER_FILES = (
 
 
 @task(name="prepare", cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def prepare(run: RunRef, sources: Sources, config: PrepareConfig) -> TokensRef:
     """Turn rows into token files, or find those of an earlier run; log what they hold.
 

@@ -18,7 +18,7 @@ from ops.settings import Settings
 from ops.tracking.promotion import Verdict, announce, judge, settle
 from ops.tracking.registry import champion, find_version, version_uri
 from ops.tracking.runs import RunRef, client, must_be_logged
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.download import registered_weights
 from tasks.frozen import load_frozen
 from tasks.load_weights import check_weights
@@ -26,7 +26,7 @@ from tasks.references import CheckpointRef, EvaluationRef, RivalRef, TrainingRef
 
 
 @task(name="score_champion", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str) -> RivalRef:
     """Find the model that the new version is compared with, and score it unless the evaluation has done so.
 
@@ -69,7 +69,7 @@ def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str
 
 
 @task(name="promote", retries=2, retry_delay_seconds=10, cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def promote(run: RunRef, uri: str, evaluation: EvaluationRef, rival: RivalRef, margin: float, seed: int) -> Verdict:
     """Make a new version champion if it is better than its rival beyond doubt, else challenger; send a notice.
 

@@ -17,7 +17,7 @@ from model.evaluation.scores import headline
 from ops.text import storable
 from ops.tracking.registry import model_name, version_uri
 from ops.tracking.runs import RunRef, client, log_model, log_table, must_be_logged
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.cards import model_card, sample_report
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, Sources, TrainingRef
@@ -25,7 +25,7 @@ from tasks.references import CheckpointRef, EvaluationRef, Sources, TrainingRef
 
 # No retries: MLflow's tables grow with each try. A rerun of the flow takes the finished training over.
 @task(name="publish", cache_policy=NO_CACHE)
-@timed
+@pipeline_step
 def publish(
     run: RunRef, sources: Sources, training: TrainingRef, checkpoint: CheckpointRef, evaluation: EvaluationRef
 ) -> str:

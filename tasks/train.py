@@ -28,7 +28,7 @@ from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics, must_be_logged
 from ops.tracking.shipping import JournalShipper
-from ops.tracking.stopwatch import timed
+from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
 
@@ -81,7 +81,7 @@ def identify_training(
     retry_condition_fn=_is_worth_a_retry,
     cache_policy=NO_CACHE,
 )
-@timed
+@pipeline_step
 def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float) -> CheckpointRef:
     """Train, or resume a training of the same data, base, freeze and settings that was interrupted.
 

@@ -35,6 +35,7 @@ from ops.recovery.limits import (
 from ops.recovery.reaper import close_stale, read_flow_run, stale_runs
 from ops.recovery.zombies import NAME as AUTOMATION
 from ops.recovery.zombies import ensure_zombie_automation, zombie_automation_is_installed
+from ops.redaction import without_credentials
 from ops.servers import Servers
 from ops.settings import Settings
 from ops.tracking.runs import client as mlflow_client
@@ -129,7 +130,7 @@ def _mlflow(settings: Settings, prefect: SyncPrefectClient | None) -> Iterator[F
     except Exception as error:
         refused = getattr(error, "error_code", "") == "UNAUTHENTICATED"
         problem = _requires_password() if refused else f"does not answer ({type(error).__name__})"
-        yield Finding(f"MLflow at {settings.tracking_uri} {problem}")
+        yield Finding(f"MLflow at {without_credentials(settings.tracking_uri)} {problem}")
         return
     for stale in stale_runs(settings.tracking_uri, lambda flow_run_id: read_flow_run(prefect, flow_run_id)):
         yield Finding(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ops.redaction import redact, without_credentials
 from ops.tracking.registry import CHAMPION
 from ops.tracking.runs import PROMOTION_TAG, RunRef, client, search_runs, set_tags
 
@@ -139,8 +140,9 @@ def _read(tracking_uri: str, run_id: str, name: str) -> Keys:
             return _load(Path(path))
         except Exception as error:  # MLflow, its HTTP client, the disk and numpy raise different ones
             raise RuntimeError(
-                f"the ledger cannot be read: {_FOLDER}/{name} of the MLflow run {run_id} at {tracking_uri}: {error}. "
-                "Restore that artifact, or delete the run in MLflow: its rows then count as not used"
+                f"the ledger cannot be read: {_FOLDER}/{name} of the MLflow run {run_id} at "
+                f"{without_credentials(tracking_uri)}: {redact(str(error))}. Restore that artifact, or delete "
+                "the run in MLflow: its rows then count as not used"
             ) from error
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from model.evaluation.bootstrap import Improvement, paired_improvement
 from ops.machine.lock import exclusive, shared_directory
 from ops.notify import notify
+from ops.redaction import without_credentials
 from ops.settings import Settings
 from ops.tracking.registry import CHALLENGER, CHAMPION, shared_name, version_of_alias, version_uri
 from ops.tracking.runs import PROMOTION_TAG, RunRef, client, log_metrics, set_tags
@@ -160,7 +161,8 @@ def _roll_back(tracking_uri: str, name: str) -> tuple[str, str]:
     current = version_of_alias(mlflow, name, CHAMPION)
     if current is None:
         raise LookupError(
-            f"{name} has no champion at {tracking_uri}: if its runs are on another server, set MLFLOW_TRACKING_URI"
+            f"{name} has no champion at {without_credentials(tracking_uri)}: if its runs are on another server, "
+            "set MLFLOW_TRACKING_URI"
         )
     previous = current.tags.get("previous_champion")
     if previous is None:

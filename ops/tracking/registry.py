@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from model.files import atomic_directory, sha256_file, write_json
 from model.records import parse_record, read_record
 from ops.machine.lock import exclusive
+from ops.redaction import redact, without_credentials
 from ops.settings import Settings
-from ops.tracking.runs import FILES_TAG, MODEL_PREFIX, client, without_credentials
+from ops.tracking.runs import FILES_TAG, MODEL_PREFIX, client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -79,8 +80,8 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
         found = None
     if found is None:
         raise LookupError(
-            f"{uri} is not registered at {mlflow.tracking_uri}: choose a version from its Models page, or set "
-            "MLFLOW_TRACKING_URI to the server that has it"
+            f"{uri} is not registered at {without_credentials(mlflow.tracking_uri)}: choose a version from its "
+            "Models page, or set MLFLOW_TRACKING_URI to the server that has it"
         )
     return found
 
@@ -179,7 +180,8 @@ def _download(uri: str, directory: Path) -> None:
                 raise FileNotFoundError("there are none")
         except Exception as error:  # MLflow, its HTTP client and the disk raise different ones
             raise RuntimeError(
-                f"the files of {uri} cannot be had from {mlflow.get_tracking_uri()}: {error}. {_REMEDY}"
+                f"the files of {uri} cannot be had from {without_credentials(mlflow.get_tracking_uri())}: "
+                f"{redact(str(error))}. {_REMEDY}"
             ) from error
 
 

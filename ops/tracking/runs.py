@@ -6,7 +6,6 @@ import getpass
 import json
 import logging
 import os
-import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.files import sha256_file
 from ops.machine.process import identify_process
+from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
@@ -59,17 +59,14 @@ class RunRef:
         """Markdown that leads to the run."""
         if self.url:
             return f"[{self.run_id}]({self.url})"
-        return f"`{self.run_id}` (show it with `mlflow ui --backend-store-uri {self.tracking_uri}`)"
-
-
-def without_credentials(uri: str) -> str:
-    """A URI without the user and the password that may stand before its host."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+        uri = without_credentials(self.tracking_uri)
+        return f"`{self.run_id}` (show it with `mlflow ui --backend-store-uri {uri}`)"
 
 
 def refusal(tracking_uri: str, error: Exception) -> str:
     """An error message: MLflow refused a request, or did not answer."""
-    return f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
+    said = f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
+    return redact(said)
 
 
 class NotLoggedError(RuntimeError):
@@ -113,7 +110,8 @@ def client(tracking_uri: str) -> MlflowClient:
     # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
-    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    with redacted_errors():
+        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
 def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
@@ -164,7 +162,10 @@ def tracked_run(
         params: logged by name; None is logged as "None".
     """
     mlflow = client(settings.tracking_uri)
-    experiment_id = _experiment_id(mlflow, settings)
+    params = {key: redact(value) if isinstance(value, str) else value for key, value in params.items()}
+    tags = {key: redact(value) for key, value in tags.items()}
+    with redacted_errors():
+        experiment_id = _experiment_id(mlflow, settings)
     sha = git_sha()
     run = mlflow.create_run(
         experiment_id,
@@ -184,8 +185,9 @@ def tracked_run(
         mlflow.log_text(ref.run_id, installed_packages(), "constraints.txt")
         yield ref
         status = "FINISHED"
-    except Exception:
+    except Exception as error:
         status = "FAILED"
+        redact_error(error)  # Prefect stores its text as the message of the flow run's state
         raise
     finally:
         try:

@@ -7,6 +7,7 @@ import sys
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from ops.redaction import without_credentials
 from ops.settings import Settings
 from ops.tracking.registry import version_uri
 from ops.tracking.runs import MODEL_PREFIX, client, refusal
@@ -26,8 +27,9 @@ def latest_version(mlflow: MlflowClient, name: str | None) -> ModelVersion:
     versions = [v for each in names for v in mlflow.search_model_versions(f"name = '{each}'")]
     if not versions:
         raise LookupError(
-            f"no version of {name or MODEL_PREFIX + '*'} is registered at {mlflow.tracking_uri}: run `make run`, "
-            "or set MLFLOW_TRACKING_URI to the server of your runs"
+            f"no version of {name or MODEL_PREFIX + '*'} is registered at "
+            f"{without_credentials(mlflow.tracking_uri)}: run `make run`, or set MLFLOW_TRACKING_URI to the "
+            "server of your runs"
         )
     return max(versions, key=lambda version: version.creation_timestamp)
 

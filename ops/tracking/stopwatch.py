@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
-
-from ops.text import storable_errors
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Stopwatch:
@@ -32,7 +24,7 @@ _current: ContextVar[Stopwatch | None] = ContextVar("stopwatch", default=None)
 
 
 def start_stopwatch() -> Stopwatch:
-    """A stopwatch that starts now, and that ``end_step`` and ``timed`` write to from here on."""
+    """A stopwatch that starts now, and that ``end_step`` and ``pipeline_step`` write to from here on."""
     stopwatch = Stopwatch()
     _current.set(stopwatch)
     return stopwatch
@@ -43,19 +35,3 @@ def end_step(step: str) -> None:
     stopwatch = _current.get()
     if stopwatch is not None:
         stopwatch.end(step)
-
-
-def timed(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a task's function a step of the run: it ends when the function returns, under the function's name.
-
-    Its errors become storable.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with storable_errors():
-            result = function(*args, **kwargs)
-        end_step(function.__name__)
-        return result
-
-    return wrapper

@@ -153,6 +153,17 @@ def test_another_database_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Servers.load().environment()["MLFLOW_BACKEND_STORE_URI"] == "postgresql://db/mlflow"
 
 
+def test_a_database_that_mlflow_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow's server would log the address with its password."""
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "oracle://me:canary-pw@db/mlflow")
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert "MLFLOW_BACKEND_STORE_URI=oracle://db/mlflow" in said
+    assert "canary" not in said
+
+
 def test_pages_ask_the_server_that_sent_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for a browser on another machine; addresses that the user has set for a proxy are kept."""
     monkeypatch.setenv("FINETUNE_HOST", "0.0.0.0")

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from ops.tracking.stopwatch import end_step, start_stopwatch, timed
+from ops.tracking.steps import pipeline_step
+from ops.tracking.stopwatch import end_step, start_stopwatch
 
 
 def test_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +15,7 @@ def test_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 11.0, 14.0, 14.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
 
-    @timed
+    @pipeline_step
     def prepare(rows: int) -> int:
         return 2 * rows
 
@@ -28,7 +29,7 @@ def test_steps_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_failed_is_not_counted() -> None:
     """Its seconds belong to the step that is tried next."""
 
-    @timed
+    @pipeline_step
     def train() -> None:
         raise OSError("injected")
 
