@@ -59,12 +59,17 @@ class TensorFile:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of a dtype in FLOATS with its key, on the CPU, in the order of the file. All bytes are read.
 
+        A tensor is valid until the next one; it must not be changed.
+
         Raises:
             ValueError: the file became shorter.
         """
+        longest = max((entry.end - entry.begin for entry in self.entries.values()), default=0)
+        scratch = torch.empty(longest, dtype=torch.uint8)  # one for all: fresh memory costs more than reading
         for key, entry in self.entries.items():
-            content = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+            content = scratch[: entry.end - entry.begin]
             self._fill(content.numpy().data)
+            self._digest.update(content.numpy().data)
             if entry.dtype in FLOATS:
                 yield key, content.view(FLOATS[entry.dtype]).view(entry.shape)
         self.sha256 = self._digest.hexdigest()
@@ -75,7 +80,6 @@ class TensorFile:
             count = self._stream.readinto(target[done:])  # type: ignore[attr-defined]
             if not count:
                 raise self._fault("it became shorter while it was read")
-            self._digest.update(target[done : done + count])
             done += count
 
     def _fault(self, reason: str) -> ValueError:
@@ -85,6 +89,7 @@ class TensorFile:
         size = os.fstat(self._stream.fileno()).st_size
         beginning = memoryview(bytearray(min(size, 8)))
         self._fill(beginning)
+        self._digest.update(beginning)
         length = int.from_bytes(beginning, "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             other = describe_content(self.path)
@@ -93,6 +98,7 @@ class TensorFile:
             raise self._fault(f"it ends after {size:,} bytes, within its header: copy or download it again")
         header = bytearray(length)
         self._fill(memoryview(header))
+        self._digest.update(header)
         try:
             raw = parse_json(bytes(header), self.path)
             entries = {key: _parse(value) for key, value in raw.items() if key != "__metadata__"}
