@@ -194,7 +194,7 @@ def make_inputs(options: argparse.Namespace, scratch: Path) -> None:
     """In a child process: write the data set and the weights that both sides get."""
     from model.net.device import resolve_device
     from model.net.gpt import GPTModel
-    from model.net.loading import load_tokenizer
+    from model.net.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer, 2**32)
     write_rows(options.data, tokenizer, options.rows, scratch)

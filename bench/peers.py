@@ -176,7 +176,7 @@ def run_trl(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from model.net.loading import load_tokenizer
+    from model.net.tokenizer import load_tokenizer
 
     model = build_model(job, attention)
     rows = CodeAlpacaDataset(job.tokens, "train")

@@ -46,7 +46,7 @@ from model.net.config import GPTConfig
 from model.net.device import cast_frozen, peak_memory, resolve_precision
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
-from model.net.loading import load_tokenizer
+from model.net.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 TOKENISE, COMPUTE, FILL, READ = "tokenise", "train, trunk computed", "fill the trunk file", "train, trunk from file"

@@ -134,7 +134,7 @@ def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[s
     from model.data.preparing import PrepareConfig, prepare
     from model.demo import EMBEDDED_BASE
     from model.demo.grammar import write_rows
-    from model.net.loading import load_tokenizer
+    from model.net.tokenizer import load_tokenizer
 
     warm_up = max(1, options.steps // 4)
     rows = options.rows

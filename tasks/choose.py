@@ -11,7 +11,8 @@ from prefect.cache_policies import NO_CACHE
 from model.data.preparing import PrepareConfig, training_keys
 from model.files import atomic_directory, sha256_json
 from model.net.config import GPTConfig
-from model.net.loading import CONFIG_FILE, load_tokenizer
+from model.net.layout import CONFIG_FILE
+from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
 from ops.tracking.ledger import choose_rows, read_ledger, write_choice
 from ops.tracking.registry import model_name

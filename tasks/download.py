@@ -16,7 +16,8 @@ from model.data.layout import find_layout
 from model.demo import EMBEDDED_BASE, grammar
 from model.files import atomic_directory, sha256_file, write_json
 from model.net.config import PRESETS, GPTConfig, normalize_size
-from model.net.loading import CONFIG_FILE, check_size, weight_files
+from model.net.layout import CONFIG_FILE, weight_files
+from model.net.loading import check_size
 from model.parameters import Parameters
 from model.records import read_record
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS, fetch_dataset, fetch_weights

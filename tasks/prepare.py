@@ -13,7 +13,8 @@ from model.data.preparing import prepare as write_tokens
 from model.data.tokens import verify_tokens
 from model.files import sha256_file, sha256_json
 from model.net.config import GPTConfig
-from model.net.loading import CONFIG_FILE, load_tokenizer
+from model.net.layout import CONFIG_FILE
+from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_data, log_metrics, log_table, set_tags
 from ops.tracking.steps import pipeline_step

@@ -104,7 +104,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> Any:
     """The tokenizer of tokenizer_dir, loaded by load_tokenizer."""
-    from model.net.loading import load_tokenizer
+    from model.net.tokenizer import load_tokenizer
 
     return load_tokenizer(tokenizer_dir, 320)
 

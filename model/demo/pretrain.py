@@ -34,8 +34,8 @@ from model.files import write_json
 from model.net.config import GPTConfig
 from model.net.device import resolve_device
 from model.net.gpt import GPTModel
-from model.net.loading import load_tokenizer
 from model.net.prompt import encode, format_prompt
+from model.net.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

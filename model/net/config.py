@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from model.files import parse_json, read_bytes
+
+# What to do with quantised weights.
+DEQUANTISE = (
+    "load them with transformers, call dequantize(), and save them by save_pretrained() in float16 or float32"
+)
 
 # Settings of transformers' GPT2Config that change the computation, with the only values GPTModel implements.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -14,6 +21,15 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False, True),  # affects rounding only
     "add_cross_attention": (False,),
+}
+# Far beyond any GPT-2: a damaged number must not make torch build blocks for hours.
+_LARGEST = {
+    "vocab_size": 10**7,
+    "n_positions": 10**7,
+    "n_ctx": 10**7,
+    "n_embd": 10**5,
+    "n_layer": 1000,
+    "n_head": 10**5,
 }
 
 
@@ -53,42 +69,36 @@ class GPTConfig:
         return PRESETS[normalize_size(model_size)]
 
     @classmethod
-    def from_json(cls, path: Path) -> GPTConfig:
+    def from_json(cls, path: Path, sha256: str | None = None) -> GPTConfig:
         """Read Hugging Face's config.json. Its dropout rates are ignored: fine-tuning sets its own.
+
+        Args:
+            sha256: what the file's hash has to be; None for any.
 
         Raises:
             FileNotFoundError: there is no such file.
+            ChangedFileError: it has another hash.
             ValueError: the file is not a GPT-2 that GPTModel can represent; the message names the setting.
         """
-        try:
-            raw = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: weights need Hugging Face's GPT-2 layout")
+        raw = parse_json(read_bytes(path, sha256), path)
         if not isinstance(raw, dict):
             raise ValueError(f"{path} is not a JSON object with a model's settings")
-        if raw.get("model_type", "gpt2") != "gpt2":
-            raise ValueError(f"{path} describes a {raw['model_type']!r}, not a gpt2")
-        for name, values in _SUPPORTED.items():
-            if name in raw and raw[name] not in values:
-                raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported, only {values}")
-        missing = [name for name in ("vocab_size", "n_embd", "n_layer", "n_head") if name not in raw]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        for name in ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_ctx"):
-            if name in raw and (type(raw[name]) is not int or raw[name] < 1):
-                raise ValueError(f"{path}: {name} = {raw[name]!r} is not a positive integer")
-        if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
-            raise ValueError(f"{path}: n_inner = {raw['n_inner']} is not supported, only 4 * n_embd")
+        _check_settings(raw, path)
         context: int = raw.get("n_ctx", 1024)  # the older name of n_positions
-        return cls(
-            vocab_size=raw["vocab_size"],
-            n_positions=raw.get("n_positions", context),
-            n_embd=raw["n_embd"],
-            n_layer=raw["n_layer"],
-            n_head=raw["n_head"],
-            layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
-            tie_word_embeddings=raw.get("tie_word_embeddings", True),
-        )
+        try:
+            return cls(
+                vocab_size=raw["vocab_size"],
+                n_positions=raw.get("n_positions", context),
+                n_embd=raw["n_embd"],
+                n_layer=raw["n_layer"],
+                n_head=raw["n_head"],
+                layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-5),
+                tie_word_embeddings=raw.get("tie_word_embeddings", True),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def to_json(self, eos_token_id: int | None = None) -> dict[str, Any]:
         """Hugging Face's config.json for this shape, readable by transformers' GPT2LMHeadModel."""
@@ -106,6 +116,32 @@ class GPTConfig:
         if eos_token_id is not None:
             raw.update(bos_token_id=eos_token_id, eos_token_id=eos_token_id)
         return raw
+
+
+def _check_settings(raw: dict[str, Any], path: Path) -> None:
+    """Raise ValueError, naming file and setting, for what GPTModel cannot represent."""
+    if raw.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(f"{path} describes a {raw['model_type']!r}, not a gpt2")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{path}: quantization_config says that the weights are quantised: {DEQUANTISE}")
+    for name, values in _SUPPORTED.items():
+        if name in raw and raw[name] not in values:
+            raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported, only {values}")
+    missing = [name for name in ("vocab_size", "n_embd", "n_layer", "n_head") if name not in raw]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    for name, largest in _LARGEST.items():
+        if name in raw and (type(raw[name]) is not int or raw[name] < 1):
+            raise ValueError(f"{path}: {name} = {raw[name]!r} is not a positive integer")
+        if raw.get(name, 1) > largest:
+            raise ValueError(f"{path}: {name} = {raw[name]} is more than {largest}")
+    if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
+        raise ValueError(f"{path}: n_inner = {raw['n_inner']} is not supported, only 4 * n_embd")
+    epsilon = raw.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not math.isfinite(epsilon) or not 0 < epsilon < 1:
+        raise ValueError(f"{path}: layer_norm_epsilon = {epsilon!r} is not a number between 0 and 1")
+    if type(raw.get("tie_word_embeddings", True)) is not bool:
+        raise ValueError(f"{path}: tie_word_embeddings = {raw['tie_word_embeddings']!r} is neither true nor false")
 
 
 # Radford et al. 2019, table 2. "tiny" is this project's own, small enough to train on two CPU cores.

@@ -1,158 +1,191 @@
-"""Reading and writing GPT-2 weights in Hugging Face's layout, with every key and shape checked."""
+"""Reading and writing GPT-2 weights in Hugging Face's layout, with every key, shape and value checked."""
 
 from __future__ import annotations
 
 import json
-import re
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.files import save_tensors
+from model.files import ChangedFileError, save_tensors, sha256_file
 from model.net.config import GPTConfig
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
+from model.net.keys import EMBEDDING, HEAD, PREFIX, Match, is_conv1d, match_keys
+from model.net.layout import CONFIG_FILE, WEIGHTS_FILE, weight_files
+from model.net.tensor_file import Entry, TensorFile, open_tensors
+from model.net.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PREFIX = "transformer."
-
-# Hugging Face keeps these as Conv1D, (in, out); nn.Linear is (out, in).
-_CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
-# Causal-mask buffers, stored by transformers before 4.28.
-_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
-# "def hello():\n    return 'world'" in GPT-2's 50,257-entry vocabulary.
-_GOLDEN_TEXT = "def hello():\n    return 'world'"
-_GOLDEN_IDS = [4299, 23748, 33529, 198, 220, 220, 220, 1441, 705, 6894, 6]
+Hashes = Mapping[str, str]
+"""File name -> sha256."""
 
 
-def is_conv1d(name: str) -> bool:
-    """Whether Hugging Face stores this parameter transposed."""
-    return _CONV1D.search(name) is not None
+@dataclass(frozen=True)
+class _Weights:
+    """An open model: its files, whose headers fit the config."""
+
+    directory: Path
+    config: GPTConfig
+    files: list[TensorFile]
+    match: Match
+    expected: Hashes | None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter with its name, as stored, in the order of the files. All bytes are read, once, and hashed.
+
+        A tensor is valid until the next one.
+
+        Raises:
+            ChangedFileError: a file has another hash than expected.
+            ValueError: a value is not finite, or the config ties the head but the stored head is not the embedding.
+        """
+        names = {key: name for name, key in self.match.keys.items()}
+        tied = {}
+        for file in self.files:
+            faults = []
+            for key, tensor in file.tensors():
+                if key not in names:
+                    continue
+                if not _is_finite(tensor):
+                    faults.append(key)
+                if HEAD in self.match.keys and self.config.tie_word_embeddings and names[key] in (EMBEDDING, HEAD):
+                    tied[names[key]] = tensor.clone()
+                yield names[key], tensor
+            self._check_hash(file)  # first: a changed file may have any values
+            if faults:
+                more = f" and {len(faults) - 3} more tensors" if len(faults) > 3 else ""
+                raise ValueError(
+                    f"{file.path} holds NaN or infinite values, in {', '.join(faults[:3])}{more}: they are damaged, "
+                    "or their training diverged; take an earlier checkpoint, or copy the file again"
+                )
+        if HEAD in tied and not torch.equal(tied[HEAD].float(), tied[EMBEDDING].float()):
+            raise ValueError(
+                f"{self.directory}: lm_head.weight differs from wte.weight, but {CONFIG_FILE} ties them; "
+                "set tie_word_embeddings to false there"
+            )
+
+    def _check_hash(self, file: TensorFile) -> None:
+        if self.expected is not None and self.expected.get(file.path.name) != file.sha256:
+            raise ChangedFileError(file.path, self.expected.get(file.path.name), file.sha256)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: the single one, or the shards its index names.
-
-    Raises:
-        FileNotFoundError: no safetensors weights, or a shard is missing; pickled weights (.bin, .pt) are never read.
-        ValueError: the index is damaged, or names a file outside its directory.
-    """
-    if (directory / WEIGHTS_FILE).is_file():
-        return [directory / WEIGHTS_FILE]
-    if (directory / INDEX_FILE).is_file():
-        try:
-            names = sorted(set(json.loads((directory / INDEX_FILE).read_text())["weight_map"].values()))
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{directory / INDEX_FILE} is damaged: {error!r}") from error
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{directory / INDEX_FILE} names a file outside its directory: {name!r}")
-            if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory / INDEX_FILE} names {name}, which does not exist")
-        return [directory / name for name in names]
-    raise FileNotFoundError(
-        f"{directory} holds no {WEIGHTS_FILE}: weights are read from safetensors only; "
-        "transformers' save_pretrained writes it"
-    )
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite in fp32. Their sum tells in a tenth of the time, unless it overflows."""
+    if tensor.sum(dtype=torch.float32).isfinite():
+        return True
+    return all(bool(bound.float().isfinite()) for bound in tensor.aminmax())
 
 
-def match_keys(config: GPTConfig, shapes: dict[str, tuple[int, ...]], source: Path) -> dict[str, str]:
-    """Map each parameter of the model to its key in the file.
-
-    Args:
-        config: the model's shape.
-        shapes: key -> shape of every tensor in the file.
-        source: named in errors.
-
-    Raises:
-        ValueError: a key is missing or unknown, or a shape differs; the message names the first ten.
-    """
-    with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in GPTModel(config).named_parameters()}
-    by_name = {key.removeprefix(PREFIX): key for key in shapes}
-    faults = []
-    if len(by_name) < len(shapes):
-        faults.append("some keys occur both with and without the 'transformer.' prefix")
-    for name, shape in expected.items():
-        stored = shape[::-1] if is_conv1d(name) else shape
-        if name not in by_name:
-            faults.append(f"{name} is missing")
-        elif shapes[by_name[name]] != stored:
-            faults.append(f"{name} has shape {list(shapes[by_name[name]])}, expected {list(stored)}")
-    allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for name in sorted(by_name.keys() - expected.keys() - allowed):
-        if not _BUFFERS.match(name):
-            faults.append(f"{name} is not a parameter of this model")
-    if faults:
-        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
-        raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {shown}")
-    return {name: by_name[name] for name in expected}
-
-
-def check_pretrained(directory: Path) -> GPTConfig:
-    """Check a directory's config, keys and shapes from the files' headers, without reading the weights.
-
-    Raises:
-        FileNotFoundError: config.json or the weights are missing.
-        ValueError: they do not fit each other, or a file is damaged.
-    """
-    config = GPTConfig.from_json(directory / CONFIG_FILE)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as reader:
-                shapes.update({key: tuple(reader.get_slice(key).get_shape()) for key in reader.keys()})
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    match_keys(config, shapes, directory)
-    return config
-
-
-def read_pretrained(directory: Path, device: torch.device, dtype: torch.dtype) -> GPTModel:
-    """Build a GPTModel from a directory in Hugging Face's GPT-2 layout.
-
-    Keys with and without the ``transformer.`` prefix are read, mask buffers of old checkpoints ignored. A
-    tied head stays the embedding's own Parameter (LLMs-from-scratch#822: a copy drifts).
+@contextmanager
+def _open(directory: Path, expected: Hashes | None) -> Iterator[_Weights]:
+    """Open a model's files, and check their headers against the config.
 
     Raises:
         FileNotFoundError, ValueError: as check_pretrained.
-        ValueError: the config ties the head, but the stored head differs from the token embedding.
     """
-    config = check_pretrained(directory)
-    with torch.device("meta"):
-        model = GPTModel(config)
     with ExitStack() as stack:
-        readers = [
-            stack.enter_context(safe_open(path, framework="pt", device=str(device)))
-            for path in weight_files(directory)
-        ]
-        tensors: dict[str, Any] = {key: reader for reader in readers for key in reader.keys()}
-        keys = {key.removeprefix(PREFIX): key for key in tensors}
-        state: dict[str, Tensor] = {}
-        for name, _ in model.named_parameters():
-            tensor = tensors[keys[name]].get_tensor(keys[name])
-            # A clone, not a view: the file may be replaced while the model lives.
-            state[name] = (
-                (tensor.t() if is_conv1d(name) else tensor).to(dtype).clone(memory_format=torch.contiguous_format)
+        try:
+            paths = weight_files(directory)
+            config = GPTConfig.from_json(
+                directory / CONFIG_FILE, None if expected is None else expected.get(CONFIG_FILE, "")
             )
-        if config.tie_word_embeddings:
-            if "lm_head.weight" in keys:
-                head = tensors[keys["lm_head.weight"]].get_tensor(keys["lm_head.weight"])
-                if head.shape != state["wte.weight"].shape or not torch.equal(head.to(dtype), state["wte.weight"]):
-                    raise ValueError(
-                        f"{directory}: lm_head.weight differs from wte.weight, but {CONFIG_FILE} ties them; "
-                        "set tie_word_embeddings to false there"
-                    )
-            state["lm_head.weight"] = state["wte.weight"]
+            files = [stack.enter_context(open_tensors(path)) for path in paths]
+            entries: dict[str, Entry] = {}
+            for file in files:
+                if twice := entries.keys() & file.entries.keys():
+                    raise ValueError(f"{file.path} has {min(twice)!r}, and so has another file of {directory}")
+                entries |= file.entries
+            match = match_keys(config, entries, directory)
+        except (ValueError, FileNotFoundError):
+            check_hashes(directory, expected or {})  # a changed file is named as such, whatever is in it now
+            raise
+        yield _Weights(directory, config, files, match, expected)
+
+
+def check_hashes(directory: Path, expected: Hashes) -> None:
+    """Compare the files of a model with what they were.
+
+    Raises:
+        ChangedFileError: one that is there has another hash.
+    """
+    for name, known in expected.items():
+        path = directory / name
+        if path.is_file() and (found := sha256_file(path)) != known:
+            raise ChangedFileError(path, known, found)
+
+
+def check_pretrained(
+    directory: Path, expected: Hashes | None = None, log: Callable[[str], None] | None = None
+) -> GPTConfig:
+    """Check a directory's config, keys, shapes and dtypes from the files' headers, without reading the weights.
+
+    Args:
+        expected: hashes of config.json and the weights, of which that of config.json is checked here; None for any.
+        log: told what was done to the keys to make them fit.
+
+    Raises:
+        FileNotFoundError: config.json or the weights are missing.
+        ChangedFileError: a file has another hash than expected.
+        ValueError: they do not fit each other, or a file is damaged, an adapter or quantised.
+    """
+    with _open(directory, expected) as weights:
+        if log and weights.match.note:
+            log(f"{directory}: {weights.match.note}")
+        return weights.config
+
+
+def hash_pretrained(directory: Path) -> tuple[GPTConfig, dict[str, str]]:
+    """Check all that read_pretrained checks, and hash config.json and the weights; each byte is read once.
+
+    Raises:
+        FileNotFoundError, ValueError: as read_pretrained.
+    """
+    found = sha256_file(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else ""
+    with _open(directory, None) as weights:
+        for _ in weights.tensors():
+            pass
+        # Once more, with the hash: what was hashed is what was checked.
+        config = GPTConfig.from_json(directory / CONFIG_FILE, found)
+        return config, {CONFIG_FILE: found, **{file.path.name: file.sha256 for file in weights.files}}
+
+
+def read_pretrained(
+    directory: Path, device: torch.device, dtype: torch.dtype, expected: Hashes | None = None
+) -> GPTModel:
+    """Build a GPTModel from a directory in Hugging Face's GPT-2 layout.
+
+    Keys with and without the ``transformer.`` prefix, and with any other that all of them share, are read; mask
+    buffers of old checkpoints are ignored. A tied head stays the embedding's own Parameter (LLMs-from-scratch#822: a
+    copy drifts). The files are read once, and hashed on the way: what is hashed is what is loaded.
+
+    Args:
+        expected: hashes that config.json and the weights must have; None for any.
+
+    Raises:
+        FileNotFoundError, ValueError: as check_pretrained.
+        ChangedFileError: a file has another hash than expected.
+        ValueError: a value is not finite, or the config ties the head but the stored head is not the embedding.
+    """
+    with _open(directory, expected) as weights:
+        config = weights.config
+        with torch.device("meta"):
+            model = GPTModel(config)
+        wanted = dict(model.named_parameters())
+        state: dict[str, Tensor] = {}
+        for name, tensor in weights.tensors():
+            if name in wanted:
+                stored = tensor.t() if is_conv1d(name) else tensor
+                state[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    if config.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.wte.weight
@@ -177,44 +210,6 @@ def write_pretrained(model: GPTModel, directory: Path, eos_token_id: int | None 
     save_tensors(hf_state_dict(model), directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def load_tokenizer(directory: str | Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load a GPT-2 tokenizer, pad = eos, and check that it encodes a known text correctly.
-
-    Loaded by AutoTokenizer, because in transformers 5 ``GPT2TokenizerFast(vocab_file=..., merges_file=...)``
-    silently returns a tokenizer with a single token.
-
-    Args:
-        directory: holds tokenizer.json, or vocab.json and merges.txt beside a config.json.
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        ValueError: no tokenizer there, no end-of-text token, more entries than the embedding has rows, or an
-            encoding that is not GPT-2's.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{directory} holds no readable tokenizer ({error}): name one in tokenizer_dir") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {directory} has no eos_token")
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {directory} has {len(tokenizer)} entries, the model's embedding {vocab_size} rows"
-        )
-    ids = tokenizer.encode(_GOLDEN_TEXT, add_special_tokens=False)
-    golden = len(tokenizer) != GPTConfig().vocab_size or ids == _GOLDEN_IDS
-    if not golden or tokenizer.decode(ids) != _GOLDEN_TEXT:
-        raise ValueError(
-            f"the tokenizer in {directory} encodes {_GOLDEN_TEXT!r} as {ids}: its files do not fit, "
-            "or some are missing; name another directory in tokenizer_dir"
-        )
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = int(1e9)  # no warning: rows are cut at max_length, and counted, elsewhere
-    return tokenizer
-
-
 def check_size(config: GPTConfig, model_size: str, source: Path) -> None:
     """Check that weights have the shape of a named size (vocabulary and context may differ).
 
@@ -236,6 +231,8 @@ def load_gpt_model(
     train_head: bool = False,
     tokenizer_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
+    files: Hashes | None = None,
+    tokenizer_files: Hashes | None = None,
 ) -> tuple[GPTModel, PreTrainedTokenizerBase]:
     """Load a GPT-2 of a named size with its tokenizer, frozen for fine-tuning.
 
@@ -247,14 +244,16 @@ def load_gpt_model(
         train_head: whether to train an untied copy of the head too.
         tokenizer_dir: directory of the tokenizer, if not weights_dir.
         device: device of the parameters, which are fp32.
+        files: hashes that config.json and the weights must have; None for any.
+        tokenizer_files: hashes of the tokenizer's files; None for any.
 
     Raises:
         FileNotFoundError, ValueError: as read_pretrained, check_size, load_tokenizer, freeze_bottom_layers.
     """
     directory = Path(weights_dir)
-    check_size(GPTConfig.from_json(directory / CONFIG_FILE), model_size, directory)
-    model = GPTModel.from_pretrained(directory, device)
-    tokenizer = load_tokenizer(tokenizer_dir or directory, model.config.vocab_size)
+    check_size(check_pretrained(directory, files), model_size, directory)
+    model = read_pretrained(directory, torch.device(device), torch.float32, files)
+    tokenizer = load_tokenizer(tokenizer_dir or directory, model.config.vocab_size, tokenizer_files)
     if freeze_layers:
         freeze_bottom_layers(model, num_unfrozen_layers, train_head)
     return model, tokenizer

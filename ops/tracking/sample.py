@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from model.evaluation.completions import SamplingConfig, complete
     from model.net.gpt import GPTModel
-    from model.net.loading import load_tokenizer
     from model.net.sampling import check_sampling
+    from model.net.tokenizer import load_tokenizer
 
     uri = Settings.load().tracking_uri
     try:

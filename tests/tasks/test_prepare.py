@@ -10,7 +10,7 @@ import pytest
 from prefect.logging import disable_run_logger
 
 from model.data.preparing import PrepareConfig, training_keys
-from model.net.loading import load_tokenizer
+from model.net.tokenizer import load_tokenizer
 from tasks.download import SourceConfig, download
 from tasks.prepare import find_or_write_tokens
 from tasks.references import Sources, TokensRef

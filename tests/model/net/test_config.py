@@ -131,3 +131,40 @@ def test_impossible_shapes_are_refused(settings: dict[str, Any]) -> None:
     """Refused when the config is built, not in a forward pass."""
     with pytest.raises(ValueError, match="|".join(settings)):
         GPTConfig(**settings)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_json_in_another_encoding_is_read(tmp_path: Path, encoding: str) -> None:
+    """Editors of Windows write a byte order mark, or UTF-16."""
+    (tmp_path / "config.json").write_bytes(
+        json.dumps({**SMALL, "name": "größe"}, ensure_ascii=False).encode(encoding)
+    )
+    assert GPTConfig.from_json(tmp_path / "config.json").n_embd == 8
+
+
+def test_latin_1_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(
+        json.dumps({**SMALL, "name": "größe"}, ensure_ascii=False).encode("latin-1")
+    )
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON: it is not UTF-8, save it as UTF-8"):
+        GPTConfig.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon = nan is not a number between 0 and 1"),
+        ({"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon = inf"),
+        ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon = -1e-05"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon = '1e-5'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' is neither true nor false"),
+        ({"n_layer": 10**9}, "n_layer = 1000000000 is more than 1000"),
+        ({"vocab_size": 2**64}, "vocab_size = 18446744073709551616 is more than"),
+        ({"n_embd": 10, "n_head": 3}, r"config\.json: n_embd 10 is not divisible by n_head 3"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config says .*dequantize"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Also those that would make torch build blocks for hours, or compute NaN."""
+    with pytest.raises(ValueError, match=message):
+        GPTConfig.from_json(write(tmp_path / "config.json", **changes))

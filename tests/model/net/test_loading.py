@@ -1,9 +1,10 @@
-"""Reading and writing weights bit for bit, wrong keys and shapes, and broken tokenizers."""
+"""Reading and writing weights bit for bit, and what is no whole, unchanged, finite GPT-2."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2LMHeadModel, GPT2TokenizerFast
+from safetensors.torch import load_file, save_file, save_model
+from transformers import GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel, freeze_bottom_layers, load_gpt_model
-from model.net.loading import check_pretrained, check_size, load_tokenizer
+from model.files import ChangedFileError, sha256_file
+from model.net.loading import check_pretrained, check_size, hash_pretrained, read_pretrained
 
 Weights = dict[str, torch.Tensor]
 
@@ -319,75 +320,252 @@ def test_load_gpt_model_with_tokenizer_elsewhere(preset_dir: Path, tokenizer_dir
     assert len(load_gpt_model("tiny", tmp_path, tokenizer_dir=tokenizer_dir)[1]) == 320
 
 
-def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+WRAPPERS = {
+    "torch.compile": lambda key: f"_orig_mod.{key}",
+    "DataParallel": lambda key: f"module.{key}",
+    "both": lambda key: f"_orig_mod.module.{key}",
+    "Lightning": lambda key: f"model.{key}",
+    "Lightning, compiled": lambda key: f"model._orig_mod.{key}",
+    "a compiled transformer": lambda key: key.replace("transformer.", "transformer._orig_mod."),
+    "compiled blocks": lambda key: key.replace(".attn.", "._orig_mod.attn."),
+    "a class of one's own": lambda key: f"net.gpt2.{key}",
+    "without transformer": lambda key: f"backbone.{key.removeprefix('transformer.')}",
+}
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path, **settings: str) -> Path:
-    directory.mkdir(exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>", **settings}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return directory
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_prefixes_of_wrappers_are_read_and_noted(gpt2_dir: Path, edited: Callable[..., Path], wrapper: str) -> None:
+    """nanoGPT#325: where every key fits without what a wrapper inserted, the file is read, and a line says so."""
+
+    def wrap(weights: Weights) -> None:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+        for key in list(weights):
+            weights[WRAPPERS[wrapper](key)] = weights.pop(key)
+
+    directory, notes = edited(wrap), list[str]()
+    check_pretrained(directory, log=notes.append)
+    assert_same_model(GPTModel.from_pretrained(directory), GPTModel.from_pretrained(gpt2_dir))
+    (note,) = notes
+    assert re.search("keys have more in front than a GPT-2's, such as '.+', read as '.+'", note)
 
 
-def test_tokenizer_of_one_token_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """GPT2TokenizerFast(vocab_file=..., merges_file=...) returns such a tokenizer in transformers 5."""
-    Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).model.save(str(tmp_path))
-    trap = GPT2TokenizerFast(vocab_file=str(tmp_path / "vocab.json"), merges_file=str(tmp_path / "merges.txt"))
-    if len(trap) > 1:
-        pytest.skip("this version of transformers loads the whole tokenizer")
-    trap.save_pretrained(tmp_path / "trap")
-    with pytest.raises(ValueError, match="its files do not fit"):
-        load_tokenizer(tmp_path / "trap", 50257)
+def test_usual_keys_are_no_note(gpt2_dir: Path, edited: Callable[..., Path]) -> None:
+    notes: list[str] = []
+    check_pretrained(gpt2_dir, log=notes.append)
+    check_pretrained(edited(drop_prefix), log=notes.append)
+    assert notes == []
 
 
-def test_vocab_json_and_merges_load_in_full(tokenizer_dir: Path, gpt2_dir: Path, tmp_path: Path) -> None:
-    """The same two files with config.json, as in OpenAI's upload, load as the whole tokenizer."""
-    Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).model.save(str(tmp_path))
-    shutil.copy(gpt2_dir / "config.json", tmp_path)
-    tokenizer, whole = load_tokenizer(tmp_path, 320), load_tokenizer(tokenizer_dir, 320)
-    assert len(tokenizer) == 320
-    assert tokenizer.get_vocab() == whole.get_vocab()
-    assert tokenizer.encode("def add_1(price):") == whole.encode("def add_1(price):")
+def test_keys_that_do_not_fit_are_shown_with_some_of_the_file(edited: Callable[..., Path]) -> None:
+    """Another naming altogether: the message shows what the file has, not only what it lacks."""
+
+    def rename(weights: Weights) -> None:
+        for key in list(weights):
+            weights[key.replace("transformer.h.", "blocks.")] = weights.pop(key)
+
+    with pytest.raises(ValueError, match=r"h\.0\.ln_1\.weight is missing.*have \d+ keys, such as 'blocks\.0\.attn"):
+        check_pretrained(edited(rename))
 
 
-def test_broken_vocabulary_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """Entries are missing, so encoding loses text."""
-    raw = json.loads((tokenizer_dir / "tokenizer.json").read_text())
-    vocab = {token: i for token, i in raw["model"]["vocab"].items() if token not in ("(", ")")}
-    directory = save_tokenizer(byte_level(vocab, []), tmp_path)
-    with pytest.raises(ValueError, match="its files do not fit"):
-        load_tokenizer(directory, 50257)
+def test_a_tied_head_kept_once_under_its_own_name(gpt2_dir: Path, tmp_path: Path) -> None:
+    """accelerate#2875: safetensors' save_model keeps one of two names of a tensor, and takes lm_head.weight."""
+    shutil.copytree(gpt2_dir, tmp_path / "saved")
+    save_model(GPT2LMHeadModel.from_pretrained(gpt2_dir), str(tmp_path / "saved" / "model.safetensors"))
+    assert "transformer.wte.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+    model = GPTModel.from_pretrained(tmp_path / "saved")
+    assert model.lm_head.weight is model.wte.weight
+    assert_same_model(model, GPTModel.from_pretrained(gpt2_dir))
 
 
-def test_full_size_tokenizer_must_encode_as_gpt2(tmp_path: Path) -> None:
-    """50,257 entries and a working round trip are not enough when the merges are not GPT-2's."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(alphabet)}
-    vocab |= {f"<filler {i}>": i for i in range(len(vocab), 50256)} | {"<|endoftext|>": 50256}
-    directory = save_tokenizer(byte_level(vocab, []), tmp_path)
-    with pytest.raises(ValueError, match="its files do not fit"):
-        load_tokenizer(directory, 50257)
+def _as_dtype(name: str, dtype: torch.dtype) -> Callable[[Weights], object]:
+    return lambda w: w.update({name: w[name].to(dtype)})
 
 
-def test_tokenizer_larger_than_the_embedding_is_refused(tokenizer_dir: Path) -> None:
-    """An id beyond the embedding crashes, on a GPU without a clear message."""
-    with pytest.raises(ValueError, match="has 320 entries, the model's embedding 319 rows"):
-        load_tokenizer(tokenizer_dir, 319)
+C_FC = "transformer.h.0.mlp.c_fc.weight"
+UNUSUAL: dict[str, tuple[Callable[[Weights], object], str]] = {
+    "int8": (_as_dtype(C_FC, torch.int8), "quantised weights .*c_fc.weight' of dtype I8.*dequantize"),
+    "uint8": (_as_dtype(C_FC, torch.uint8), "quantised weights .*dtype U8.*dequantize"),
+    "fp8": (_as_dtype(C_FC, torch.float8_e4m3fn), "quantised weights .*dtype F8_E4M3.*dequantize"),
+    "int64": (_as_dtype("transformer.ln_f.bias", torch.int64), r"ln_f\.bias has dtype I64, expected one of F64, F32"),
+    "bool": (_as_dtype("transformer.ln_f.bias", torch.bool), r"ln_f\.bias has dtype BOOL"),
+    "bitsandbytes": (
+        lambda w: w.update({f"{C_FC}.absmax": torch.ones(4)}), "quantised weights .*absmax.*dequantize",
+    ),
+    "GPTQ": (
+        lambda w: w.update({C_FC.replace("weight", "qweight"): w.pop(C_FC).int()}), "quantised weights .*qweight",
+    ),
+    "fp8 with scales": (
+        lambda w: w.update({f"{C_FC}_scale_inv": torch.ones(1)}), "quantised weights .*weight_scale_inv",
+    ),
+    "LoRA": (
+        lambda w: w.update({"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(4, 32)}),
+        "holds an adapter .*lora_A.*merge_and_unload",
+    ),
+}  # fmt: skip
 
 
-def test_tokenizer_pads_with_eos_and_never_warns_of_length(tokenizer_dir: Path) -> None:
-    """GPT-2 has no padding token; rows are cut, and counted, by prepare."""
-    tokenizer = load_tokenizer(tokenizer_dir, 320)
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|endoftext|>")
-    assert tokenizer.model_max_length > 10**6
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_weights_of_another_kind_are_named(edited: Callable[..., Path], kind: str) -> None:
+    """Quantised weights and adapters, with what to do; any other dtype that is not floating point."""
+    change, message = UNUSUAL[kind]
+    directory = edited(change)
+    for load in (check_pretrained, GPTModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(directory)
 
 
-def test_directory_without_tokenizer_is_named(tmp_path: Path) -> None:
-    """Nothing is downloaded; the message names the setting to use."""
-    with pytest.raises(ValueError, match=r"(?s)holds no readable tokenizer.*name one in tokenizer_dir"):
-        load_tokenizer(tmp_path, 320)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_named(edited: Callable[..., Path], value: float, dtype: torch.dtype) -> None:
+    """openvla#49: they are found when the file is read, not by a loss that is NaN."""
+
+    def spoil(weights: Weights) -> None:
+        weights[C_FC] = weights[C_FC].to(dtype)
+        weights[C_FC][3, 5] = value
+
+    directory = edited(spoil)
+    for load in (hash_pretrained, GPTModel.from_pretrained):
+        with pytest.raises(ValueError, match=rf"model\.safetensors holds NaN or infinite values, in {C_FC}"):
+            load(directory)
+
+
+def test_fp64_is_read(gpt2_dir: Path, edited: Callable[..., Path]) -> None:
+    directory = edited(lambda w: w.update({key: value.double() for key, value in w.items()}))
+    assert_same_model(GPTModel.from_pretrained(directory), GPTModel.from_pretrained(gpt2_dir))
+
+
+def test_fp64_beyond_fp32_is_not_finite(edited: Callable[..., Path]) -> None:
+    directory = edited(lambda w: w.update({C_FC: w[C_FC].double() * 1e300}))
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        GPTModel.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n", "a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html><title>Sign in</title>" + bytes(80), "an HTML page"),
+        (b"", "an empty file"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." + bytes(80), "a PyTorch checkpoint of the old format"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(80), "a PyTorch checkpoint with a pickle"),
+        (b"\x1f\x8b\x08" + bytes(80), "compressed by gzip"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "shard", "index"])
+def test_another_file_in_place_of_weights_or_config(
+    gpt2_dir: Path, sharded: Path, tmp_path: Path, content: bytes, what: str, name: str
+) -> None:
+    """GRPO-Zero#1: the message says what the file is and what to do, not "header too large"."""
+    directory = sharded if name in ("shard", "index") else Path(shutil.copytree(gpt2_dir, tmp_path / "other"))
+    name = {"shard": "model-00002-of-00002.safetensors", "index": "model.safetensors.index.json"}.get(name, name)
+    (directory / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is not .*: it is {what}"):
+        check_pretrained(directory)
+
+
+def _move_into(directory: Path, inner: str) -> None:
+    (directory / inner).mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).rename(directory / inner / name)
+
+
+def _adapter(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    (directory / "config.json").rename(directory / "adapter_config.json")
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "checkpoints": (lambda d: _move_into(d, "checkpoint-500"), "no model.safetensors, but checkpoint-500 in it do"),
+    "hub cache": (lambda d: _move_into(d, "snapshots/ab12"), "no model.safetensors, but snapshots/ab12 in it do"),
+    "adapter": (_adapter, "holds an adapter .adapter_config.json.*merge_and_unload"),
+    "pickle": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "but pytorch_model.bin .a Python",
+    ),
+    "GGUF": (lambda d: (d / "model.safetensors").rename(d / "gpt2.Q4.gguf"), "but gpt2.Q4.gguf"),
+    "renamed": (
+        lambda d: (d / "model.safetensors").rename(d / "gpt2.safetensors"),
+        "but gpt2.safetensors: rename it",
+    ),
+    "broken link": (
+        lambda d: ((d / "model.safetensors").unlink(), (d / "model.safetensors").symlink_to("../blobs/ab")),
+        "is a link to ../blobs/ab, which does not exist",
+    ),
+    "no config": (lambda d: (d / "config.json").unlink(), r"config.json is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_of_another_kind_is_named(gpt2_dir: Path, tmp_path: Path, kind: str) -> None:
+    """The message says what is there, and what to name or do instead."""
+    directory = Path(shutil.copytree(gpt2_dir, tmp_path / "other"))
+    change, message = FOLDERS[kind]
+    change(directory)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_pretrained(directory)
+
+
+def test_newest_checkpoints_are_named_last(gpt2_dir: Path, tmp_path: Path) -> None:
+    """By number: checkpoint-1000 is newer than checkpoint-500."""
+    for step in (500, 1000, 50, 1500):
+        shutil.copytree(gpt2_dir, tmp_path / f"checkpoint-{step}")
+    with pytest.raises(FileNotFoundError, match="but checkpoint-500, checkpoint-1000, checkpoint-1500 and 1 more of"):
+        check_pretrained(tmp_path)
+
+
+def test_a_key_in_two_shards_is_refused(sharded: Path) -> None:
+    """Which of both counts would depend on their order."""
+    path = sharded / "model-00002-of-00002.safetensors"
+    other = load_file(sharded / "model-00001-of-00002.safetensors")
+    key = next(iter(other))
+    save_file({**load_file(path), key: other[key] + 1}, path)
+    with pytest.raises(ValueError, match=f"has '{re.escape(key)}', and so has another file"):
+        check_pretrained(sharded)
+
+
+# What was hashed is what is loaded.
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    return {
+        path.name: sha256_file(path) for path in directory.glob("*") if path.name != "model.safetensors.index.json"
+    }
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_changed_is_never_loaded(gpt2_dir: Path, tmp_path: Path, name: str) -> None:
+    """One bit of a value, or a space in the config: nothing else would tell."""
+    directory = Path(shutil.copytree(gpt2_dir, tmp_path / "copy"))
+    expected = _hashes(directory)
+    read_pretrained(directory, torch.device("cpu"), torch.float32, expected)
+    content = bytearray((directory / name).read_bytes())
+    content[-1] = ord(" ") if name == "config.json" else content[-1] ^ 1
+    (directory / name).write_bytes(content)
+    with pytest.raises(ChangedFileError, match=rf"{name} has changed since this run began"):
+        read_pretrained(directory, torch.device("cpu"), torch.float32, expected)
+
+
+def test_a_replaced_file_is_named_as_changed_whatever_is_in_it(gpt2_dir: Path, tmp_path: Path) -> None:
+    """Not as one whose keys do not fit, or that is cut short."""
+    directory = Path(shutil.copytree(gpt2_dir, tmp_path / "copy"))
+    expected = _hashes(directory)
+    for content in (b"", (directory / "model.safetensors").read_bytes()[:-1]):
+        (directory / "model.safetensors").write_bytes(content)
+        with pytest.raises(ChangedFileError, match=r"model\.safetensors has changed"):
+            check_pretrained(directory, expected)
+
+
+def test_a_shard_that_was_not_hashed_is_not_loaded(sharded: Path) -> None:
+    """An index that names another file than before."""
+    expected = _hashes(sharded)
+    del expected["model-00002-of-00002.safetensors"]
+    with pytest.raises(ChangedFileError, match=r"00002-of-00002\.safetensors has changed.*it was not there then"):
+        read_pretrained(sharded, torch.device("cpu"), torch.float32, expected)
+
+
+def test_hashes_are_those_of_the_files(sharded: Path) -> None:
+    """Read once, with the checks, the hashes are those of sha256sum."""
+    config, found = hash_pretrained(sharded)
+    assert config.n_embd == 32
+    assert found == {name: sha for name, sha in _hashes(sharded).items() if name in found}
+    assert len(found) == 3

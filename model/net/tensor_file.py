@@ -1,0 +1,144 @@
+"""A safetensors file, read once from its beginning to its end and hashed on the way.
+
+The library's own reader maps the file into memory. What is hashed may then differ from what is used, if the file is
+written to in between. Format: https://huggingface.co/docs/safetensors (8 bytes with the header's length, a JSON
+header, the tensors' bytes without gaps).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from model.files import describe_content, parse_json
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bytes of one value; a dtype that is not listed, such as one of four bits, is not checked against its size.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_LONGEST_HEADER = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor's place in the file, in bytes behind the header.
+
+    Attributes:
+        dtype: the format's name, such as F32, BF16 or I8.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """An open safetensors file.
+
+    Attributes:
+        entries: key -> place of each tensor, in the order of the file.
+        sha256: of the whole file; empty until ``tensors`` has come to the end.
+    """
+
+    def __init__(self, path: Path, stream: BinaryIO):
+        self.path = path
+        self.sha256 = ""
+        self._stream = stream
+        self._digest = hashlib.sha256()
+        self.entries = self._read_header()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of a dtype in FLOATS with its key, on the CPU, in the order of the file. All bytes are read.
+
+        A tensor is valid until the next one; it must not be changed.
+
+        Raises:
+            ValueError: the file became shorter.
+        """
+        longest = max((entry.end - entry.begin for entry in self.entries.values()), default=0)
+        scratch = torch.empty(longest, dtype=torch.uint8)  # one for all: fresh memory costs more than reading
+        for key, entry in self.entries.items():
+            content = scratch[: entry.end - entry.begin]
+            self._fill(content.numpy().data)
+            self._digest.update(content.numpy().data)
+            if entry.dtype in FLOATS:
+                yield key, content.view(FLOATS[entry.dtype]).view(entry.shape)
+        self.sha256 = self._digest.hexdigest()
+
+    def _fill(self, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            count = self._stream.readinto(target[done:])  # type: ignore[attr-defined]
+            if not count:
+                raise self._fault("it became shorter while it was read")
+            done += count
+
+    def _fault(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is not a whole safetensors file: {reason}")
+
+    def _read_header(self) -> dict[str, Entry]:
+        size = os.fstat(self._stream.fileno()).st_size
+        beginning = memoryview(bytearray(min(size, 8)))
+        self._fill(beginning)
+        self._digest.update(beginning)
+        length = int.from_bytes(beginning, "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            other = describe_content(self.path)
+            if other and "safetensors" not in other:
+                raise self._fault(f"it is {other}")
+            raise self._fault(f"it ends after {size:,} bytes, within its header: copy or download it again")
+        header = bytearray(length)
+        self._fill(memoryview(header))
+        self._digest.update(header)
+        try:
+            raw = parse_json(bytes(header), self.path)
+            entries = {key: _parse(value) for key, value in raw.items() if key != "__metadata__"}
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise self._fault(f"its header is damaged ({error!r})") from error
+        entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+        place = 0
+        for key, entry in entries.items():
+            if entry.begin != place:
+                raise self._fault(f"{key} begins at byte {entry.begin:,} of the tensors instead of {place:,}")
+            place = entry.end
+        if place != size - 8 - length:
+            raise self._fault(
+                f"its tensors have {size - 8 - length:,} bytes instead of {place:,}: copy or download it again"
+            )
+        return entries
+
+
+def _parse(value: Any) -> Entry:
+    """An entry of the header.
+
+    Raises:
+        ValueError, TypeError, LookupError: it is damaged.
+    """
+    begin, end = value["data_offsets"]
+    entry = Entry(str(value["dtype"]), tuple(value["shape"]), begin, end)
+    if any(type(number) is not int or number < 0 for number in (*entry.shape, begin, end)):
+        raise ValueError(f"{value} has a number that is no size")
+    wanted = math.prod(entry.shape) * _BYTES.get(entry.dtype, 0)
+    if end < begin or (entry.dtype in _BYTES and end - begin != wanted):
+        raise ValueError(f"{value} has {end - begin} bytes, {wanted} are needed")
+    return entry
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Open a safetensors file and read its header.
+
+    Raises:
+        ValueError: it is not a whole safetensors file; the message says what it is instead.
+    """
+    with path.open("rb", buffering=0) as stream:
+        yield TensorFile(path, stream)  # type: ignore[arg-type]

@@ -1,0 +1,76 @@
+"""The reader of safetensors files: the library's values, the file's hash, and damaged headers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.files import sha256_file
+from model.net.tensor_file import open_tensors
+
+
+def test_values_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
+    """Every dtype of weights, empty tensors and scalars, bit for bit as the library reads them."""
+    torch.manual_seed(0)
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    tensors = {f"{dtype}": torch.randn(3, 5).to(dtype) for dtype in dtypes}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "mask": torch.ones(2, 2, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
+    with open_tensors(tmp_path / "x") as file:
+        got = {key: tensor.clone() for key, tensor in file.tensors()}
+    want = load_file(tmp_path / "x")
+    assert got.keys() == want.keys() - {"mask"}
+    for key in got:
+        assert torch.equal(got[key], want[key]), key
+        assert got[key].dtype == want[key].dtype
+    assert file.sha256 == sha256_file(tmp_path / "x")
+
+
+ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {**ENTRY, "data_offsets": [8, 16]}},
+        {"a": ENTRY, "b": ENTRY},
+        {"a": {**ENTRY, "shape": [3]}},
+        {"a": {**ENTRY, "shape": [-2]}},
+        {"a": {**ENTRY, "shape": [True, 2]}},
+        {"a": {**ENTRY, "data_offsets": [8, 0]}},
+        {"a": {**ENTRY, "data_offsets": [0, 2**70]}},
+        {"a": {"dtype": "F32"}},
+        {"a": 3},
+        [],
+        {},
+    ],
+)
+def test_damaged_headers_are_refused(tmp_path: Path, header: Any) -> None:
+    """Gaps, overlaps, wrong sizes and other values than the format has."""
+    raw = json.dumps(header).encode()
+    (tmp_path / "x").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(8))
+    with pytest.raises(ValueError, match="x is not a whole safetensors file"), open_tensors(tmp_path / "x"):
+        pass
+
+
+def test_more_bytes_than_tensors_are_refused(tmp_path: Path) -> None:
+    """A file with something appended was changed by someone."""
+    save_file({"a": torch.zeros(2)}, tmp_path / "x")
+    with (tmp_path / "x").open("ab") as stream:
+        stream.write(b"more")
+    with pytest.raises(ValueError, match="its tensors have 12 bytes instead of 8"), open_tensors(tmp_path / "x"):
+        pass
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
+    """Its size was right when it was opened."""
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "x")
+    with open_tensors(tmp_path / "x") as file:
+        (tmp_path / "x").write_bytes(b"")
+        with pytest.raises(ValueError, match="it became shorter while it was read"):
+            list(file.tensors())
