@@ -14,21 +14,13 @@ from model.data.tokens import verify_tokens
 from model.files import sha256_file, sha256_json
 from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE
-from model.net.tokenizer import load_tokenizer
+from model.net.tokenizer import VOCABULARY_FILES, load_tokenizer
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_data, log_metrics, log_table, set_tags
 from ops.tracking.steps import pipeline_step
 from tasks.references import Sources, TokensRef
 
 _CODE_VERSION = 3  # raise it when equal inputs would give other token files
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @task(name="prepare", cache_policy=NO_CACHE)
@@ -76,7 +68,7 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
 def _tokens_key(sources: Sources, config: PrepareConfig) -> str:
     """A sha256 over all that determines token files: code, settings, rows and tokenizer."""
     chosen = sha256_file(Path(config.subset_keys)) if config.subset_keys else None  # by content, whatever the path
-    tokenizer_files = [Path(sources.weights.tokenizer_directory) / name for name in _TOKENIZER_FILES]
+    tokenizer_files = [Path(sources.weights.tokenizer_directory) / name for name in VOCABULARY_FILES]
     return sha256_json(
         {
             "code": _CODE_VERSION,

@@ -16,15 +16,19 @@ from model.net.prompt import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The files from which a tokenizer is made; transformers sees no others of its directory. config.json names the class
-# where there are vocab.json and merges.txt only.
-TOKENIZER_FILES = (
+# Files that decide how text is encoded.
+VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+)
+# The files from which a tokenizer is made; transformers sees no others of its directory. config.json names the class
+# where there are vocab.json and merges.txt only.
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
     "chat_template.jinja",
     "chat_template.json",
     "config.json",

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from bench.end_to_end import Line, parse, read_pipeline, read_trl, run_timed, table, write_rows
+from bench.end_to_end import parse, run_timed, table, write_rows
+from bench.timings import Line, read_pipeline, read_trl
 from flows.summary import time_table
 from model.data.rows import prompt_key
 
