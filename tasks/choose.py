@@ -45,8 +45,8 @@ def choose(
     log = get_run_logger()
     settings = Settings.load()
     weights = sources.weights
-    shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE)
-    tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
+    shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE, weights.files[CONFIG_FILE])
+    tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size, weights.tokenizer_files)
     present, held_out = training_keys(sources.dataset.paths, tokenizer, config)
     sources.dataset.check()
     ledger = read_ledger(settings.tracking_uri, model_name(size), dataset, settings.ledger)

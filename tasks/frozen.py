@@ -22,6 +22,7 @@ def load_frozen(
     """Load the base with its tokenizer, frozen as planned, on a device; the frozen part is cast to ``dtype``.
 
     Raises:
+        ChangedFileError: a file of the base or the tokenizer is not what it was when the run began.
         RuntimeError: other parameters would train than planned: the code changed between the tasks.
     """
     network, tokenizer = load_gpt_model(
@@ -32,6 +33,8 @@ def load_frozen(
         train_head=plan.train_head,
         tokenizer_dir=model.tokenizer_directory,
         device=device,
+        files=model.files,
+        tokenizer_files=model.tokenizer_files,
     )
     names = tuple(name for name, p in network.named_parameters() if p.requires_grad)
     if names != plan.names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from model.files import sha256_json
 from model.net.config import normalize_size
+from model.net.layout import CONFIG_FILE, weight_files
 from model.net.loading import check_pretrained, check_size
 from ops.tracking.steps import pipeline_step
 from tasks.references import ModelRef, WeightsRef
@@ -23,20 +25,25 @@ def load_weights(weights: WeightsRef, model_size: str) -> ModelRef:
     Raises:
         FileNotFoundError, ValueError: as check_weights.
     """
-    model = check_weights(weights, model_size)
-    get_run_logger().info("%s: every key and shape fits a %s GPT-2", model.directory, model_size)
+    log = get_run_logger()
+    model = check_weights(weights, model_size, log.info)
+    log.info("%s: every key and shape fits a %s GPT-2", model.directory, model_size)
     return model
 
 
-def check_weights(weights: WeightsRef, model_size: str) -> ModelRef:
+def check_weights(weights: WeightsRef, model_size: str, log: Callable[[str], None] | None = None) -> ModelRef:
     """A reference to a base whose every key and shape fits its config and the size.
+
+    Args:
+        log: told what was done to the keys to make them fit.
 
     Raises:
         FileNotFoundError: config.json or model.safetensors is missing.
+        ChangedFileError: a file has changed since it was hashed.
         ValueError: a key, a shape or the size does not fit; the message names it.
     """
     directory = Path(weights.directory)
-    config = check_pretrained(directory)
+    config = check_pretrained(directory, weights.files, log)
     check_size(config, model_size, directory)
     return ModelRef(
         model_size=normalize_size(model_size),
@@ -45,4 +52,6 @@ def check_weights(weights: WeightsRef, model_size: str) -> ModelRef:
         source=weights.source,
         sha256=sha256_json(weights.files),
         config=asdict(config),
+        files={path.name: weights.files[path.name] for path in [directory / CONFIG_FILE, *weight_files(directory)]},
+        tokenizer_files=weights.tokenizer_files,
     )

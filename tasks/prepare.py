@@ -47,7 +47,7 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
     """
     log = get_run_logger()
     weights = sources.weights
-    shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE)
+    shape = GPTConfig.from_json(Path(weights.directory) / CONFIG_FILE, weights.files[CONFIG_FILE])
     if config.max_length > shape.n_positions:
         raise ValueError(f"max_length {config.max_length} is beyond the model's context of {shape.n_positions}")
     key = _tokens_key(sources, config)
@@ -56,7 +56,7 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
     if meta:
         log.info("tokens of an earlier run are used: %s", directory)
     else:
-        tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size)
+        tokenizer = load_tokenizer(weights.tokenizer_directory, shape.vocab_size, weights.tokenizer_files)
         meta = write_tokens(sources.dataset.paths, tokenizer, config, directory, sources.dataset.check)
     for source in meta["sources"]:
         log.info("%s: %d rows, %s", source["file"], source["rows"], source["split"])
@@ -68,13 +68,13 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
 def _tokens_key(sources: Sources, config: PrepareConfig) -> str:
     """A sha256 over all that determines token files: code, settings, rows and tokenizer."""
     chosen = sha256_file(Path(config.subset_keys)) if config.subset_keys else None  # by content, whatever the path
-    tokenizer_files = [Path(sources.weights.tokenizer_directory) / name for name in VOCABULARY_FILES]
+    tokenizer = {name: sources.weights.tokenizer_files.get(name) for name in VOCABULARY_FILES}
     return sha256_json(
         {
             "code": _CODE_VERSION,
             "config": {**asdict(config), "subset_keys": chosen},
             "rows": {split: [file.sha256 for file in files] for split, files in sources.dataset.splits.items()},
-            "tokenizer": {path.name: sha256_file(path) for path in tokenizer_files if path.exists()},
+            "tokenizer": {name: sha256 for name, sha256 in tokenizer.items() if sha256},
         }
     )
 

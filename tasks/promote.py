@@ -19,10 +19,10 @@ from ops.tracking.promotion import Verdict, announce, judge, settle
 from ops.tracking.registry import champion, find_version, version_uri
 from ops.tracking.runs import RunRef, client, must_be_logged
 from ops.tracking.steps import pipeline_step
-from tasks.download import registered_weights
 from tasks.frozen import load_frozen
 from tasks.load_weights import check_weights
 from tasks.references import CheckpointRef, EvaluationRef, RivalRef, TrainingRef
+from tasks.weights import registered_weights
 
 
 @task(name="score_champion", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)

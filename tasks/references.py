@@ -63,8 +63,9 @@ class WeightsRef:
     Attributes:
         source: hub id, path or "embedded".
         revision: the hub commit; None for a local directory.
-        files: file name -> sha256 of config and weights.
+        files: file name -> sha256 of config and weights, and of what else the hub has beside them.
         tokenizer_directory: holds the tokenizer; often the same.
+        tokenizer_files: file name -> sha256 of the files that the tokenizer is made from.
     """
 
     source: str
@@ -72,6 +73,7 @@ class WeightsRef:
     directory: str
     files: dict[str, str]
     tokenizer_directory: str
+    tokenizer_files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class ModelRef:
         model_size: the preset it has the shape of.
         sha256: over its config and weight files.
         config: the shape, as GPTConfig's fields.
+        files, tokenizer_files: file name -> sha256; each loading compares them.
     """
 
     model_size: str
@@ -136,6 +139,8 @@ class ModelRef:
     source: str
     sha256: str
     config: dict[str, Any]
+    files: dict[str, str]
+    tokenizer_files: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from model.engine.checkpoint import load_trained
 from model.engine.config import TrainConfig
 from model.engine.trainer import StepReport
 from model.engine.training import train
-from model.files import write_json
+from model.files import sha256_file, write_json
 from model.net.config import GPTConfig
 from model.net.device import resolve_device
 from model.net.gpt import GPTModel
@@ -160,6 +160,9 @@ def pretrain(directory: Path, epochs: int, batch_size: int, learning_rate: float
     }
     (directory / "README.md").write_text(model_card(facts))
     print(json.dumps(facts), flush=True)
+    # They belong into EMBEDDED_SHA256 of model/demo if this is to be the embedded base.
+    hashes = {path.name: sha256_file(path) for path in sorted(directory.glob("*.*")) if path.name != "README.md"}
+    print(json.dumps(hashes), flush=True)
 
 
 def model_card(facts: dict[str, Any]) -> str:

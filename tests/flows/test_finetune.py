@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from model.demo import EMBEDDED_BASE
 from model.evaluation.scores import SCOREBOARD
+from model.net.gpt import GPTModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
@@ -274,6 +277,35 @@ def test_a_run_that_failed_behind_training_does_not_train_again(
     name = "train/tokens_per_second"
     assert [point.value for point in speeds] == [m[name] for m in trained if name in m]
     assert not directory.exists()
+
+
+def test_weights_that_change_in_mid_run_end_it(
+    prefect_server: None, data_root: Path, tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is scored or registered that was not trained from: the run is FAILED, and the error names the file.
+
+    The change is injected behind ``train``; everything else is real.
+    """
+    import flows.finetune as module
+    from ops.settings import Settings
+    from ops.tracking.runs import client
+
+    base = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "base"))
+    train = module.train
+
+    def and_then_another_file(*arguments: Any) -> Any:
+        checkpoint = train(*arguments)
+        model = GPTModel.from_pretrained(base)
+        model.save_pretrained(base, 0)  # in fp32: the same values in another file
+        return checkpoint
+
+    monkeypatch.setattr(module, "train", and_then_another_file)
+    with pytest.raises(ValueError, match=r"base/model\.safetensors has changed since this run began"):
+        module.finetune(**{**tiny, "max_steps": 1, "weights_dir": str(base)})
+    mlflow = client(Settings.load().tracking_uri)
+    (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("finetune").experiment_id])
+    assert run.info.status == "FAILED"
+    assert mlflow.search_registered_models() == []
 
 
 def test_every_gpu_task_holds_the_tag() -> None:

@@ -24,8 +24,8 @@ WEIGHTS, ROWS = (
 
 def _card(directory: Path, source: str, dataset: str) -> str:
     network = GPTModel.from_pretrained(EMBEDDED_BASE)
-    weights = WeightsRef(source, None, str(directory), {}, str(directory))
-    model = ModelRef("tiny", str(directory), str(directory), source, "0" * 64, asdict(network.config))
+    weights = WeightsRef(source, None, str(directory), {}, str(directory), {})
+    model = ModelRef("tiny", str(directory), str(directory), source, "0" * 64, asdict(network.config), {}, {})
     plan = plan_freeze(network.config, FreezeConfig(num_unfrozen_layers=2))
     training = TrainingRef(TokensRef("", "", "", {}), model, plan, TrainConfig(), {}, "", "")
     metrics = {"base/test_loss": 2.5, "test/loss": 1.25}

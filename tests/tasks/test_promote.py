@@ -15,12 +15,14 @@ from prefect.logging import disable_run_logger
 from model.data.preparing import PrepareConfig
 from model.demo import EMBEDDED_BASE, grammar
 from model.engine.config import TrainConfig
+from model.files import ChangedFileError
 from model.net.config import GPTConfig
 from model.net.freezing import FreezeConfig, plan_freeze
 from model.net.gpt import GPTModel
 from ops.settings import Settings
 from ops.tracking.runs import client, log_model, tracked_run
 from tasks.download import SourceConfig, download
+from tasks.frozen import load_frozen
 from tasks.load_weights import check_weights
 from tasks.prepare import find_or_write_tokens
 from tasks.promote import promote, score_champion
@@ -133,6 +135,19 @@ def test_the_champion_is_started_from(data: Path, champion: Callable[..., str]) 
         assert weights.revision is None
     base = GPTModel.from_pretrained(EMBEDDED_BASE)
     assert torch.equal(GPTModel.from_pretrained(weights.directory).ln_f.weight, base.ln_f.weight * 1.1)
+
+
+def test_a_version_that_changes_after_it_was_fetched(data: Path, champion: Callable[..., str]) -> None:
+    """Its copy on this machine is verified when it is fetched, and again when it is loaded."""
+    champion(_better)
+    weights = _download(data).weights
+    model = check_weights(weights, "tiny")
+    plan = plan_freeze(GPTConfig(**model.config), FreezeConfig(num_unfrozen_layers=2))
+    load_frozen(model, plan, torch.device("cpu"), torch.float32)
+    for change, name in ((_other_tokenizer, "tokenizer.json"), (_better, "model.safetensors")):
+        change(Path(weights.directory))
+        with pytest.raises(ChangedFileError, match=rf"{name} has changed since this run began"):
+            load_frozen(model, plan, torch.device("cpu"), torch.float32)
 
 
 def test_a_run_from_the_champion_has_its_losses_already(data: Path, champion: Callable[..., str]) -> None:
