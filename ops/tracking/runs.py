@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from ops.settings import PROJECT_ROOT, Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "finetune"
@@ -116,10 +117,26 @@ def client(tracking_uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
+def find_experiment(mlflow: MlflowClient) -> Experiment | None:
+    """The experiment of all runs; None if there is none yet.
+
+    Raises:
+        RuntimeError: it was deleted in MLflow, and its runs with it.
+    """
+    found = mlflow.get_experiment_by_name(EXPERIMENT)
+    if found is not None and found.lifecycle_stage != "active":
+        uri = without_credentials(mlflow.tracking_uri)
+        raise RuntimeError(
+            f"the experiment {EXPERIMENT} of MLflow at {uri} was deleted, and new runs cannot be added: restore it "
+            f"with `MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore -x {found.experiment_id}`"
+        )
+    return found
+
+
 def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = mlflow.get_experiment_by_name(EXPERIMENT)
+    found = find_experiment(mlflow)
     if found is None:
         # A server keeps artifacts where it is told to; on sqlite the default would be ./mlruns of the cwd.
         local = not settings.tracking_uri.startswith("http")
@@ -130,16 +147,20 @@ def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
                 {"mlflow.experimentKind": "custom_model_development"},
             )
         except MlflowException:  # another run was faster
-            found = mlflow.get_experiment_by_name(EXPERIMENT)
+            found = find_experiment(mlflow)
             if found is None:
                 raise
     return str(found.experiment_id)
 
 
 def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = None) -> Iterator[Run]:
-    """All runs of the experiment that meet a condition; none where there is no experiment yet."""
+    """All runs of the experiment that meet a condition; none where there is no experiment yet.
+
+    Raises:
+        RuntimeError: as ``find_experiment``.
+    """
     mlflow = client(tracking_uri)
-    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    experiment = find_experiment(mlflow)
     token = None
     while experiment is not None:
         page = mlflow.search_runs(
