@@ -12,11 +12,13 @@ from prefect.runtime import deployment
 from prefect.states import Failed
 
 from flows.commands import repeat_command
+from flows.full_disk import naming_the_disk
 from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import Job, defaults, with_parameters
 from flows.plan import announce
 from flows.run import open_run
 from flows.waiting import hold_device
+from ops.settings import Settings
 from ops.text import storable_errors
 from ops.tracking.promotion import Verdict
 from ops.tracking.runs import NotLoggedError, RunRef, must_be_logged
@@ -65,7 +67,7 @@ def finetune(**parameters: Any) -> FinetuneResult | None:
     """Fine-tune the top blocks of a GPT-2 on code instructions."""
     job = Job.from_parameters(parameters)
     try:
-        with storable_errors():
+        with storable_errors(), naming_the_disk(Settings.load().data_root):
             return _finetune(job)
     except NotLoggedError as error:
         command = repeat_command(deployment.name, job.flat(), defaults())
