@@ -6,6 +6,7 @@ The parameters are those of a deployment in prefect.yaml, ``tiny`` unless named,
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -72,15 +73,20 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _settings() -> Settings:
-    """The settings of this process.
+def _start() -> None:
+    """Read the settings, and start what the flow needs in this process.
 
     Raises:
-        UsageError: one of them is wrong.
+        UsageError: a setting is wrong, or a file of the data root cannot be written.
     """
     try:
-        return Settings.load()
-    except (RuntimeError, OSError) as error:
+        embed(Settings.load())
+        start(Settings.load())  # again: embed has changed the environment
+    except OSError as error:
+        raise UsageError(
+            f"the run cannot start in {os.environ.get('FINETUNE_DATA_ROOT') or '.data'}: {error}"
+        ) from error
+    except RuntimeError as error:
         raise UsageError(str(error)) from error
 
 
@@ -92,8 +98,7 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         parameters = parse(arguments)
-        embed(_settings())
-        start(Settings.load())  # again: embed has changed the environment
+        _start()
         if wrong := complaint(parameters):
             raise UsageError(wrong)
     except UsageError as error:
@@ -135,10 +140,29 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
     print(f"run: {result.run.run_id}")
 
 
+def open_streams() -> None:
+    """Open /dev/null for a standard stream that is closed: the next file would get its number.
+
+    The temporary server inherits the streams, and ends at once if one of them is another file.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+
+
 if __name__ == "__main__":
+    open_streams()
     end_in_order()
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # the reader of the output has gone; Python would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where the training stopped", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

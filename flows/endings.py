@@ -10,8 +10,10 @@ from prefect.runtime import deployment
 from prefect.states import Failed
 
 from flows.commands import repeat_command
+from flows.full_disk import naming_the_disk
 from flows.job import Job, defaults
 from ops.redaction import redacted_errors
+from ops.settings import Settings
 from ops.text import storable_errors
 from ops.tracking.runs import NotLoggedError
 
@@ -22,13 +24,14 @@ def with_ending(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give the flow's function its endings.
 
     Where MLflow could not take a finished training, the flow run is Failed under the name TrainedNotLogged, and its
-    message has the command that logs it. Messages that Prefect cannot store are escaped.
+    message has the command that logs it. Messages hold no secrets and no characters that Prefect cannot store. The
+    error of a full disk names path and bytes.
     """
 
     @functools.wraps(function)
     def wrapper(**parameters: Any) -> Any:
         try:
-            with storable_errors(), redacted_errors():
+            with storable_errors(), redacted_errors(), naming_the_disk(Settings.load().data_root):
                 return function(**parameters)
         except NotLoggedError as error:
             command = repeat_command(deployment.name, Job.from_parameters(parameters).flat(), defaults())

@@ -9,11 +9,14 @@ from __future__ import annotations
 from concurrent.futures import wait
 from typing import Any
 
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import deployment
+from prefect.states import Failed
 
+from flows.job import all_parameters
 from ops.notify import notify
 from ops.recovery.reaper import REASON_TAG, close_run, is_retried, runs_of
 from ops.settings import Settings
@@ -30,8 +33,23 @@ def after_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
 
 
 def after_crash(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A signal, or a process that died: KILLED, and a notice."""
+    """A signal, or a process that died: KILLED, and a notice. A wrong parameter is said to be one."""
+    state = _explain_parameters(flow_run) or state
     _end(flow, flow_run, state, "KILLED", "crashed")
+
+
+def _explain_parameters(flow_run: FlowRun) -> State[Any] | None:
+    """Set the state of a run with an unknown parameter to Failed, by name: Prefect says "exit code 1" only.
+
+    Its server lets unknown parameters pass, and its engine fails with them before the flow begins.
+    """
+    unknown = sorted(flow_run.parameters.keys() - {parameter.name for parameter in all_parameters()})
+    if not unknown:
+        return None
+    state: State[Any] = Failed(message=f"no parameter is called {', '.join(unknown)}: README.md lists them")
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run.id, state, force=True)
+    return state
 
 
 def after_cancellation(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+from flows.databases import check_database, open_mlflow
 from ops.machine.lock import exclusive
 from ops.machine.process import end_processes, identify_process, left_behind
 from ops.settings import Settings
@@ -48,6 +49,9 @@ def start(settings: Settings) -> None:
     """Start Prefect's temporary server, and import what the flow needs while the server starts.
 
     A lock admits one process at a time: Prefect and MLflow both fail if two processes create one sqlite database.
+
+    Raises:
+        UsageError: a database cannot be used.
     """
     # Imports create objects that live to the end: collecting them takes a quarter of the import time.
     gc.disable()
@@ -57,15 +61,16 @@ def start(settings: Settings) -> None:
     with exclusive(settings.locks, "databases", "make run", print):
         for orphan in end_processes(lambda: left_behind(RUN), 5):
             print(f"ended what a killed run had left: {orphan}")
+        check_database(settings.data_root / "prefect" / "prefect.db", "Prefect")
+        check_database(settings.data_root / "mlflow" / "mlflow.db", "MLflow")
         os.environ[RUN] = identify_process().to_json()
         server = in_daemon_thread(lambda: get_client(sync_client=True), "temporary-server")
         import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
         from transformers import AutoTokenizer  # noqa: F401
 
         import flows.finetune  # noqa: F401
-        from ops.tracking.runs import client
 
-        client(settings.tracking_uri).search_experiments(max_results=1)  # creates a fresh database
+        open_mlflow(settings.tracking_uri)
         server.result()
     gc.freeze()
     gc.enable()

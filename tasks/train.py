@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-from uuid import UUID
+from typing import TYPE_CHECKING, Any
 
 import torch
 from prefect import get_run_logger, task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from model.engine.config import TrainConfig
 from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainResult
@@ -23,20 +19,19 @@ from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_json, write_json
 from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
-from ops.courier import Courier
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics, must_be_logged
 from ops.tracking.shipping import JournalShipper
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
+from tasks.progress import Progress
 from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
 _CODE_VERSION = 3  # raise it when equal inputs would train another model
-_LOG_SECONDS = 10.0
 
 
 def _is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
@@ -103,7 +98,7 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
         training.model, training.plan, place, resolve_precision(training.config.precision, place)
     )
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
-    progress = _Progress(log)
+    progress = Progress(log)
     shipping = shipper.in_background()
 
     def on_step(report: StepReport) -> None:
@@ -153,38 +148,3 @@ def _log_result(run: RunRef, result: TrainResult) -> None:
         "train/trunk_hit_share": result.trunk_hit_share,
     }
     log_metrics(run, {name: value for name, value in measured.items() if math.isfinite(value)}, step=0)
-
-
-class _Progress:
-    """Log lines and Prefect's progress bar, one at most every ten seconds; the training never waits for Prefect."""
-
-    def __init__(self, log: Any):
-        self.log = log
-        self.last_line = -math.inf
-        self.artifact: UUID | None = None
-        trouble = "Prefect's progress bar was not updated"
-        self.courier = Courier(self._draw, "progress-artifact", trouble, log)
-
-    def show(self, report: StepReport) -> None:
-        now = time.monotonic()
-        if report.eval_loss is None and now - self.last_line < _LOG_SECONDS:
-            return
-        self.last_line = now
-        parts = [f"step {report.step}/{report.total_steps}"]
-        if report.step:
-            parts += [f"loss {report.loss:.4f}", f"{report.tokens_per_second:,.0f} tokens/s"]
-            parts += [f"{report.eta_seconds:.0f} s to go"]
-        if report.eval_loss is not None:
-            parts.append(f"validation loss {report.eval_loss:.4f}")
-        line = ", ".join(parts)
-        self.log.info(line)
-        self.courier.offer((100 * report.step / max(1, report.total_steps), line))
-
-    def _draw(self, value: tuple[float, str]) -> None:
-        """Write percentage and line into the artifact. One try: Prefect's client would repeat it for a minute."""
-        percent, line = value
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            if self.artifact is None:
-                self.artifact = cast(UUID, create_progress_artifact(percent, key="train-progress", description=line))
-            else:
-                update_progress_artifact(self.artifact, percent, description=line)

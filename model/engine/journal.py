@@ -10,6 +10,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from model.files import naming_a_full_disk
 from model.records import parse_record
 
 
@@ -31,10 +32,14 @@ class MetricsJournal:
         self.truncate(len(_lines(path)))  # a killed process may have left half a line
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a line; it is not lost if the process is killed afterwards."""
-        record = {"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)}
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        """Add a line; it is not lost if the process is killed afterwards.
+
+        Raises:
+            DiskFullError: the disk is full.
+        """
+        line = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)}) + "\n"
+        with naming_a_full_disk(self.path, len(line)), self.path.open("a") as stream:
+            stream.write(line)
         self.lines += 1
 
     def truncate(self, lines: int) -> None:

@@ -16,7 +16,7 @@ from model.records import parse_record, read_record
 from ops.machine.lock import exclusive
 from ops.redaction import redact, without_credentials
 from ops.settings import Settings
-from ops.tracking.runs import FILES_TAG, MODEL_PREFIX, client
+from ops.tracking.runs import FILES_TAG, MODEL_PREFIX, PROMOTION_TAG, client, search_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -98,7 +98,7 @@ def starting_uri(tracking_uri: str, start_from: str, size: str) -> str | None:
         start_from: "base", "champion" or the URI of a registered version.
 
     Raises:
-        ValueError, LookupError: the URI has another form, or there is no such version.
+        ValueError, LookupError: the URI has another form, there is no such version, or the champion is lost.
     """
     if start_from == "base":
         return None
@@ -106,7 +106,27 @@ def starting_uri(tracking_uri: str, start_from: str, size: str) -> str | None:
     if start_from != CHAMPION:
         return version_uri(find_version(mlflow, start_from))
     version = version_of_alias(mlflow, model_name(size), CHAMPION)
-    return version_uri(version) if version else None
+    if version is None:
+        _refuse_a_lost_champion(tracking_uri, size)
+        return None
+    return version_uri(version)
+
+
+def _refuse_a_lost_champion(tracking_uri: str, size: str) -> None:
+    """Refuse to start from the base where a run has made a champion: the nights' work would be lost in silence.
+
+    Raises:
+        LookupError: a run of this size made its version champion.
+    """
+    condition = f"tags.{PROMOTION_TAG} = '{CHAMPION}' and params.model_size = '{size}'"
+    run = next(search_runs(tracking_uri, condition, ["attributes.start_time DESC"]), None)
+    if run is not None:
+        raise LookupError(
+            f"the MLflow run {run.info.run_id} ({run.info.run_name}) made its version of {model_name(size)} "
+            f"champion, and the registry at {without_credentials(tracking_uri)} has no champion any more: give the "
+            f"alias {CHAMPION} to a version on the model's page in MLflow, register the model of that run again, or "
+            "set start_from=base to start without the earlier nights"
+        )
 
 
 def fetch_version(

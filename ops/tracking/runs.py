@@ -6,23 +6,23 @@ import getpass
 import json
 import logging
 import os
-import subprocess
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.files import sha256_file
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
-from ops.settings import PROJECT_ROOT, Settings
+from ops.settings import Settings
+from ops.tracking.provenance import git_sha, installed_packages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "finetune"
@@ -114,10 +114,26 @@ def client(tracking_uri: str) -> MlflowClient:
         return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
+def find_experiment(mlflow: MlflowClient) -> Experiment | None:
+    """The experiment of all runs; None if there is none yet.
+
+    Raises:
+        RuntimeError: it was deleted in MLflow, and its runs with it.
+    """
+    found = mlflow.get_experiment_by_name(EXPERIMENT)
+    if found is not None and found.lifecycle_stage != "active":
+        uri = without_credentials(mlflow.tracking_uri)
+        raise RuntimeError(
+            f"the experiment {EXPERIMENT} of MLflow at {uri} was deleted, and new runs cannot be added: restore it "
+            f"with `MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore -x {found.experiment_id}`"
+        )
+    return found
+
+
 def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = mlflow.get_experiment_by_name(EXPERIMENT)
+    found = find_experiment(mlflow)
     if found is None:
         # A server keeps artifacts where it is told to; on sqlite the default would be ./mlruns of the cwd.
         local = not settings.tracking_uri.startswith("http")
@@ -128,16 +144,20 @@ def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
                 {"mlflow.experimentKind": "custom_model_development"},
             )
         except MlflowException:  # another run was faster
-            found = mlflow.get_experiment_by_name(EXPERIMENT)
+            found = find_experiment(mlflow)
             if found is None:
                 raise
     return str(found.experiment_id)
 
 
 def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = None) -> Iterator[Run]:
-    """All runs of the experiment that meet a condition; none where there is no experiment yet."""
+    """All runs of the experiment that meet a condition; none where there is no experiment yet.
+
+    Raises:
+        RuntimeError: as ``find_experiment``.
+    """
     mlflow = client(tracking_uri)
-    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    experiment = find_experiment(mlflow)
     token = None
     while experiment is not None:
         page = mlflow.search_runs(
@@ -314,22 +334,3 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def git_sha() -> str | None:
-    """The commit of the checkout this code runs from; None outside one."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def installed_packages() -> str:
-    """Every installed package with its version, one ``name==version`` a line."""
-    # Each access to a distribution's metadata parses its file again.
-    found = [dist.metadata for dist in distributions()]
-    pins = {f"{metadata['Name']}=={metadata['Version']}" for metadata in found if metadata["Name"]}
-    return "\n".join(sorted(pins, key=str.lower)) + "\n"

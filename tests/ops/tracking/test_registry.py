@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ops.settings import Settings
-from ops.tracking.registry import champion, fetch_version, find_version, version_of_alias, version_uri
+from ops.tracking.registry import champion, fetch_version, find_version, starting_uri, version_of_alias, version_uri
 from ops.tracking.runs import FILES_TAG, client, log_model, tracked_run
 
 NAME = "gpt2-code-tiny"
@@ -189,3 +189,30 @@ def test_a_damaged_record_of_first_use_is_named(store: Settings, machine: Settin
     client(store.tracking_uri).set_model_version_tag(NAME, number, FILES_TAG, content)
     with pytest.raises(RuntimeError, match=r"the tag files of models:/.* is damaged: "):
         _fetch(machine, number)
+
+
+def test_a_lost_champion_is_not_replaced_by_the_base(tmp_path: Path) -> None:
+    """A run made a champion and the registry has none: the night stops, with the ways out; another size goes on."""
+    settings = Settings(tmp_path, f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    uri, mlflow = settings.tracking_uri, client(settings.tracking_uri)
+    assert starting_uri(uri, "champion", "tiny") is None
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    with tracked_run(settings, "a night", {"model_size": "tiny"}, {}) as run:
+        log_model(run, directory, NAME, {}, {"test/loss": 1.0}, 3)
+    assert starting_uri(uri, "champion", "tiny") is None
+    mlflow.set_registered_model_alias(NAME, "champion", "1")
+    mlflow.set_tag(run.run_id, "promotion", "champion")
+    assert starting_uri(uri, "champion", "tiny") == f"models:/{NAME}/1"
+    mlflow.delete_model_version(NAME, "1")
+    lost = rf"{run.run_id} .*no champion any more.*start_from=base"
+    with pytest.raises(LookupError, match=lost):
+        starting_uri(uri, "champion", "tiny")
+    mlflow.delete_registered_model(NAME)
+    with pytest.raises(LookupError, match=lost):
+        starting_uri(uri, "champion", "tiny")
+    assert starting_uri(uri, "base", "tiny") is None
+    assert starting_uri(uri, "champion", "124m") is None
+    mlflow.delete_run(run.run_id)
+    assert starting_uri(uri, "champion", "tiny") is None

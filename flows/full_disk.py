@@ -1,0 +1,50 @@
+"""A full disk, as locks, databases and libraries report it: without a path."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model.files import DiskFullError
+
+_SIGNS = ("No space left on device", "database or disk is full", "Disk quota exceeded")
+_NEARLY_FULL = 1_000_000  # bytes
+
+
+@contextmanager
+def naming_the_disk(data_root: Path) -> Iterator[None]:
+    """Around a flow run: the error of a full disk names the data root and its free bytes.
+
+    Raises:
+        OSError: the disk is full. An error that has a path already passes.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not is_full_disk(error, data_root):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        free = shutil.disk_usage(data_root).free
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {data_root} is full, {free:,} bytes are free: free some, and the next run goes on from "
+            f"what is complete ({reason})",
+        ) from error
+
+
+def is_full_disk(error: BaseException | None, data_root: Path) -> bool:
+    """Whether an error, or one that caused it, is that of a full disk."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(error) for sign in _SIGNS):
+            return True
+        if "disk I/O error" in str(error) and shutil.disk_usage(data_root).free < _NEARLY_FULL:  # sqlite in WAL mode
+            return True
+        error = error.__cause__ or error.__context__
+    return False

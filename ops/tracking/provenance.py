@@ -1,0 +1,27 @@
+"""Which code made a run: the commit of the checkout and the installed packages."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.metadata import distributions
+
+from ops.settings import PROJECT_ROOT
+
+
+def git_sha() -> str | None:
+    """The commit of the checkout this code runs from; None outside one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def installed_packages() -> str:
+    """Every installed package with its version, one ``name==version`` a line."""
+    # Each access to a distribution's metadata parses its file again.
+    found = [dist.metadata for dist in distributions()]
+    pins = {f"{metadata['Name']}=={metadata['Version']}" for metadata in found if metadata["Name"]}
+    return "\n".join(sorted(pins, key=str.lower)) + "\n"

@@ -1,0 +1,127 @@
+"""A disk that becomes full, a real one of 24 MB: FAULTS 6 and 44."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_disk import fill, small_disk
+
+from model import GPTModel, freeze_bottom_layers
+from model.engine.checkpoint import load_state
+from model.engine.journal import MetricsJournal, read_journal
+from model.engine.trainer import StepReport
+from model.engine.training import TrainConfig, train
+from model.files import DiskFullError, atomic_directory, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = TrainConfig(
+    epochs=3, max_steps=15, batch_size=8, learning_rate=1e-2, eval_freq=4, warmup_ratio=0.2, precision="fp32"
+)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as mounted:
+        yield mounted
+
+
+def _write_journal(path: Path) -> None:
+    journal = MetricsJournal(path)
+    for step in range(100_000):
+        journal.append(step, {"x": 1.0})
+
+
+def _write_directory(path: Path) -> None:
+    with atomic_directory(path) as scratch:
+        (scratch / "rows").write_bytes(b"x" * 10**8)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda path: write_json(path, list(range(10_000))), _write_journal, _write_directory],
+    ids=["JSON", "journal", "directory"],
+)
+def test_path_and_bytes_are_named(disk: Path, write: Callable[[Path], Any]) -> None:
+    """Whatever is written; nothing half is left but the journal's last line."""
+    path = disk / "what is written"
+    ballast = fill(disk, leave=8192)
+    with pytest.raises(DiskFullError, match=rf"cannot write {path}.* \([\d,]+ are free there\): No space left"):
+        write(path)
+    ballast.unlink()
+    assert {each.name for each in disk.iterdir()} <= {path.name}
+    if path.exists():
+        lines = MetricsJournal(path).lines
+        assert [line["step"] for line in read_journal(path)] == list(range(lines))
+
+
+@pytest.mark.parametrize("step", [1, 4, 9])
+def test_a_training_goes_on_when_there_is_room(disk: Path, gpt2_dir: Path, token_dir: Path, step: int) -> None:
+    """The disk is full after a step: the checkpoint before is whole, and the end is that of a calm training."""
+
+    def fresh() -> GPTModel:
+        model = GPTModel.from_pretrained(gpt2_dir)
+        freeze_bottom_layers(model, 1)
+        return model
+
+    calm = train(fresh(), token_dir, CONFIG, disk.parent / "calm", "me")
+    directory = disk / "training"
+
+    def on_step(report: StepReport) -> None:
+        if report.step == step:
+            fill(disk)
+
+    with pytest.raises(DiskFullError, match=rf"cannot write {directory}/.* \([\d,]+ are free there\)"):
+        train(fresh(), token_dir, CONFIG, directory, "me", on_step=on_step)
+    newest = max(directory.glob("step-*"))
+    load_state(newest)
+    (disk / "ballast").unlink()
+    again = train(fresh(), token_dir, CONFIG, directory, "me")
+    assert again.resumed_from == int(newest.name.removeprefix("step-"))
+    ours, expected = load_file(again.best / "model.safetensors"), load_file(calm.best / "model.safetensors")
+    assert all((ours[name] == expected[name]).all() for name in expected)
+
+
+SETTINGS = ("num_unfrozen_layers=0", "max_steps=60", "eval_freq=10", "sample_rows=0", "pass_rows=0")
+COMMAND = [sys.executable, "-m", "flows", *SETTINGS]
+
+
+@pytest.mark.slow
+def test_a_run_with_everything_on_a_full_disk(tmp_path: Path) -> None:
+    """Databases too: path and bytes are named, no success is recorded, and the next run goes on."""
+    with small_disk(tmp_path / "disk", 200) as disk:
+        environment = {**os.environ, "FINETUNE_DATA_ROOT": str(disk), "OMP_NUM_THREADS": "1"}
+        run = subprocess.Popen(
+            COMMAND, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        deadline = time.monotonic() + 120
+        while not list(disk.glob("trainings/*/step-00000010")):
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        began = time.monotonic()
+        fill(disk)
+        output, _ = run.communicate(timeout=300)
+        print(f"ended after {time.monotonic() - began:.1f} s")
+        print(output[-3000:])
+        assert run.returncode == 1
+        assert re.search(rf"(cannot write|the disk of) {disk}.*[ (][\d,]+ (bytes )?are free", output)
+        # As full at the start of the next one.
+        done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert re.search(rf"{disk}.* [\d,]+ bytes are free", done.stderr)
+        (disk / "ballast").unlink()
+        done = subprocess.run(COMMAND, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "this training was resumed at step" in done.stdout + done.stderr
+        assert shutil.disk_usage(disk).free > 0
