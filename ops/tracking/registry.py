@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -109,12 +110,15 @@ def starting_uri(tracking_uri: str, start_from: str, size: str) -> str | None:
 
 
 def fetch_version(
-    settings: Settings, version: ModelVersion, log: Callable[[str], None]
+    settings: Settings, version: ModelVersion, log: Callable[[str], None], remedy: str = _REMEDY
 ) -> tuple[Path, dict[str, str]]:
     """Download a version's files once, and verify them before each use.
 
     Their hashes are compared with those registered with the version. A version registered by an older release has no
     hashes: those of the first download are used.
+
+    Args:
+        remedy: the end of an error message: what to do.
 
     Returns:
         The directory, and the sha256 of each file in it.
@@ -134,7 +138,7 @@ def fetch_version(
         if not found or found != expected:
             if found:
                 log(f"{directory} is not {uri} as registered: it is downloaded again")
-            _download(uri, directory)
+            _download(uri, directory, remedy)
             found = _hashes(directory)
             if not expected:
                 expected = found
@@ -142,7 +146,7 @@ def fetch_version(
         if found != expected:
             wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
             raise RuntimeError(
-                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {_REMEDY}"
+                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {remedy}"
             )
         os.utime(directory)
     _remove_unused(settings.models)
@@ -153,9 +157,11 @@ def _hashes(directory: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(directory.glob("*")) if path.is_file()}
 
 
-def _download(uri: str, directory: Path) -> None:
+def _download(uri: str, directory: Path, remedy: str) -> None:
     import mlflow
 
+    # It says at INFO that there are no files; the error below says so too.
+    logging.getLogger("mlflow.store.artifact.artifact_repo").setLevel(logging.WARNING)
     with atomic_directory(directory) as scratch:
         try:
             mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch))
@@ -163,7 +169,7 @@ def _download(uri: str, directory: Path) -> None:
                 raise FileNotFoundError("there are none")
         except Exception as error:  # MLflow, its HTTP client and the disk raise different ones
             raise RuntimeError(
-                f"the files of {uri} cannot be had from {mlflow.get_tracking_uri()}: {error}. {_REMEDY}"
+                f"the files of {uri} cannot be had from {mlflow.get_tracking_uri()}: {error}. {remedy}"
             ) from error
 
 
