@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -11,12 +13,16 @@ from pydantic import Field
 
 from model.net.device import autocast
 from model.net.gpt import GPTModel
-from model.net.prompt import encode_prompts
-from model.net.sampling import generate
+from model.net.prompt import encode_prompts, heading_lengths
+from model.net.sampling import crop, generate
+from model.net.tokenizer import unknown_ids
 from model.parameters import Count, NonNegative, Seeded, WholeNumber, WholeShare, internal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,17 +66,48 @@ def extract_code(text: str) -> str:
     return str(blocks[0]) if len(blocks) == 1 else text
 
 
+def _fit(prompt: list[int], head: int, context: int, new_tokens: int) -> tuple[list[int], int]:
+    """A prompt that is longer than the context, cut so that half of the context or all new tokens follow it.
+
+    Args:
+        head: tokens of the heading, which stay.
+
+    Returns:
+        The prompt, and the tokens of the heading that fit.
+    """
+    room = context - min(new_tokens, context // 2)
+    head = min(head, room // 2)
+    return (prompt if len(prompt) <= context else crop(prompt, room, head)), head
+
+
 def complete(
     model: GPTModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     config: SamplingConfig,
     dtype: torch.dtype = torch.float32,
+    warn: Callable[[str], None] = _LOG.warning,
 ) -> list[Completion]:
-    """Answer prompts, in their order; each prompt is rendered exactly as in training."""
+    """Answer prompts, in their order; each prompt is rendered exactly as in training.
+
+    A prompt that is longer than the model's context keeps its headings and its end; the tokens between are cut. Rows
+    of the embedding that the tokenizer has no token for are never drawn.
+
+    Args:
+        warn: told how many tokens of which prompt were cut.
+    """
     answers: list[Completion] = []
+    never = unknown_ids(tokenizer, model.config.vocab_size)
     for start in range(0, len(prompts), config.prompts_at_once):
         ids = encode_prompts(tokenizer, prompts[start : start + config.prompts_at_once])
+        heads = heading_lengths(tokenizer, ids)
+        for row, prompt in enumerate(ids):
+            ids[row], heads[row] = _fit(prompt, heads[row], model.config.n_positions, config.max_new_tokens)
+            if cut := len(prompt) - len(ids[row]):
+                warn(
+                    f"{cut} of the {len(prompt)} tokens of prompt {start + row + 1} were cut, behind the first "
+                    f"{heads[row]}: with the completion they do not fit the context of {model.config.n_positions}"
+                )
         with autocast(model.wte.weight.device, dtype):
             new = generate(
                 model,
@@ -81,6 +118,8 @@ def complete(
                 config.top_k,
                 config.top_p,
                 config.seed + start,
+                never,
+                heads,
             )
         for tokens in new:
             stopped = bool(tokens) and tokens[-1] == tokenizer.eos_token_id

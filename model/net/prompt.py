@@ -37,6 +37,18 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -
     return encode(tokenizer, [format_prompt({"prompt": prompt}) for prompt in prompts])
 
 
+def heading_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each encoded prompt, the number of its first tokens that belong to the heading of the instruction.
+
+    A token that heading and instruction share is not counted.
+    """
+    (heading,) = encode(tokenizer, [INSTRUCTION])
+    return [
+        next((i for i, (a, b) in enumerate(zip(heading, ids, strict=False)) if a != b), min(len(heading), len(ids)))
+        for ids in prompts
+    ]
+
+
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
 ) -> list[tuple[list[int], int]]:

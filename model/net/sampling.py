@@ -19,10 +19,30 @@ Filter = Callable[[Tensor], Tensor]
 """Logits (B, V) in float32 -> logits (B, V) with removed tokens at -inf; the argument is not changed."""
 
 
+LARGEST_TEMPERATURE = 1e6  # all tokens are equally probable long before
+
+
+def leave_out(ids: Sequence[int]) -> Filter:
+    """Remove tokens, such as the rows of a padded embedding that the tokenizer has no token for."""
+    index: Tensor | None = None
+
+    def apply(logits: Tensor) -> Tensor:
+        nonlocal index
+        if index is None:  # once, on the logits' device
+            index = torch.tensor(ids, device=logits.device)
+        return logits.index_fill(-1, index, float("-inf"))
+
+    return apply
+
+
 def scale(temperature: float) -> Filter:
     """Divide by a temperature above 0; the result may be shifted by a constant, which changes no probability."""
     if not temperature >= 0:
         raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 leaves the model as it is")
+    if temperature > LARGEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature {temperature} is more than {LARGEST_TEMPERATURE:g}: 1 leaves the model as it is"
+        )
 
     def apply(logits: Tensor) -> Tensor:
         if temperature == 1:
@@ -127,11 +147,14 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    never: Sequence[int] = (),
+    kept: Sequence[int] = (),
 ) -> list[list[int]]:
     """Continue a batch of prompts of any lengths.
 
-    Text longer than the context is cropped to its last ``n_positions`` tokens, as in nanoGPT's generate:
-    as long as every row fits, keys and values are cached; beyond, each step computes the whole window.
+    Text longer than the context is cropped to ``n_positions`` tokens: its first ones, as many as ``kept`` says, and
+    its last ones. Without ``kept`` that is nanoGPT's generate. As long as every row fits, keys and values are cached;
+    beyond, each step computes the whole window.
 
     Args:
         model: its mode is restored afterwards.
@@ -140,6 +163,8 @@ def generate(
         eos_token_id: a row stops once it has produced this id.
         temperature, top_k, top_p: as filter_logits; temperature 0 is greedy.
         seed: of this call's own generator; the global one is left alone.
+        never: ids that are not drawn, whatever their logits.
+        kept: for each prompt, the number of its first tokens that are not cropped; fewer than n_positions.
 
     Returns:
         B lists of new ids, ending with ``eos_token_id`` where the model produced it.
@@ -148,6 +173,8 @@ def generate(
         ValueError: an empty prompt, or a setting out of range.
     """
     filters = build_filters(temperature, top_k, top_p)
+    if never:
+        filters.insert(0, leave_out(never))
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt is empty: generation needs at least one token to start from")
     if not prompts or max_new_tokens < 1:
@@ -156,7 +183,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        texts = _continue(model, prompts, max_new_tokens, eos_token_id, lambda x: _draw(x, filters, generator))
+        texts = _continue(model, prompts, max_new_tokens, eos_token_id, lambda x: _draw(x, filters, generator), kept)
     finally:
         model.train(training)
     return [_until_eos(text[len(prompt) :], eos_token_id) for text, prompt in zip(texts, prompts, strict=True)]
@@ -176,14 +203,21 @@ def _continue(
     max_new_tokens: int,
     eos_token_id: int | None,
     draw: Callable[[Tensor], Tensor],
+    kept: Sequence[int],
 ) -> list[list[int]]:
     """Prompts with their new tokens; rows that have ended may have tokens behind their EOS.
 
     Args:
         draw: logits (B, V) -> the next token of each row (B,).
+        kept: as generate.
     """
     context = model.config.n_positions
     texts = [list(prompt) for prompt in prompts]
+    heads = list(kept) or [0] * len(texts)
+
+    def windows() -> list[list[int]]:
+        return [crop(text, context, head) for text, head in zip(texts, heads, strict=True)]
+
     done = [False] * len(texts)
     decoder: _Decoder | None = None
     new = torch.empty(0, dtype=torch.long)
@@ -191,11 +225,11 @@ def _continue(
         # Rows that are done only keep the batch's shape, and may grow beyond the cache.
         if max(len(text) for text, over in zip(texts, done, strict=True) if not over) > context:
             decoder = None
-            logits = _last_logits(model, [text[-context:] for text in texts], None)
+            logits = _last_logits(model, windows(), None)
         elif decoder is None:
-            kept = [text[-context:] for text in texts]
-            cache = _new_cache(model, len(kept), min(context, max(map(len, kept)) + max_new_tokens))
-            logits = _last_logits(model, kept, cache)
+            shown = windows()
+            cache = _new_cache(model, len(shown), min(context, max(map(len, shown)) + max_new_tokens))
+            logits = _last_logits(model, shown, cache)
             decoder = _Decoder(model, cache)
         else:
             logits = decoder(new)
@@ -207,6 +241,13 @@ def _continue(
         if all(done):
             break
     return texts
+
+
+def crop(text: Sequence[int], length: int, head: int = 0) -> list[int]:
+    """At most ``length`` tokens of a text: its first ``head`` ones, and its last ones."""
+    if len(text) <= length:
+        return list(text)
+    return [*text[:head], *text[len(text) - (length - head) :]]
 
 
 def _new_cache(model: GPTModel, rows: int, capacity: int) -> KVCache:

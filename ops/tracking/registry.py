@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -130,12 +131,15 @@ def _refuse_a_lost_champion(tracking_uri: str, size: str) -> None:
 
 
 def fetch_version(
-    settings: Settings, version: ModelVersion, log: Callable[[str], None]
+    settings: Settings, version: ModelVersion, log: Callable[[str], None], remedy: str = _REMEDY
 ) -> tuple[Path, dict[str, str]]:
     """Download a version's files once, and verify them before each use.
 
     Their hashes are compared with those registered with the version. A version registered by an older release has no
     hashes: those of the first download are used.
+
+    Args:
+        remedy: the end of an error message: what to do.
 
     Returns:
         The directory, and the sha256 of each file in it.
@@ -154,7 +158,7 @@ def fetch_version(
         if not found or found != expected:
             if found:
                 log(f"{directory} is not {uri} as registered: it is downloaded again")
-            _download(uri, directory)
+            _download(uri, directory, remedy)
             found = _hashes(directory)
             if not expected:
                 expected = found
@@ -162,7 +166,7 @@ def fetch_version(
         if found != expected:
             wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
             raise RuntimeError(
-                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {_REMEDY}"
+                f"{uri} is not what was registered: {', '.join(wrong)} missing or of another sha256. {remedy}"
             )
         os.utime(directory)
     _remove_unused(settings.models)
@@ -190,9 +194,11 @@ def _hashes(directory: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(directory.glob("*")) if path.is_file()}
 
 
-def _download(uri: str, directory: Path) -> None:
+def _download(uri: str, directory: Path, remedy: str) -> None:
     import mlflow
 
+    # It says at INFO that there are no files; the error below says so too.
+    logging.getLogger("mlflow.store.artifact.artifact_repo").setLevel(logging.WARNING)
     with atomic_directory(directory) as scratch:
         try:
             mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch))
@@ -201,7 +207,7 @@ def _download(uri: str, directory: Path) -> None:
         except Exception as error:  # MLflow, its HTTP client and the disk raise different ones
             raise RuntimeError(
                 f"the files of {uri} cannot be had from {without_credentials(mlflow.get_tracking_uri())}: "
-                f"{redact(str(error))}. {_REMEDY}"
+                f"{redact(str(error))}. {remedy}"
             ) from error
 
 

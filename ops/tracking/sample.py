@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+import torch
+from pydantic import TypeAdapter, ValidationError
 
 from ops.redaction import without_credentials
 from ops.settings import Settings
-from ops.tracking.registry import version_uri
+from ops.tracking.registry import fetch_version
 from ops.tracking.runs import MODEL_PREFIX, client, refusal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+_REMEDY = "Restore its artifacts, or name another registered model with --model"
 
 
 def latest_version(mlflow: MlflowClient, name: str | None) -> ModelVersion:
@@ -49,40 +53,47 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.prompt.strip():
         parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
+    try:
+        given.prompt.encode()
+    except UnicodeEncodeError:  # bytes of an argument that are not UTF-8 are lone surrogates in Python
+        print("the prompt is not valid UTF-8: save or type it as UTF-8", file=sys.stderr)
+        return 2
 
-    import mlflow
     from mlflow.exceptions import MlflowException
 
     from model.evaluation.completions import SamplingConfig, complete
-    from model.net.gpt import GPTModel
+    from model.net.loading import read_pretrained
     from model.net.sampling import check_sampling
-    from model.net.tokenizer import load_tokenizer
+    from model.net.tokenizer import TOKENIZER_FILES, load_tokenizer
 
-    uri = Settings.load().tracking_uri
+    settings = Settings.load()
+    values = {name: value for name, value in vars(given).items() if name not in ("prompt", "model")}
     try:
         check_sampling(given.temperature, given.top_k, given.top_p)
-        version = latest_version(client(uri), given.model)
-        with TemporaryDirectory() as scratch:
-            directory = mlflow.artifacts.download_artifacts(version_uri(version), dst_path=scratch)
-            network = GPTModel.from_pretrained(directory)
-            tokenizer = load_tokenizer(directory, network.config.vocab_size)
-    except (LookupError, ValueError) as error:
-        print(error, file=sys.stderr)
+        sampling = TypeAdapter(SamplingConfig).validate_python(values)
+        version = latest_version(client(settings.tracking_uri), given.model)
+        directory, files = fetch_version(settings, version, _tell, _REMEDY)
+        network = read_pretrained(directory, torch.device("cpu"), torch.float32, files)
+        of_tokenizer = {name: files[name] for name in TOKENIZER_FILES if name in files}
+        tokenizer = load_tokenizer(directory, network.config.vocab_size, of_tokenizer)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        _tell(f"{first['loc'][0]} {first['input']}: {first['msg']}")
+        return 1
+    except (LookupError, ValueError, RuntimeError, OSError) as error:
+        _tell(str(error))
         return 1
     except MlflowException as error:
-        print(refusal(uri, error), file=sys.stderr)
+        _tell(refusal(settings.tracking_uri, error))
         return 1
-    sampling = SamplingConfig(
-        max_new_tokens=given.max_new_tokens,
-        temperature=given.temperature,
-        top_k=given.top_k,
-        top_p=given.top_p,
-        seed=given.seed,
-    )
-    print(f"{version.name} version {version.version}", file=sys.stderr)
-    ((text, _),) = complete(network, tokenizer, [given.prompt], sampling)
+    _tell(f"{version.name} version {version.version}")
+    ((text, _),) = complete(network, tokenizer, [given.prompt], sampling, warn=_tell)
     print(text)
     return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,35 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from prefect.logging import disable_run_logger
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 
-from model.data.preparing import PrepareConfig
 from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
-from model.engine.config import TrainConfig
-from model.files import ChangedFileError, sha256_file, sha256_json
-from model.net.config import GPTConfig
-from model.net.freezing import FreezeConfig, plan_freeze
+from model.files import sha256_file, sha256_json
 from ops.settings import Settings
-from tasks.choose import choose
-from tasks.download import SourceConfig, download
-from tasks.evaluate import evaluate
-from tasks.frozen import load_frozen
+from tasks.download import SourceConfig
 from tasks.load_weights import check_weights
-from tasks.prepare import find_or_write_tokens
-from tasks.publish import export
-from tasks.references import CheckpointRef, Sources, TrainingRef
-from tasks.train import identify_training, train
 from tasks.weights import find_weights
-
-PREPARE = PrepareConfig(max_length=80, validation_share=0.2, test_share=0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -156,73 +140,9 @@ def test_a_bit_flip_in_the_embedded_base_is_refused(base: Path, monkeypatch: pyt
         _find(None)
 
 
-# What was hashed is what is loaded
-
-
-@pytest.fixture
-def sources(base: Path, data_dir: Path) -> Sources:
-    with disable_run_logger():
-        return download.fn(SourceConfig("tiny", str(data_dir), weights_dir=str(base)))
-
-
-@pytest.fixture
-def training(sources: Sources) -> TrainingRef:
-    with disable_run_logger():
-        tokens = find_or_write_tokens(sources, PREPARE)
-    model = check_weights(sources.weights, "tiny")
-    plan = plan_freeze(GPTConfig(**model.config), FreezeConfig(num_unfrozen_layers=1))
-    return identify_training(tokens, model, plan, TrainConfig(precision="fp32", max_steps=1), "cpu")
-
-
-CHECKPOINT = CheckpointRef("no", "no", 0, 0.0, 0.0, 0, 0, 2_048, "no")
-# Each step that loads the base or its tokenizer.
-LOADINGS: dict[str, Callable[[Sources, TrainingRef], object]] = {
-    "prepare": lambda sources, _: find_or_write_tokens(sources, replace(PREPARE, max_length=70)),
-    "choose": lambda sources, _: choose.fn(sources, "tiny", "rows", PREPARE, None, 0.2),
-    "load_weights": lambda sources, _: check_weights(sources.weights, "tiny"),
-    "train": lambda _, training: train.fn(None, training, "cpu", 0.0),  # type: ignore[arg-type]
-    "evaluate": lambda _, training: evaluate.fn(None, training, CHECKPOINT, None, "cpu", 0.0),  # type: ignore[arg-type]
-    "publish": lambda _, training: export(training, CHECKPOINT, Path("no"), ""),
-}
-CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "weights, a bit": (lambda d: _flip(d / "model.safetensors"), "model.safetensors"),
-    "weights, NaN": (_nan, "model.safetensors"),
-    "config, a bit": (lambda d: _flip(d / "config.json"), "config.json"),
-    "tokenizer, two entries": (_swap_entries, "tokenizer.json"),
-    "tokenizer, settings": (lambda d: _flip(d / "tokenizer_config.json"), "tokenizer_config.json"),
-}
-
-
-READS = {"prepare": {"config", "tokenizer"}, "choose": {"config", "tokenizer"}, "load_weights": {"config"}}
-
-
-@pytest.mark.parametrize(
-    ("loading", "change"),
-    [
-        (loading, change)
-        for loading in LOADINGS
-        for change in CHANGES
-        if loading not in READS or change.split(",")[0] in READS[loading]
-    ],
-)
-def test_a_change_in_mid_run_ends_it(
-    base: Path, sources: Sources, training: TrainingRef, loading: str, change: str
-) -> None:
-    """Between download and each later step that reads the file."""
-    spoil, name = CHANGES[change]
-    spoil(base)
-    with disable_run_logger(), pytest.raises(ChangedFileError, match=rf"{name} has changed since this run began"):
-        LOADINGS[loading](sources, training)
-
-
-def test_unchanged_files_load(training: TrainingRef) -> None:
-    network, tokenizer = load_frozen(training.model, training.plan, torch.device("cpu"), torch.float32)
-    assert (network.config.n_layer, len(tokenizer)) == (6, 4096)
-
-
-def test_the_identity_of_the_base_is_what_it_was(sources: Sources) -> None:
+def test_the_identity_of_the_base_is_what_it_was(base: Path) -> None:
     """sha256 over name and sha256 of config and weights: trainings of older releases are found again."""
     names = ("config.json", "model.safetensors")
     want = sha256_json({name: sha256_file(EMBEDDED_BASE / name) for name in names})
-    assert check_weights(sources.weights, "tiny").sha256 == want
+    assert check_weights(_find(base), "tiny").sha256 == want
     assert check_weights(_find(None), "tiny").sha256 == want

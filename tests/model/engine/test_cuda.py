@@ -156,6 +156,17 @@ def test_generation_by_a_graph_is_the_plain_loop() -> None:
     assert generate(model, prompts, 30, temperature=0) == want
 
 
+def test_ids_without_a_token_are_never_drawn_by_a_graph() -> None:
+    """transformers#24372: greedy and sampled, in bf16 as in the evaluation."""
+    model = small_model()
+    vocabulary = model.config.vocab_size
+    never = range(0, vocabulary, 2)
+    for settings in ({"temperature": 0.0}, {"temperature": 0.8, "top_k": 50, "top_p": 0.95}):
+        with torch.autocast("cuda", torch.bfloat16):
+            rows = generate(model, [[5, 6, 7], list(range(5, 45))], 30, **settings, seed=3, never=never)
+        assert all(token % 2 for row in rows for token in row)
+
+
 def test_sampling_by_a_graph_is_that_by_launched_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling in bf16, as in the evaluation: repeated calls are equal, so no call reads state of the one before."""
     model = small_model()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model import GPTModel, generate
 from model.evaluation.completions import SamplingConfig, complete, extract_code
@@ -65,3 +67,54 @@ def test_same_seed_same_completions(gpt2_dir: Path, tokenizer: Any) -> None:
 def test_code_is_taken_out_of_one_fence(text: str, code: str) -> None:
     """Two fences, or an open one, are left as they are: which of them is meant is not guessed."""
     assert extract_code(text) == code
+
+
+def test_a_prompt_beyond_the_context_keeps_its_headings(
+    gpt2_dir: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-2#121: the middle is cut, so that both headings and the end of the instruction stay; the cut is told."""
+    shown: list[list[int]] = []
+
+    def spy(model: GPTModel, prompts: list[list[int]], *settings: Any) -> list[list[int]]:
+        shown.extend(prompts)
+        return generate(model, prompts, *settings)
+
+    monkeypatch.setattr("model.evaluation.completions.generate", spy)
+    told: list[str] = []
+    long = "begin " + "adds 3 to a price " * 60 + "end"
+    model = GPTModel.from_pretrained(gpt2_dir)
+    config = SamplingConfig(max_new_tokens=12, temperature=0.0, prompts_at_once=1)
+    complete(model, tokenizer, ["Short.", long], config, warn=told.append)
+    whole = encode_prompts(tokenizer, [long])[0]
+    short, cut = shown
+    assert tokenizer.decode(short) == "### Instruction:\nShort.\n\n### Response:\n"
+    assert len(cut) == 96 - 12
+    text = tokenizer.decode(cut)
+    assert text.startswith("### Instruction:\n")
+    assert text.endswith("price end\n\n### Response:\n")
+    (line,) = told
+    assert line.startswith(f"{len(whole) - len(cut)} of the {len(whole)} tokens of prompt 2 were cut")
+
+
+def test_new_tokens_beyond_the_context_leave_half_of_it_to_the_prompt(gpt2_dir: Path, tokenizer: Any) -> None:
+    model = GPTModel.from_pretrained(gpt2_dir)
+    told: list[str] = []
+    config = SamplingConfig(max_new_tokens=200, temperature=1.0, top_k=None, top_p=None)
+    ((text, _),) = complete(model, tokenizer, ["adds 3 " * 100], config, warn=told.append)
+    assert text
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_of_a_padded_embedding_are_never_drawn(gpt2_dir: Path, tokenizer: Any, temperature: float) -> None:
+    """transformers#24372: they have no text, and would come back as none."""
+    small = GPTModel.from_pretrained(gpt2_dir)
+    model = GPTModel(replace(small.config, vocab_size=384))
+    rows = torch.cat([small.wte.weight, 5 * small.wte.weight[:64]]).detach()
+    model.load_state_dict({**small.state_dict(), "wte.weight": rows, "lm_head.weight": rows})
+    drawn = SamplingConfig(max_new_tokens=20, temperature=temperature, top_k=None, top_p=None)
+    for (text, stopped), ids in zip(complete(model, tokenizer, PROMPTS, drawn), PROMPTS, strict=True):
+        assert stopped or len(tokenizer.encode(text)) > 0, ids
+    alone = complete(small, tokenizer, PROMPTS, drawn)
+    if temperature == 0:
+        assert complete(model, tokenizer, PROMPTS, drawn) == alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model import format_prompt
-from model.net.prompt import encode, encode_examples, encode_prompts
+from model.net.prompt import INSTRUCTION, encode, encode_examples, encode_prompts, heading_lengths
 
 PROMPTS = ["Write a function that adds 1 to a price.", "Explain\nthis", "  leading and trailing  ", "p"]
 COMPLETIONS = ["def add_1(price):\n    return price + 1", " a space first", "x", "\n\nblank lines first"]
@@ -72,3 +72,13 @@ def test_end_of_text_in_data_is_ordinary_text(tokenizer: Any) -> None:
 def test_nothing_to_encode(tokenizer: Any) -> None:
     """An empty list gives an empty list."""
     assert encode(tokenizer, []) == encode_prompts(tokenizer, []) == encode_examples(tokenizer, [], []) == []
+
+
+def test_length_of_the_heading(tokenizer: Any) -> None:
+    """The tokens that are the heading's alone: not one that BPE merged with the instruction's first characters."""
+    prompts = [*PROMPTS, "\n\nlines first", ""]
+    ids = encode_prompts(tokenizer, prompts)
+    heading = len(encode(tokenizer, [INSTRUCTION])[0])
+    for length, row in zip(heading_lengths(tokenizer, ids), ids, strict=True):
+        assert INSTRUCTION.startswith(tokenizer.decode(row[:length]))
+        assert heading - 1 <= length <= heading

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,8 @@ def test_argument_is_not_changed() -> None:
     [
         ({"temperature": -0.1}, "temperature -0.1"),
         ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"temperature": 1e300}, "temperature 1e\\+300"),
         ({"top_k": 0}, "top_k 0"),
         ({"top_k": -5}, "top_k -5"),
         ({"top_p": 0.0}, "top_p 0.0"),
@@ -333,3 +336,47 @@ def test_generation_in_mixed_precision(tiny_model: GPTModel, seen: list[Tensor])
         rows = generate(tiny_model, prompts_of(6, 3), 5, temperature=0)
     assert [len(row) for row in rows] == [5, 5]
     assert (seen[1] - seen[0]).abs().max() < 0.1 * seen[0].std()
+
+
+PADDED = 64  # rows of an embedding that no token belongs to
+
+
+@pytest.fixture
+def padded(gpt2_dir: Path) -> GPTModel:
+    """A model whose embedding has rows beyond its tokenizer, which are the most probable ones."""
+    small = GPTModel.from_pretrained(gpt2_dir)
+    model = GPTModel(replace(small.config, vocab_size=small.config.vocab_size + PADDED))
+    rows = torch.cat([small.wte.weight, 5 * small.wte.weight[:PADDED]]).detach()
+    model.load_state_dict({**small.state_dict(), "wte.weight": rows, "lm_head.weight": rows})
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 3}, {"top_k": 5}, {"top_p": 0.9}])
+def test_ids_without_a_token_are_never_drawn(padded: GPTModel, settings: dict[str, Any]) -> None:
+    """transformers#24372: greedy or sampled, with a cache or beyond the context."""
+    prompts = prompts_of(5, 17, 90)
+    real = padded.config.vocab_size - PADDED
+    assert max(map(max, generate(padded, prompts, 20, **settings))) >= real
+    new = generate(padded, prompts, 20, **settings, never=range(real, padded.config.vocab_size))
+    assert max(map(max, new)) < real
+    assert [len(row) for row in new] == [20, 20, 20]
+
+
+def test_without_such_ids_nothing_changes(model: GPTModel) -> None:
+    prompts = prompts_of(5, 17)
+    assert generate(model, prompts, 20, seed=3, never=[]) == generate(model, prompts, 20, seed=3)
+
+
+@torch.no_grad()
+def test_the_first_tokens_of_a_text_beyond_the_context_are_kept(model: GPTModel) -> None:
+    """Each step sees the heading and the last tokens, as a loop that computes both anew."""
+    prompts, heads = prompts_of(120, 80, 10), [7, 5, 3]
+    want = []
+    for prompt, head in zip(prompts, heads, strict=True):
+        ids = list(prompt)
+        for _ in range(30):
+            shown = ids if len(ids) <= 96 else ids[:head] + ids[-(96 - head) :]
+            ids.append(int(model(torch.tensor([shown]))[0, -1].argmax()))
+        want.append(ids[len(prompt) :])
+    assert generate(model, prompts, 30, temperature=0, kept=heads) == want
+    assert want != generate(model, prompts, 30, temperature=0)
