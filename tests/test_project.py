@@ -206,6 +206,19 @@ def test_deployments_fit_the_flow() -> None:
     assert schedule["timezone"] == "UTC"
 
 
+def test_every_test_that_is_named_as_a_proof_exists() -> None:
+    """docs/reliability.md names tests as path::name, and has all rows of the table of faults."""
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = set(re.findall(r"(tests/[\w/]+\.py)::(\w+)", text))
+    assert len(named) > 50
+    for path, name in sorted(named):
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path}::{name} does not exist"
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", text, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 49))
+    for number, proof in rows:
+        assert "::" in proof or "not yet" in proof, f"row {number}"
+
+
 def test_make_targets_of_the_readme_exist() -> None:
     """A reader can type every `make ...` that the README shows."""
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()

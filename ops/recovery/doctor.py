@@ -74,6 +74,7 @@ def connect(prefect: SyncPrefectClient) -> str | None:
     url = PREFECT_API_URL.value()
     if not url:
         return "PREFECT_API_URL is not set: Prefect is not examined"
+    url = without_credentials(url)
     try:
         prefect.hello()  # requires the password, unlike /health
     except Exception as error:

@@ -226,6 +226,21 @@ def test_notices_are_redacted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert CANARY not in f"{posted} {caplog.text}"
 
 
+def test_the_doctor_names_servers_without_passwords() -> None:
+    """Of both servers, neither of which answers."""
+    servers = {
+        "PREFECT_API_URL": f"http://me:{CANARY}@127.0.0.1:9/api",
+        "MLFLOW_TRACKING_URI": f"http://me:{CANARY}@127.0.0.1:9",
+        "PREFECT_CLIENT_MAX_RETRIES": "0",
+    }
+    command = [*MAKE, "doctor"]
+    done = subprocess.run(command, env=os.environ | servers, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert "no Prefect server answers at http://127.0.0.1:9/api" in said
+    assert "MLflow at http://127.0.0.1:9 does not answer" in said
+    assert CANARY not in said
+
+
 @pytest.mark.parametrize("target", ["worker", "watch", "deploy"])
 def test_a_password_in_prefects_address_is_refused(target: str) -> None:
     """Prefect's own command line would log it; the refusal names the setting for it and not the password."""
