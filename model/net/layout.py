@@ -76,7 +76,7 @@ def _instead(directory: Path) -> str:
         names = [str(path.relative_to(directory)) for path in sorted(inner, key=_by_number)]
         more = f" and {len(names) - 3} more of its folders" if len(names) > 3 else ""
         return f", but {', '.join(names[-3:])}{more} in it do: name one of these folders"
-    if tensors := sorted(path.name for path in directory.glob("*.safetensors")):
+    if tensors := sorted(path.name for path in directory.glob("*.safetensors") if path.is_file()):
         return (
             f", but {', '.join(tensors[:3])}: rename it if it is the whole model; parts of a model need their "
             f"{INDEX_FILE} beside them"

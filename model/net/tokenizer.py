@@ -122,7 +122,8 @@ def _load(directory: Path, files: Mapping[str, str] | None) -> PreTrainedTokeniz
         try:
             tokenizer = AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers and its tokenizers raise all kinds, also plain Exception
-            reason = f"{type(error).__name__}: {error}".replace(scratch, str(directory))
+            said = " ".join(str(error).replace(scratch, str(directory)).split())  # some fill many lines
+            reason = f"{type(error).__name__}: {said[:200]}"
             there = f"it has {', '.join(names)}" if names else f"it has none of {', '.join(TOKENIZER_FILES[:4])}"
             raise ValueError(
                 f"{directory} holds no readable tokenizer ({there}; {reason}): name one in tokenizer_dir"

@@ -240,8 +240,9 @@ def test_json_that_is_no_tokenizer(tokenizer_dir: Path, tmp_path: Path, content:
     """The tokenizers library raises a plain Exception for some of these."""
     shutil.copytree(tokenizer_dir, tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"/t holds no readable tokenizer \(it has tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"/t holds no readable tokenizer \(it has tokenizer\.json") as caught:
         load_tokenizer(tmp_path / "t", 320)
+    assert "\n" not in str(caught.value)
 
 
 def test_swapped_entries_are_a_changed_file(tokenizer_dir: Path, tmp_path: Path) -> None:
