@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flows.commands import UsageError
-from ops.tracking.runs import client, find_experiment
+from ops.tracking.runs import client, find_experiment, is_known_schema
 
 _LOCK_SECONDS = 5.0  # a transaction of another process may take that long
 _CHECK_SECONDS = 2.0  # a large database is checked in part
@@ -95,15 +95,8 @@ def open_mlflow(uri: str) -> None:
     except Exception as error:  # MLflow, SQLAlchemy and alembic raise different ones
         reason = " ".join(str(error).split())
         if found := _REVISION.search(reason):
-            if _is_known(found[1]):
+            if is_known_schema(found[1]):
                 upgrade = shlex.join(["mlflow", "db", "upgrade", uri])
                 raise UsageError(f"{uri} was made by an older MLflow: copy the file, then run `{upgrade}`") from error
             reason = f"a newer MLflow made it, with the schema {found[1]}: install that one"
         raise UsageError(f"MLflow's database {uri} cannot be used: {reason[:300]}") from error
-
-
-def _is_known(revision: str) -> bool:
-    """Whether the installed MLflow knows a schema, which is then an older one."""
-    import mlflow
-
-    return any(Path(mlflow.__file__).parent.glob(f"store/db_migrations/versions/{revision}_*.py"))

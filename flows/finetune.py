@@ -21,7 +21,8 @@ from flows.waiting import hold_device
 from ops.settings import Settings
 from ops.text import storable_errors
 from ops.tracking.promotion import Verdict
-from ops.tracking.runs import NotLoggedError, RunRef, must_be_logged
+from ops.tracking.runs import RunRef
+from ops.tracking.shipping import NotLoggedError, must_be_logged
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.freeze import freeze

@@ -31,7 +31,6 @@ MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
-_REASON = 300  # characters of MLflow's own message
 _PAGE = 1000  # runs per request
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
@@ -73,34 +72,6 @@ def refusal(tracking_uri: str, error: Exception) -> str:
     return f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
 
 
-class NotLoggedError(RuntimeError):
-    """A training is finished, and MLflow could not take its results; the message says where they are."""
-
-
-@contextmanager
-def must_be_logged(tracking_uri: str, training: Path) -> Iterator[None]:
-    """Around what follows a training: trouble with MLflow is no loss, as the training can be taken over.
-
-    Args:
-        training: the training's directory.
-
-    Raises:
-        NotLoggedError: MLflow refused a request, or did not answer.
-    """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
-        reason = " ".join(str(error).split())[:_REASON]
-        raise NotLoggedError(
-            f"the training is finished and its checkpoints are in {training}, but MLflow at "
-            f"{without_credentials(tracking_uri)} has not taken all of it: {reason}"
-        ) from error
-
-
 def client(tracking_uri: str) -> MlflowClient:
     """A client of the tracking server and its model registry."""
     import mlflow
@@ -115,6 +86,13 @@ def client(tracking_uri: str) -> MlflowClient:
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def is_known_schema(revision: str) -> bool:
+    """Whether the installed MLflow knows a revision of its database's schema, which is then an older one."""
+    import mlflow
+
+    return any(Path(mlflow.__file__).parent.glob(f"store/db_migrations/versions/{revision}_*.py"))
 
 
 def find_experiment(mlflow: MlflowClient) -> Experiment | None:
