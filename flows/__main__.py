@@ -153,6 +153,7 @@ def open_streams() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
+            os.set_inheritable(number, True)  # os.open makes it for this process only
 
 
 if __name__ == "__main__":

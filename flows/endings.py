@@ -15,7 +15,7 @@ from flows.job import Job, defaults
 from ops.redaction import redacted_errors
 from ops.settings import Settings
 from ops.text import storable_errors
-from ops.tracking.runs import NotLoggedError
+from ops.tracking.shipping import NotLoggedError
 
 NOT_LOGGED = "TrainedNotLogged"  # name of the flow's state
 

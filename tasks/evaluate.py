@@ -26,7 +26,8 @@ from model.net.device import resolve_device, resolve_precision
 from model.net.gpt import GPTModel
 from ops.sandbox.guards import run_tests
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_metrics, must_be_logged
+from ops.tracking.runs import RunRef, log_metrics
+from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef

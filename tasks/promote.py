@@ -17,7 +17,8 @@ from model.net.prompt import encode_examples
 from ops.settings import Settings
 from ops.tracking.promotion import Verdict, announce, judge, settle
 from ops.tracking.registry import champion, find_version, version_uri
-from ops.tracking.runs import RunRef, client, must_be_logged
+from ops.tracking.runs import RunRef, client
+from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
 from tasks.load_weights import check_weights

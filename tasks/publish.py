@@ -16,7 +16,8 @@ from model.engine.journal import read_journal
 from model.evaluation.scores import headline
 from ops.text import storable
 from ops.tracking.registry import model_name, version_uri
-from ops.tracking.runs import RunRef, client, log_model, log_table, must_be_logged
+from ops.tracking.runs import RunRef, client, log_model, log_table
+from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.cards import model_card, sample_report
 from tasks.frozen import load_frozen

@@ -21,8 +21,8 @@ from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_metrics, must_be_logged
-from ops.tracking.shipping import JournalShipper
+from ops.tracking.runs import RunRef, log_metrics
+from ops.tracking.shipping import JournalShipper, must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
 from tasks.progress import Progress

@@ -30,7 +30,6 @@ MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
-_REASON = 300  # characters of MLflow's own message
 _PAGE = 1000  # runs per request
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
@@ -67,34 +66,6 @@ def refusal(tracking_uri: str, error: Exception) -> str:
     """An error message: MLflow refused a request, or did not answer."""
     said = f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
     return redact(said)
-
-
-class NotLoggedError(RuntimeError):
-    """A training is finished, and MLflow could not take its results; the message says where they are."""
-
-
-@contextmanager
-def must_be_logged(tracking_uri: str, training: Path) -> Iterator[None]:
-    """Around what follows a training: trouble with MLflow is no loss, as the training can be taken over.
-
-    Args:
-        training: the training's directory.
-
-    Raises:
-        NotLoggedError: MLflow refused a request, or did not answer.
-    """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, RequestException, SQLAlchemyError) as error:
-        reason = " ".join(str(error).split())[:_REASON]
-        raise NotLoggedError(
-            f"the training is finished and its checkpoints are in {training}, but MLflow at "
-            f"{without_credentials(tracking_uri)} has not taken all of it: {reason}"
-        ) from error
 
 
 def client(tracking_uri: str) -> MlflowClient:

@@ -1,9 +1,11 @@
-"""The way of a training's journal to its MLflow run: each line once, in a thread of its own."""
+"""The way of a training's journal and results to its MLflow run: each line once, in a thread of its own."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +15,45 @@ from model.engine.journal import read_journal
 from model.files import write_json
 from model.records import read_record
 from ops.courier import Courier
+from ops.redaction import without_credentials
 from ops.tracking.runs import RunRef, client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_REASON = 300  # characters of MLflow's own message
 _BATCH = 1000  # metrics per request, MLflow's limit
 _log = logging.getLogger(__name__)
 # An attempt that ended may have left its thread in a request: the next attempt must not send the same lines.
 _shipping = threading.Lock()
+
+
+class NotLoggedError(RuntimeError):
+    """A training is finished, and MLflow could not take its results; the message says where they are."""
+
+
+@contextmanager
+def must_be_logged(tracking_uri: str, training: Path) -> Iterator[None]:
+    """Around what follows a training: trouble with MLflow is no loss, as the training can be taken over.
+
+    Args:
+        training: the training's directory.
+
+    Raises:
+        NotLoggedError: MLflow refused a request, or did not answer.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        reason = " ".join(str(error).split())[:_REASON]
+        raise NotLoggedError(
+            f"the training is finished and its checkpoints are in {training}, but MLflow at "
+            f"{without_credentials(tracking_uri)} has not taken all of it: {reason}"
+        ) from error
 
 
 class Shipped(BaseModel):
