@@ -21,7 +21,7 @@ def verify_tokens(directory: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((directory / META_FILE).read_text())
         intact = all(sha256_file(directory / name) == sha256 for name, sha256 in meta["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return meta if intact else None
 

@@ -83,3 +83,10 @@ def test_verify_tokens_finds_any_flipped_byte(token_dir: Path, tmp_path: Path) -
         path.write_bytes(data)
     assert verify_tokens(directory) == meta
     assert verify_tokens(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", '{"files": null}', '{"files": {"a": 1}}', "{", "{}"])
+def test_a_damaged_meta_json_is_no_token_directory(tmp_path: Path, content: str) -> None:
+    """Whatever stands there, the token files are written again."""
+    (tmp_path / "meta.json").write_text(content)
+    assert verify_tokens(tmp_path) is None
