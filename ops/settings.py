@@ -74,7 +74,7 @@ class Settings:
 
     @property
     def models(self) -> Path:
-        """Downloaded registered versions, from which trainings start or with which they are compared."""
+        """Registered versions that were downloaded: to start from, to compare with, or for `make sample`."""
         return self.data_root / "models"
 
     @property
