@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import flip, put_nan, swap_entries
 from prefect.logging import disable_run_logger
-from safetensors.torch import load_file, save_file
 
 from model.data.preparing import PrepareConfig
 from model.demo import EMBEDDED_BASE
@@ -44,27 +43,6 @@ def base(tmp_path: Path) -> Path:
     return Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "base"))
 
 
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def _swap_entries(directory: Path) -> None:
-    path = directory / "tokenizer.json"
-    raw = json.loads(path.read_text())
-    vocab = raw["model"]["vocab"]
-    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
-    path.write_text(json.dumps(raw))
-
-
-def _nan(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    weights = load_file(path)
-    weights["transformer.ln_f.bias"][3] = float("nan")
-    save_file(weights, path)
-
-
 @pytest.fixture
 def sources(base: Path, data_dir: Path) -> Sources:
     with disable_run_logger():
@@ -91,11 +69,11 @@ LOADINGS: dict[str, Callable[[Sources, TrainingRef], object]] = {
     "publish": lambda _, training: export(training, CHECKPOINT, Path("no"), ""),
 }
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "weights, a bit": (lambda d: _flip(d / "model.safetensors"), "model.safetensors"),
-    "weights, NaN": (_nan, "model.safetensors"),
-    "config, a bit": (lambda d: _flip(d / "config.json"), "config.json"),
-    "tokenizer, two entries": (_swap_entries, "tokenizer.json"),
-    "tokenizer, settings": (lambda d: _flip(d / "tokenizer_config.json"), "tokenizer_config.json"),
+    "weights, a bit": (lambda d: flip(d / "model.safetensors"), "model.safetensors"),
+    "weights, NaN": (put_nan, "model.safetensors"),
+    "config, a bit": (lambda d: flip(d / "config.json"), "config.json"),
+    "tokenizer, two entries": (swap_entries, "tokenizer.json"),
+    "tokenizer, settings": (lambda d: flip(d / "tokenizer_config.json"), "tokenizer_config.json"),
 }
 
 

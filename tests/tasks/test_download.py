@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import flip
 from prefect.logging import disable_run_logger
 
 from model.net.config import PRESETS
@@ -56,9 +57,7 @@ def test_changed_weights_are_refused(tmp_path: Path, gpt2_dir: Path) -> None:
     _download(weights_dir=str(weights))
     _download(weights_dir=str(weights))
     file = weights / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    flip(file)
     with pytest.raises(ValueError, match=r"model\.safetensors is not the file it was") as caught:
         _download(weights_dir=str(weights))
     record = tmp_path / "root" / "trusted-weights.json"

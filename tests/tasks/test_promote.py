@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import swap_entries
 from prefect.logging import disable_run_logger
 
 from model.data.preparing import PrepareConfig
@@ -80,15 +81,6 @@ def _better(directory: Path) -> None:
     model.save_pretrained(directory, 0)
 
 
-def _other_tokenizer(directory: Path) -> None:
-    """Two tokens change places."""
-    path = directory / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
-    path.write_text(json.dumps(tokenizer))
-
-
 def _download(data: Path, **changes: Any) -> Sources:
     given: dict[str, Any] = {
         "dataset": str(data),
@@ -144,7 +136,7 @@ def test_a_version_that_changes_after_it_was_fetched(data: Path, champion: Calla
     model = check_weights(weights, "tiny")
     plan = plan_freeze(GPTConfig(**model.config), FreezeConfig(num_unfrozen_layers=2))
     load_frozen(model, plan, torch.device("cpu"), torch.float32)
-    for change, name in ((_other_tokenizer, "tokenizer.json"), (_better, "model.safetensors")):
+    for change, name in ((swap_entries, "tokenizer.json"), (_better, "model.safetensors")):
         change(Path(weights.directory))
         with pytest.raises(ChangedFileError, match=rf"{name} has changed since this run began"):
             load_frozen(model, plan, torch.device("cpu"), torch.float32)
@@ -180,7 +172,7 @@ def test_a_run_from_elsewhere_has_the_champion_scored(data: Path, champion: Call
 
 def test_another_tokenizer_cannot_be_compared(data: Path, champion: Callable[..., str]) -> None:
     """Losses per token of two tokenizers: the run ends well, the champion stays, and the reason is said."""
-    uri = champion(_other_tokenizer)
+    uri = champion(swap_entries)
     rival, rows = _score(data)
     assert rows is None
     assert (
@@ -194,7 +186,7 @@ def test_another_tokenizer_than_given_is_refused(data: Path, champion: Callable[
     champion(_better)
     assert _download(data, tokenizer_dir=str(EMBEDDED_BASE)).weights.source.startswith("models:/")
     other = shutil.copytree(EMBEDDED_BASE, tmp_path / "other")
-    _other_tokenizer(other)
+    swap_entries(other)
     with pytest.raises(ValueError, match=r"another tokenizer than that of tokenizer_dir.*leave tokenizer_dir out"):
         _download(data, tokenizer_dir=str(other))
 

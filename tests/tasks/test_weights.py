@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import flip, put_nan, swap_entries
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
 
 from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
 from model.files import sha256_file, sha256_json
@@ -37,31 +36,10 @@ def _find(directory: Path | None, **changes: Any) -> Any:
     return find_weights(Settings.load(), "tiny", **given)
 
 
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def _swap_entries(directory: Path) -> None:
-    path = directory / "tokenizer.json"
-    raw = json.loads(path.read_text())
-    vocab = raw["model"]["vocab"]
-    vocab["e"], vocab["t"] = vocab["t"], vocab["e"]
-    path.write_text(json.dumps(raw))
-
-
-def _nan(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    weights = load_file(path)
-    weights["transformer.ln_f.bias"][3] = float("nan")
-    save_file(weights, path)
-
-
 BROKEN: dict[str, Callable[[Path], object]] = {
     "cut": lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-1]),
     "LFS pointer": lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
-    "NaN": _nan,
+    "NaN": put_nan,
     "config": lambda d: (d / "config.json").write_text("<html>"),
     "tokenizer": lambda d: (d / "tokenizer.json").write_text("{}"),
     "tokenizer settings": lambda d: (d / "tokenizer_config.json").write_text("{"),
@@ -86,7 +64,7 @@ def test_a_broken_file_is_not_recorded_so_the_repaired_one_is_taken(base: Path, 
 def test_swapped_entries_between_two_runs(base: Path) -> None:
     """The tokenizer's files are trusted at first use as the weights are."""
     _find(base)
-    _swap_entries(base)
+    swap_entries(base)
     with pytest.raises(ValueError, match=r"tokenizer\.json is not the file it was at first use"):
         _find(base)
 
@@ -95,7 +73,7 @@ def test_a_tokenizer_elsewhere_is_trusted_in_the_same_way(base: Path) -> None:
     """Also beside the embedded weights."""
     weights = _find(None, tokenizer_dir=str(base))
     assert weights.tokenizer_files == {name: EMBEDDED_SHA256[name] for name in weights.tokenizer_files}
-    _swap_entries(base)
+    swap_entries(base)
     with pytest.raises(ValueError, match=r"tokenizer\.json is not the file it was at first use"):
         _find(None, tokenizer_dir=str(base))
 
@@ -135,7 +113,7 @@ def test_a_bit_flip_in_the_embedded_base_is_refused(base: Path, monkeypatch: pyt
     """A copy stands for it."""
     monkeypatch.setattr("tasks.weights.EMBEDDED_BASE", base)
     assert _find(None).directory == str(base)
-    _flip(base / name)
+    flip(base / name)
     with pytest.raises(ValueError, match=rf"{name} is not the file of this release.*restore it"):
         _find(None)
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import flip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -155,12 +156,6 @@ def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel]
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"ln_f\.bias is \[1\], expected \[32\]"):
         load_trained(path, fresh())
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import flip
 from torch import Tensor
 
 from model import GPTModel, freeze_bottom_layers
@@ -235,9 +236,7 @@ def test_other_depth_rows_ids_or_dtype_do_not_find_it(
     changed.mkdir()
     for path in token_dir.iterdir():
         (changed / path.name).write_bytes(path.read_bytes())
-    content = bytearray((changed / "train.ids.bin").read_bytes())
-    content[0] ^= 1
-    (changed / "train.ids.bin").write_bytes(content)
+    flip(changed / "train.ids.bin", 0)
     others: list[dict[str, Any]] = [
         {"model": load(2)},
         {"split": "validation"},
