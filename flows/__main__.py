@@ -54,9 +54,9 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
     from prefect.exceptions import ParameterTypeError
 
     from flows.finetune import finetune
-    from flows.job import all_parameters
+    from flows.job import unknown_parameters
 
-    if unknown := sorted(parameters.keys() - {parameter.name for parameter in all_parameters()}):
+    if unknown := unknown_parameters(parameters):
         return f"no parameter is called {', '.join(unknown)}: README.md lists them"
     for name, value in parameters.items():
         if isinstance(value, str) and storable(value) != value:

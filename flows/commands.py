@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from ops.text import one_line
+
 DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")  # a link to the checkout's, so that a wheel has it too
 
 
@@ -27,7 +29,7 @@ def read_parameters(deployment: str) -> dict[str, Any]:
         deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
         parameters = {str(d["name"]): dict(d["parameters"]) for d in deployments}
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(f"{DEPLOYMENTS.resolve()} is damaged, restore it: {reason}") from error
     if deployment not in parameters:
         raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from flows.commands import UsageError
+from ops.text import one_line
 from ops.tracking.provenance import is_known_schema
 from ops.tracking.runs import client, find_experiment
 
@@ -68,7 +69,7 @@ def _probe(path: Path) -> None:
 
 
 def _explain(path: Path, owner: str, error: sqlite3.Error) -> str:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if "locked" in reason or "busy" in reason:
         holder = shlex.join(["fuser", str(path)])
         return f"{owner}'s database {path} is locked by another process (`{holder}` names it): wait for it, or end it"
@@ -94,7 +95,7 @@ def open_mlflow(uri: str) -> None:
     except RuntimeError as error:  # deleted
         raise UsageError(str(error)) from error
     except Exception as error:  # MLflow, SQLAlchemy and alembic raise different ones
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if found := _REVISION.search(reason):
             if is_known_schema(found[1]):
                 upgrade = shlex.join(["mlflow", "db", "upgrade", uri])

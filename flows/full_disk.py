@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.files import DiskFullError
+from ops.text import one_line
 
 _SIGNS = ("No space left on device", "database or disk is full", "Disk quota exceeded")
 _NEARLY_FULL = 1_000_000  # bytes
@@ -28,7 +29,7 @@ def naming_the_disk(data_root: Path) -> Iterator[None]:
     except Exception as error:
         if not is_full_disk(error, data_root):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         free = shutil.disk_usage(data_root).free
         raise OSError(
             errno.ENOSPC,

@@ -16,7 +16,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import deployment
 from prefect.states import Failed
 
-from flows.job import all_parameters
+from flows.job import unknown_parameters
 from ops.notify import notify
 from ops.recovery.reaper import REASON_TAG, close_run, is_retried, runs_of
 from ops.settings import Settings
@@ -43,7 +43,7 @@ def _explain_parameters(flow_run: FlowRun) -> State[Any] | None:
 
     Its server lets unknown parameters pass, and its engine fails with them before the flow begins.
     """
-    unknown = sorted(flow_run.parameters.keys() - {parameter.name for parameter in all_parameters()})
+    unknown = unknown_parameters(flow_run.parameters)
     if not unknown:
         return None
     state: State[Any] = Failed(message=f"no parameter is called {', '.join(unknown)}: README.md lists them")

@@ -61,8 +61,8 @@ class Job:
             TypeError: there is no parameter of that name.
             ValueError: they contradict each other, or this machine.
         """
-        if unknown := values.keys() - {parameter.name for parameter in all_parameters()}:
-            raise TypeError(f"there is no parameter {', '.join(sorted(unknown))}")
+        if unknown := unknown_parameters(values):
+            raise TypeError(f"there is no parameter {', '.join(unknown)}")
         groups: dict[str, Any] = {name: group.take(values) for name, group in _groups().items()}
         job = cls(**groups)
         job.check()
@@ -103,6 +103,11 @@ def all_parameters() -> tuple[Parameter, ...]:
     # A parameter that several groups share (the seed) comes last.
     names = Counter(parameter.name for group in _groups().values() for parameter in group.declared())
     return tuple(sorted(found.values(), key=lambda parameter: names[parameter.name] > 1))
+
+
+def unknown_parameters(values: Mapping[str, Any]) -> list[str]:
+    """The names that no parameter has, sorted."""
+    return sorted(values.keys() - {parameter.name for parameter in all_parameters()})
 
 
 def defaults() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -52,11 +53,8 @@ def hold_device(settings: Settings, device: str) -> Iterator[str]:
 @contextmanager
 def hold_training(settings: Settings, identity: str) -> Iterator[None]:
     """Hold a training: two runs of one training would overwrite each other's checkpoints."""
-    log = get_run_logger()
     waiting = _Waiting(WAITING_FOR_TRAINING, "waiting-for-training")
-    name, run_id = str(flow_run.name), str(flow_run.id)
-    what = f"training {identity[:16]}"
-    with exclusive(settings.locks, what, name, log.info, show=waiting.show, flow_run_id=run_id):
+    with _hold(settings.locks, f"training {identity[:16]}", waiting):
         yield
 
 
@@ -66,11 +64,17 @@ def hold_nights(settings: Settings, size: str) -> Iterator[None]:
 
     Two nights at once would choose the same rows.
     """
-    log = get_run_logger()
     waiting = _Waiting(WAITING_FOR_NIGHT, "waiting-for-night")
-    directory = shared_directory(settings.device_locks)
     what = shared_name(settings.tracking_uri, f"nights of {size}")
-    with exclusive(directory, what, str(flow_run.name), log.info, show=waiting.show, flow_run_id=str(flow_run.id)):
+    with _hold(shared_directory(settings.device_locks), what, waiting):
+        yield
+
+
+@contextmanager
+def _hold(directory: Path, what: str, waiting: _Waiting) -> Iterator[None]:
+    """Hold one lock for this flow run, and show in Prefect that it waits."""
+    log, name, run_id = get_run_logger(), str(flow_run.name), str(flow_run.id)
+    with exclusive(directory, what, name, log.info, show=waiting.show, flow_run_id=run_id):
         yield
 
 

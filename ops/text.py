@@ -11,6 +11,11 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks and runs of white space."""
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def storable_errors() -> Iterator[None]:
     """Let only exceptions pass whose messages can be stored.

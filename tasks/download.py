@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -92,15 +91,10 @@ def download(config: SourceConfig) -> Sources:
 def _demo(settings: Settings) -> Path:
     """The project's own rows, in a directory named by the hash of the code that makes them."""
     target = settings.data_root / "demo" / grammar.code_sha256()[:16]
-    _write_once(target, grammar.write_rows)
-    return target
-
-
-def _write_once(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a directory unless it exists; other runs never see a part of it."""
     if not target.exists():
-        with atomic_directory(target) as scratch:
-            write(scratch)
+        with atomic_directory(target) as scratch:  # other runs never see a part of it
+            grammar.write_rows(scratch)
+    return target
 
 
 def _dataset(settings: Settings, config: SourceConfig) -> DatasetRef:

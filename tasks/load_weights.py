@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 
 from model.files import sha256_json
 from model.net.config import normalize_size
-from model.net.layout import CONFIG_FILE, weight_files
+from model.net.layout import model_files
 from model.net.loading import check_pretrained, check_size
 from ops.tracking.steps import pipeline_step
 from tasks.references import ModelRef, WeightsRef
@@ -52,6 +52,6 @@ def check_weights(weights: WeightsRef, model_size: str, log: Callable[[str], Non
         source=weights.source,
         sha256=sha256_json(weights.files),
         config=asdict(config),
-        files={path.name: weights.files[path.name] for path in [directory / CONFIG_FILE, *weight_files(directory)]},
+        files={path.name: weights.files[path.name] for path in model_files(directory)},
         tokenizer_files=weights.tokenizer_files,
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
 from model.files import sha256_file, write_json
 from model.net.config import GPTConfig
-from model.net.layout import CONFIG_FILE, weight_files
+from model.net.layout import CONFIG_FILE, model_files
 from model.net.loading import check_size, hash_pretrained
-from model.net.tokenizer import TOKENIZER_FILES, hash_tokenizer, load_tokenizer
+from model.net.tokenizer import hash_tokenizer, load_tokenizer, tokenizer_hashes
 from model.records import read_record
 from ops.hub import PINNED_WEIGHTS, fetch_weights
 from ops.machine.flock import hold_file
@@ -42,13 +42,13 @@ def find_weights(settings: Settings, size: str, weights_dir: str | None, tokeniz
         return WeightsRef(weights_dir, None, str(directory), files, str(tokenizer or directory), of_tokenizer)
     if size == "tiny":
         source, commit, directory, known = "embedded", None, EMBEDDED_BASE, _embedded()
-        files = {name: known[name] for name in (CONFIG_FILE, *(path.name for path in weight_files(directory)))}
+        files = {path.name: known[path.name] for path in model_files(directory)}
     else:
         source, commit = PINNED_WEIGHTS[size]
         snapshot = fetch_weights(source, commit, settings.hub_cache)
         directory, commit, files = snapshot.path, snapshot.commit, snapshot.files
         known = files
-    of_tokenizer = {name: known[name] for name in TOKENIZER_FILES if name in known}
+    of_tokenizer = tokenizer_hashes(known)
     if tokenizer:
         vocab_size = GPTConfig.from_json(directory / CONFIG_FILE, files[CONFIG_FILE]).vocab_size
         with _first_uses(settings) as record:
@@ -76,7 +76,7 @@ def registered_weights(
         check_size(config, size, Path(uri))
     except ValueError as error:
         raise ValueError(f"{error}: choose a version of that size in start_from, or another model_size") from error
-    of_tokenizer = {name: files[name] for name in TOKENIZER_FILES if name in files}
+    of_tokenizer = tokenizer_hashes(files)
     if tokenizer_dir:
         given = load_tokenizer(_directory("tokenizer_dir", tokenizer_dir), config.vocab_size)
         if given.get_vocab() != load_tokenizer(directory, config.vocab_size, of_tokenizer).get_vocab():
@@ -84,7 +84,7 @@ def registered_weights(
                 f"{uri} was trained with another tokenizer than that of tokenizer_dir {tokenizer_dir}: leave "
                 "tokenizer_dir out, since a version brings its own, or start from the base (start_from=base)"
             )
-    used = {path.name: files[path.name] for path in [directory / CONFIG_FILE, *weight_files(directory)]}
+    used = {path.name: files[path.name] for path in model_files(directory)}
     return WeightsRef(uri, None, str(directory), used, str(directory), of_tokenizer)
 
 
@@ -140,7 +140,7 @@ class _Record:
         Raises:
             FileNotFoundError, ValueError: they do not load, or changed since their first use.
         """
-        paths = [directory / CONFIG_FILE, *weight_files(directory)]
+        paths = model_files(directory)
         if all(str(path) in self._known and path.is_file() for path in paths):
             files = {path.name: sha256_file(path) for path in paths}
         else:

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from model.data.schemas import COLUMNS, SCHEMAS, UnusableRow
-from model.files import describe_bytes
+from model.files import HEAD_BYTES, describe_bytes
 
 _GZIP = ".gz"
-_HEAD = 512  # bytes that tell what a file is
 _SEPARATORS = ",;\t|"
 _TABLES = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 # The longer mark first: UTF-32's little-endian mark begins with UTF-16's.
@@ -77,7 +76,7 @@ def _open(path: Path, kind: str) -> io.BufferedReader:
     raw: Any = gzip.open(path) if path.suffix.lower() == _GZIP else io.FileIO(path)  # noqa: SIM115  # closed by reader
     reader = io.BufferedReader(raw)
     try:
-        head = reader.peek(_HEAD)[:_HEAD]
+        head = reader.peek(HEAD_BYTES)[:HEAD_BYTES]
         other = describe_bytes(head)
         for magic, owner in _TABLES.items():
             if head.startswith(magic) and kind != owner:

@@ -52,6 +52,11 @@ def weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(f"{directory} holds no {WEIGHTS_FILE}{_instead(directory)}")
 
 
+def model_files(directory: Path) -> list[Path]:
+    """What a model is read from: config.json, and the files of ``weight_files``, which raises."""
+    return [directory / CONFIG_FILE, *weight_files(directory)]
+
+
 def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX_FILE
     raw = parse_json(index.read_bytes(), index)

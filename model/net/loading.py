@@ -175,15 +175,20 @@ def read_pretrained(
         ValueError: a value is not finite, or the config ties the head but the stored head is not the embedding.
     """
     with _open(directory, expected) as weights:
-        config = weights.config
-        with torch.device("meta"):
-            model = GPTModel(config)
-        wanted = dict(model.named_parameters())
-        state: dict[str, Tensor] = {}
-        for name, tensor in weights.tensors():
-            if name in wanted:
-                stored = tensor.t() if is_conv1d(name) else tensor
-                state[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        return _build(weights, device, dtype)
+
+
+def _build(weights: _Weights, device: torch.device, dtype: torch.dtype) -> GPTModel:
+    """The model of open files; raises as read_pretrained."""
+    config = weights.config
+    with torch.device("meta"):
+        model = GPTModel(config)
+    wanted = dict(model.named_parameters())
+    state: dict[str, Tensor] = {}
+    for name, tensor in weights.tensors():
+        if name in wanted:
+            stored = tensor.t() if is_conv1d(name) else tensor
+            state[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
@@ -251,8 +256,9 @@ def load_gpt_model(
         FileNotFoundError, ValueError: as read_pretrained, check_size, load_tokenizer, freeze_bottom_layers.
     """
     directory = Path(weights_dir)
-    check_size(check_pretrained(directory, files), model_size, directory)
-    model = read_pretrained(directory, torch.device(device), torch.float32, files)
+    with _open(directory, files) as weights:
+        check_size(weights.config, model_size, directory)
+        model = _build(weights, torch.device(device), torch.float32)
     tokenizer = load_tokenizer(tokenizer_dir or directory, model.config.vocab_size, tokenizer_files)
     if freeze_layers:
         freeze_bottom_layers(model, num_unfrozen_layers, train_head)

@@ -105,6 +105,11 @@ def hash_tokenizer(directory: Path) -> dict[str, str]:
     }
 
 
+def tokenizer_hashes(files: Mapping[str, str]) -> dict[str, str]:
+    """Of the hashes of a directory's files by name, those of the files that its tokenizer is made from."""
+    return {name: files[name] for name in TOKENIZER_FILES if name in files}
+
+
 def unknown_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
     """The rows of an embedding that no token belongs to, such as those that pad it to a round number."""
     return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))

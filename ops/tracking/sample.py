@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     from model.evaluation.completions import SamplingConfig, complete
     from model.net.loading import read_pretrained
     from model.net.sampling import check_sampling
-    from model.net.tokenizer import TOKENIZER_FILES, load_tokenizer
+    from model.net.tokenizer import load_tokenizer, tokenizer_hashes
 
     settings = Settings.load()
     values = {name: value for name, value in vars(given).items() if name not in ("prompt", "model")}
@@ -74,8 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         version = latest_version(client(settings.tracking_uri), given.model)
         directory, files = fetch_version(settings, version, _tell, _REMEDY)
         network = read_pretrained(directory, torch.device("cpu"), torch.float32, files)
-        of_tokenizer = {name: files[name] for name in TOKENIZER_FILES if name in files}
-        tokenizer = load_tokenizer(directory, network.config.vocab_size, of_tokenizer)
+        tokenizer = load_tokenizer(directory, network.config.vocab_size, tokenizer_hashes(files))
     except ValidationError as error:
         (first, *_) = error.errors()
         _tell(f"{first['loc'][0]} {first['input']}: {first['msg']}")

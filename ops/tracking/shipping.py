@@ -16,6 +16,7 @@ from model.files import write_json
 from model.records import read_record
 from ops.courier import Courier
 from ops.redaction import without_credentials
+from ops.text import one_line
 from ops.tracking.runs import RunRef, client
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def must_be_logged(tracking_uri: str, training: Path) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError) as error:
-        reason = " ".join(str(error).split())[:_REASON]
+        reason = one_line(error)[:_REASON]
         raise NotLoggedError(
             f"the training is finished and its checkpoints are in {training}, but MLflow at "
             f"{without_credentials(tracking_uri)} has not taken all of it: {reason}"
