@@ -111,7 +111,6 @@ def test_no_two_files_import_each_other() -> None:
 THEMES = {
     "model": {"data/test_fuzz.py", "engine/test_cuda.py", "engine/test_sameness.py"},
     "ops": {
-        "fakehub.py",
         "sandbox/test_processes.py",
         "stack/test_pages.py",
         "stack/test_postgres.py",

@@ -22,14 +22,15 @@ Filter = Callable[[Tensor], Tensor]
 LARGEST_TEMPERATURE = 1e6  # all tokens are equally probable long before
 
 
-def leave_out(ids: Sequence[int]) -> Filter:
-    """Remove tokens, such as the rows of a padded embedding that the tokenizer has no token for."""
-    index: Tensor | None = None
+def leave_out(ids: Sequence[int], device: torch.device) -> Filter:
+    """Remove tokens, such as the rows of a padded embedding that the tokenizer has no token for.
+
+    Args:
+        device: of the logits; the ids are copied there once.
+    """
+    index = torch.tensor(ids, device=device)
 
     def apply(logits: Tensor) -> Tensor:
-        nonlocal index
-        if index is None:  # once, on the logits' device
-            index = torch.tensor(ids, device=logits.device)
         return logits.index_fill(-1, index, float("-inf"))
 
     return apply
@@ -174,7 +175,7 @@ def generate(
     """
     filters = build_filters(temperature, top_k, top_p)
     if never:
-        filters.insert(0, leave_out(never))
+        filters.insert(0, leave_out(never, model.wte.weight.device))
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt is empty: generation needs at least one token to start from")
     if not prompts or max_new_tokens < 1:

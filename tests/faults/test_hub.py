@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,10 +9,10 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from fakehub import FakeHub, Fault
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,21 +29,9 @@ print(time.monotonic() - begin)
 """
 
 
-@pytest.fixture(scope="module")
-def fakehub() -> ModuleType:
-    """tests/ops/fakehub.py: the tests are no packages."""
-    spec = importlib.util.spec_from_file_location("fakehub_of_faults", ROOT / "tests" / "ops" / "fakehub.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def hub(fakehub: ModuleType) -> Iterator[Any]:
-    with fakehub.FakeHub() as running:
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as running:
         yield running
 
 
@@ -71,10 +58,10 @@ def _fetch(hub: Any, cache: Path) -> tuple[str, float, list[float]]:
 
 @pytest.mark.parametrize(("status", "headers"), [(503, {}), (429, {"Retry-After": "3600"})])
 def test_row_14_a_busy_hub_is_asked_three_times(
-    status: int, headers: dict[str, str], hub: Any, fakehub: ModuleType, tmp_path: Path
+    status: int, headers: dict[str, str], hub: Any, tmp_path: Path
 ) -> None:
     """With a second and three seconds in between, whatever Retry-After asks for; the error names the local option."""
-    hub.faults = [fakehub.Fault("status", status=status, headers=headers)]
+    hub.faults = [Fault("status", status=status, headers=headers)]
     error, seconds, moments = _fetch(hub, tmp_path)
     assert f"HTTP {status}" in error
     assert "weights_dir" in error
@@ -83,9 +70,9 @@ def test_row_14_a_busy_hub_is_asked_three_times(
     assert 4 <= seconds < 15
 
 
-def test_row_14_a_hub_that_is_busy_for_a_moment(hub: Any, fakehub: ModuleType, tmp_path: Path) -> None:
+def test_row_14_a_hub_that_is_busy_for_a_moment(hub: Any, tmp_path: Path) -> None:
     """503, then 429: the third answer counts, here that there is no such repository."""
-    hub.faults = [fakehub.Fault("status", 1, "/api/models/", status) for status in (503, 429)]
+    hub.faults = [Fault("status", 1, "/api/models/", status) for status in (503, 429)]
     error, seconds, moments = _fetch(hub, tmp_path)
     assert "RepositoryNotFoundError" in error or "HTTP 404" in error
     assert len(moments) == 3

@@ -1,32 +1,18 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def fakehub() -> ModuleType:
-    """The module fakehub.py, loaded by its path because the tests are not packages."""
-    spec = importlib.util.spec_from_file_location("fakehub", Path(__file__).with_name("fakehub.py"))
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from fakehub import FakeHub
 
 
 @pytest.fixture
-def hub(fakehub: ModuleType) -> Iterator[Any]:
-    with fakehub.FakeHub() as running:
+def hub() -> Iterator[FakeHub]:
+    with FakeHub() as running:
         yield running
 
 

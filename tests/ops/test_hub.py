@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakehub import Fault, blob_id
 
 ROOT = Path(__file__).parents[2]
 MODEL, DATASET = "org/tiny", "org/Code_Pairs"
@@ -275,8 +276,8 @@ def test_offline_mode_is_named(fetch: Fetch) -> None:
     assert "as dataset" in got["error"]
 
 
-def test_a_hub_that_never_answers(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
-    hub.faults = [fakehub.Fault("hang")]
+def test_a_hub_that_never_answers(hub: Any, commit: str, fetch: Fetch) -> None:
+    hub.faults = [Fault("hang")]
     start = time.monotonic()
     got = fetch(hub, "fetch_weights", MODEL, commit, ANSWER_SECONDS=0.4)
     assert "Stalled (nothing arrived" in got["error"] or "Timeout" in got["error"]
@@ -285,34 +286,32 @@ def test_a_hub_that_never_answers(hub: Any, fakehub: Any, commit: str, fetch: Fe
 
 
 @pytest.mark.parametrize(("kind", "match"), [("hang", "/resolve/"), ("stall", "config.json")])
-def test_a_hub_that_dies_midway(
-    hub: Any, fakehub: Any, commit: str, fetch: Fetch, tmp_path: Path, kind: str, match: str
-) -> None:
-    hub.faults = [fakehub.Fault(kind, match=match)]
+def test_a_hub_that_dies_midway(hub: Any, commit: str, fetch: Fetch, tmp_path: Path, kind: str, match: str) -> None:
+    hub.faults = [Fault(kind, match=match)]
     start = time.monotonic()
     got = fetch(hub, "fetch_weights", MODEL, commit, **SHORT)
     assert "Stalled (nothing arrived for 1 s)" in got["error"]
     assert got["seconds"] < 6
     assert time.monotonic() - start < got["seconds"] + 5
     for blob in blobs(tmp_path):
-        assert blob.name in {fakehub.blob_id(blob.read_bytes()), sha256(blob)}, "whole files only"
+        assert blob.name in {blob_id(blob.read_bytes()), sha256(blob)}, "whole files only"
 
 
-def test_a_busy_hub_is_asked_again(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
-    hub.faults = [fakehub.Fault("status", 1, "/api/models/", status) for status in (503, 429)]
+def test_a_busy_hub_is_asked_again(hub: Any, commit: str, fetch: Fetch) -> None:
+    hub.faults = [Fault("status", 1, "/api/models/", status) for status in (503, 429)]
     assert fetch(hub, "fetch_weights", MODEL, commit)["commit"] == commit
     assert hub.asked(f"/revision/{commit}") == 3
 
 
-def test_a_busy_hub_is_given_up(hub: Any, fakehub: Any, commit: str, fetch: Fetch) -> None:
-    hub.faults = [fakehub.Fault("status")]
+def test_a_busy_hub_is_given_up(hub: Any, commit: str, fetch: Fetch) -> None:
+    hub.faults = [Fault("status")]
     got = fetch(hub.endpoint.replace("//", "//user:secret@"), "fetch_weights", MODEL, commit)
     assert "HTTP 503" in got["error"]
     assert "secret" not in got["error"] + got["stderr"], "the library quotes the URL"
     assert hub.asked("/api/models/") == 3
     assert got["seconds"] < 5
     # The library would sleep for as long as this header says.
-    hub.faults = [fakehub.Fault("status", match="/resolve/", status=429, headers={"Retry-After": "3600"})]
+    hub.faults = [Fault("status", match="/resolve/", status=429, headers={"Retry-After": "3600"})]
     got = fetch(hub, "fetch_weights", MODEL, commit, **SHORT)
     assert "Stalled" in got["error"]
     assert got["seconds"] < 6
@@ -321,32 +320,32 @@ def test_a_busy_hub_is_given_up(hub: Any, fakehub: Any, commit: str, fetch: Fetc
 # Wrong content
 
 
-def test_half_a_large_file(hub: Any, fakehub: Any, fetch: Fetch, tmp_path: Path) -> None:
+def test_half_a_large_file(hub: Any, fetch: Fetch, tmp_path: Path) -> None:
     folder = tmp_path / "large"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_text("{}")
     (folder / "model.safetensors").write_bytes(os.urandom(21 << 20))
     commit = hub.push("models", "org/large", folder)
-    hub.faults = [fakehub.Fault("rewind", match="model.safetensors")]
+    hub.faults = [Fault("rewind", match="model.safetensors")]
     error = fetch(hub, "fetch_weights", "org/large", commit, STALL_SECONDS=1.6)["error"]
     assert "model.safetensors: Stalled" in error, "the same half downloaded again is no progress"
     hub.ranges.clear()
-    hub.faults = [fakehub.Fault("half", times=1, match="model.safetensors")]
+    hub.faults = [Fault("half", times=1, match="model.safetensors")]
     got = fetch(hub, "fetch_weights", "org/large", commit)
     assert got["files"]["model.safetensors"] == sha256(folder / "model.safetensors")
     assert hub.ranges == [f"bytes={10 << 20}-"], "the library goes on from the last full 10 MB"
 
 
-def test_half_a_file_is_not_accepted(hub: Any, fakehub: Any, commit: str, fetch: Fetch, tmp_path: Path) -> None:
-    hub.faults = [fakehub.Fault("short", match="model.safetensors")]
+def test_half_a_file_is_not_accepted(hub: Any, commit: str, fetch: Fetch, tmp_path: Path) -> None:
+    hub.faults = [Fault("short", match="model.safetensors")]
     assert "model.safetensors: OSError" in fetch(hub, "fetch_weights", MODEL, commit)["error"]
     assert all(len(blob.name) == 40 for blob in blobs(tmp_path)), "nothing of it in the cache"
     assert "no complete copy" in fetch(DEAD, "fetch_weights", MODEL, commit)["error"]
 
 
-def test_a_flipped_bit_is_refetched(hub: Any, fakehub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
-    hub.faults = [fakehub.Fault("flip", times=1, match=name) for name in KINDS]
+def test_a_flipped_bit_is_refetched(hub: Any, weights: Path, commit: str, fetch: Fetch) -> None:
+    hub.faults = [Fault("flip", times=1, match=name) for name in KINDS]
     got = fetch(hub, "fetch_weights", MODEL, commit)
     for name in KINDS:
         assert got["files"][name] == sha256(weights / name) == sha256(Path(got["path"]) / name)
@@ -354,12 +353,12 @@ def test_a_flipped_bit_is_refetched(hub: Any, fakehub: Any, weights: Path, commi
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_bit_flipped_twice_is_refused(
-    hub: Any, fakehub: Any, weights: Path, commit: str, fetch: Fetch, tmp_path: Path, name: str
+    hub: Any, weights: Path, commit: str, fetch: Fetch, tmp_path: Path, name: str
 ) -> None:
-    hub.faults = [fakehub.Fault("flip", match=name)]
+    hub.faults = [Fault("flip", match=name)]
     right, wrong = (weights / name).read_bytes(), flipped(weights / name)
     if name == "config.json":
-        expected, actual = fakehub.blob_id(right), fakehub.blob_id(wrong)
+        expected, actual = blob_id(right), blob_id(wrong)
     else:
         expected, actual = (hashlib.sha256(content).hexdigest() for content in (right, wrong))
     error = fetch(hub, "fetch_weights", MODEL, commit)["error"]
@@ -392,10 +391,10 @@ def test_a_dataset_is_fetched_at_its_commit(hub: Any, rows: Path, fetch: Fetch, 
     assert (got["commit"], len(got["rows"]["train"])) == (first, 3)
 
 
-def test_an_incomplete_dataset_is_refused(hub: Any, fakehub: Any, rows: Path, fetch: Fetch) -> None:
+def test_an_incomplete_dataset_is_refused(hub: Any, rows: Path, fetch: Fetch) -> None:
     """Without the hub, an incomplete copy must not be taken for a data set that lacks the split."""
     commit = hub.push("datasets", DATASET, rows)
-    hub.faults = [fakehub.Fault("flip", match="train.jsonl")]
+    hub.faults = [Fault("flip", match="train.jsonl")]
     assert "train.jsonl was downloaded twice" in fetch(hub, "fetch_dataset", DATASET, commit)["error"]
     assert "no complete copy" in fetch(DEAD, "fetch_dataset", DATASET, commit)["error"]
 
