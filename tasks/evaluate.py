@@ -22,7 +22,7 @@ from model.evaluation.completions import Completion, SamplingConfig, complete, e
 from model.evaluation.scores import Outputs, describe_failures, headline, score_both, score_table
 from model.evaluation.tables import pass_table, row_table, sample_table
 from model.files import write_json
-from model.net.device import resolve_device, resolve_precision
+from model.net.device import resolve_device, use_precision
 from model.net.gpt import GPTModel
 from ops.sandbox.guards import run_tests
 from ops.settings import Settings
@@ -54,7 +54,7 @@ def evaluate(
     """
     log = get_run_logger()
     place = resolve_device(device)
-    dtype = resolve_precision(training.config.precision, place)
+    dtype = use_precision(training.config.precision, place)
     test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=training.config.eval_rows)
     network, tokenizer = load_frozen(training.model, training.plan, place, dtype)
     engine = Engine(network, dtype)

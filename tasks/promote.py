@@ -12,7 +12,7 @@ from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
 from model.engine.scoring import row_losses
 from model.files import write_json
-from model.net.device import resolve_device, resolve_precision
+from model.net.device import resolve_device, use_precision
 from model.net.prompt import encode_examples
 from ops.settings import Settings
 from ops.tracking.promotion import Verdict, announce, judge, settle
@@ -45,7 +45,7 @@ def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str
     if training.model.source == uri:
         return rival
     place = resolve_device(device)
-    dtype = resolve_precision(training.config.precision, place)
+    dtype = use_precision(training.config.precision, place)
     test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=training.config.eval_rows)
     try:
         weights = registered_weights(settings, uri, training.model.model_size, None, log.info)

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from model.data.tokens import CodeAlpacaDataset
 from model.net.attention import Documents
+from model.net.device import pin, send
+from model.net.noise import ROW_BITS
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Pack:
     weights: Tensor | None
     owner: np.ndarray[Any, Any]
 
+    def token_names(self) -> Tensor:
+        """Row and position of each token, (N,), as ``model.net.noise.Noise`` takes them."""
+        rows = np.repeat(self.rows.astype(np.int64) << ROW_BITS, self.documents.lengths)
+        return send(rows, self.positions.device) + self.positions
+
 
 def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.device) -> Pack:
     """Pack rows in their order; those without a target are left out."""
@@ -59,25 +66,19 @@ def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.d
     predictors = np.arange(len(owner)) if everywhere else np.flatnonzero(in_response)
     weights = np.where(in_response, 1.0, dataset.prompt_loss_weight) if everywhere else None
 
-    def pin(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
-        tensor = torch.from_numpy(array).to(dtype)
-        # A copy from pinned memory is asynchronous; a copy from other memory waits for all queued work.
-        return tensor.pin_memory() if device.type == "cuda" else tensor
-
-    def send(array: np.ndarray[Any, Any], dtype: torch.dtype = torch.long) -> Tensor:
-        return pin(array, dtype).to(device, non_blocking=True)
-
     return Pack(
         rows=rows,
         documents=Documents(
-            lengths.tolist(), send((ends - lengths)[owner], torch.int32), send(ends[owner], torch.int32)
+            lengths.tolist(),
+            send((ends - lengths)[owner].astype(np.int32), device),
+            send(ends[owner].astype(np.int32), device),
         ),
-        ids=send(dataset.ids[index].astype(np.int64)),
-        positions=send(positions),
-        slots=pin(index - rows[owner]),
-        predictors=send(predictors),
-        targets=send(dataset.ids[index[predictors] + 1].astype(np.int64)),
-        weights=None if weights is None else send(weights[predictors], torch.float64),
+        ids=send(dataset.ids[index].astype(np.int64), device),
+        positions=send(positions, device),
+        slots=pin(index - rows[owner], device),
+        predictors=send(predictors, device),
+        targets=send(dataset.ids[index[predictors] + 1].astype(np.int64), device),
+        weights=None if weights is None else send(weights[predictors], device),
         owner=owner[predictors],
     )
 

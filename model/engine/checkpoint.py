@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from model.records import read_record
 MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.safetensors"
 STATE_FILE = "state.json"
+_FURTHER = "further"  # first part of the names of tensors that belong to no parameter
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -37,28 +38,32 @@ class Snapshot:
 
     Attributes:
         model: trained tensors by name.
-        trainer: moments of the optimizer by kind and name, and the states of the random generators.
+        trainer: moments of the optimizer by kind and name, and further tensors by name.
     """
 
     model: dict[str, Tensor]
     trainer: dict[str, Tensor]
 
 
-def take_snapshot(model: GPTModel, optimizer: torch.optim.Optimizer, copy: bool = False) -> Snapshot:
+def take_snapshot(
+    model: GPTModel,
+    optimizer: torch.optim.Optimizer,
+    copy: bool = False,
+    further: Mapping[str, Tensor] | None = None,
+) -> Snapshot:
     """The current tensors of a training.
 
     Args:
         copy: copy all tensors, so that later steps do not change them; without it, tensors that are on the CPU
             already are shared with the training.
+        further: tensors of the training's state by name, besides those of model and optimizer.
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
 
     def on_cpu(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=copy).contiguous()
 
-    trainer: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
-    if model.wte.weight.is_cuda:
-        trainer["rng.cuda"] = torch.cuda.get_rng_state(model.wte.weight.device)
+    trainer = {f"{_FURTHER}.{name}": on_cpu(tensor) for name, tensor in (further or {}).items()}
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
             trainer[f"{key}.{names[parameter]}"] = on_cpu(value)
@@ -66,7 +71,7 @@ def take_snapshot(model: GPTModel, optimizer: torch.optim.Optimizer, copy: bool 
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict[str, Any]) -> Path:
-    """Write what a resumed training needs: trained tensors, optimizer, random states, position.
+    """Write what a resumed training needs: trained tensors, optimizer, position.
 
     Frozen tensors are not written: ``state["identity"]``, a hash over everything that determines the training, covers
     the base's sha256. The directory gets its name only when every file in it is on disk.
@@ -102,14 +107,21 @@ class CheckpointWriter:
         directory: directory of the training.
         in_background: write in a thread. The default is to do so only for a model on a GPU: on a CPU the copy
             would take memory that the training needs.
+        further: as for ``take_snapshot``.
     """
 
     def __init__(
-        self, directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, in_background: bool | None = None
+        self,
+        directory: Path,
+        model: GPTModel,
+        optimizer: torch.optim.Optimizer,
+        in_background: bool | None = None,
+        further: Mapping[str, Tensor] | None = None,
     ):
         self.directory = directory
         self.model = model
         self.optimizer = optimizer
+        self.further = further
         self.in_background = model.wte.weight.is_cuda if in_background is None else in_background
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
@@ -121,7 +133,7 @@ class CheckpointWriter:
             OSError: this checkpoint, or the one before it, could not be written.
         """
         self.wait()
-        snapshot = take_snapshot(self.model, self.optimizer, copy=self.in_background)
+        snapshot = take_snapshot(self.model, self.optimizer, self.in_background, self.further)
         if self.in_background:
             self.pending = self.thread.submit(self._write, snapshot, step, state, set(keep))
         else:
@@ -194,18 +206,21 @@ def _put_trained(path: Path, model: GPTModel) -> None:
         parameter.data.copy_(tensors[name])
 
 
-def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimizer) -> None:
-    """Restore trained tensors, optimizer and random states.
+def load_checkpoint(
+    path: Path, model: GPTModel, optimizer: torch.optim.Optimizer, further: Mapping[str, Tensor] | None = None
+) -> None:
+    """Restore trained tensors and optimizer, and overwrite ``further`` tensors of the training's state.
 
     Raises:
-        ValueError: as for ``load_trained``.
+        ValueError: as for ``load_trained``, or a further tensor is missing.
     """
     load_state(path)
     _put_trained(path, model)
     trainer = load_file(path / TRAINER_FILE)
-    torch.set_rng_state(trainer.pop("rng.cpu"))
-    if "rng.cuda" in trainer:
-        torch.cuda.set_rng_state(trainer.pop("rng.cuda"), model.wte.weight.device)
+    for name, tensor in (further or {}).items():
+        if f"{_FURTHER}.{name}" not in trainer:
+            raise ValueError(f"{path / TRAINER_FILE} has no {name}: it belongs to another training")
+        tensor.copy_(trainer.pop(f"{_FURTHER}.{name}"))
     parameters = dict(model.named_parameters())
     device = model.wte.weight.device
     for key, value in trainer.items():

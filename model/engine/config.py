@@ -20,8 +20,8 @@ class TrainConfig(Seeded):
     batch_size: Count = 32
     """Rows per optimizer step."""
     micro_batch_tokens: Count | None = None
-    """Tokens per forward and backward pass, about. It decides memory and speed, and changes a step only by the noise
-    of dropout. null chooses by device. It is halved where memory does not hold a pass."""
+    """Tokens per forward and backward pass, about. It decides memory and speed, and changes no step. null chooses by
+    device. It is halved where memory does not hold a pass."""
     learning_rate: Positive = 1e-4
     """Peak of the schedule: linear warm-up, then a cosine to zero."""
     weight_decay: NonNegative = 0.01
@@ -38,8 +38,9 @@ class TrainConfig(Seeded):
     """Steps between validations; each also saves a checkpoint."""
     eval_rows: Count | None = 1000
     """Rows of validation and of test that are used at most, for scores and completions; null uses all."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16, fp32, or auto: bf16 where the hardware has it."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
+    """bf16, fp16 (with dynamic loss scaling), fp32, tf32 (fp32 with faster, coarser products on a GPU), or auto: bf16
+    where the hardware has it, fp16 on older GPUs, else fp32."""
 
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of the whole training over ``rows`` rows."""

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -17,6 +18,7 @@ from model.engine.fused import can_fuse, run_blocks
 from model.net.attention import Documents
 from model.net.device import capture_stream, give_memory_back
 from model.net.gpt import GPTModel
+from model.net.noise import Noise
 
 _WARM_UP_TOKENS = 512  # enough for a warm-up: a Triton kernel compiled for one number of tokens serves all
 
@@ -42,10 +44,9 @@ class _Top(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, chosen: Tensor) -> Tensor:
         model = self.model
-        drops = model.training and model.config.dropout > 0
         blocks = model.h[model.num_frozen :]
-        if not drops and can_fuse(model, blocks, model.ln_f, x.device, x.dtype):
-            return run_blocks(blocks, model.ln_f, x, documents, chosen)
+        if can_fuse(model, blocks, model.ln_f, x.device, x.dtype):
+            return run_blocks(blocks, model.ln_f, x, documents, chosen, model.num_frozen)
         return choose(model.top(x, documents), chosen)
 
 
@@ -58,9 +59,10 @@ class Engine:
     Args:
         model: on its device, frozen parameters already in ``dtype``.
         dtype: computing dtype.
+        seed: of the noise of dropout.
     """
 
-    def __init__(self, model: GPTModel, dtype: torch.dtype):
+    def __init__(self, model: GPTModel, dtype: torch.dtype, seed: int = 0):
         self.model = model
         self.dtype = dtype
         self.device = model.wte.weight.device
@@ -69,6 +71,7 @@ class Engine:
         self._top = _Top(model)
         used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
+        self._origin = torch.tensor([seed, 0], device=self.device)
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._buffers: _Buffers | None = None
         self.latest_tokens = 0  # tokens of the pass that was started last
@@ -93,12 +96,23 @@ class Engine:
                 return run_blocks(blocks, None, x, batch.documents)
         return model.trunk(batch.ids, batch.positions, batch.documents).to(self.dtype)
 
+    def start_step(self, step: int) -> None:
+        """Use the noise of this optimizer step from now on."""
+        self._origin[1].fill_(step)
+
+    def documents(self, batch: Pack) -> Documents:
+        """The documents of a pack, with the noise of dropout if it acts."""
+        rate = self.model.config.dropout if self.model.training else 0.0
+        if not rate:
+            return batch.documents
+        return replace(batch.documents, noise=Noise(rate, self._origin, batch.token_names()))
+
     def top(self, x: Tensor, batch: Pack) -> Tensor:
         """Final hidden states of the predicting tokens (M, D) from the trunk's outputs (N, D)."""
         self.latest_tokens = len(batch.ids)
         copies = {name: master.to(self.dtype) for name, master in self._masters.items()}
         # tie_weights=False: no copy is of a tied weight, and the search for one visits the whole model each time.
-        inputs = (x, batch.documents, batch.predictors)
+        inputs = (x, self.documents(batch), batch.predictors)
         return functional_call(self._top, copies, inputs, tie_weights=False)
 
     def forward_backward(self, x: Tensor, batch: Pack, loss: Loss, first: bool = False) -> Tensor:
@@ -130,7 +144,7 @@ class Engine:
     def _can_replay(self, x: Tensor) -> bool:
         """Whether CUDA graphs can do the pass: it needs nothing from the host, and no gradient goes below the top."""
         model = self.model
-        if model.config.dropout != 0 or x.requires_grad:
+        if x.requires_grad:
             return False
         return can_fuse(model, islice(model.h, model.num_frozen, None), model.ln_f, x.device, x.dtype)
 
@@ -142,13 +156,14 @@ class Engine:
         if self._buffers is None or size > len(self._buffers.x):
             self._allocate_buffers(size, x)
         assert self._buffers is not None
+        noise = self.documents(batch).noise
         key = size, predictors, first
         if key not in self._graphs:
             for master in self._masters.values():
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
-            self._graphs[key] = _Graph(self._top, self._masters, *key, self._buffers)
-        return self._graphs[key].run(x, batch, loss)
+            self._graphs[key] = _Graph(self._top, self._masters, *key, self._buffers, noise)
+        return self._graphs[key].run(x, batch, noise, loss)
 
     def _allocate_buffers(self, size: int, x: Tensor) -> None:
         """Allocate buffers for graphs of up to 1.25 x ``size`` tokens, and drop the graphs that use smaller ones."""
@@ -170,6 +185,7 @@ class _Buffers:
     def __init__(self, tokens: int, example: Tensor):
         self.x = example.new_zeros(tokens, example.size(1))
         self.chosen = torch.zeros(tokens, dtype=torch.long, device=example.device)
+        self.tokens = torch.zeros(tokens, dtype=torch.long, device=example.device)
         # Zeros, so that the warm-up adds nothing to gradients accumulated so far.
         self.hidden, self.gradient = torch.zeros_like(self.x), torch.zeros_like(self.x)
         # Unused tokens after a pack are padding: documents of one token each, whose outputs are never read.
@@ -201,10 +217,18 @@ class _Graph:
         predictors: capacity for predicting tokens.
         first: whether gradients are overwritten, or else added to.
         buffers: inputs and outputs.
+        noise: of dropout, whose tokens are replaced by those in the buffers; None where no dropout acts.
     """
 
     def __init__(
-        self, top: _Top, masters: Mapping[str, Tensor], size: int, predictors: int, first: bool, buffers: _Buffers
+        self,
+        top: _Top,
+        masters: Mapping[str, Tensor],
+        size: int,
+        predictors: int,
+        first: bool,
+        buffers: _Buffers,
+        noise: Noise | None,
     ):
         self.size = size
         self.predictors = predictors
@@ -218,7 +242,8 @@ class _Graph:
             for copy in copies:
                 copy.requires_grad_()
             parameters = dict(zip(masters, copies, strict=True))
-            documents = Documents([], buffers.begins[:size], buffers.ends[:size])
+            mine = None if noise is None else replace(noise, tokens=buffers.tokens[:size])
+            documents = Documents([], buffers.begins[:size], buffers.ends[:size], mine)
             inputs = (buffers.x[:size], documents, buffers.chosen[:predictors])
             hidden = functional_call(top, parameters, inputs, tie_weights=False)
             buffers.hidden[:predictors].copy_(hidden.detach())
@@ -243,11 +268,13 @@ class _Graph:
             with _capturing(self.backward, buffers):
                 backward(copies, hidden)
 
-    def run(self, x: Tensor, batch: Pack, loss: Loss) -> Tensor:
-        """As ``Engine.forward_backward``."""
+    def run(self, x: Tensor, batch: Pack, noise: Noise | None, loss: Loss) -> Tensor:
+        """As ``Engine.forward_backward``, with the noise of the pack."""
         buffers, tokens, predictors = self.buffers, x.size(0), len(batch.predictors)
         assert tokens < self.size  # the last token is padding
         buffers.x[:tokens].copy_(x)
+        if noise is not None:
+            buffers.tokens[:tokens].copy_(noise.tokens)
         for buffer, given, padding in (
             (buffers.begins, batch.documents.begins, buffers.bounds[:-1]),
             (buffers.ends, batch.documents.ends, buffers.bounds[1:]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,13 @@ from model.net.attention import Documents
 from model.net.config import GPTConfig
 from model.net.gpt import MLP, Attention, Block, GPTModel
 
+_OLDEST = (8, 0)  # compute capability of the oldest GPUs that Triton supports
+
 
 def can_fuse(
     model: GPTModel, blocks: Iterable[Block], norm: nn.LayerNorm | None, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether ``run_blocks`` can replace the forward pass of some of the model's blocks where no dropout acts.
+    """Whether ``run_blocks`` can replace the forward pass of some of the model's blocks.
 
     Args:
         norm: as for ``run_blocks``.
@@ -27,8 +31,13 @@ def can_fuse(
 def has_kernels(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels work on this device, in this dtype and for heads of this width."""
     width = config.n_embd // config.n_head
-    half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and width in (16, 32, 64, 128)
+    return device.type == "cuda" and dtype != torch.float64 and width in (16, 32, 64, 128) and runs_triton(device)
+
+
+@functools.cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and supports the GPU."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= _OLDEST
 
 
 def has_plain_layers(blocks: Iterable[Block], norm: nn.LayerNorm | None) -> bool:
@@ -55,6 +64,7 @@ def run_blocks(
     x: Tensor,
     documents: Documents,
     chosen: Tensor | None = None,
+    first_layer: int = 0,
 ) -> Tensor:
     """Residual stream (N, D) below the blocks -> above them (N, D).
 
@@ -65,23 +75,29 @@ def run_blocks(
         chosen: indices (M,), int64, of the tokens whose output is wanted; None for all. The others are dropped in the
             last block after its attention, and the result is (M, D). An index may stand there more than once only if
             the gradients of all its copies are zero.
+        first_layer: number of the first of the blocks in the model. Dropout acts if ``documents`` have noise.
     """
     from model.engine.attention_kernels import attention
+    from model.engine.noise_kernels import masks
     from model.engine.pointwise_kernels import add_norm, bias_gelu, choose
 
     y: Tensor | None = None
     bias = x.new_empty(0)
-    for block in blocks:
+    of_weights = of_attention = of_mlp = None  # masks of dropout
+    for layer, block in enumerate(blocks, first_layer):
         attn, mlp = block.attn, block.mlp
         if y is None:
             qkv = _norm_linear(x, block.ln_1, attn.c_attn)
         else:
-            x, n = add_norm(x, y, bias, block.ln_1)
+            x, n = add_norm(x, y, bias, block.ln_1, of_mlp)
             qkv = F.linear(n, attn.c_attn.weight, attn.c_attn.bias)
-        y = attention(qkv, documents.begins, documents.ends, attn.n_head)
-        if chosen is not None and block is blocks[-1]:
-            x, y = choose(x, chosen), choose(y, chosen)
-        x, n = add_norm(x, F.linear(y, attn.c_proj.weight), attn.c_proj.bias, block.ln_2)
+        kept = chosen if block is blocks[-1] else None
+        if documents.noise is not None:
+            of_weights, of_attention, of_mlp = masks(documents.noise, layer, attn.n_head, kept)
+        y = attention(qkv, documents.begins, documents.ends, attn.n_head, of_weights)
+        if kept is not None:
+            x, y = choose(x, kept), choose(y, kept)
+        x, n = add_norm(x, F.linear(y, attn.c_proj.weight), attn.c_proj.bias, block.ln_2, of_attention)
         if torch.is_grad_enabled():
             h = bias_gelu(F.linear(n, mlp.c_fc.weight), mlp.c_fc.bias)
         else:  # GELU inside the matrix product's kernel, which keeps nothing for a backward pass
@@ -90,7 +106,10 @@ def run_blocks(
     if y is None:
         x = x if chosen is None else choose(x, chosen)
         return x if norm is None else norm(x)
-    return x + (y + bias) if norm is None else add_norm(x, y, bias, norm)[1]
+    if norm is None:
+        assert of_mlp is None  # the residual stream is wanted of the trunk only, which has no dropout
+        return x + (y + bias)
+    return add_norm(x, y, bias, norm, of_mlp)[1]
 
 
 def _norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:

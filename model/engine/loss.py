@@ -68,8 +68,15 @@ def head_loss(
         total += losses.sum(dtype=torch.float64)
         torch.mm(logit_gradient, head, out=gradient[chunk])
         if head_gradient is not None:
-            head_gradient += (logit_gradient.t() @ h)[:vocabulary]
+            head_gradient += _product_for_sums(logit_gradient.t(), h)[:vocabulary]
     return total, gradient
+
+
+def _product_for_sums(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in fp32 where fp16 could overflow: a word's gradient is a sum over all its places in the text."""
+    if a.dtype != torch.float16:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 @torch.no_grad()

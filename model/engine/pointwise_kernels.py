@@ -19,19 +19,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.data import packing
+from model.engine.noise_kernels import Mask, kept, load_key
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _add_norm_forward(  # type: ignore[no-untyped-def]
-    x, y, bias, gain, shift, total, normal, means, scales, width, epsilon, BLOCK: tl.constexpr
-):
-    """One row: total = x + y + bias, and its layer norm."""
+    x, y, bias, gain, shift, total, normal, means, scales, keys, rows, width, epsilon, threshold, factor,
+    BLOCK: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """One row: total = x + dropout(y + bias), and its layer norm."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < width
-    value = tl.load(x + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(y + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(y + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    if DROPS:
+        key, first = load_key(keys, row, rows, row < rows)
+        value = tl.where(kept(key, first, lanes.to(tl.uint32), threshold), value * factor, 0.0)
+    value += tl.load(x + row * width + lanes, mask=inside, other=0.0).to(tl.float32)
     rounded = value.to(total.dtype.element_ty)
     tl.store(total + row * width + lanes, rounded, mask=inside)
     value = rounded.to(tl.float32)
@@ -47,13 +52,14 @@ def _add_norm_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _add_norm_backward(  # type: ignore[no-untyped-def]
-    grad_total, grad_normal, total, gain, means, scales, grad_x, partials, rows, width, BLOCK: tl.constexpr
-):
+    grad_total, grad_normal, total, gain, means, scales, grad_x, grad_y, partials, keys, rows, width,
+    threshold, factor, BLOCK: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
     """Every so many rows: the gradient of the sum's terms, and the sums over rows that bias, gain and shift need."""
     program = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < width
-    factor = tl.load(gain + lanes, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(gain + lanes, mask=inside, other=0.0).to(tl.float32)
     bias_sum = tl.zeros([BLOCK], tl.float32)
     gain_sum = tl.zeros([BLOCK], tl.float32)
     shift_sum = tl.zeros([BLOCK], tl.float32)
@@ -66,12 +72,17 @@ def _add_norm_backward(  # type: ignore[no-untyped-def]
         normal = tl.where(inside, (value - tl.load(means + row)) * scale, 0.0)
         gain_sum += upstream * normal
         shift_sum += upstream
-        upstream *= factor
+        upstream *= slope
         along = tl.sum(upstream * normal, 0) / width
         gradient = (upstream - tl.sum(upstream, 0) / width - normal * along) * scale
         gradient += tl.load(grad_total + place, mask=inside, other=0.0).to(tl.float32)
         rounded = gradient.to(grad_x.dtype.element_ty)
         tl.store(grad_x + place, rounded, mask=inside)
+        if DROPS:
+            key, first = load_key(keys, row, rows, row < rows)
+            gradient = tl.where(kept(key, first, lanes.to(tl.uint32), threshold), gradient * factor, 0.0)
+            rounded = gradient.to(grad_y.dtype.element_ty)
+            tl.store(grad_y + place, rounded, mask=inside)
         bias_sum += tl.where(inside, rounded.to(tl.float32), 0.0)
     partials += program * 3 * width + lanes
     tl.store(partials, bias_sum, mask=inside)
@@ -159,32 +170,36 @@ def _programs(device: torch.device) -> int:
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, y: Tensor, bias: Tensor, gain: Tensor, shift: Tensor, epsilon: float
+        ctx: Any, x: Tensor, y: Tensor, bias: Tensor, gain: Tensor, shift: Tensor, epsilon: float, mask: Mask | None
     ) -> tuple[Tensor, Tensor]:
         rows, width = x.shape
         total, normal = torch.empty_like(x), torch.empty_like(x)
         means, scales = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-        block = triton.next_power_of_2(width)
+        ctx.threshold, ctx.factor = (mask.threshold, mask.factor) if mask else (0, 1.0)
+        keys = mask.keys if mask else None
         _add_norm_forward[(rows,)](
-            x, y, bias, gain, shift, total, normal, means, scales, width, epsilon, BLOCK=block, num_warps=4
-        )
-        ctx.save_for_backward(total, gain, means, scales)
+            x, y, bias, gain, shift, total, normal, means, scales, keys, rows, width, epsilon, ctx.threshold,
+            ctx.factor, BLOCK=triton.next_power_of_2(width), DROPS=mask is not None, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(total, gain, means, scales, keys)
         return total, normal
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, grad_normal: Tensor) -> Any:  # type: ignore[override]
-        total, gain, means, scales = ctx.saved_tensors
+        total, gain, means, scales, keys = ctx.saved_tensors
         rows, width = total.shape
         grad_x = torch.empty_like(total)
+        grad_y = grad_x if keys is None else torch.empty_like(total)
         programs = min(rows, _programs(total.device))
         partials = torch.empty(programs, 3, width, dtype=torch.float32, device=total.device)
         _add_norm_backward[(programs,)](
-            grad_total.contiguous(), grad_normal.contiguous(), total, gain, means, scales, grad_x, partials,
-            rows, width, BLOCK=triton.next_power_of_2(width), num_warps=2,
+            grad_total.contiguous(), grad_normal.contiguous(), total, gain, means, scales, grad_x, grad_y, partials,
+            keys, rows, width, ctx.threshold, ctx.factor, BLOCK=triton.next_power_of_2(width),
+            DROPS=keys is not None, num_warps=2,
         )  # fmt: skip
         bias, scale, shift = partials.sum(0).to(gain.dtype)
-        return grad_x, grad_x, bias, scale, shift, None
+        return grad_x, grad_y, bias, scale, shift, None, None
 
 
 class _BiasGelu(torch.autograd.Function):
@@ -211,9 +226,15 @@ class _BiasGelu(torch.autograd.Function):
         return grad_x, partials.sum(0).to(bias.dtype)
 
 
-def add_norm(x: Tensor, y: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + y + bias and its layer norm, both (N, D), from x and y (N, D) and bias (D,)."""
-    return _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps)
+def add_norm(
+    x: Tensor, y: Tensor, bias: Tensor, norm: nn.LayerNorm, mask: Mask | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + dropout(y + bias) and its layer norm, both (N, D), from x and y (N, D) and bias (D,).
+
+    Args:
+        mask: of the dropout, with keys (2, N); None for no dropout.
+    """
+    return _AddNorm.apply(x, y, bias, norm.weight, norm.bias, norm.eps, mask)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
 from model.engine.loss import head_loss, padded_head
+from model.engine.loss_scale import LEAST, LossScale
 from model.engine.trunk import TrunkOutputs
 from model.net.gpt import GPTModel
 
@@ -43,6 +45,23 @@ def build_optimizer(model: GPTModel, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What the device computed in a step.
+
+    Attributes:
+        loss: mean over the step's target tokens, in nats.
+        grad_norm: gradient norm before clipping; infinite or NaN if the step was skipped.
+        stopped: whether this step, or one before it, ended the training because a number was not finite.
+        scaling: metrics of the loss scale in fp16; empty in other dtypes.
+    """
+
+    loss: float
+    grad_norm: float
+    stopped: bool
+    scaling: dict[str, float]
+
+
 class PendingStep:
     """A step queued on the device: its known numbers, and its results once the device has computed them.
 
@@ -51,7 +70,8 @@ class PendingStep:
         learning_rate: of this step.
         tokens: real tokens of its rows, padding not counted.
         flops: necessary floating-point operations.
-        results: loss and gradient norm before clipping, (2,), on the device.
+        results: loss, gradient norm before clipping, whether the training is stopped and, in fp16, the loss scale
+            and the number of steps skipped so far, (3,) or (5,), float64, on the device.
     """
 
     def __init__(self, step: int, learning_rate: float, tokens: int, flops: float, results: Tensor):
@@ -67,12 +87,13 @@ class PendingStep:
             self.done = torch.cuda.Event()
             self.done.record()
 
-    def read(self) -> tuple[float, float]:
-        """Loss and gradient norm before clipping; waits until the device has computed them."""
+    def read(self) -> StepResult:
+        """The results; waits until the device has computed them."""
         if self.done is not None:
             self.done.synchronize()
-        loss, grad_norm = self.results.tolist()
-        return loss, grad_norm
+        loss, grad_norm, stopped, *scaling = self.results.tolist()
+        names = ("train/loss_scale", "train/skipped_steps")
+        return StepResult(loss, grad_norm, bool(stopped), dict(zip(names, scaling, strict=False)))
 
 
 class Stepper:
@@ -105,10 +126,17 @@ class Stepper:
         self.trained = [p for p in engine.model.parameters() if p.requires_grad]
         self.head = engine.model.lm_head.weight
         self.frozen_head = None if self.head.requires_grad else padded_head(self.head, engine.dtype)
-        # Fused AdamW skips the update where this is 1, the mechanism that GradScaler uses: the model stays unchanged
-        # from the first step on that was not finite, although the host reads that step's loss some steps later.
-        self.stopped = torch.zeros((), device=engine.device)
-        optimizer.found_inf = self.stopped  # type: ignore[attr-defined]
+        self.loss_scale = LossScale(engine.device) if engine.dtype == torch.float16 else None
+        # The model stays unchanged from the first step on that was not finite, although the host reads that step's
+        # loss some steps later.
+        self.stopped = torch.zeros((), dtype=torch.bool, device=engine.device)
+        # Fused AdamW skips the update where this is 1, the mechanism that GradScaler uses.
+        self.skip = torch.zeros((), device=engine.device)
+        optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State of the training besides model and optimizer, for checkpoints."""
+        return self.loss_scale.tensors() if self.loss_scale else {}
 
     def step(self, step: int, rows: np.ndarray[Any, Any], learning_rate: float) -> PendingStep:
         """Queue one optimizer step over ``rows``.
@@ -121,9 +149,10 @@ class Stepper:
         lengths = self.dataset.lengths[rows, 0]
         weight = self.dataset.loss_weight(rows)
         computed = self.trunk.computed
+        self.engine.start_step(step)
         if weight > 0:
             loss, targets = self._accumulate_gradients(rows, weight)
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+            norm = self._clip()
             self._update(loss, norm)
         else:  # no token bears loss: nothing to learn, and the mean would divide by zero (trl#6668)
             loss = norm = torch.zeros((), device=self.engine.device, dtype=torch.float64)
@@ -136,10 +165,16 @@ class Stepper:
             self.trunk.computed - computed,
             self.head.requires_grad,
         )
-        return PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, torch.stack([loss, norm.double()]))
+        results = [loss, norm, self.stopped]
+        if self.loss_scale:
+            results += [self.loss_scale.scale, self.loss_scale.skipped]
+        on_device = torch.stack([result.double() for result in results])
+        return PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, on_device)
 
     def _accumulate_gradients(self, rows: np.ndarray[Any, Any], weight: float) -> tuple[Tensor, int]:
         """Run forward and backward passes over the rows, which leave the gradients in the parameters' ``grad``.
+
+        In fp16 the gradients are multiplied by the loss scale.
 
         Args:
             weight: sum of the loss weights of all target tokens; the loss is divided by it.
@@ -151,6 +186,7 @@ class Stepper:
         head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
         head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
         loss = torch.zeros((), device=engine.device, dtype=torch.float64)
+        divisor = weight if self.loss_scale is None else weight / self.loss_scale.scale
         targets = 0
         first = True
         for part in split_evenly(rows, self.dataset.lengths[rows, 0], self.micro_batch_tokens):
@@ -163,18 +199,40 @@ class Stepper:
                 total, gradient = head_loss(
                     hidden, head, self.head.size(0), batch.targets, batch.weights, head_gradient
                 )
-                return total / weight, gradient / weight
+                return total / weight, gradient / divisor
 
             loss += engine.forward_backward(self.trunk(batch), batch, loss_of, first)
             first = False
         if head_gradient is not None:
-            head_gradient /= weight
+            head_gradient /= divisor
             self.head.grad = head_gradient if self.head.grad is None else self.head.grad + head_gradient
         return loss, targets
 
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to the largest norm allowed, and in fp16 back by the loss scale.
+
+        Returns:
+            Their norm before clipping.
+        """
+        if self.loss_scale is None:
+            return torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        scale = self.loss_scale.scale
+        norm = torch.nn.utils.get_total_norm(gradients) / scale
+        # As clip_grad_norm_, and both factors in one pass over the gradients.
+        torch._foreach_mul_(gradients, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
+        return norm
+
     def _update(self, loss: Tensor, norm: Tensor) -> None:
         """Update the parameters unless this step, or one before it, was not finite; then drop the gradients."""
-        self.stopped.logical_or_(~(torch.isfinite(loss) & torch.isfinite(norm)))
+        overflow = ~torch.isfinite(norm)
+        self.stopped.logical_or_(~torch.isfinite(loss))
+        if self.loss_scale is None:
+            self.stopped.logical_or_(overflow)
+        else:
+            self.loss_scale.update(overflow)
+            self.stopped.logical_or_(self.loss_scale.scale < LEAST)
+        self.skip.copy_(self.stopped | overflow)
         self.optimizer.step()
         if self.engine.keeps_gradients:
             self.head.grad = None  # not among the gradients that the engine keeps

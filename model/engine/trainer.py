@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from model.data.tokens import CodeAlpacaDataset, epoch_order
 from model.engine.checkpoint import CheckpointWriter, FoundCheckpoint, checkpoint_path, load_checkpoint
@@ -138,9 +137,8 @@ class Trainer:
         self.stepper = Stepper(engine, self.optimizer, self.rows, self.trunk, self.config, micro_batch_tokens)
         call.directory.mkdir(parents=True, exist_ok=True)
         self.journal = MetricsJournal(call.directory / JOURNAL_FILE)
-        torch.manual_seed(self.config.seed)
         self.state = self._restore(found)
-        self.writer = CheckpointWriter(call.directory, engine.model, self.optimizer)
+        self.writer = CheckpointWriter(call.directory, engine.model, self.optimizer, further=self.stepper.tensors())
         self.ceiling = _ceiling(engine.device, engine.dtype)
         self.speed = Speed()
         self.pending: deque[PendingStep] = deque()
@@ -161,7 +159,7 @@ class Trainer:
         """Load the checkpoint and cut the journal back to it; without one, start at step 0 with an empty journal."""
         state = TrainingState(self.call.identity, self.micro_batch_tokens)
         if found:
-            load_checkpoint(found.path, self.engine.model, self.optimizer)
+            load_checkpoint(found.path, self.engine.model, self.optimizer, self.stepper.tensors())
             state = TrainingState.from_json(found.state, self.micro_batch_tokens)
         self.journal.truncate(state.journal_lines)
         return state
@@ -215,12 +213,12 @@ class Trainer:
             NonFiniteError: its loss or gradient is not finite.
         """
         done = self.pending.popleft()
-        loss, grad_norm = done.read()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        result = done.read()
+        if result.stopped:
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
-                f"loss {loss} with gradient norm {grad_norm} at step {done.step}: stopped before the update; "
-                f"lower learning_rate (now {self.config.learning_rate:g}) or use precision=fp32"
+                f"loss {result.loss} with gradient norm {result.grad_norm} at step {done.step}: stopped before the "
+                f"update; lower learning_rate (now {self.config.learning_rate:g}) or use precision=fp32"
             )
         if math.isnan(self.first_step_seconds):
             self.first_step_seconds = time.perf_counter() - self.begun
@@ -228,16 +226,18 @@ class Trainer:
         self.journal.append(
             done.step,
             {
-                "train/loss": loss,
+                "train/loss": result.loss,
                 "train/lr": done.learning_rate,
-                "train/grad_norm": grad_norm,
+                **({"train/grad_norm": result.grad_norm} if math.isfinite(result.grad_norm) else {}),
                 "train/tokens_per_second": self.speed.tokens_per_second,
                 "train/mfu": self.speed.flops_per_second / self.ceiling,
+                **result.scaling,
             },
         )
         eval_loss = self.validate() if evaluate else None
         eta = (self.total_steps - done.step) * self.speed.seconds_per_step
-        self.call.on_step(StepReport(done.step, self.total_steps, loss, self.speed.tokens_per_second, eta, eval_loss))
+        speed = self.speed.tokens_per_second
+        self.call.on_step(StepReport(done.step, self.total_steps, result.loss, speed, eta, eval_loss))
 
     def validate(self) -> float:
         """Score the validation rows and save a checkpoint. Returns nats per response token.

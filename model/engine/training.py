@@ -18,7 +18,7 @@ from model.engine.journal import check_journal
 from model.engine.state import CheckpointRecord
 from model.engine.trainer import JOURNAL_FILE, Call, StepReport, Trainer, TrainResult
 from model.engine.trunk import TrunkCacheConfig
-from model.net.device import give_memory_back, let_memory_grow, ran_out_of_memory, resolve_precision
+from model.net.device import give_memory_back, let_memory_grow, ran_out_of_memory, use_precision
 from model.net.gpt import GPTModel
 
 _FEWEST_TOKENS = 1_024  # per pass, about: the shortest that passes become when memory runs out
@@ -53,11 +53,10 @@ def train(
 
     The loss of a step is the sum over all its target tokens, divided once by their number (with a prompt_loss_weight,
     by the sum of their weights), however the rows are cut into micro-batches. Order, dropout and schedule depend only
-    on seed and step and are restored with the checkpoint: a resumed training equals an uninterrupted one bit for bit
-    on the same hardware and versions.
+    on seed and step: a resumed training equals an uninterrupted one bit for bit on the same hardware and versions.
 
     If a GPU's memory does not hold a pass, the training goes on from its last checkpoint with passes half as long. A
-    training that resumes this one keeps them. Shorter passes round differently and draw other dropout noise.
+    training that resumes this one keeps them. Shorter passes round differently.
 
     Args:
         model: on its device, frozen parameters cast.
@@ -79,7 +78,7 @@ def train(
         torch.OutOfMemoryError: memory does not hold the shortest passes either.
     """
     device = model.wte.weight.device
-    dtype = resolve_precision(config.precision, device)
+    dtype = use_precision(config.precision, device)
     if model.ln_f.weight.dtype == torch.float64:
         dtype = torch.float64  # for tests that compare to many digits
     model.set_dropout(config.dropout)
@@ -122,7 +121,7 @@ def _train_in_passes_that_fit(
     while True:
         if found:  # a resumed training keeps the passes that memory held
             tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens") or tokens_per_pass)
-        engine = Engine(model, dtype)
+        engine = Engine(model, dtype, call.config.seed)
         trainer: Trainer | None = None
         try:
             trainer = Trainer(engine, call, tokens_per_pass, found)
@@ -141,10 +140,9 @@ def _train_in_passes_that_fit(
                 ) from error
         # Outside the except clause: the error refers to everything that the failed attempt allocated.
         fewer = max(_FEWEST_TOKENS, tokens_per_pass // 2)
-        noise = " except for the noise of dropout" if call.config.dropout else ""
         call.warn(
             f"memory does not hold passes of {tokens_per_pass:,} tokens: training goes on from the last checkpoint "
-            f"with {fewer:,} (micro_batch_tokens), and steps stay the same{noise} ({reason})"
+            f"with {fewer:,} (micro_batch_tokens), and steps stay the same ({reason})"
         )
         tokens_per_pass = fewer
         has_trained = trainer is not None and trainer.state.step > 0

@@ -24,6 +24,7 @@ from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
 from model.files import sha256_file, sha256_json
+from model.net.device import uses_tf32
 
 _CODE_VERSION = 3  # increase it when the same inputs give other outputs
 _VALUES, _CHECKSUMS = "values.bin", "checksums.bin"
@@ -230,7 +231,7 @@ def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:
             "depth": model.num_frozen,
             "heads": model.config.n_head,
             "epsilon": model.config.layer_norm_epsilon,
-            "dtype": str(engine.dtype),
+            "dtype": "tf32" if engine.dtype == torch.float32 and uses_tf32() else str(engine.dtype),
             "device": engine.device.type,
             "ids": sha256_file(dataset.ids_file),
             "lengths": hashlib.sha256(dataset.lengths[:, 0].tobytes()).hexdigest(),

@@ -7,12 +7,15 @@ import os
 import resource
 import sys
 from contextlib import AbstractContextManager
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
-from model.net.gpt import GPTModel
-
-PRECISIONS = ("auto", "bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "tf32")
+_WITH_FP16 = (7, 0)  # compute capability of the oldest GPUs with fast products of fp16 (Volta)
+_WITH_TF32 = (8, 0)  # and of TF32 (Ampere)
 
 # On a CPU, oneDNN and PyTorch's layer over it each cache what they build for a shape of bf16 products: up to 4 MB for
 # each of 1,024 shapes (pytorch#98688). Packs seldom repeat a shape. Both read these variables at their first product.
@@ -69,6 +72,17 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def pin(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """An array as a tensor, in pinned memory if it is for a GPU: a copy from other memory waits for queued work."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def send(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """An array as a tensor on the device, without waiting for the work that is queued there."""
+    return pin(array, device).to(device, non_blocking=True)
+
+
 @functools.cache
 def let_memory_grow(device: torch.device) -> None:
     """Let torch's allocator extend a GPU's segments in place, if the driver can and no PYTORCH_*ALLOC_CONF is set.
@@ -115,23 +129,45 @@ def give_memory_back() -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bf16 where the hardware has bf16 products, else fp32.
+    """The dtype of the computation.
+
+    ``auto`` is bf16 where the hardware has bf16 products, fp16 on older GPUs that have fast ones of it, else fp32.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or the device has no TF32.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if precision == "tf32" and capability < _WITH_TF32:
+        raise ValueError(f"precision tf32 needs a GPU that has TF32, and device is {device}: use fp32")
     if precision == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            half = "fp16" if capability >= _WITH_FP16 else "fp32"
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else half
         else:
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+            precision = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
-def cast_frozen(model: GPTModel, dtype: torch.dtype) -> None:
+def use_precision(precision: str, device: torch.device) -> torch.dtype:
+    """``resolve_precision``, and products of fp32 matrices use TF32 in this process if and only if it is asked for.
+
+    Raises:
+        ValueError: as resolve_precision.
+    """
+    dtype = resolve_precision(precision, device)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return dtype
+
+
+def uses_tf32() -> bool:
+    """Whether products of fp32 matrices use TF32 on a GPU."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Store frozen parameters in ``dtype``; trained ones stay fp32, and a tied head stays tied."""
     for parameter in model.parameters():
         if not parameter.requires_grad:

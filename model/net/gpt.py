@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.net.attention import Attend, KVCache, Layout, Rows
+from model.net.attention import KVCache, Layer, Layout, Rows
 from model.net.config import GPTConfig
+from model.net.noise import ATTENTION_BRANCH, MLP_BRANCH
 
 
 class Attention(nn.Module):
@@ -30,15 +31,12 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, layer: Layer, dropout: float = 0.0) -> Tensor:
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(-3)  # (..., H, K)
-        dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, dropout).flatten(-2)
-        return F.dropout(self.c_proj(y), dropout, self.training)  # (..., D)
+        return self.c_proj(layer.attend(q, k, v, dropout).flatten(-2))  # (..., D)
 
 
 class MLP(nn.Module):
@@ -46,13 +44,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (..., 4D)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)  # (..., D)
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (..., D)
 
 
 class Block(nn.Module):
@@ -60,14 +56,16 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.dropout = config.dropout
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attend)
-        return x + self.mlp(self.ln_2(x))  # (..., D)
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        x = x + layer.drop(self.attn(self.ln_1(x), layer, dropout), ATTENTION_BRANCH, dropout)
+        return x + layer.drop(self.mlp(self.ln_2(x)), MLP_BRANCH, dropout)  # (..., D)
 
 
 class GPTModel(nn.Module):
@@ -106,7 +104,7 @@ class GPTModel(nn.Module):
         """Set the dropout rate of every block; only blocks above the trunk, in training mode, use it."""
         self.config = replace(self.config, dropout=dropout)
         for block in self.h:
-            block.attn.dropout = block.mlp.dropout = dropout
+            block.dropout = dropout
 
     def train(self, mode: bool = True) -> GPTModel:
         """Training mode for the blocks above the trunk only: no dropout in frozen blocks."""

@@ -113,15 +113,15 @@ def test_attention_of_bf16_documents_is_the_fp32_one_rounded() -> None:
     torch.manual_seed(0)
     lengths = [3, 1, 40]
     q, k, v = (torch.randn(44, 2, 8).bfloat16().requires_grad_() for _ in range(3))
-    y = Documents(lengths, torch.tensor([0, 3, 4, 44], dtype=torch.int32), 40)(q, k, v, 0.0)
+    y = Documents(lengths, torch.tensor([0, 3, 4, 44], dtype=torch.int32), 40).layer(0).attend(q, k, v, 0.0)
     for part in (slice(0, 3), slice(3, 4), slice(4, 44)):
-        want = Rows()(q[None, part].float(), k[None, part].float(), v[None, part].float(), 0.0)[0]
+        want = Rows().attend(q[None, part].float(), k[None, part].float(), v[None, part].float(), 0.0)[0]
         assert y[part].equal(want.bfloat16())
     gradient = torch.randn_like(y)
     got = torch.autograd.grad(y, (q, k, v), gradient)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     parts = zip(*(x.split(lengths) for x in exact), strict=True)
-    whole = torch.cat([Rows()(q[None], k[None], v[None], 0.0)[0] for q, k, v in parts])
+    whole = torch.cat([Rows().attend(q[None], k[None], v[None], 0.0)[0] for q, k, v in parts])
     for mine, theirs in zip(got, torch.autograd.grad(whole, exact, gradient.float()), strict=True):
         assert mine.equal(theirs.bfloat16())
 

@@ -59,13 +59,29 @@ def replace_mlp(model: GPTModel) -> None:
     model.h[2].mlp = OtherMLP(model.config)
 
 
-def test_kernels_need_a_gpu_half_precision_and_known_head_widths() -> None:
+@pytest.fixture(autouse=True)
+def modern_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that Triton supports. Mocked, as these tests need no GPU."""
+    monkeypatch.setattr("model.engine.fused.runs_triton", lambda device: True)
+
+
+def test_kernels_need_a_gpu_that_triton_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an older GPU, PyTorch's own kernels run."""
+    config = GPTConfig(vocab_size=320, n_positions=96, n_embd=128, n_layer=2, n_head=2)
+    assert has_kernels(config, torch.device("cuda"), torch.float16)
+    monkeypatch.setattr("model.engine.fused.runs_triton", lambda device: False)
+    assert not has_kernels(config, torch.device("cuda"), torch.float16)
+
+
+def test_kernels_need_a_gpu_and_known_dtypes_and_head_widths() -> None:
     """The part of the decision that concerns device and dtype."""
     cuda = torch.device("cuda")  # a name: no GPU is needed
     config = GPTConfig(vocab_size=320, n_positions=96, n_embd=128, n_layer=2, n_head=2)
     assert has_kernels(config, cuda, torch.bfloat16)
     assert not has_kernels(config, CPU, torch.bfloat16)
-    assert not has_kernels(config, cuda, torch.float32)
+    assert has_kernels(config, cuda, torch.float16)
+    assert has_kernels(config, cuda, torch.float32)
+    assert not has_kernels(config, cuda, torch.float64)
     odd = GPTConfig(vocab_size=320, n_positions=96, n_embd=144, n_layer=2, n_head=3)
     assert not has_kernels(odd, cuda, torch.bfloat16)
 

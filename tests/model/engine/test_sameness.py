@@ -26,6 +26,8 @@ from model.engine.stepper import learning_rate_at
 from model.engine.trainer import TrainResult
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig
+from model.net.attention import Layer, Layout, Rows
+from model.net.noise import FIRST_HEAD, Noise
 
 BASE = TrainConfig(
     epochs=20,
@@ -70,6 +72,52 @@ def run(token_dir: Path, tmp_path: Path) -> Callable[..., tuple[Losses, TrainRes
     return start
 
 
+class MaskedRows(Rows):
+    """Right-padded rows with the masks of the engine's dropout, applied one row, head and branch at a time.
+
+    Args:
+        config: of the training.
+        step: optimizer step.
+        rows: numbers of the rows.
+        longest: tokens of the longest.
+    """
+
+    def __init__(self, config: TrainConfig, step: int, rows: np.ndarray[Any, Any], longest: int):
+        positions = torch.arange(longest)
+        origin = torch.tensor([config.seed, step])
+        self.noises = [Noise(config.dropout, origin, (int(row) << 32) + positions) for row in rows]
+        self.index = 0
+
+    def layer(self, index: int) -> Layer:
+        self.index = index
+        return self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        if not dropout:
+            return super().attend(q, k, v, dropout)
+        length, heads = q.size(1), q.size(2)
+        out = torch.empty_like(q)
+        for row, noise in enumerate(self.noises):
+            keys = noise.keys(self.index, heads)
+            for head in range(heads):
+                scores = q[row, :, head] @ k[row, :, head].T / math.sqrt(q.size(-1))
+                scores = scores + torch.full((length, length), -math.inf).triu(1)
+                weights = noise.drop(F.softmax(scores, -1), keys[FIRST_HEAD + head])
+                out[row, :, head] = weights @ v[row, :, head]
+        return out
+
+    def drop(self, x: Tensor, branch: int, dropout: float) -> Tensor:
+        if not dropout:
+            return x
+        parts = zip(x, self.noises, strict=True)
+        return torch.stack([noise.drop(row, noise.keys(self.index, 0)[branch]) for row, noise in parts])
+
+
+def logits_of(model: GPTModel, batch: Tensor, layout: Layout) -> Tensor:
+    """Of right-padded rows (B, T)."""
+    return model.lm_head(model.top(model.trunk(batch, torch.arange(batch.size(1)), layout), layout))
+
+
 def plain_loop(model: GPTModel, token_dir: Path, config: TrainConfig) -> Losses:
     """A loop without the engine: right-padded batches, the whole model, torch's cross-entropy, clipping and AdamW."""
     data = CodeAlpacaDataset(token_dir, "train")
@@ -82,6 +130,7 @@ def plain_loop(model: GPTModel, token_dir: Path, config: TrainConfig) -> Losses:
     per_epoch = math.ceil(len(data) / config.batch_size)
     losses: Losses = {"loss": [], "grad_norm": []}
     total_steps = config.max_steps or 0
+    model.set_dropout(config.dropout)
     model.train()
     for step in range(total_steps):
         epoch, position = divmod(step, per_epoch)
@@ -95,7 +144,7 @@ def plain_loop(model: GPTModel, token_dir: Path, config: TrainConfig) -> Losses:
             weight[0] = 0  # nothing predicts the first token
             weights.append(weight)
         batch, weight = pad_sequence(ids, batch_first=True), pad_sequence(weights, batch_first=True)
-        logits = model(batch)[:, :-1]
+        logits = logits_of(model, batch, MaskedRows(config, step, rows, batch.size(1)))[:, :-1]
         each = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         loss = (each * weight[:, 1:].flatten().to(each.dtype)).sum() / weight.sum()
         loss.backward()
@@ -183,6 +232,30 @@ def test_ten_steps_of_other_kinds(
     got, _ = run(model, config)
     assert_same(got, plain_loop(reference, token_dir, config), 1e-10)
     assert_same_weights(model, reference, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [{}, {"frozen": False}], ids=["top", "everything"])
+def test_twelve_steps_with_dropout(
+    build: Build, run: Callable[..., Any], token_dir: Path, shape: dict[str, bool]
+) -> None:
+    """Losses, gradient norms and weights equal a plain loop's that is given the same masks, to 1e-10 in float64."""
+    config = config_of(max_steps=12, dropout=0.2)
+    model, reference = build(**shape), build(**shape)
+    got, _ = run(model, config)
+    want = plain_loop(reference, token_dir, config)
+    assert_same(got, want, 1e-10)
+    assert_same_weights(model, reference, 1e-9)
+    plain, _ = run(build(**shape), config_of(max_steps=1))
+    assert abs(plain["loss"][0] - got["loss"][0]) > 1e-4  # dropout acts
+
+
+def test_noise_is_the_same_for_any_passes(build: Build, run: Callable[..., Any]) -> None:
+    """Passes of one row or of a whole step, cached or computed trunk outputs: the same losses to 1e-10."""
+    config = config_of(max_steps=12, dropout=0.2)
+    whole, _ = run(build(), config_of(max_steps=12, dropout=0.2, micro_batch_tokens=10_000))
+    for tokens, cache in ((1, TrunkCacheConfig()), (130, TrunkCacheConfig(max_bytes=0))):
+        got, _ = run(build(), config_of(**{**vars(config), "micro_batch_tokens": tokens}), cache=cache)
+        assert_same(got, whole, 1e-10)
 
 
 @pytest.mark.parametrize("shape", [{}, {"train_head": True}, {"frozen": False}], ids=["top", "head", "everything"])

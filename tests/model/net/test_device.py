@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from model import GPTModel
-from model.net.device import autocast, cast_frozen, let_memory_grow, resolve_device, resolve_precision
+from model.net.device import (
+    autocast,
+    cast_frozen,
+    let_memory_grow,
+    resolve_device,
+    resolve_precision,
+    use_precision,
+    uses_tf32,
+)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,12 +36,41 @@ def test_device_names() -> None:
 
 
 def test_precision_names() -> None:
-    """fp32 and bf16 give these dtypes, auto one of them; an unknown name is refused."""
+    """fp32, fp16 and bf16 give these dtypes, auto one of them on a CPU; what is unknown or missing is refused."""
     assert resolve_precision("fp32", CPU) == torch.float32
     assert resolve_precision("bf16", CPU) == torch.bfloat16
     assert resolve_precision("auto", CPU) in (torch.float32, torch.bfloat16)
-    with pytest.raises(ValueError, match="precision 'fp16' is none of auto, bf16, fp32"):
-        resolve_precision("fp16", CPU)
+    assert resolve_precision("fp16", CPU) == torch.float16
+    with pytest.raises(ValueError, match="precision 'int8' is none of auto, bf16, fp16, fp32, tf32"):
+        resolve_precision("int8", CPU)
+    with pytest.raises(ValueError, match="precision tf32 needs a GPU that has TF32, and device is cpu: use fp32"):
+        resolve_precision("tf32", CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_bf16", "want"),
+    [((9, 0), True, torch.bfloat16), ((7, 5), False, torch.float16), ((6, 1), False, torch.float32)],
+    ids=["H100", "T4", "GTX 1080"],
+)
+def test_auto_on_gpus_of_any_age(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has_bf16: bool, want: torch.dtype
+) -> None:
+    """bf16 where the GPU has it, else fp16 where it is fast, else fp32. Mocks the answers of GPUs."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert resolve_precision("auto", torch.device("cuda", 0)) == want
+    if capability < (8, 0):
+        with pytest.raises(ValueError, match="needs a GPU that has TF32"):
+            resolve_precision("tf32", torch.device("cuda", 0))
+
+
+def test_tf32_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 after tf32 in one process is exact again. Mocks the answer of a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert use_precision("tf32", torch.device("cuda", 0)) == torch.float32
+    assert uses_tf32()
+    assert use_precision("fp32", torch.device("cuda", 0)) == torch.float32
+    assert not uses_tf32()
 
 
 def test_cast_frozen_leaves_the_trained_in_fp32(tiny_model: GPTModel) -> None:

@@ -131,8 +131,14 @@ def test_dropout_acts_in_attention_and_mlp_and_only_in_training() -> None:
     assert torch.equal(model(ids), want)
     block = model.train().h[0]
     x = torch.randn(4, 16, 32)
-    assert not torch.equal(block.mlp(x), block.mlp(x))
-    assert (block.mlp(x) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
-    assert (block.attn(x, Rows()) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert not torch.equal(block.attn(x, Rows(), 0.5), block.attn(x, Rows(), 0.5))
+    for silent, other in ((block.attn.c_proj, block.mlp.c_proj), (block.mlp.c_proj, block.attn.c_proj)):
+        weights = [parameter.detach().clone() for parameter in silent.parameters()]
+        torch.nn.init.zeros_(silent.weight)
+        torch.nn.init.ones_(other.bias)
+        assert (block(x, Rows()) == x).float().mean() == pytest.approx(0.5, abs=0.1)
+        for parameter, weight in zip(silent.parameters(), weights, strict=True):
+            parameter.data.copy_(weight)
+        torch.nn.init.zeros_(other.bias)
     with pytest.raises(ValueError, match=r"dropout 1\.0"):
         model.set_dropout(1.0)

@@ -296,7 +296,7 @@ def test_load_gpt_model(preset_dir: Path) -> None:
     assert next(n for n, p in model.named_parameters() if p.requires_grad) == "h.4.ln_1.weight"
     assert model.num_frozen == 4
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
-    assert {rate for block in model.h for rate in (block.attn.dropout, block.mlp.dropout)} == {0.0}
+    assert {block.dropout for block in model.h} == {0.0}
 
 
 def test_load_gpt_model_unfrozen(preset_dir: Path) -> None:
