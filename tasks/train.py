@@ -31,7 +31,7 @@ from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
 
-_CODE_VERSION = 3  # raise it when equal inputs would train another model
+_CODE_VERSION = 4  # raise it when equal inputs would train another model
 
 
 def _is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:

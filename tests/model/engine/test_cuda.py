@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,49 +24,94 @@ from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.attention import Documents
 from model.net.config import GPTConfig
-from model.net.device import cast_frozen, device_choices, device_key
+from model.net.device import cast_frozen, device_choices, device_key, resolve_precision
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
+from model.net.noise import FIRST_HEAD, MLP_BRANCH, Noise
 from model.net.sampling import _Decoder, generate
 from ops.machine.lock import exclusive_any
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def small_model(seed: int = 0) -> GPTModel:
+def small_model(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> GPTModel:
     """A GPT-2 with heads of width 64, like the real sizes; all but its top two blocks are frozen."""
     torch.manual_seed(seed)
     with torch.device("cuda"):
         model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=128, n_layer=4, n_head=2))
     freeze_bottom_layers(model, 2)
-    cast_frozen(model, torch.bfloat16)
+    cast_frozen(model, dtype)
     return model.train()
 
 
-def documents_of(lengths: list[int]) -> Documents:
-    """Packed documents of these lengths, on the GPU."""
+def documents_of(lengths: list[int], rate: float = 0.0) -> Documents:
+    """Packed documents of these lengths, on the GPU, with noise if there is a rate of dropout."""
     sizes = torch.tensor(lengths)
     ends = torch.repeat_interleave(sizes.cumsum(0), sizes).int().cuda()
     begins = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes).int().cuda()
-    return Documents(lengths, begins, ends)
+    rows = torch.repeat_interleave(3 * torch.arange(len(lengths)), sizes).cuda()
+    tokens = (rows << 32) + torch.arange(len(rows), device="cuda") - begins
+    noise = Noise(rate, torch.tensor([11, 4], device="cuda"), tokens) if rate else None
+    return Documents(lengths, begins, ends, noise)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float32, 2e-5)], ids=str
+)
 @pytest.mark.parametrize(("heads", "width"), [(4, 64), (2, 32), (3, 16), (1, 128)])
-def test_packed_attention_agrees_with_fp32_per_document(heads: int, width: int) -> None:
-    """Output and gradients of the bf16 kernel are within bf16's error of fp32 attention for each document."""
-    from model.engine import attention_kernels
+def test_packed_attention_agrees_with_plain_attention(
+    heads: int, width: int, dtype: torch.dtype, tolerance: float, rate: float
+) -> None:
+    """Output and gradients of the kernel are within its dtype's error of plain attention in float64."""
+    from model.engine import attention_kernels, noise_kernels
 
-    documents = documents_of([1, 200, 3, 64, 128, 129, 511, 1, 1, 33])
+    documents = documents_of([1, 200, 3, 64, 128, 129, 511, 1, 1, 33], rate)
     torch.manual_seed(0)
-    qkv = torch.randn(sum(documents.lengths), 3 * heads * width, device="cuda").bfloat16().requires_grad_()
-    got = attention_kernels.attention(qkv, documents.begins, documents.ends, heads)
+    qkv = torch.randn(sum(documents.lengths), 3 * heads * width, device="cuda").to(dtype).requires_grad_()
+    mask = noise_kernels.masks(documents.noise, 5, heads)[0] if documents.noise else None
+    got = attention_kernels.attention(qkv, documents.begins, documents.ends, heads, mask)
     upstream = torch.randn_like(got)
     got_gradient = torch.autograd.grad(got, qkv, upstream)[0]
-    exact = qkv.detach().float().requires_grad_()
-    want = documents(*exact.unflatten(1, (3, heads, width)).unbind(1), 0.0).flatten(1)
-    want_gradient = torch.autograd.grad(want, exact, upstream.float())[0]
-    torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(got_gradient.float(), want_gradient, rtol=3e-2, atol=6e-2)
+    exact = qkv.detach().double().requires_grad_()
+    plain = documents.layer(5).attend(*exact.unflatten(1, (3, heads, width)).unbind(1), rate).flatten(1)
+    want_gradient = torch.autograd.grad(plain, exact, upstream.double())[0]
+    torch.testing.assert_close(got.double(), plain, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got_gradient.double(), want_gradient, rtol=2 * tolerance, atol=4 * tolerance)
+
+
+def test_noise_is_the_same_on_cpu_and_gpu() -> None:
+    """Keys, masks of the residual branches and masks of the attention weights, bit for bit."""
+    from model.engine import attention_kernels, noise_kernels, pointwise_kernels
+
+    lengths, heads, width, rate = [60, 1, 64, 33], 3, 64, 0.37
+    documents = documents_of(lengths, rate)
+    noise = documents.noise
+    assert noise is not None
+    on_cpu = Noise(rate, noise.origin.cpu(), noise.tokens.cpu())
+    keys = on_cpu.keys(23, heads)
+    assert torch.equal(noise.keys(23, heads).cpu(), keys)
+    assert torch.equal(noise_kernels.token_keys(noise, 23, heads).cpu().long() & 0xFFFFFFFF, keys)
+
+    of_weights, *branches = noise_kernels.masks(noise, 23, heads)
+    count, zero = sum(lengths), torch.zeros(1000, device="cuda")
+    for mask, stream in zip(branches, keys, strict=False):
+        ones = torch.ones(count, 1000, device="cuda", requires_grad=True)
+        norm = torch.nn.LayerNorm(1000, device="cuda")
+        total, normal = pointwise_kernels.add_norm(torch.zeros_like(ones), ones, zero, norm, mask)
+        want = on_cpu.drop(torch.ones(count, 1000), stream)
+        assert torch.equal(total.cpu(), want)
+        gradient = torch.autograd.grad([total, normal], ones, [torch.ones_like(total), torch.zeros_like(normal)])[0]
+        assert torch.equal(gradient.cpu(), want)
+
+    # Queries and keys of zeros give equal weights; values that are unit vectors show which of them were kept.
+    qkv = torch.zeros(count, 3, heads, width, device="cuda")
+    position = (noise.tokens & 0xFFFFFFFF).view(-1, 1, 1)
+    qkv[:, 2] = (torch.arange(width, device="cuda") == position).float()
+    out = attention_kernels.attention(qkv.flatten(1), documents.begins, documents.ends, heads, of_weights)
+    visible = torch.arange(width) <= position.view(-1, 1).cpu()
+    for head, got in enumerate(out.unflatten(1, (heads, width)).unbind(1)):
+        assert torch.equal(got.cpu() != 0, on_cpu.kept(keys[FIRST_HEAD + head], width) & visible)
 
 
 def test_documents_do_not_see_each_other() -> None:
@@ -86,10 +132,11 @@ def test_documents_do_not_see_each_other() -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(), want, strict=True))
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("width", [192, 768, 1024, 1600])
-def test_add_norm_agrees_with_fp32(width: int) -> None:
+def test_add_norm_agrees_with_fp32(width: int, rate: float) -> None:
     """Sum, norm and all five gradients of the fused kernels against torch's in fp32."""
-    from model.engine import pointwise_kernels
+    from model.engine import noise_kernels, pointwise_kernels
 
     torch.manual_seed(0)
     x, y = (torch.randn(1000, width, device="cuda").bfloat16().requires_grad_() for _ in range(2))
@@ -97,12 +144,15 @@ def test_add_norm_agrees_with_fp32(width: int) -> None:
     norm = torch.nn.LayerNorm(width, device="cuda")
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
-    outputs = pointwise_kernels.add_norm(x, y, bias, norm)
+    noise = documents_of([999, 1], rate).noise
+    mask = noise_kernels.masks(noise, 2, 4)[MLP_BRANCH + 1] if noise else None
+    outputs = pointwise_kernels.add_norm(x, y, bias, norm, mask)
     upstream = [torch.randn_like(out) for out in outputs]
     inputs = [x, y, bias, norm.weight, norm.bias]
     got = torch.autograd.grad(outputs, inputs, upstream)
     exact = [p.detach().float().requires_grad_() for p in inputs]
-    total = exact[0] + exact[1] + exact[2]
+    branch = exact[1] + exact[2]
+    total = exact[0] + (noise.drop(branch, noise.keys(2, 4)[MLP_BRANCH]) if noise else branch)
     normal = F.layer_norm(total, (width,), exact[3], exact[4], norm.eps)
     want = torch.autograd.grad([total, normal], exact, [u.float() for u in upstream])
     for a, b in zip([*outputs, *got], [total, normal, *want], strict=True):
@@ -186,18 +236,42 @@ def test_sampling_by_a_graph_is_that_by_launched_kernels(monkeypatch: pytest.Mon
     assert sample() == changed != graphs[0]
 
 
-def test_fused_blocks_are_the_models(token_dir: Path) -> None:
-    """Trunk and top with the fused kernels are within bf16's error of the plain blocks in fp32."""
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 8e-3), (torch.float32, 1e-4)], ids=str
+)
+def test_fused_blocks_are_the_models(token_dir: Path, dtype: torch.dtype, tolerance: float, rate: float) -> None:
+    """Trunk and top with the fused kernels are within the dtype's error of the plain blocks in float64."""
     dataset = CodeAlpacaDataset(token_dir, "train")
-    model = small_model()
-    engine = Engine(model, torch.bfloat16)
+    model, exact = small_model(dtype=dtype), small_model(dtype=dtype).double()
+    for each in (model, exact):
+        each.set_dropout(rate)
+    engine, plain = Engine(model, dtype, seed=3), Engine(exact, torch.float64, seed=3)
     batch = pack(dataset, np.arange(30), engine.device)
-    exact = small_model().float()
     with torch.no_grad():
-        trunk = exact.trunk(batch.ids, batch.positions, batch.documents)
-        torch.testing.assert_close(engine.trunk(batch).float(), trunk, rtol=3e-2, atol=3e-2)
-        hidden = exact.top(trunk, batch.documents)[batch.predictors]
-        torch.testing.assert_close(engine.top(trunk.bfloat16(), batch).float(), hidden, rtol=5e-2, atol=5e-2)
+        trunk = plain.trunk(batch)
+        torch.testing.assert_close(engine.trunk(batch).double(), trunk, rtol=tolerance, atol=tolerance)
+        hidden = exact.top(trunk, plain.documents(batch))[batch.predictors]
+        torch.testing.assert_close(
+            engine.top(trunk.to(dtype), batch).double(), hidden, rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_gpus_without_triton_train_the_same(
+    token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    """PyTorch's own kernels, as on a T4, in fp16: the losses of the fused kernels. Mocks an older GPU."""
+    config = TrainConfig(epochs=2, batch_size=8, precision="fp16", learning_rate=1e-3, dropout=rate)
+
+    def losses(name: str) -> list[float]:
+        train(small_model(dtype=torch.float16), token_dir, config, tmp_path / name, "x")
+        lines = read_journal(tmp_path / name / "metrics.jsonl")
+        return [line["metrics"]["train/loss"] for line in lines if "train/loss" in line["metrics"]]
+
+    fused = losses("fused")
+    monkeypatch.setattr("model.engine.fused.runs_triton", lambda device: False)
+    assert losses("plain") == pytest.approx(fused, rel=3e-3)
 
 
 def test_adapter_in_a_block_is_not_skipped(token_dir: Path) -> None:
@@ -344,10 +418,17 @@ def assert_same_training(whole: GPTModel, resumed: GPTModel, directory: Path) ->
 
 
 @pytest.mark.parametrize("max_bytes", [0, 10**9])
-def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path, max_bytes: int) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_resume_equals_uninterrupted_bit_for_bit(
+    token_dir: Path, tmp_path: Path, precision: Any, dropout: float, max_bytes: int
+) -> None:
     """Killed between two checkpoints, with the outputs on the device lost: losses and weights are equal."""
-    config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3)
+    config = TrainConfig(
+        epochs=4, batch_size=8, eval_freq=5, precision=precision, learning_rate=1e-3, dropout=dropout
+    )
     cache = TrunkCacheConfig(max_bytes=max_bytes)
+    dtype = resolve_precision(precision, torch.device("cuda"))
 
     class KilledError(Exception):
         pass
@@ -356,11 +437,10 @@ def test_resume_equals_uninterrupted_bit_for_bit(token_dir: Path, tmp_path: Path
         if getattr(report, "step", 0) == 13:
             raise KilledError
 
-    whole, cut = small_model(), small_model()
+    whole, cut, again = (small_model(dtype=dtype) for _ in range(3))
     train(whole, token_dir, config, tmp_path / "whole", "x", cache=cache)
     with pytest.raises(KilledError):
         train(cut, token_dir, config, tmp_path / "cut", "x", kill, cache=cache)
-    again = small_model()
     result = train(again, token_dir, config, tmp_path / "cut", "x", cache=cache)
     assert result.resumed_from == 10
     assert_same_training(whole, again, tmp_path)
