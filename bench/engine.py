@@ -76,7 +76,7 @@ def run_engine(
         phases = {"every epoch": (warm_up, last)}
     elif job.epochs > 1:
         phases[LATER_EPOCHS] = (steps_per_epoch + warm_up, last)  # a second warm-up: other kernels may run here
-    dropout = describe_dropout(job.dropout)
+    dropout = describe_dropout(model.config.dropout)
     return [
         Measurement(phase, windows_of_reports(reports, loads, first, last), first_step, job.precision, dropout)
         for phase, (first, last) in phases.items()
