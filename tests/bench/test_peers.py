@@ -12,9 +12,10 @@ import torch
 from transformers import GPT2Config, TrainingArguments
 from transformers.utils import import_utils
 
-from bench.measure import DTYPES, Job, Setting, resolved_name
+from bench import peers
+from bench.measure import DTYPES, Job, Meter, Setting, resolved_name
 from bench.peer_settings import hf_settings, trl_settings
-from bench.peers import build_model, dropout_of, precision_arguments, precision_of, run_hf, run_trl
+from bench.peers import build_model, dropout_of, measured, precision_arguments, precision_of, run_hf, run_trl
 from bench.train import why_not
 from model import GPTModel, freeze_bottom_layers
 
@@ -143,30 +144,25 @@ def test_default_settings_always_take_part(job: Job) -> None:
 @pytest.mark.parametrize("peer", ["hf", "trl"])
 def test_peers_run_as_their_lines_say(job: Job, peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Default settings are the library's: dropout, precision, optimizer, order and more. Others are the job's."""
-    trainers = pytest.importorskip("trl" if peer == "trl" else "transformers")
+    library = pytest.importorskip("trl" if peer == "trl" else "transformers")
     pytest.importorskip("accelerate")
     seen: list[Any] = []
 
-    class Watched(trainers.SFTTrainer if peer == "trl" else trainers.Trainer):  # type: ignore[misc, name-defined]
-        def train(self) -> None:
-            seen.append(self.args)
-            super().train()
+    def watched(trainer_class: type, meter: Meter) -> type:
+        class Watched(measured(trainer_class, meter)):  # type: ignore[misc]
+            def __init__(self, **arguments: Any):
+                super().__init__(**arguments)
+                seen.append(self.args)
 
-    monkeypatch.setattr(trainers, "SFTTrainer" if peer == "trl" else "Trainer", Watched)
+        return Watched
+
+    monkeypatch.setattr(peers, "measured", watched)
     run = run_trl if peer == "trl" else run_hf
     (own,) = run(job, rows_per_pass=8, defaults=True)
     (jobs,) = run(job, rows_per_pass=4)
-    usual = (trainers.SFTConfig if peer == "trl" else TrainingArguments)(str(tmp_path), use_cpu=True)
-    same = (
-        "optim",
-        "bf16",
-        "fp16",
-        "gradient_checkpointing",
-        "train_sampling_strategy",
-        "learning_rate",
-        "logging_steps",
-    )
-    same += ("per_device_train_batch_size", "dataloader_num_workers", "remove_unused_columns", "torch_compile")
+    usual = (library.SFTConfig if peer == "trl" else library.TrainingArguments)(str(tmp_path), use_cpu=True)
+    same = ["optim", "bf16", "fp16", "gradient_checkpointing", "train_sampling_strategy", "learning_rate"]
+    same += ["per_device_train_batch_size", "dataloader_num_workers", "remove_unused_columns", "torch_compile"]
     assert {name: getattr(seen[0], name) for name in same} == {name: getattr(usual, name) for name in same}
     assert (own.precision, own.dropout) == (precision_of(usual), "0.1 in all blocks and embeddings")
     assert (jobs.precision, jobs.dropout) == ("fp32", "0.25 in trained blocks")
