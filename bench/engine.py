@@ -9,13 +9,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.measure import FIRST_EPOCH, LATER_EPOCHS, Job, Measurement, now, read_clock, windows_of_reports
+from bench.measure import (
+    DTYPES,
+    FIRST_EPOCH,
+    LATER_EPOCHS,
+    Job,
+    Measurement,
+    describe_dropout,
+    now,
+    read_clock,
+    windows_of_reports,
+)
 from model.data.tokens import CodeAlpacaDataset, epoch_order
 from model.engine.config import TrainConfig
 from model.engine.trainer import StepReport
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig
-from model.net.device import cast_frozen, resolve_device, resolve_precision
+from model.net.device import cast_frozen, resolve_device
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
 
@@ -31,12 +41,11 @@ def run_engine(
     ends with the step's report, which on a GPU comes a few steps late.
     """
     device = resolve_device(job.device)
-    dtype = resolve_precision(job.precision, device)
     torch.manual_seed(0)
     with torch.device(device):
         model = GPTModel(job.config)
     freeze_bottom_layers(model, job.num_unfrozen_layers)
-    cast_frozen(model, dtype)
+    cast_frozen(model, DTYPES[job.precision])
     rows = CodeAlpacaDataset(job.tokens, "train")
     steps_per_epoch = math.ceil(len(rows) / job.batch_size)
     config = TrainConfig(
@@ -45,7 +54,8 @@ def run_engine(
         micro_batch_tokens=micro_batch_tokens,
         eval_freq=job.epochs * steps_per_epoch + 1,
         eval_rows=_VALIDATION_ROWS,
-        precision=job.precision,
+        precision=job.precision,  # type: ignore[arg-type]
+        dropout=job.dropout,
     )
     reports: list[tuple[int, float]] = []
 
@@ -66,8 +76,9 @@ def run_engine(
         phases = {"every epoch": (warm_up, last)}
     elif job.epochs > 1:
         phases[LATER_EPOCHS] = (steps_per_epoch + warm_up, last)  # a second warm-up: other kernels may run here
+    dropout = describe_dropout(model.config.dropout)
     return [
-        Measurement(phase, windows_of_reports(reports, loads, first, last), first_step, str(dtype))
+        Measurement(phase, windows_of_reports(reports, loads, first, last), first_step, job.precision, dropout)
         for phase, (first, last) in phases.items()
     ]
 

@@ -8,15 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from model.net.config import GPTConfig
+from model.net.device import resolve_precision
 
 FIRST_EPOCH, LATER_EPOCHS = "first epoch", "later epochs"  # phases of the engine when it keeps the trunk's outputs
 WINDOWS = 4  # per measurement, if there are enough steps
 _TOGETHER = 1e-3  # seconds: reports that follow one another faster belong to one burst
+
+# dtype of frozen weights, and of the inputs of matrix products. TF32 rounds the inputs of fp32 products.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+Precision = Literal["bf16", "fp16", "fp32", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class Job:
         num_unfrozen_layers: number of top blocks that train; the final norm trains too, everything else is frozen.
         batch_size: rows per optimizer step.
         device: cpu or cuda.
-        precision: auto, bf16 or fp32.
+        precision: bf16, fp16, fp32 or tf32; every contestant computes in it, except in its default settings.
         warm_up: optimizer steps ahead of the first window.
         steps: optimizer steps measured.
         epochs: epochs of the engine, whose first epoch is measured apart from the others.
         processor_time: measure the processor time of one thread instead of wall-clock time.
+        dropout: rate in the blocks that train, after attention's softmax, its projection and the MLP. Peers run with
+            it in the same places, except in their default settings.
     """
 
     tokens: Path
@@ -43,16 +50,37 @@ class Job:
     num_unfrozen_layers: int
     batch_size: int
     device: str
-    precision: Literal["auto", "bf16", "fp32"]
+    precision: Precision
     warm_up: int
     steps: int
     epochs: int
     processor_time: bool = False
+    dropout: float = 0.0
 
     @property
     def config(self) -> GPTConfig:
         """Shape of the model."""
         return GPTConfig.preset(self.model_size)
+
+
+def resolved_name(precision: str, device: torch.device) -> Precision:
+    """The precision that ``auto`` chooses on the device; any other precision is returned as it is.
+
+    Raises:
+        ValueError: the precision has no name here.
+    """
+    if precision == "auto":
+        dtype = resolve_precision("auto", device)
+        precision = next((name for name, value in DTYPES.items() if value == dtype), str(dtype))
+    for name in get_args(Precision):
+        if name == precision:
+            return name
+    raise ValueError(f"precision {precision!r} is none of {', '.join(DTYPES)}")
+
+
+def describe_dropout(rate: float) -> str:
+    """Text for a dropout rate that acts where the job says."""
+    return f"{rate:g} in trained blocks" if rate else "none"
 
 
 @dataclass(frozen=True)
@@ -79,13 +107,15 @@ class Measurement:
         windows: windows in order, without the warm-up.
         seconds_to_first_step: seconds to the end of the first step, with weights on the device and rows tokenised at
             the start.
-        dtype: dtype of the matrix products.
+        precision: bf16, fp16, fp32 or tf32.
+        dropout: rate and places of the dropout that the contestant ran with.
     """
 
     phase: str
     windows: list[Window]
     seconds_to_first_step: float
-    dtype: str
+    precision: Precision
+    dropout: str
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,12 +142,16 @@ class Setting:
         text: description of the setting.
         run: function that measures; called with the job and ``options`` in a process of its own.
         options: keyword arguments of ``run``.
+        defaults: whether these are the contestant's default settings, which take part whatever --settings-limit says.
+        missing: why the setting cannot run here; empty if it can.
     """
 
     contestant: str
     text: str
     run: Callable[..., list[Measurement]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    defaults: bool = False
+    missing: str = ""
 
 
 _clock = time.perf_counter
@@ -177,8 +211,8 @@ class Meter:
             self.marks.append((read_clock(self.device), self.tokens, self.targets))
         return self.steps_done >= self.last
 
-    def measurement(self, dtype: torch.dtype) -> Measurement:
-        """The windows so far.
+    def measurement(self, precision: Precision, dropout: str) -> Measurement:
+        """The windows so far, as those of a contestant that ran with this precision and dropout.
 
         Raises:
             RuntimeError: the training ended before the first window was full.
@@ -186,7 +220,7 @@ class Meter:
         if len(self.marks) < 2:
             raise RuntimeError(f"the training ended after {self.steps_done} steps, before a window was full")
         windows = [Window(b[0] - a[0], b[1] - a[1], b[2] - a[2]) for a, b in pairwise(self.marks)]
-        return Measurement("steady", windows, self.seconds_to_first_step, str(dtype))
+        return Measurement("steady", windows, self.seconds_to_first_step, precision, dropout)
 
 
 def windows_of_reports(

@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer on the same job, in the settings that their manuals recommend for speed.
+"""transformers' Trainer and TRL's SFTTrainer on the same job; ``bench/peer_settings.py`` lists their settings.
 
 Whether packed documents attend to each other, in transformers 5.17 and 5.23 with TRL 1.16:
 
@@ -7,9 +7,17 @@ Whether packed documents attend to each other, in transformers 5.17 and 5.23 wit
   it.
 - ``packing="bfd"``: the collator joins all rows of a pass and returns position ids that restart with each document,
   and no attention mask. ``create_causal_mask`` of transformers finds the documents by these restarts. With
-  flash_attention_2, attention is then computed for each document separately. With sdpa a (T, T) mask over all T
-  tokens of a pass is built, and all pairs of tokens are computed: correct, but the cost grows with the square of T,
-  so a pass has only a few packed rows. Both versions refuse flex_attention for GPT-2.
+  flash_attention_2 and flash_attention_4, attention is then computed for each document separately. With sdpa a (T, T)
+  mask over all T tokens of a pass is built, and all pairs of tokens are computed: correct, but the cost grows with
+  the square of T, so a pass has only a few packed rows. Both versions refuse flex_attention for GPT-2.
+
+**Dropout.** GPT2Config's default is 0.1 after the embeddings, attention's softmax, its projection and the MLP, in
+frozen blocks too. A setting that does the job's training has the job's rate, in the trained blocks only. transformers
+drops the rate of attention without a word where the kernel takes none, as FlashAttention 4's (4.0.0b36) does: such a
+setting trains with less noise than the job, and its description says so.
+
+**Default settings** are those of TrainingArguments, SFTConfig and GPT2Config. Only what the job or the measurement
+fixes is set: trained parameters, targets, and as many passes of the default 8 rows as an optimizer step has.
 
 Liger patches models by type, and version 0.8.5 does not know "gpt2". TRL 1.16 moreover computes its loss on response
 tokens in chunks by itself, and deprecates the flag.
@@ -26,11 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import WINDOWS, Job, Measurement, Meter, Setting
+from bench.measure import WINDOWS, Job, Measurement, Meter, Precision, describe_dropout
 from model.data.tokens import IGNORE, CodeAlpacaDataset
-from model.net.device import resolve_device, resolve_precision
+from model.net.device import resolve_device
 
-_GROUPED = "grouped by length, padded"
 _TOKENS, _TARGETS = "bench_tokens", "bench_targets"  # keys of plain numbers in a batch
 
 # Modules imported before the first setting, and the command that installs them.
@@ -39,6 +46,8 @@ LIBRARIES: dict[str, Sequence[str]] = {
     "trl": ("accelerate", "datasets", "transformers.models.gpt2.modeling_gpt2", "trl.trainer.sft_trainer"),
 }
 INSTALL = ".venv/bin/pip install -c constraints.txt -e '.[dev,bench]'"
+DEFAULT_ROWS = 8  # per pass: default of TrainingArguments.per_device_train_batch_size
+WITHOUT_DROPOUT = ("flash_attention_4",)  # attention implementations that take no dropout rate
 
 
 class CountingCollator:
@@ -96,67 +105,141 @@ def measured(trainer_class: type, meter: Meter) -> type:
     return Measured
 
 
-def build_model(job: Job, attention: str = "sdpa") -> Any:
-    """GPT2LMHeadModel of the job's shape on the device: random weights, frozen like the engine's, no dropout."""
+def build_model(job: Job, attention: str = "sdpa", defaults: bool = False) -> Any:
+    """GPT2LMHeadModel of the job's shape on the device: random weights, frozen like the engine's.
+
+    Args:
+        attention: transformers' name of the implementation.
+        defaults: whether dropout is GPT2Config's default; else it is the job's, where the job has it.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(**job.config.to_json())
+    shape = job.config.to_json()
+    if defaults:
+        shape = {name: value for name, value in shape.items() if not name.endswith("_pdrop")}
+    config = GPT2Config(**shape)
     torch.manual_seed(0)
     with torch.device(resolve_device(job.device)):
         model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
     model.requires_grad_(False)
     blocks = model.transformer.h
-    for module in (*blocks[len(blocks) - job.num_unfrozen_layers :], model.transformer.ln_f):
+    trained = blocks[len(blocks) - job.num_unfrozen_layers :]
+    for module in (*trained, model.transformer.ln_f):
         module.requires_grad_(True)
+    if not defaults:
+        for block in trained:
+            for dropout in _dropouts(block):
+                dropout.p = job.dropout
     return model
 
 
+def _dropouts(block: Any) -> tuple[torch.nn.Dropout, ...]:
+    """The places of dropout in a block; attention reads its rate from the first."""
+    return block.attn.attn_dropout, block.attn.resid_dropout, block.mlp.dropout
+
+
+def dropout_of(model: Any) -> str:
+    """Rate and places of the dropout in a model that ``build_model`` returned, read from its modules."""
+    embeddings: float = model.transformer.drop.p
+    frozen: set[float] = set()
+    trained: set[float] = set()
+    for block in model.transformer.h:
+        trains = next(block.parameters()).requires_grad
+        (trained if trains else frozen).update(dropout.p for dropout in _dropouts(block))
+    if embeddings and frozen | trained == {embeddings}:
+        text = f"{embeddings:g} in all blocks and embeddings"
+    elif not embeddings and frozen <= {0.0} and len(trained) <= 1:
+        text = describe_dropout(max(trained, default=0.0))
+    else:
+        text = f"{sorted(trained)} in trained and {sorted(frozen)} in frozen blocks, {embeddings:g} in embeddings"
+    if text != describe_dropout(0.0) and model.config._attn_implementation in WITHOUT_DROPOUT:
+        text += ", none in attention"
+    return text
+
+
 def _arguments(job: Job, rows_per_pass: int, passes: int, **settings: Any) -> dict[str, Any]:
-    """TrainingArguments that both trainers share."""
-    device = resolve_device(job.device)
-    on_gpu = device.type == "cuda"
+    """TrainingArguments that both trainers share where they do the job."""
+    on_gpu = job.device == "cuda"
+    return {
+        **_fixed_arguments(job, rows_per_pass, passes),
+        **precision_arguments(job.precision),
+        "optim": "adamw_torch_fused",
+        "learning_rate": 1e-4,
+        "logging_steps": 50,
+        "dataloader_num_workers": 2 if on_gpu else 0,
+        "dataloader_persistent_workers": on_gpu,
+        "gradient_checkpointing": False,
+        **settings,
+    }
+
+
+def _fixed_arguments(job: Job, rows_per_pass: int, passes: int) -> dict[str, Any]:
+    """TrainingArguments that the job and the measurement fix, for default settings too."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": rows_per_pass,
         "gradient_accumulation_steps": passes,
         "max_steps": job.warm_up + job.steps,
-        "bf16": resolve_precision(job.precision, device) == torch.bfloat16,
-        "optim": "adamw_torch_fused",
-        "learning_rate": 1e-4,
-        "logging_steps": 50,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "dataloader_num_workers": 2 if on_gpu else 0,
-        "dataloader_persistent_workers": on_gpu,
-        "gradient_checkpointing": False,
-        "use_cpu": not on_gpu,
-        **settings,
+        "use_cpu": job.device == "cpu",
     }
 
 
-def run_hf(job: Job, rows_per_pass: int, compiled: bool = False, liger: bool = False) -> list[Measurement]:
-    """transformers' Trainer, with rows of similar length in a pass, padded to the longest."""
+def precision_arguments(precision: Precision) -> dict[str, bool]:
+    """TrainingArguments for a precision.
+
+    transformers turns TF32 on by itself if a model is compiled. That is left as it is in bf16 and fp16, and is turned
+    off in fp32, whose products would not be fp32 otherwise.
+    """
+    arguments = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+    if precision in ("fp32", "tf32"):
+        arguments["tf32"] = precision == "tf32"
+    return arguments
+
+
+def precision_of(arguments: Any) -> Precision:
+    """The precision that TrainingArguments stand for, with an explicit ``tf32`` or without torch.compile."""
+    if arguments.bf16:
+        return "bf16"
+    if arguments.fp16:
+        return "fp16"
+    return "tf32" if arguments.tf32 else "fp32"
+
+
+def run_hf(
+    job: Job, rows_per_pass: int, compiled: bool = False, liger: bool = False, defaults: bool = False
+) -> list[Measurement]:
+    """transformers' Trainer, with rows of similar length in a pass, padded to the longest.
+
+    Args:
+        defaults: whether to leave all settings at their defaults; then rows are in random order.
+    """
     from transformers import Trainer, TrainingArguments
 
-    model = build_model(job)
+    model = build_model(job, defaults=defaults)
     rows = CodeAlpacaDataset(job.tokens, "train")
     job = _warmed_up(job, rows, compiled)
-    meter = Meter(model.device, job.warm_up, job.steps, window=grouped_window(job, rows))
+    passes = job.batch_size // rows_per_pass
     settings = _arguments(
         job,
         rows_per_pass,
-        job.batch_size // rows_per_pass,
+        passes,
         train_sampling_strategy="group_by_length",
         torch_compile=compiled,
         use_liger_kernel=liger,
         remove_unused_columns=False,
     )
+    if defaults:
+        settings = _fixed_arguments(job, rows_per_pass, passes)
+    arguments = TrainingArguments(**settings)
+    meter = Meter(model.device, job.warm_up, job.steps, window=None if defaults else grouped_window(job, rows))
     trainer = measured(Trainer, meter)(
-        model=model, args=TrainingArguments(**settings), train_dataset=rows, data_collator=PaddingCollator()
+        model=model, args=arguments, train_dataset=rows, data_collator=PaddingCollator()
     )
     trainer.train()
-    return [meter.measurement(resolve_precision(job.precision, model.device))]
+    return [meter.measurement(precision_of(arguments), dropout_of(model))]
 
 
 def run_trl(
@@ -166,43 +249,50 @@ def run_trl(
     attention: str = "sdpa",
     compiled: bool = False,
     liger: bool = False,
+    defaults: bool = False,
 ) -> list[Measurement]:
     """TRL's SFTTrainer with completion-only loss.
 
     Args:
         rows_per_pass: packed rows per pass, or without packing rows of the data.
         packing: TRL's strategy, or None for padding.
+        defaults: whether to leave all settings at their defaults; then rows are in random order.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from model.net.tokenizer import load_tokenizer
 
-    model = build_model(job, attention)
+    model = build_model(job, attention, defaults)
     rows = CodeAlpacaDataset(job.tokens, "train")
     job = _warmed_up(job, rows, compiled)
     records = Dataset.from_list([_trl_record(rows, index) for index in range(len(rows))])
     tokenizer = load_tokenizer(job.tokenizer, job.config.vocab_size)
-    length = packed_length(job)
     rows_per_step = packed_rows(job, rows) if packing else job.batch_size
-    meter = Meter(model.device, job.warm_up, job.steps, window=None if packing else grouped_window(job, rows))
+    passes = max(1, round(rows_per_step / rows_per_pass))
+    rows_per_pass = min(rows_per_pass, rows_per_step)
     settings = _arguments(
         job,
-        min(rows_per_pass, rows_per_step),
-        max(1, round(rows_per_step / rows_per_pass)),
+        rows_per_pass,
+        passes,
         packing=packing is not None,
         packing_strategy=packing or "bfd",
-        max_length=length,
+        max_length=packed_length(job),
         completion_only_loss=True,
         train_sampling_strategy="random" if packing else "group_by_length",
         torch_compile=compiled,
         use_liger_kernel=liger,
     )
+    if defaults:
+        settings = {**_fixed_arguments(job, rows_per_pass, passes), "completion_only_loss": True}
+    arguments = SFTConfig(**settings)
+    random = packing or defaults
+    meter = Meter(model.device, job.warm_up, job.steps, window=None if random else grouped_window(job, rows))
     trainer = measured(SFTTrainer, meter)(
-        model=model, args=SFTConfig(**settings), train_dataset=records, processing_class=tokenizer
+        model=model, args=arguments, train_dataset=records, processing_class=tokenizer
     )
     trainer.train()
-    return [meter.measurement(resolve_precision(job.precision, model.device))]
+    return [meter.measurement(precision_of(arguments), dropout_of(model))]
 
 
 def _warmed_up(job: Job, rows: CodeAlpacaDataset, compiled: bool) -> Job:
@@ -237,88 +327,3 @@ def packed_length(job: Job) -> int:
 def packed_rows(job: Job, rows: CodeAlpacaDataset) -> int:
     """Number of packed rows with about as many tokens as one optimizer step of the job."""
     return max(1, round(job.batch_size * float(rows.lengths[:, 0].mean()) / packed_length(job)))
-
-
-def hf_settings(job: Job) -> list[Setting]:
-    """Settings of transformers' Trainer, in the order in which they are tried: best-known first."""
-    full = job.batch_size
-    options: list[dict[str, Any]] = [{"rows_per_pass": full}]
-    if job.device == "cpu":
-        options = [{"rows_per_pass": _divisor(full, 8)}]
-        if 8 < full <= 32:
-            options.append({"rows_per_pass": full})
-        options.append({"rows_per_pass": _divisor(full, 8), "compiled": True})
-    else:
-        options.append({"rows_per_pass": full, "compiled": True})
-        options.append({"rows_per_pass": _divisor(full, 32)})
-        if _has_liger():
-            options.append({"rows_per_pass": full, "liger": True})
-    return [Setting("hf", _describe_hf(job, option), run_hf, option) for option in options]
-
-
-def trl_settings(job: Job) -> list[Setting]:
-    """Settings of TRL's SFTTrainer, in the order in which they are tried: best-known first."""
-    per_step = packed_rows(job, CodeAlpacaDataset(job.tokens, "train"))
-    options: list[dict[str, Any]]
-    if job.device == "cpu":
-        options = [
-            {"rows_per_pass": 1, "packing": "bfd"},
-            {"rows_per_pass": 1, "packing": "wrapped"},
-            {"rows_per_pass": _divisor(job.batch_size, 8)},
-        ]
-    else:
-        documents: dict[str, Any] = {"rows_per_pass": min(4, per_step), "packing": "bfd"}
-        if _has_flash_attention():
-            documents = {"rows_per_pass": per_step, "packing": "bfd", "attention": "flash_attention_2"}
-        wrapped = {"rows_per_pass": per_step, "packing": "wrapped"}
-        padded = {"rows_per_pass": job.batch_size}
-        options = [wrapped, documents, padded, {**wrapped, "compiled": True}]
-        if "attention" not in documents:
-            options.append({**documents, "rows_per_pass": 1})
-        if _has_liger():
-            options += [{**option, "liger": True} for option in (wrapped, documents, padded)]
-    return [Setting("trl", _describe_trl(job, option, per_step), run_trl, option) for option in options]
-
-
-def _divisor(rows: int, most: int) -> int:
-    """The largest number of rows per pass, up to ``most``, that divides the rows of a step."""
-    return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
-
-
-def _describe_hf(job: Job, option: Mapping[str, Any]) -> str:
-    passes = job.batch_size // option["rows_per_pass"]
-    return ", ".join([f"{option['rows_per_pass']} rows x {passes}", _GROUPED, *_flags(option)])
-
-
-def _describe_trl(job: Job, option: Mapping[str, Any], per_step: int) -> str:
-    rows = option["rows_per_pass"]
-    if "packing" not in option:
-        return ", ".join([f"{rows} rows x {job.batch_size // rows}", _GROUPED, *_flags(option)])
-    passes = max(1, round(per_step / rows))
-    parts = [f"{rows} x {packed_length(job)} tokens x {passes}", f"packing {option['packing']}"]
-    if option["packing"] == "wrapped":
-        parts.append("no document mask")
-    elif "attention" in option:
-        parts.append(f"documents apart by {option['attention']}")
-    else:
-        parts.append("documents apart by a dense sdpa mask")
-    return ", ".join([*parts, *_flags(option)])
-
-
-def _flags(option: Mapping[str, Any]) -> list[str]:
-    flags = ["torch_compile"] if option.get("compiled") else []
-    if option.get("liger"):
-        flags.append("Liger")
-    return flags
-
-
-def _has_liger() -> bool:
-    from transformers.utils.import_utils import is_liger_kernel_available
-
-    return bool(is_liger_kernel_available())
-
-
-def _has_flash_attention() -> bool:
-    from transformers.utils.import_utils import is_flash_attn_2_available
-
-    return bool(is_flash_attn_2_available())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Number = TypeVar("Number", int, float)
 
 
 class ChildError(RuntimeError):
@@ -38,6 +41,27 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
+
+
+def share(text: str) -> float:
+    """Parse an argument of the command line: a number from 0 to below 1."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """Parse an argument of the command line: a finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number
+
+
+def parse_list(parse: Callable[[str], Number], text: str) -> list[Number]:
+    """Parse an argument of the command line: values separated by commas."""
+    return [parse(part) for part in text.split(",")]
 
 
 def quiet_environment() -> None:

@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from bench.engine import step_loads
-from bench.measure import Job, Measurement, Meter, Setting, Window, windows_of_reports
-from bench.peers import CountingCollator, PaddingCollator, build_model, hf_settings, trl_settings
+from bench.measure import Job, Measurement, Meter, Window, windows_of_reports
+from bench.options import parse
+from bench.peer_settings import hf_settings, trl_settings
+from bench.peers import CountingCollator, PaddingCollator, build_model
 from bench.processes import ChildError, run_apart
-from bench.train import compare, parse, record, run_contestant, table
+from bench.train import run_contestant
 from bench.tutorial import LENGTH, NaiveGPT, pad
 from model import GPTModel, freeze_bottom_layers
 from model.data.tokens import IGNORE, CodeAlpacaDataset
@@ -78,7 +80,7 @@ def test_meter_leaves_warm_up_out() -> None:
         meter.count(100 * step, 2)  # a second pass of the same step
         ended.append(meter.step_done())
     assert ended == [False] * 9 + [True]
-    measurement = meter.measurement(torch.float32)
+    measurement = meter.measurement("fp32", "none")
     assert [window.tokens for window in measurement.windows] == [101 * (3 + 4), 101 * 11, 101 * 15, 101 * 19]
     assert [window.targets for window in measurement.windows] == [6] * 4
     assert 0 <= measurement.seconds_to_first_step < 5
@@ -90,13 +92,13 @@ def test_meter_without_a_full_window_gives_no_number() -> None:
     for _ in range(4):
         meter.step_done()
     with pytest.raises(RuntimeError, match="ended after 4 steps"):
-        meter.measurement(torch.float32)
+        meter.measurement("fp32", "none")
 
 
 def test_speed_is_the_median_of_the_windows() -> None:
     """One slow window does not change the speed; the share of targets is over all windows."""
     windows = [Window(1.0, 100, 50), Window(10.0, 100, 50), Window(1.0, 110, 80)]
-    measurement = Measurement("steady", windows, 0.0, "torch.float32")
+    measurement = Measurement("steady", windows, 0.0, "fp32", "none")
     assert measurement.tokens_per_second == 100
     assert measurement.target_share == 180 / 310
 
@@ -219,37 +221,16 @@ def test_children_answer_or_say_why_not() -> None:
 # What is reported
 
 
-def test_failures_are_reported_and_never_compared(job: Job) -> None:
-    """A failed setting has a line with its error; the fastest setting of each contestant has a star."""
-
-    def entry(contestant: str, text: str, seconds: float, phase: str = "steady") -> dict[str, Any]:
-        measurement = Measurement(phase, [Window(seconds, 100, 50)], 1.0, "torch.float32")
-        return record(Setting(contestant, text, double), measurement, 2**30, job, ceiling=1e12)
-
-    results = [
-        entry("engine", "as it comes", 1.0, "first epoch"),
-        entry("engine", "as it comes", 0.5, "later epochs"),
-        entry("engine", "in small passes", 2.0, "every epoch"),
-        entry("hf", "slow", 4.0),
-        entry("hf", "fast", 2.0),
-        {"contestant": "trl", "settings": "greedy", "error": "out of memory"},
-    ]
-    compare(results)
-    assert [result["best"] for result in results] == [True, True, True, False, True, False]
-    assert results[4]["engine_first_epoch_over_this"] == 2.0
-    assert results[4]["engine_later_epochs_over_this"] == 4.0
-    assert results[0]["necessary_flops_per_token"] > results[1]["necessary_flops_per_token"]
-    lines = table(results).splitlines()
-    assert lines[-1] == "trl, greedy: out of memory"
-    assert [line.split()[:2] for line in lines[1:-1]][-1] == ["hf", "*"]
-
-
 def test_command_line_refuses_what_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     """Unknown contestants, rows beyond the context and counts of zero are errors."""
     for arguments, message in (
         (["--peers", "engine,other"], "other is none of engine, tutorial, hf, trl"),
         (["--size", "tiny", "--max-length", "1024"], "beyond the context of tiny"),
         (["--epochs", "0"], "0 is not at least 1"),
+        (["--dropout", "1"], "1 is not in [0, 1)"),
+        (["--device", "cpu", "--precision", "tf32"], "--precision tf32 needs a GPU"),
+        (["--trunk-cache-gb", "0"], "add --memory-table"),
+        (["--memory-table", "--trunk-cache-gb", "1,-1"], "-1 is not a number of at least 0"),
     ):
         with pytest.raises(SystemExit):
             parse(arguments)
@@ -270,16 +251,20 @@ def test_what_was_left_out_is_in_the_report(job: Job) -> None:
     (record,) = run_contestant("tutorial", job, options, 1e12, print)
     assert record["contestant"] == "tutorial"
     assert record["error"] == "not run: --skip padded to"
-    assert "not run: --skip padded to" in table([record])
     options = Namespace(skip=[], settings_limit=0, timeout=60)
     (record,) = run_contestant("tutorial", job, options, 1e12, print)
     assert record["error"] == "not run: --settings-limit 0"
 
 
+def is_default(result: dict[str, Any]) -> bool:
+    """Whether a result is of a contestant that ran with its own dropout."""
+    return result["contestant"] == "tutorial" or result["settings"].startswith("default settings")
+
+
 def test_a_quick_run(tmp_path: Path) -> None:
     """The command as users run it: progress, table, and a last line with finite numbers of everything measured."""
     command = [sys.executable, "-m", "bench.train", "--device", "cpu", "--quick", "--steps", "2", "--batch-size", "4"]
-    command += ["--peers", "engine,tutorial,hf", "--out", str(tmp_path / "report.json")]
+    command += ["--peers", "engine,tutorial,hf", "--dropout", "0.2", "--out", str(tmp_path / "report.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -296,6 +281,8 @@ def test_a_quick_run(tmp_path: Path) -> None:
             assert result["contestant"] == "hf"
             assert "pip install" in result["error"] or result["error"] == "not run: --settings-limit 1"
             continue
+        own = "0.1 in all blocks and embeddings" if is_default(result) else "0.2 in trained blocks"
+        assert result["dropout"] == own
         numbers = [value for value in result.values() if isinstance(value, float | int)]
         assert len(numbers) >= 8
         assert all(math.isfinite(number) and number >= 0 for number in numbers), result
