@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -24,6 +24,25 @@ def sha256_file(path: Path) -> str:
     """The file's sha256 in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def leads_outside(path: str) -> bool:
+    """Whether a relative path that a file or a server gives leaves the folder that it is joined to."""
+    return "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
+
+
+def plain_name(name: object, source: object) -> str:
+    """The name of a file in a folder, as another file or a server gives it.
+
+    Args:
+        source: who gives it, for the message.
+
+    Raises:
+        ValueError: it would lead out of the folder, or is no name.
+    """
+    if not isinstance(name, str) or not name or leads_outside(name) or "/" in name:
+        raise ValueError(f"{source} names a file outside its directory: {name!r}")
+    return name
 
 
 def sha256_json(value: Any) -> str:

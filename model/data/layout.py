@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from model.data.formats import READERS, file_type
+from model.files import leads_outside, plain_name
 
 SPLITS = ("train", "validation", "test")
 # The words of ``datasets`` for each split, but for "testing", which is a subject as often as a split.
@@ -85,24 +86,37 @@ def find_layout(source: Path, config: str | None = None) -> Layout:
 
 def _data_files(folder: Path) -> Iterator[Path]:
     """The files of a known type below a folder, without hidden ones, descriptions, and caches of ``datasets``."""
+    shards = _listed_shards(folder)
     for path in folder.iterdir():
         if path.name.startswith((".", "_")):
             continue
         if path.is_dir():
             yield from _data_files(path)
-        elif file_type(path) and path.name not in _METADATA and path.is_file() and not _is_cache(path):
+        elif shards is not None and path.suffix == ".arrow" and path.name not in shards:
+            continue  # a cache of ``datasets``
+        elif file_type(path) and path.name not in _METADATA and path.is_file():
             yield path
 
 
-def _is_cache(path: Path) -> bool:
-    """Whether ``save_to_disk`` lists other shards than this one: then ``datasets`` left it there as a cache."""
-    state = path.with_name("state.json")
-    if path.suffix != ".arrow" or not state.exists():
-        return False
+def _listed_shards(folder: Path) -> set[str] | None:
+    """The files that ``save_to_disk`` lists in state.json; None in another folder.
+
+    Raises:
+        ValueError: it lists a file that is missing or outside the folder, or, beside .arrow files, is something else.
+    """
+    state = folder / "state.json"
+    if not state.is_file():
+        return None
     try:
-        return path.name not in {shard["filename"] for shard in json.loads(state.read_text())["_data_files"]}
-    except (ValueError, LookupError, TypeError) as error:
+        names = [shard["filename"] for shard in json.loads(state.read_text())["_data_files"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        if not any(folder.glob("*.arrow")):
+            return None  # of another program
         raise ValueError(f"{state} is not what save_to_disk writes ({error!r}): save the data set again") from error
+    for name in names:
+        if not (folder / plain_name(name, state)).is_file():
+            raise ValueError(f"{state} names {name}, which is not there: copy the whole folder")
+    return set(names)
 
 
 def _split_of(name: str) -> str | None:
@@ -198,7 +212,7 @@ def _patterns(config: dict[str, Any], card: Path) -> Iterator[tuple[str | None, 
             if not isinstance(pattern, str):
                 raise ValueError(f"data_files in {card} has {each!r}, where a path is needed")
             path = PurePosixPath(str(config.get("data_dir") or "")) / pattern
-            if re.match(r"\w+:/", pattern) or path.is_absolute() or ".." in path.parts:
+            if re.match(r"\w+:/", pattern) or leads_outside(str(path)):
                 raise ValueError(
                     f"{card} names {pattern!r}, which is outside the data set: only files of the data set are read. "
                     "Give a local copy without that card"
