@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from xmlrpc.client import ServerProxy
 
+from ops.databases import MLFLOW, PREFECT
 from ops.redaction import without_credentials
 from ops.settings import PROJECT_ROOT, Settings
 
@@ -201,8 +202,21 @@ class Servers:
         environment.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         # Values in the user's environment select another database or artifact store.
         environment.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{self.home / 'mlflow.db'}")
-        environment.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(self.home / "artifacts"))
+        # As a URI, quoted: of a path MLflow would decode "%20", and keep the artifacts in another folder.
+        environment.setdefault("MLFLOW_ARTIFACTS_DESTINATION", (self.home / "artifacts").as_uri())
         return environment
+
+    def databases(self) -> dict[str, str]:
+        """The addresses of the servers' databases, each with its owner."""
+        environment = self.environment()
+        prefect = f"sqlite:///{self.home / 'prefect' / 'prefect.db'}"
+        found = {
+            environment.get("PREFECT_SERVER_DATABASE_CONNECTION_URL") or prefect: PREFECT,
+            environment["MLFLOW_BACKEND_STORE_URI"]: MLFLOW,
+        }
+        if self.secure:
+            found[f"sqlite:///{self.home / 'basic_auth.db'}"] = MLFLOW
+        return found
 
     def supervisor(self) -> Any:
         """supervisord's XML-RPC methods, such as ``stopProcess``; they raise OSError and xmlrpc.client's errors."""
