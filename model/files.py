@@ -109,15 +109,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, with the permissions of any other new file.
 
     Raises:
         OSError: it cannot be written, mostly because the disk is full; the message has path and size.
     """
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # not an OSError, and without the file's name
-        raise DiskFullError(path, sum(tensor.nbytes for tensor in tensors.values()), str(error)) from error
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with naming_a_full_disk(path, size):
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            save_file(tensors, path, metadata)
+        except SafetensorError as error:  # not an OSError, and without the file's name
+            raise DiskFullError(path, size, str(error)) from error
+        path.chmod(mode)  # the library leaves 0600, whatever the umask is (safetensors#782)
 
 
 # First bytes of what is found in place of data or weights, and what it is. Capitals and white space in front do not

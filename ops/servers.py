@@ -18,6 +18,7 @@ from typing import Any
 from xmlrpc.client import ServerProxy
 
 from ops.databases import MLFLOW, PREFECT
+from ops.proxies import LOOPBACK
 from ops.redaction import without_credentials
 from ops.settings import PROJECT_ROOT, Settings
 
@@ -164,6 +165,9 @@ class Servers:
     def write_client_file(self) -> None:
         """Write ``client_file``, readable by its owner only."""
         lines = [f"export {name}={shlex.quote(value)}" for name, value in self.client_environment().items()]
+        # A proxy that the shell names is for other servers (ops/proxies.py).
+        hosts = ",".join(dict.fromkeys([self._client_host.strip("[]"), *LOOPBACK]))
+        lines += [f'export {name}="${{{name}:+${name},}}{hosts}"' for name in ("NO_PROXY", "no_proxy")]
         with open(self.client_file, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
             os.fchmod(stream.fileno(), 0o600)
             stream.write("\n".join(lines) + "\n")
