@@ -5,6 +5,7 @@ A server that cannot open its database says so in a traceback in its log, and wh
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from ops.text import one_line
 
 _LOCK_SECONDS = 5.0  # a transaction of another process may take that long
 _CHECK_SECONDS = 2.0  # a large database is checked in part
+_LONGEST_PATH = 500  # bytes; 512 with what sqlite appends
 _FREE_BYTES = 8_000_000  # two new databases
 PREFECT, MLFLOW = "Prefect", "MLflow"
 # Folders of the migrations, in the package of each.
@@ -49,9 +51,9 @@ def check_database(path: Path, owner: str) -> None:
             f"the disk of {path} is full, {free:,} bytes are free and {owner} needs {_FREE_BYTES:,}: free some, or "
             "set FINETUNE_DATA_ROOT to another disk"
         )
-    if not path.exists():
-        return
     try:
+        if not path.exists():
+            return _probe_new(path)
         _probe(path)
         revision = _read_revision(path)
     except sqlite3.Error as error:
@@ -69,6 +71,21 @@ def check_address(address: str, owner: str) -> None:
     scheme, _, path = address.partition(":///")
     if scheme.partition("+")[0] == "sqlite" and path and not path.startswith((":memory:", "file:")):
         check_database(Path(path.partition("?")[0]), owner)
+
+
+def _probe_new(path: Path) -> None:
+    """Begin to make a database, and undo it.
+
+    Raises:
+        sqlite3.Error: its folder takes none, or its path is too long for sqlite.
+    """
+    address = f"file:{quote(str(path))}?mode=rwc"
+    with closing(sqlite3.connect(address, uri=True, timeout=_LOCK_SECONDS, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("CREATE TABLE probe (x)")
+        connection.execute("ROLLBACK")
+    if path.stat().st_size == 0:
+        path.unlink()
 
 
 def _probe(path: Path) -> None:
@@ -132,8 +149,10 @@ def _explain(path: Path, owner: str, error: sqlite3.Error) -> str:
     if "locked" in reason or "busy" in reason:
         holder = shlex.join(["fuser", str(path)])
         return f"{owner}'s database {path} is locked by another process (`{holder}` names it): wait for it, or end it"
-    if isinstance(error, sqlite3.OperationalError):  # no permission, or no file
-        return f"{owner}'s database {path} cannot be opened: {reason}"
+    if isinstance(error, sqlite3.OperationalError):  # no permission, no file, or too long
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            reason += f" (sqlite opens paths of about {_LONGEST_PATH} bytes; this one is longer)"
+        return f"{owner}'s database {path} cannot be opened: {reason}. Set FINETUNE_DATA_ROOT to another folder"
     aside = shlex.join(["mv", str(path), f"{path}.damaged"])
     return (
         f"{owner}'s database {path} is damaged ({reason}): restore a copy of it, or move it away and a new one is "

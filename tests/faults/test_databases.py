@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from made_up import MadeUp
+from small_disk import small_disk
 
 from flows.commands import UsageError
 from flows.databases import open_mlflow
@@ -120,12 +121,31 @@ def test_a_folder_in_its_place(root: Path) -> None:
         check_database(root / "mlflow", MLFLOW)
 
 
+@pytest.mark.parametrize("owner", [PREFECT, MLFLOW])
+def test_a_path_that_is_too_long_for_sqlite(tmp_path: Path, owner: str) -> None:
+    """The server would try for 120 s, and say that it is unable to open the file."""
+    path = tmp_path.joinpath(*["long" * 25] * 6, "new.db")
+    with pytest.raises(DatabaseError, match=r"cannot be opened: unable to open database file .sqlite opens paths of"):
+        check_database(path, owner)
+    check_database(tmp_path.joinpath(*["long" * 25] * 3, "new.db"), owner)
+
+
+def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
+    """On a file system that can only be read."""
+    with small_disk(tmp_path / "disk") as disk:
+        mount = ["mount", "-o", "remount,ro", str(disk)]
+        subprocess.run(mount, check=True)
+        with pytest.raises(DatabaseError, match=r"cannot be opened: .*\. Set FINETUNE_DATA_ROOT to another folder"):
+            check_database(disk / "new.db", PREFECT)
+
+
 def test_a_whole_database_passes(root: Path) -> None:
     """And so does an empty file, or none."""
     check_database(root / "mlflow" / "mlflow.db", MLFLOW)
     (root / "empty.db").touch()
     check_database(root / "empty.db", MLFLOW)
     check_database(root / "new folder" / "new.db", MLFLOW)
+    assert not list((root / "new folder").iterdir())
 
 
 NEWER = "a newer {} made the database {}, with the schema ffffffffffff: install that version, or move the file away"
