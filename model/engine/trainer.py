@@ -218,9 +218,10 @@ class Trainer:
         loss, grad_norm = done.read()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
+            other = "" if self.config.precision == "fp32" else " or use precision=fp32"
             raise NonFiniteError(
                 f"loss {loss} with gradient norm {grad_norm} at step {done.step}: stopped before the update; "
-                f"lower learning_rate (now {self.config.learning_rate:g}) or use precision=fp32"
+                f"lower learning_rate (now {self.config.learning_rate:g}){other}"
             )
         if math.isnan(self.first_step_seconds):
             self.first_step_seconds = time.perf_counter() - self.begun
