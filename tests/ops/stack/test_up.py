@@ -30,9 +30,11 @@ FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
     """Two GPUs by its settings, no password. The tests depend on their order; the last one ends it.
 
-    The data root has the characters in its name that shells, URLs and supervisord treat specially.
+    The data root has the characters in its name that shells, URLs and supervisord treat specially, and the
+    environment names a proxy that does not answer.
     """
-    made = MadeUp(tmp_path_factory.mktemp("up"), "a b%20c%s #d'e\"f$g;h,i&j", FINETUNE_GPUS="2")
+    root = "a b%20c%s #d'e\"f$g;h,i&j"
+    made = MadeUp(tmp_path_factory.mktemp("up"), root, FINETUNE_GPUS="2", HTTP_PROXY="http://127.0.0.1:9")
     try:
         made.load = os.getloadavg()[0]  # type: ignore[attr-defined]
         made.seconds = made.start()  # type: ignore[attr-defined]
