@@ -18,7 +18,7 @@ import yaml
 from flows.commands import UsageError, read_parameters
 from flows.local import embed, end_in_order, start
 from ops.settings import Settings
-from ops.text import storable
+from ops.text import escape_output, storable, unreadable_argument
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
@@ -28,8 +28,11 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """The parameters of a command line: those of its deployment, changed by its ``name=value``.
 
     Raises:
-        UsageError: two deployments, a parameter given twice, or a value that is not YAML.
+        UsageError: two deployments, a parameter given twice, or a value that is not text or not YAML.
     """
+    for argument in arguments:
+        if reason := unreadable_argument(argument):
+            raise UsageError(f"{storable(argument)} {reason}")
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) > 1:
         raise UsageError(f"one deployment at a time, not {', '.join(named)}; parameters are name=value")
@@ -158,6 +161,7 @@ def open_streams() -> None:
 
 if __name__ == "__main__":
     open_streams()
+    escape_output()
     end_in_order()
     try:
         sys.exit(main(sys.argv[1:]))

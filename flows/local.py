@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from flows.databases import check_database, open_mlflow
+from flows.databases import open_mlflow
+from ops.databases import check_database
 from ops.machine.lock import exclusive
 from ops.machine.process import end_processes, identify_process, left_behind
 from ops.settings import Settings
@@ -51,7 +52,7 @@ def start(settings: Settings) -> None:
     A lock admits one process at a time: Prefect and MLflow both fail if two processes create one sqlite database.
 
     Raises:
-        UsageError: a database cannot be used.
+        DatabaseError, UsageError: a database cannot be used.
     """
     # Imports create objects that live to the end: collecting them takes a quarter of the import time.
     gc.disable()

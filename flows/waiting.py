@@ -17,7 +17,7 @@ from prefect.runtime import flow_run
 
 from model.net.device import device_choices, device_key
 from ops.machine.lock import exclusive, exclusive_any, shared_directory
-from ops.recovery.limits import LEASE_SECONDS, read_slots, release_all
+from ops.recovery.limits import read_slots, release_all
 from ops.settings import Settings
 from ops.text import storable
 from ops.tracking.registry import shared_name
@@ -108,12 +108,7 @@ def _slots_taken() -> str | None:
                 return None
     except Exception:  # the task meets the same trouble, and reports it
         return None
-    names = [f"{run.name} ({run.state_name})" if run else "an unknown run" for run in slots.holders.values()]
-    by = ", ".join(names) or "nobody: `make doctor` mends that"
-    return (
-        f"the device is free, but Prefect's limit tag:gpu counts {slots.active} of {slots.limit} slots as taken, by "
-        f"{by}; the slot of a run that died becomes free within {LEASE_SECONDS} s"
-    )
+    return f"the device is free, but {slots.describe()}"
 
 
 class _Waiting:

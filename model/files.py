@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -24,6 +24,25 @@ def sha256_file(path: Path) -> str:
     """The file's sha256 in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def leads_outside(path: str) -> bool:
+    """Whether a relative path that a file or a server gives leaves the folder that it is joined to."""
+    return "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
+
+
+def plain_name(name: object, source: object) -> str:
+    """The name of a file in a folder, as another file or a server gives it.
+
+    Args:
+        source: who gives it, for the message.
+
+    Raises:
+        ValueError: it would lead out of the folder, or is no name.
+    """
+    if not isinstance(name, str) or not name or leads_outside(name) or "/" in name:
+        raise ValueError(f"{source} names a file outside its directory: {name!r}")
+    return name
 
 
 def sha256_json(value: Any) -> str:
@@ -90,15 +109,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, with the permissions of any other new file.
 
     Raises:
         OSError: it cannot be written, mostly because the disk is full; the message has path and size.
     """
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # not an OSError, and without the file's name
-        raise DiskFullError(path, sum(tensor.nbytes for tensor in tensors.values()), str(error)) from error
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with naming_a_full_disk(path, size):
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            save_file(tensors, path, metadata)
+        except SafetensorError as error:  # not an OSError, and without the file's name
+            raise DiskFullError(path, size, str(error)) from error
+        path.chmod(mode)  # the library leaves 0600, whatever the umask is (safetensors#782)
 
 
 # First bytes of what is found in place of data or weights, and what it is. Capitals and white space in front do not

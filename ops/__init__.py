@@ -1,11 +1,13 @@
 """Operations around the training: settings, tracking, locks, the hub, servers, recovery and small commands.
 
 Importing this package sets environment defaults that libraries read when they are imported. A variable that is set
-already is kept. From then on secrets are redacted in the log records of the process.
+already is kept. Servers on this machine are reached without a proxy. From then on secrets are redacted in the log
+records of the process.
 """
 
 import os
 
+from ops.proxies import spare_loopback
 from ops.redaction import redact_logs
 
 _DEFAULTS = {
@@ -23,4 +25,5 @@ _DEFAULTS = {
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+spare_loopback(os.environ)
 redact_logs()

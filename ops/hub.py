@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from model.data.formats import READERS, SUFFIXES
-from model.files import sha256_file
+from model.files import leads_outside, sha256_file
+from ops.hub_answers import refuse_unsafe_answers
 from ops.threads import in_daemon_thread
 
 if TYPE_CHECKING:
@@ -137,6 +138,9 @@ class _Repo:
 
     def fetch(self) -> tuple[Path, dict[str, str]]:
         """Return the folder, whose name is the commit, and the hub's hash of each file by its name."""
+        if leads_outside(self.revision or ""):  # the library keeps a file of that name
+            raise self.error("no revision of git has such a name")
+        refuse_unsafe_answers()
         pinned = re.fullmatch("[0-9a-f]{40}", self.revision or "")
         if pinned and (found := self.cached()):
             return found
@@ -147,6 +151,8 @@ class _Repo:
                 return found
             raise
         files = {file.rfilename: file for file in info.siblings or ()}
+        if unsafe := next(filter(leads_outside, files), None):
+            raise self.error(f"the hub names the file {unsafe!r}, which is outside the repository")
         wanted = self.wanted(files)
         if missing := self.missing(wanted):
             raise self.error(f"the repository has no {missing}")
@@ -257,9 +263,10 @@ class _Repo:
             status = getattr(getattr(cause, "response", None), "status_code", 0)
             kind: type[HubError] = HubAwayError
             detail = f"HTTP {status}" if status else getattr(cause, "strerror", None)
-            if name in ("ConnectError", "Stalled", "HFValidationError"):
+            if name in ("ConnectError", "Stalled", "HFValidationError", "UnsafeAnswerError"):
                 detail = str(cause)
-            if name == "HFValidationError" or (400 <= status < 500 and status not in (408, 429)):
+            definite = name in ("HFValidationError", "UnsafeAnswerError")
+            if definite or (400 <= status < 500 and status not in (408, 429)):
                 kind = HubError
             reason = f"{name} ({detail})" if detail else name
             if file:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from xmlrpc.client import ServerProxy
 
+from ops.databases import MLFLOW, PREFECT
+from ops.proxies import LOOPBACK
 from ops.redaction import without_credentials
 from ops.settings import PROJECT_ROOT, Settings
 
@@ -163,6 +165,9 @@ class Servers:
     def write_client_file(self) -> None:
         """Write ``client_file``, readable by its owner only."""
         lines = [f"export {name}={shlex.quote(value)}" for name, value in self.client_environment().items()]
+        # A proxy that the shell names is for other servers (ops/proxies.py).
+        hosts = ",".join(dict.fromkeys([self._client_host.strip("[]"), *LOOPBACK]))
+        lines += [f'export {name}="${{{name}:+${name},}}{hosts}"' for name in ("NO_PROXY", "no_proxy")]
         with open(self.client_file, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
             os.fchmod(stream.fileno(), 0o600)
             stream.write("\n".join(lines) + "\n")
@@ -201,8 +206,21 @@ class Servers:
         environment.setdefault("PREFECT_WORKER_QUERY_SECONDS", "2")
         # Values in the user's environment select another database or artifact store.
         environment.setdefault("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{self.home / 'mlflow.db'}")
-        environment.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(self.home / "artifacts"))
+        # As a URI, quoted: of a path MLflow would decode "%20", and keep the artifacts in another folder.
+        environment.setdefault("MLFLOW_ARTIFACTS_DESTINATION", (self.home / "artifacts").as_uri())
         return environment
+
+    def databases(self) -> dict[str, str]:
+        """The addresses of the servers' databases, each with its owner."""
+        environment = self.environment()
+        prefect = f"sqlite:///{self.home / 'prefect' / 'prefect.db'}"
+        found = {
+            environment.get("PREFECT_SERVER_DATABASE_CONNECTION_URL") or prefect: PREFECT,
+            environment["MLFLOW_BACKEND_STORE_URI"]: MLFLOW,
+        }
+        if self.secure:
+            found[f"sqlite:///{self.home / 'basic_auth.db'}"] = MLFLOW
+        return found
 
     def supervisor(self) -> Any:
         """supervisord's XML-RPC methods, such as ``stopProcess``; they raise OSError and xmlrpc.client's errors."""

@@ -27,6 +27,8 @@ class Settings:
     def load(cls) -> Settings:
         """Read the current environment. A password in MLFLOW_TRACKING_URI is moved to MLFLOW_TRACKING_PASSWORD.
 
+        A process without a home, as that of a container's user may be, gets one in the data root.
+
         Raises:
             RuntimeError: FINETUNE_DATA_ROOT is not set, and the project is installed outside a checkout; or it has a
                 character that the URI of a database cannot hold.
@@ -42,6 +44,7 @@ class Settings:
                 "mark, a control character, or bytes that are not UTF-8): set FINETUNE_DATA_ROOT to another folder"
             )
         separate_mlflow_credentials()
+        _provide_home(root)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
 
@@ -110,3 +113,11 @@ class Settings:
     def artifacts(self) -> Path:
         """MLflow's artifacts if the tracking server is the local sqlite file."""
         return self.data_root / "mlflow" / "artifacts"
+
+
+def _provide_home(root: Path) -> None:
+    """Set HOME where the user has no home: Prefect cannot be imported without one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(root / "home")

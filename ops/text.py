@@ -1,7 +1,10 @@
-"""Texts that Prefect and MLflow cannot store are replaced, so that no state, artifact or error is lost."""
+"""Texts that Prefect, MLflow or a terminal cannot take are replaced, so that no state, artifact or error is lost."""
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +17,31 @@ def storable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks and runs of white space."""
     return " ".join(str(error).split())
+
+
+def escape_output() -> None:
+    """Let stdout show characters that its encoding lacks as escapes, as stderr does, instead of raising an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def unreadable_argument(text: str) -> str | None:
+    """Why an argument of the command line is no text, and what to do; None if it is text.
+
+    Python hands over bytes that the encoding of the locale lacks as lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            os.fsencode(text).decode()
+        except UnicodeError:
+            return "is not valid UTF-8: save or type it as UTF-8"
+        return (
+            f"is UTF-8, but Python reads arguments as {sys.getfilesystemencoding()} here: set LC_ALL=C.UTF-8 or "
+            "PYTHONUTF8=1"
+        )
+    return None
 
 
 @contextmanager

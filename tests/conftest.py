@@ -159,3 +159,13 @@ def token_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, tokenize
     config = PrepareConfig(max_length=MAX_LENGTH, test_share=0.1, validation_share=0.2)
     prepare(find_splits(data_dir), tokenizer, config, directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database for tests to copy, because its migrations take seconds."""
+    from ops.tracking.runs import client
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client(f"sqlite:///{path}").search_experiments()
+    return path

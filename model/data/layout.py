@@ -8,6 +8,7 @@ read: a card that points elsewhere is refused.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 from model.data.formats import READERS, file_type
+from model.files import leads_outside, plain_name
 
 SPLITS = ("train", "validation", "test")
 # The words of ``datasets`` for each split, but for "testing", which is a subject as often as a split.
@@ -38,7 +40,7 @@ class Layout:
 
     Attributes:
         splits: split -> its files, in the order of their paths.
-        left_out: a line for each split of a card that is not used, with the reason.
+        left_out: a line for each split of a card, and for each link to a folder, that is not used, with the reason.
     """
 
     splits: dict[str, list[Path]]
@@ -61,7 +63,7 @@ def find_layout(source: Path, config: str | None = None) -> Layout:
         config: a configuration that the folder's card names; None takes the only one, or the default one.
 
     Raises:
-        FileNotFoundError: the path does not exist, or the folder has no file of a known type.
+        FileNotFoundError: the path does not exist, the folder has no file of a known type, or a link in it is broken.
         ValueError: a single file of an unknown type, a folder without a training file, a card that names files
             outside the folder, or several configurations without a choice; the message names them.
     """
@@ -73,36 +75,68 @@ def find_layout(source: Path, config: str | None = None) -> Layout:
         raise FileNotFoundError(
             f"dataset {source} does not exist: give a file or folder, or a hub id like owner/name"
         )
-    files = sorted(_data_files(source))
+    left_out: list[str] = []
+    files = sorted(_data_files(source, left_out, set()))
     if not files:
         raise FileNotFoundError(f"dataset folder {source} holds no file of {', '.join(READERS)}")
     entries = _configuration(source, config)
     layout = _by_card(source, files, entries) if entries else Layout(_by_names(source, files))
+    layout.left_out.extend(left_out)
     if "train" not in layout.splits:
         raise ValueError(f"dataset folder {source} holds no training file, only {', '.join(layout.splits) or 'none'}")
     return layout
 
 
-def _data_files(folder: Path) -> Iterator[Path]:
-    """The files of a known type below a folder, without hidden ones, descriptions, and caches of ``datasets``."""
-    for path in folder.iterdir():
+def _data_files(folder: Path, left_out: list[str], visited: set[Path]) -> Iterator[Path]:
+    """The files of a known type below a folder, without hidden ones, descriptions, and caches of ``datasets``.
+
+    Args:
+        left_out: gets a line for each link to a folder that is read already, such as latest -> v2, or a folder above.
+        visited: the folders that were read, without links.
+
+    Raises:
+        FileNotFoundError: a link leads to nothing, as to a disk that is not mounted.
+    """
+    visited.add(folder.resolve())
+    shards = _listed_shards(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):  # links last
         if path.name.startswith((".", "_")):
             continue
+        if path.is_symlink() and not path.exists() and (file_type(path) or not path.suffix):
+            raise FileNotFoundError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist here: mount or copy that, or remove "
+                "the link"
+            )
         if path.is_dir():
-            yield from _data_files(path)
-        elif file_type(path) and path.name not in _METADATA and path.is_file() and not _is_cache(path):
+            if path.resolve() in visited:
+                left_out.append(f"{path}, a link to a folder that is read already")
+            else:
+                yield from _data_files(path, left_out, visited)
+        elif shards is not None and path.suffix == ".arrow" and path.name not in shards:
+            continue  # a cache of ``datasets``
+        elif file_type(path) and path.name not in _METADATA and path.is_file():
             yield path
 
 
-def _is_cache(path: Path) -> bool:
-    """Whether ``save_to_disk`` lists other shards than this one: then ``datasets`` left it there as a cache."""
-    state = path.with_name("state.json")
-    if path.suffix != ".arrow" or not state.exists():
-        return False
+def _listed_shards(folder: Path) -> set[str] | None:
+    """The files that ``save_to_disk`` lists in state.json; None in another folder.
+
+    Raises:
+        ValueError: it lists a file that is missing or outside the folder, or, beside .arrow files, is something else.
+    """
+    state = folder / "state.json"
+    if not state.is_file():
+        return None
     try:
-        return path.name not in {shard["filename"] for shard in json.loads(state.read_text())["_data_files"]}
-    except (ValueError, LookupError, TypeError) as error:
+        names = [shard["filename"] for shard in json.loads(state.read_text())["_data_files"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        if not any(folder.glob("*.arrow")):
+            return None  # of another program
         raise ValueError(f"{state} is not what save_to_disk writes ({error!r}): save the data set again") from error
+    for name in names:
+        if not (folder / plain_name(name, state)).is_file():
+            raise ValueError(f"{state} names {name}, which is not there: copy the whole folder")
+    return set(names)
 
 
 def _split_of(name: str) -> str | None:
@@ -198,7 +232,7 @@ def _patterns(config: dict[str, Any], card: Path) -> Iterator[tuple[str | None, 
             if not isinstance(pattern, str):
                 raise ValueError(f"data_files in {card} has {each!r}, where a path is needed")
             path = PurePosixPath(str(config.get("data_dir") or "")) / pattern
-            if re.match(r"\w+:/", pattern) or path.is_absolute() or ".." in path.parts:
+            if re.match(r"\w+:/", pattern) or leads_outside(str(path)):
                 raise ValueError(
                     f"{card} names {pattern!r}, which is outside the data set: only files of the data set are read. "
                     "Give a local copy without that card"

@@ -253,6 +253,8 @@ class _Inspection:
         self.check_unusable()
         counts, config = self.counts, self._config
         dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none dropped"
+        if not counts.seen and not config.subset_start:
+            raise ValueError(f"there is no row in {self._files}: is the file complete?")
         if not counts.rows["train"]:
             raise ValueError(
                 f"no training row is left of {self._files} (subset_start {config.subset_start}, subset_count "
@@ -260,7 +262,12 @@ class _Inspection:
             )
         for split, setting in (("validation", "validation_share"), ("test", "test_share")):
             if not counts.rows[split]:
-                enough = min(0.5, 5 / counts.seen)  # five rows are expected then; 0.7 % of all draws give none
+                enough = 5 / counts.seen  # five rows are expected then; 0.7 % of all draws give none
+                if enough > 0.5:
+                    raise ValueError(
+                        f"the {split} split of {self._files} is empty, and {counts.seen} rows are too few to draw it "
+                        f"from: add rows, or a file with the word {split} in its name ({dropped})"
+                    )
                 raise ValueError(
                     f"the {split} split of {self._files} is empty: raise {setting}, {enough:.2g} will do, or add "
                     f"rows ({dropped})"

@@ -216,9 +216,10 @@ class Trainer:
         result = done.read()
         if result.stopped:
             self.optimizer.zero_grad(set_to_none=True)
+            other = "" if self.config.precision == "fp32" else " or use precision=fp32"
             raise NonFiniteError(
                 f"loss {result.loss} with gradient norm {result.grad_norm} at step {done.step}: stopped before the "
-                f"update; lower learning_rate (now {self.config.learning_rate:g}) or use precision=fp32"
+                f"update; lower learning_rate (now {self.config.learning_rate:g}){other}"
             )
         if math.isnan(self.first_step_seconds):
             self.first_step_seconds = time.perf_counter() - self.begun

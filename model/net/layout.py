@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from model.files import parse_json
+from model.files import parse_json, plain_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -67,9 +67,7 @@ def _shards(directory: Path) -> list[Path]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: {error!r}") from error
     for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index} names a file outside its directory: {name!r}")
-        if not (directory / name).is_file():
+        if not (directory / plain_name(name, index)).is_file():
             raise FileNotFoundError(f"{index} names {name}, which does not exist")
     return [directory / name for name in names]
 

@@ -160,7 +160,8 @@ def _content(path: Path, sha256: str | None) -> bytes:
 def _check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, directory: Path) -> None:
     if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer in {directory} has {len(tokenizer)} entries, the model's embedding {vocab_size} rows"
+            f"the tokenizer in {directory} has {len(tokenizer)} entries, the model's embedding {vocab_size} rows: "
+            "take the weights' own, without added tokens, or save the model again after resize_token_embeddings()"
         )
     vocabulary = tokenizer.get_vocab()
     token, highest = max(vocabulary.items(), key=lambda item: item[1])

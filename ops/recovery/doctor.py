@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def connect(prefect: SyncPrefectClient) -> str | None:
 
 
 def _requires_password() -> str:
-    return f"requires a password: run `. {Servers.load().client_file}` first"
+    return f"requires a password: run `. {shlex.quote(str(Servers.load().client_file))}` first"
 
 
 def examine_slots(prefect: SyncPrefectClient, gpus: int) -> Iterator[Finding]:

@@ -37,6 +37,22 @@ class Slots:
         """Flow runs that have ended and whose lease is still there."""
         return [run for run in self.holders.values() if run and run.state and run.state.is_final()]
 
+    @property
+    def leaked(self) -> int:
+        """Slots that count as taken without a lease: a killed server leaves them if it kept its leases in memory."""
+        return max(0, self.active - len(self.holders))
+
+    def describe(self) -> str:
+        """Who has the slots, and when or how they become free, as a part of a sentence."""
+        names = [f"{run.name} ({run.state_name})" if run else "an unknown run" for run in self.holders.values()]
+        if self.leaked:
+            names.append(f"{self.leaked} without a lease, as a killed server leaves them")
+            remedy = "`make doctor ARGS=--fix` frees those without a lease, and so does a watcher"
+        else:
+            remedy = f"the slot of a run that died becomes free within {LEASE_SECONDS} s"
+        by = ", ".join(names)
+        return f"Prefect's limit {LIMIT} counts {self.active} of {self.limit} slots as taken, by {by}; {remedy}"
+
 
 def read_slots(client: SyncPrefectClient) -> Slots | None:
     """The limit with the holders of its leases; None if the server has no such limit."""

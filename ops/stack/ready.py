@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from base64 import b64encode
@@ -12,10 +13,13 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+from xmlrpc.client import Fault
 
+from ops.redaction import redact
 from ops.servers import USER, Servers
 from ops.stack.deploy import DeployError, deploy, set_up
 
+_STARTS = 2  # of a process that ends at once, before it is given up
 SECONDS = 120.0  # time limit for each server; four times what all need together on two idle cores
 
 
@@ -23,23 +27,38 @@ class NotReadyError(RuntimeError):
     """A server or the worker did not start; the message names it and its log."""
 
 
-def wait_for(what: str, log: Path, ready: Callable[[], bool]) -> None:
+def wait_for(what: str, log: Path, ready: Callable[[], bool], pid: Callable[[], int] = lambda: 0) -> None:
     """Call ``ready`` until it is true; a refused connection counts as not ready yet.
 
     Args:
         what: name of the server or worker, for the error.
         log: path of its log, for the error.
+        pid: the id of its process, 0 while there is none. supervisord starts one that has ended again and again.
 
     Raises:
-        NotReadyError: it was not ready within ``SECONDS``.
+        NotReadyError: it was not ready within ``SECONDS``, or its process has ended twice.
     """
     deadline = time.monotonic() + SECONDS
+    pids: set[int] = set()
     while time.monotonic() < deadline:
         with suppress(OSError, HTTPException):
             if ready():
                 return
+        with suppress(OSError, HTTPException, Fault):
+            pids.add(pid())
+        if len(pids - {0}) > _STARTS:
+            raise NotReadyError(f"{what} ends when it starts ({_last_error(log)}): see {log}")
         time.sleep(0.2)
     raise NotReadyError(f"{what} did not start in {SECONDS:.0f} s: see {log}")
+
+
+def _last_error(log: Path) -> str:
+    """The last line of a log that begins with the name of an error, else its last line."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return redact([*lines, *errors][-1])[:300] if lines else "its log is empty"
 
 
 def _answers(url: str | Request) -> bool:
@@ -81,15 +100,19 @@ def main() -> int:
         beats = [worker.last_heartbeat_time for worker in client.read_workers_for_work_pool(POOL)]
         return any(beat and beat > began for beat in beats)
 
+    def pid(program: str) -> Callable[[], int]:
+        return lambda: int(servers.supervisor().getProcessInfo(program)["pid"])
+
     health = f"{servers.prefect_url}/api/health"
     try:
-        wait_for("Prefect's server", servers.logs / "prefect.log", lambda: _answers(health))
+        wait_for("Prefect's server", servers.logs / "prefect.log", lambda: _answers(health), pid("prefect"))
         with get_client(sync_client=True) as client:
             set_up(client, servers.gpus)
             servers.supervisor().startProcess("worker", False)
             deploy()
-            wait_for("MLflow's server", servers.logs / "mlflow.log", lambda: _takes_the_password(servers))
-            wait_for("the worker", servers.logs / "worker.log", worker_is_online)
+            log = servers.logs / "mlflow.log"
+            wait_for("MLflow's server", log, lambda: _takes_the_password(servers), pid("mlflow"))
+            wait_for("the worker", servers.logs / "worker.log", worker_is_online, pid("worker"))
             servers.supervisor().startProcess("watch", False)  # last: no other program needs it
     except (NotReadyError, DeployError) as error:
         print(error, file=sys.stderr)

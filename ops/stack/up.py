@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from ops.databases import check_address
 from ops.machine.flock import hold_file
 from ops.machine.process import Process, end_processes, tagged
 from ops.servers import TAG_VARIABLE, USER, Servers
@@ -29,7 +31,11 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def up(servers: Servers) -> int:
-    """Start everything, print a banner when it is ready, and run until a signal. Returns the exit status."""
+    """Start everything, print a banner when it is ready, and run until a signal. Returns the exit status.
+
+    Raises:
+        DatabaseError: a server could not use its database.
+    """
     servers.logs.mkdir(parents=True, exist_ok=True)
     (servers.home / "prefect").mkdir(exist_ok=True)
     with hold_file(_lock_file(servers), wait=False) as lock:
@@ -45,6 +51,8 @@ def up(servers: Servers) -> int:
             _say(f"ended, left by an earlier make up: {process}")
         for process in _started_processes(servers, runs=True):
             _say(f"left alone, a flow run that outlived an earlier make up: {process}")
+        for address, owner in servers.databases().items():
+            check_address(address, owner)
         if taken := servers.taken_ports():
             _say("\n".join(taken))
             return 1
@@ -223,8 +231,8 @@ def _banner(servers: Servers) -> str:
     lines += [
         "",
         "Next, in another terminal:",
-        f"  . {_short(servers.client_file)}",
-        f"  {_short(Path(sys.executable).parent / 'prefect')} deployment run finetune/tiny --watch",
+        f"  . {shlex.quote(_short(servers.client_file))}",
+        f"  {shlex.quote(_short(Path(sys.executable).parent / 'prefect'))} deployment run finetune/tiny --watch",
     ]
     return "\n".join(lines)
 

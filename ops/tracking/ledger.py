@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from model.files import plain_name
 from ops.redaction import redact, without_credentials
 from ops.tracking.registry import CHAMPION
 from ops.tracking.runs import PROMOTION_TAG, RunRef, client, search_runs, set_tags
@@ -122,7 +123,7 @@ def _read_used(tracking_uri: str, run_id: str, copies: Path | None) -> Keys:
     """What a night used, from the cache where it is readable: the artifacts of a FINISHED run do not change."""
     if copies is None:
         return _read(tracking_uri, run_id, _USED)
-    copy = copies / f"{run_id}.npy"
+    copy = copies / f"{plain_name(run_id, f'MLflow at {without_credentials(tracking_uri)}')}.npy"
     with suppress(OSError, ValueError, EOFError):
         return _load(copy)
     keys = _read(tracking_uri, run_id, _USED)

@@ -173,7 +173,7 @@ def _roll_back(tracking_uri: str, name: str) -> tuple[str, str]:
     if previous == "none":
         raise LookupError(
             f"{version_uri(current)} is the first champion: there is none before it. To have none at all, remove the "
-            "alias on its page in MLflow"
+            "alias on its page in MLflow; nights then stop, until a run with start_from=base makes a champion again"
         )
     try:
         mlflow.get_model_version(name, previous)

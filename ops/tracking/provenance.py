@@ -1,10 +1,9 @@
-"""Which code made a run, and which database: the commit, the installed packages, and MLflow's schemas."""
+"""Which code made a run: the commit and the installed packages."""
 
 from __future__ import annotations
 
 import subprocess
 from importlib.metadata import distributions
-from pathlib import Path
 
 from ops.settings import PROJECT_ROOT
 
@@ -26,10 +25,3 @@ def installed_packages() -> str:
     found = [dist.metadata for dist in distributions()]
     pins = {f"{metadata['Name']}=={metadata['Version']}" for metadata in found if metadata["Name"]}
     return "\n".join(sorted(pins, key=str.lower)) + "\n"
-
-
-def is_known_schema(revision: str) -> bool:
-    """Whether the installed MLflow knows a schema of its database, which is then an older one."""
-    import mlflow
-
-    return any(Path(mlflow.__file__).parent.glob(f"store/db_migrations/versions/{revision}_*.py"))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.files import atomic_directory, sha256_file, write_json
+from model.files import atomic_directory, plain_name, sha256_file, write_json
 from model.records import parse_record, read_record
 from ops.machine.lock import exclusive
 from ops.redaction import redact, without_credentials
@@ -76,6 +76,8 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
         else:
             found = mlflow.get_model_version(match["name"], match["version"])
     except MlflowException as error:
+        if error.error_code == "INVALID_PARAMETER_VALUE":  # such as the name ".."
+            raise ValueError(f"start_from {uri!r} cannot be a version: {error}") from error
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         found = None
@@ -146,8 +148,10 @@ def fetch_version(
 
     Raises:
         RuntimeError: the files cannot be had, or are not those that were registered.
+        ValueError: the server gives the model a name that is a path.
     """
     uri = version_uri(version)
+    plain_name(version.name, f"MLflow at {without_credentials(settings.tracking_uri)}")
     # On another server the same name and number are another model.
     key = hashlib.sha256(f"{version.source} {version.run_id}".encode()).hexdigest()[:12]
     directory = settings.models / f"{version.name}-{version.version}-{key}"

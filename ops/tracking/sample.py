@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ops.redaction import without_credentials
 from ops.settings import Settings
+from ops.text import escape_output, unreadable_argument
 from ops.tracking.registry import fetch_version
 from ops.tracking.runs import MODEL_PREFIX, client, refusal
 
@@ -53,10 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.prompt.strip():
         parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
-    try:
-        given.prompt.encode()
-    except UnicodeEncodeError:  # bytes of an argument that are not UTF-8 are lone surrogates in Python
-        print("the prompt is not valid UTF-8: save or type it as UTF-8", file=sys.stderr)
+    if reason := unreadable_argument(given.prompt):
+        print(f"the prompt {reason}", file=sys.stderr)
         return 2
 
     from mlflow.exceptions import MlflowException
@@ -96,4 +95,5 @@ def _tell(line: str) -> None:
 
 
 if __name__ == "__main__":
+    escape_output()
     sys.exit(main())

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import MadeUp
+from small_disk import small_disk
 
 from flows.commands import UsageError
-from flows.databases import check_database, open_mlflow
+from flows.databases import open_mlflow
+from ops.databases import MLFLOW, PREFECT, DatabaseError, check_address, check_database
 from ops.tracking.runs import client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,10 +36,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(made: Path, tmp_path: Path) -> Path:
-    """A data root with a copy of it, and a database of Prefect's place."""
+    """A data root with a copy of it, and one without a schema of its own in Prefect's place."""
     for name in ("mlflow/mlflow.db", "prefect/prefect.db"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(made.read_bytes())
+    with closing(sqlite3.connect(tmp_path / "prefect" / "prefect.db")) as connection, connection:
+        connection.execute("DROP TABLE alembic_version")
     return tmp_path
 
 
@@ -69,8 +74,8 @@ def _refused(root: Path) -> tuple[str, float]:
 def test_a_damaged_database_is_named(root: Path, name: str, damage: str) -> None:
     """With the command that moves it away."""
     DAMAGES[damage](root / name)
-    with pytest.raises(UsageError, match="is damaged") as caught:
-        check_database(root / name, "Prefect")
+    with pytest.raises(DatabaseError, match="is damaged") as caught:
+        check_database(root / name, PREFECT)
     assert f"`mv {root / name} {root / name}.damaged`" in str(caught.value)
 
 
@@ -98,47 +103,140 @@ def test_a_locked_database_is_named(root: Path) -> None:
     """After 5 s; a shorter transaction of another process is waited for."""
     path = root / "mlflow" / "mlflow.db"
     began = time.monotonic()
-    with _locked(path), pytest.raises(UsageError, match="is locked by another process"):
-        check_database(path, "MLflow")
+    with _locked(path), pytest.raises(DatabaseError, match="is locked by another process"):
+        check_database(path, MLFLOW)
     assert 4 < time.monotonic() - began < 9
     hold = "import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
     hold += "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(2); c.execute('ROLLBACK')"
     holder = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    check_database(path, "MLflow")
+    check_database(path, MLFLOW)
     assert holder.wait(10) == 0
 
 
 def test_a_folder_in_its_place(root: Path) -> None:
     """It cannot be opened."""
-    with pytest.raises(UsageError, match="cannot be opened"):
-        check_database(root / "mlflow", "MLflow")
+    with pytest.raises(DatabaseError, match="cannot be opened"):
+        check_database(root / "mlflow", MLFLOW)
+
+
+@pytest.mark.parametrize("owner", [PREFECT, MLFLOW])
+def test_a_path_that_is_too_long_for_sqlite(tmp_path: Path, owner: str) -> None:
+    """The server would try for 120 s, and say that it is unable to open the file."""
+    path = tmp_path.joinpath(*["long" * 25] * 6, "new.db")
+    with pytest.raises(DatabaseError, match=r"cannot be opened: unable to open database file .sqlite opens paths of"):
+        check_database(path, owner)
+    check_database(tmp_path.joinpath(*["long" * 25] * 3, "new.db"), owner)
+
+
+def test_a_folder_that_takes_no_file(tmp_path: Path) -> None:
+    """On a file system that can only be read."""
+    with small_disk(tmp_path / "disk") as disk:
+        mount = ["mount", "-o", "remount,ro", str(disk)]
+        subprocess.run(mount, check=True)
+        with pytest.raises(DatabaseError, match=r"cannot be opened: .*\. Set FINETUNE_DATA_ROOT to another folder"):
+            check_database(disk / "new.db", PREFECT)
 
 
 def test_a_whole_database_passes(root: Path) -> None:
     """And so does an empty file, or none."""
-    check_database(root / "mlflow" / "mlflow.db", "MLflow")
+    check_database(root / "mlflow" / "mlflow.db", MLFLOW)
     (root / "empty.db").touch()
-    check_database(root / "empty.db", "MLflow")
-    check_database(root / "new folder" / "new.db", "MLflow")
+    check_database(root / "empty.db", MLFLOW)
+    check_database(root / "new folder" / "new.db", MLFLOW)
+    assert not list((root / "new folder").iterdir())
+
+
+NEWER = "a newer {} made the database {}, with the schema ffffffffffff: install that version, or move the file away"
+
+
+def _set_revision(path: Path, revision: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num VARCHAR(32) NOT NULL)")
+        connection.execute("DELETE FROM alembic_version")
+        connection.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
 
 
 @pytest.mark.parametrize(
-    ("revision", "complaint"),
+    ("name", "owner", "revision", "complaint"),
     [
-        ("451aebb31d03", "was made by an older MLflow: copy the file, then run `mlflow db upgrade sqlite:"),
-        ("ffffffffffff", "a newer MLflow made it, with the schema ffffffffffff: install that one"),
+        (
+            "mlflow",
+            MLFLOW,
+            "451aebb31d03",
+            "was made by an older MLflow: copy the file, then run `mlflow db upgrade sq",
+        ),
+        ("mlflow", MLFLOW, "ffffffffffff", NEWER),
+        ("prefect", PREFECT, "ffffffffffff", NEWER),
     ],
 )
-def test_a_database_of_another_mlflow(root: Path, revision: str, complaint: str) -> None:
-    """An older one can be upgraded."""
-    with closing(sqlite3.connect(root / "mlflow" / "mlflow.db")) as connection, connection:
-        connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))
-    with pytest.raises(UsageError) as caught:
-        open_mlflow(f"sqlite:///{root}/mlflow/mlflow.db")
-    print(caught.value)
-    assert complaint in str(caught.value)
+def test_a_database_of_another_version(root: Path, name: str, owner: str, revision: str, complaint: str) -> None:
+    """An older one can be upgraded; for a newer one the sentence has two remedies."""
+    path = root / name / f"{name}.db"
+    _set_revision(path, revision)
+    for check in (check_database, lambda path, owner: check_address(f"sqlite:///{path}", owner)):
+        with pytest.raises(DatabaseError) as caught:
+            check(path, owner)
+        assert complaint.format(owner, path) in str(caught.value)
+
+
+def test_an_older_database_of_prefect_passes(root: Path) -> None:
+    """Prefect upgrades it when its server starts."""
+    path = root / "prefect" / "prefect.db"
+    _set_revision(path, "9725c1cbee35")
+    check_database(path, PREFECT)
+
+
+@pytest.mark.parametrize(
+    "address", ["sqlite+aiosqlite:////{}?timeout=60", "sqlite:////{}", "postgresql://h/x", "sqlite:///:memory:"]
+)
+def test_addresses_of_databases(root: Path, address: str) -> None:
+    """Files of sqlite are looked at, whatever the driver; nothing else is."""
+    path = root / "mlflow" / "mlflow.db"
+    path.write_bytes(b"x" * 5000)
+    address = address.format(str(path).lstrip("/"))
+    if str(path) in address:
+        with pytest.raises(DatabaseError, match="is damaged"):
+            check_address(address, PREFECT)
+    else:
+        check_address(address, PREFECT)
+
+
+@pytest.mark.slow
+def test_a_run_ends_at_a_newer_database_of_prefect(root: Path) -> None:
+    """Not after the 120 s that a server may take to start."""
+    _set_revision(root / "prefect" / "prefect.db", "ffffffffffff")
+    error, seconds = _refused(root)
+    print(f"{seconds:.1f} s: {error}")
+    assert error.count("\n") == 1
+    assert "a newer Prefect made the database" in error
+    assert seconds < 10
+
+
+DAMAGED = ("prefect/prefect.db", "mlflow.db", "basic_auth.db")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DAMAGED)
+def test_make_up_ends_at_a_damaged_database(tmp_path: Path, name: str) -> None:
+    """One sentence within 10 s, and no process is left."""
+    made = MadeUp(tmp_path, FINETUNE_SECURE="1")
+    (made.home / name).parent.mkdir(parents=True)
+    (made.home / name).write_bytes(b"x" * 5000)
+    began = time.monotonic()
+    try:
+        made.begin()
+        assert made.process
+        assert made.process.wait(60) != 0
+        seconds = time.monotonic() - began
+        lines = [line for line in made.output.splitlines() if not line.startswith("make")]
+        print(f"{seconds:.1f} s: {lines}")
+        assert len(lines) == 1
+        assert f"database {made.home / name} is damaged" in lines[0]
+        assert seconds < 10
+    finally:
+        made.stop()
 
 
 def test_a_deleted_experiment(root: Path) -> None:

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
 
 from model import GPTModel, freeze_bottom_layers
-from model.engine.checkpoint import load_state
+from model.engine.checkpoint import load_state, take_snapshot, write_checkpoint
 from model.engine.journal import MetricsJournal, read_journal
+from model.engine.state import TrainingState
+from model.engine.stepper import build_optimizer
 from model.engine.trainer import StepReport
 from model.engine.training import TrainConfig, train
-from model.files import DiskFullError, atomic_directory, write_json
+from model.files import DiskFullError, atomic_directory, sha256_file, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = TrainConfig(
@@ -62,6 +65,39 @@ def test_path_and_bytes_are_named(disk: Path, write: Callable[[Path], Any]) -> N
     if path.exists():
         lines = MetricsJournal(path).lines
         assert [line["step"] for line in read_journal(path)] == list(range(lines))
+
+
+@pytest.mark.parametrize("fits", [0.0, 0.3, 0.9], ids=["nothing", "a third", "nearly all"])
+def test_row_6_a_checkpoint_that_does_not_fit(disk: Path, gpt2_dir: Path, fits: float) -> None:
+    """The disk fills up before, in and near the end of a checkpoint: the error names path and bytes.
+
+    The checkpoint before it keeps every byte, and no part of the new one is left.
+    """
+    model = GPTModel.from_pretrained(gpt2_dir)
+    optimizer = build_optimizer(model, CONFIG)
+    model(torch.arange(20)[None]).square().mean().backward()
+    optimizer.step()
+
+    def save(step: int) -> Path:
+        state = TrainingState("me", 512, step, 0.5, 0.5, best_step=step, journal_lines=step + 1).to_json()
+        return write_checkpoint(disk, take_snapshot(model, optimizer), step, state)
+
+    def content(directory: Path) -> dict[str, str]:
+        return {path.name: sha256_file(path) for path in directory.iterdir()}
+
+    before = content(old := save(4))
+    size = sum(path.stat().st_size for path in old.iterdir())
+    ballast = fill(disk, leave=int(fits * size))
+    for step in (4, 8):  # in place of the old one, and beside it
+        with pytest.raises(
+            DiskFullError, match=rf"cannot write {disk}/.*step-0000000{step}.* \([\d,]+ are free there\)"
+        ):
+            save(step)
+        assert {path.name for path in disk.iterdir()} == {"ballast", old.name}
+        assert content(old) == before
+    assert load_state(old)["step"] == 4
+    ballast.unlink()
+    assert load_state(save(8))["step"] == 8
 
 
 @pytest.mark.parametrize("step", [1, 4, 9])

@@ -31,7 +31,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_run_without_servers(tmp_path: Path, environment: dict[str, str]) -> None:
     """Whatever servers the environment names are left alone; the times add up, and scripts find the run."""
-    environment |= {"PREFECT_API_URL": "http://127.0.0.1:9/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    dead = "http://127.0.0.1:9"
+    environment |= {"PREFECT_API_URL": f"{dead}/api", "MLFLOW_TRACKING_URI": dead, "HTTP_PROXY": dead}
     small = ["max_steps=2", "sample_rows=1", "pass_rows=0", "eval_rows=20"]
     command = [sys.executable, "-m", "flows", "tiny", *small]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)

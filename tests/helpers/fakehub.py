@@ -37,17 +37,17 @@ class Fault:
     """A fault of requests whose path contains ``match``.
 
     Attributes:
-        kind: "status": answer with ``status`` and ``headers``; "hang": never answer. The others concern the content
-            of files. "half": close the connection after half of the bytes; "rewind": the same, and ignore Range;
-            "stall": keep the connection open after half of the bytes; "short": send half of the bytes as the whole
-            file; "flip": change one bit.
+        kind: "status": answer with ``status`` and ``headers``; "headers": as always, but with these ``headers``;
+            "hang": never answer. The others concern the content of files. "half": close the connection after half of
+            the bytes; "rewind": the same, and ignore Range; "stall": keep the connection open after half of the
+            bytes; "short": send half of the bytes as the whole file; "flip": change one bit.
         times: number of requests with the fault; None: all.
         match: part of the path.
         status: HTTP status of the answer.
         headers: headers of the answer.
     """
 
-    kind: Literal["status", "hang", "half", "rewind", "stall", "short", "flip"]
+    kind: Literal["status", "headers", "hang", "half", "rewind", "stall", "short", "flip"]
     times: int | None = None
     match: str = ""
     status: int = 503
@@ -119,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path, self.headers.get("Authorization")))
         if self.headers.get("Range"):
             self.hub.ranges.append(self.headers["Range"])
+        replaced = self.hub.fault(path, "headers")
+        self.replaced = replaced.headers if replaced else {}
         fault = self.hub.fault(path, "status", "hang")
         if fault and fault.kind == "hang":
             self.hub.closing.wait()
@@ -203,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         self, status: int, body: bytes, headers: dict[str, str] | None = None, fault: Fault | None = None
     ) -> None:
         self.send_response(status)
-        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+        for key, value in {**(headers or {}), **self.replaced, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":

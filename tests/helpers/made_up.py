@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -66,11 +67,12 @@ class MadeUp:
 
     Args:
         base: an empty folder.
+        root: name of the data root in it.
         settings: environment variables in addition to ports and data root.
     """
 
-    def __init__(self, base: Path, **settings: str):
-        self.home = base / "root" / "server"
+    def __init__(self, base: Path, root: str = "root", **settings: str):
+        self.home = base / root / "server"
         self.cwd = base / "elsewhere"  # outside the checkout
         self.cwd.mkdir(parents=True)
         prefect, mlflow = free_ports(2)
@@ -102,7 +104,7 @@ class MadeUp:
     @property
     def client_environment(self) -> dict[str, str]:
         """The environment of a shell after sourcing client.env."""
-        source = f". {self.home / 'client.env'}; env -0"
+        source = f". {shlex.quote(str(self.home / 'client.env'))}; env -0"
         output = subprocess.run(["bash", "-c", source], env=self.environment, capture_output=True, check=True).stdout
         return dict(pair.split("=", 1) for pair in output.decode().split("\0") if "=" in pair)
 

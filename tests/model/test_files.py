@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -182,3 +183,15 @@ def test_what_is_no_json_is_one_sentence(tmp_path: Path, content: bytes, reason:
     """No bare UnicodeDecodeError, RecursionError or position in a file without a name."""
     with pytest.raises(ValueError, match=rf"x\.json is not valid JSON: .*{reason}"):
         parse_json(content, tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_tensors_have_the_permissions_of_other_files(tmp_path: Path, umask: int) -> None:
+    """safetensors#782: the library leaves 0600, and nobody else could load a model from a shared folder."""
+    before = os.umask(umask)
+    try:
+        (tmp_path / "other").touch()
+        save_tensors({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

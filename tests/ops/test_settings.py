@@ -30,3 +30,21 @@ def test_any_other_character_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == [root]
     assert (root / "mlflow" / "mlflow.db").exists()
     assert [path.read_text() for path in settings.artifacts.rglob("file.txt")] == ["text"]
+
+
+def test_a_user_without_a_home_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cactus#1803: in a container the user may have no entry in /etc/passwd; Prefect needs a home."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/me")
+    Settings.load()
+    assert Path.home() == Path("/home/me")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(RuntimeError, match="home"):
+        Path.home()
+    Settings.load()
+    assert Path.home() == tmp_path / "home"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ops.text import storable, storable_errors
+from ops.text import storable, storable_errors, unreadable_argument
 
 
 @pytest.mark.parametrize(
@@ -59,3 +63,40 @@ def test_other_errors_pass_untouched() -> None:
     with pytest.raises(ValueError, match="plain") as caught, storable_errors():
         raise error
     assert caught.value is error
+
+
+ROOT = Path(__file__).resolve().parents[2]
+ASCII = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}
+
+
+def _run(*arguments: str | bytes, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Python with arguments as bytes, in an environment."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, timeout=60)
+
+
+def test_output_is_escaped_where_its_encoding_lacks_it() -> None:
+    """DeepSpeech#1137: a run must not end because a terminal or a pipe is ASCII."""
+    code = "from ops.text import escape_output\nif {}: escape_output()\nprint('gr\\xf6\\xdfe')"
+    assert b"UnicodeEncodeError" in _run("-c", code.format(False), **ASCII).stderr
+    assert _run("-c", code.format(True), **ASCII).stdout == b"gr\\xf6\\xdfe\n"
+    assert _run("-c", code.format(True), PYTHONIOENCODING="utf-8").stdout == "größe\n".encode()
+
+
+def test_arguments_that_are_no_text() -> None:
+    """Text passes; bytes that are not UTF-8 are told from a locale that cannot hold them."""
+    assert unreadable_argument("größe 日本") is None
+    reason = unreadable_argument("gr\udcf6\udcdfe")
+    assert reason == "is not valid UTF-8: save or type it as UTF-8"
+    assert unreadable_argument("\ud83d") == reason
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-m", "ops.tracking.sample", "größe".encode()), ("-m", "flows", "dataset=größe".encode())]
+)
+def test_a_locale_that_cannot_hold_an_argument(arguments: tuple[str | bytes, ...], tmp_path: Path) -> None:
+    """The argument is right, and the remedy is a variable."""
+    done = _run(*arguments, **ASCII, FINETUNE_DATA_ROOT=str(tmp_path))
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert line.endswith(" is UTF-8, but Python reads arguments as ascii here: set LC_ALL=C.UTF-8 or PYTHONUTF8=1")

@@ -179,3 +179,35 @@ def test_a_pattern_without_a_file_is_named(tmp_path: Path) -> None:
     _card(tmp_path, "configs:", "- config_name: default", "  data_files: absent/*.jsonl")
     with pytest.raises(ValueError, match=r"names 'absent/\*\.jsonl', and no such file"):
         find_splits(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "rows.parquet", "test"])
+def test_a_link_that_leads_to_nothing(tmp_path: Path, name: str) -> None:
+    """MediSwarm#481: data on a disk that is not mounted would be missing without a word."""
+    _touch(tmp_path, "train.jsonl")
+    (tmp_path / name).symlink_to("/no/such/disk/" + name)
+    with pytest.raises(
+        FileNotFoundError, match=rf"{name} is a link to /no/such/disk/{name}, which does not exist here"
+    ):
+        find_splits(tmp_path)
+
+
+def test_other_links_that_lead_to_nothing_do_not_matter(tmp_path: Path) -> None:
+    """They are not data."""
+    _touch(tmp_path, "train.jsonl")
+    for name in ("notes.txt", ".hidden.jsonl", "_old"):
+        (tmp_path / name).symlink_to("/no/such/disk")
+    assert _found(tmp_path) == {"train": ["train.jsonl"]}
+
+
+def test_a_folder_is_read_once(tmp_path: Path) -> None:
+    """Links to a folder beside or above, as latest -> v2, would repeat its rows; links elsewhere are followed."""
+    _touch(tmp_path, "set/v2/rows.jsonl", "elsewhere/more.jsonl")
+    folder = tmp_path / "set"
+    for name, target in (("latest", "v2"), ("above", "."), ("v2/again", ".."), ("linked", "../elsewhere")):
+        (folder / name).symlink_to(target)
+    assert _found(folder) == {"train": ["linked/more.jsonl", "v2/rows.jsonl"]}
+    left_out = find_layout(folder).left_out
+    assert {line.split(",")[0] for line in left_out} == {
+        str(folder / name) for name in ("latest", "above", "v2/again")
+    }

@@ -225,6 +225,22 @@ def test_an_empty_split_names_a_share_that_fills_it(make_rows: Callable[..., Any
     assert meta["counts"]["rows"]["test"] > 0
 
 
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_too_few_rows_for_three_splits(make_rows: Callable[..., Any], run: Callable[..., Any], count: int) -> None:
+    """LLaMA-Factory#245: no share fills the splits of so few rows, so none is suggested."""
+    rows = "1 rows" if count == 1 else f"{count} rows"
+    with pytest.raises(ValueError, match=rf"split of .* is empty, and {rows} are too few to draw it from: add rows"):
+        run(make_rows(count), test_share=0.0)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n \n"])
+def test_a_file_without_a_row(tmp_path: Path, tokenizer: Any, content: str) -> None:
+    """litgpt#260: the message says so, and does not speak of windows and lengths."""
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"there is no row in .*rows\.jsonl: is the file complete\?"):
+        prepare(find_splits(tmp_path), tokenizer, PrepareConfig(), tmp_path / "tokens")
+
+
 def test_threshold_is_a_share(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
     """Exactly max_dropped_share passes; one unusable row more fails."""
     bad = [{"prompt": "p"}] * 3

@@ -251,14 +251,57 @@ class Canary:
         return (open, (str(self.path), "w"))
 
 
-def test_pickled_weights_are_never_read(gpt2_dir: Path, tmp_path: Path) -> None:
-    """A pytorch_model.bin is not read in place of safetensors, so code in it does not run."""
-    shutil.copytree(gpt2_dir, tmp_path / "pickled")
-    (tmp_path / "pickled" / "model.safetensors").unlink()
-    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "ran")))
-    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
-        GPTModel.from_pretrained(tmp_path / "pickled")
+def _bare_pickle(directory: Path, canary: Canary) -> None:
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(canary))
+
+
+def _torch_save(directory: Path, canary: Canary) -> None:
+    torch.save({"wte.weight": canary}, directory / "model.pt")
+
+
+def _distributed_checkpoint(directory: Path, canary: Canary) -> None:
+    """torch's DCP reads .metadata by pickle."""
+    from torch.distributed.checkpoint import save
+
+    save({"wte.weight": torch.zeros(2)}, checkpoint_id=directory)
+    assert (directory / ".metadata").stat().st_size
+    (directory / ".metadata").write_bytes(pickle.dumps(canary))
+
+
+PICKLES = {
+    "pytorch_model.bin": (_bare_pickle, r"pytorch_model\.bin \(a Python pickle\)"),
+    "model.pt": (_torch_save, r"model\.pt \(a Python pickle\)"),
+    "DCP": (_distributed_checkpoint, r"\.distcp \(a part of a sharded training checkpoint\)"),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickled_weights_are_never_read(gpt2_dir: Path, tmp_path: Path, kind: str) -> None:
+    """A pickle is not read in place of safetensors, so code in it does not run; the message names it."""
+    write, named = PICKLES[kind]
+    directory = Path(shutil.copytree(gpt2_dir, tmp_path / "pickled"))
+    (directory / "model.safetensors").unlink()
+    write(directory, Canary(tmp_path / "ran"))
+    for load in (GPTModel.from_pretrained, check_pretrained, hash_pretrained, lambda d: load_gpt_model("tiny", d)):
+        with pytest.raises(FileNotFoundError, match=rf"holds no model\.safetensors, but .*{named}: weights are read"):
+            load(directory)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickles_beside_the_weights_are_not_read(gpt2_dir: Path, tmp_path: Path, kind: str) -> None:
+    """A poisoned one next to whole safetensors, as in a checkpoint of another trainer."""
+    directory = Path(shutil.copytree(gpt2_dir, tmp_path / "both"))
+    PICKLES[kind][0](directory, Canary(tmp_path / "ran"))
+    assert_same_model(GPTModel.from_pretrained(directory), GPTModel.from_pretrained(gpt2_dir))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_canary_runs_where_a_pickle_is_read(tmp_path: Path) -> None:
+    """Else the two tests above could not fail."""
+    _torch_save(tmp_path, Canary(tmp_path / "ran"))
+    torch.load(tmp_path / "model.pt", weights_only=False)["wte.weight"].close()
+    assert (tmp_path / "ran").exists()
 
 
 def test_loaded_model_does_not_depend_on_the_file(gpt2_dir: Path, tmp_path: Path) -> None:

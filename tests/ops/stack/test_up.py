@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import sqlite3
@@ -26,8 +28,13 @@ FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
-    """Two GPUs by its settings, no password. The tests depend on their order; the last one ends it."""
-    made = MadeUp(tmp_path_factory.mktemp("up"), FINETUNE_GPUS="2")
+    """Two GPUs by its settings, no password. The tests depend on their order; the last one ends it.
+
+    The data root has the characters in its name that shells, URLs and supervisord treat specially, and the
+    environment names a proxy that does not answer.
+    """
+    root = "a b%20c%s #d'e\"f$g;h,i&j"
+    made = MadeUp(tmp_path_factory.mktemp("up"), root, FINETUNE_GPUS="2", HTTP_PROXY="http://127.0.0.1:9")
     try:
         made.load = os.getloadavg()[0]  # type: ignore[attr-defined]
         made.seconds = made.start()  # type: ignore[attr-defined]
@@ -47,7 +54,7 @@ def test_it_is_ready_within_forty_seconds(up: MadeUp) -> None:
 def test_it_prints_two_urls_and_what_to_do_next(up: MadeUp) -> None:
     assert f"Prefect  {up.prefect}\n" in up.output
     assert f"MLflow   {up.mlflow}\n" in up.output
-    assert f". {up.home}/client.env\n" in up.output
+    assert f". {shlex.quote(f'{up.home}/client.env')}\n" in up.output
     assert "prefect deployment run finetune/tiny --watch\n" in up.output
     assert up.client_environment["PREFECT_API_URL"] == f"{up.prefect}/api"
     assert up.client_environment["MLFLOW_TRACKING_URI"] == up.mlflow
@@ -147,6 +154,11 @@ def test_a_run_completes_and_both_sides_have_it(up: MadeUp) -> None:
         [mlflow.get_experiment_by_name("finetune").experiment_id], f"tags.`prefect.flow_run_id` = '{run}'"
     )
     assert found.info.status == "FINISHED"
+    # In the data root, although its name has characters that URLs encode.
+    artifacts = up.home / "artifacts" / found.info.experiment_id / found.info.run_id / "artifacts"
+    assert (artifacts / "config.json").is_file()
+    base = up.home.parent.parent
+    assert {path.name for path in base.iterdir() if path.is_dir()} == {"elsewhere", up.home.parent.name}
     computing = found.data.metrics["time/train_seconds"] + found.data.metrics["time/evaluate_seconds"]
     facts = up.api(f"/flow_runs/{run}")
     submitted, started, ended = (
@@ -294,3 +306,34 @@ def test_supervisord_alone_killed_ends_the_rest(up: MadeUp) -> None:
     assert up.process.wait(timeout=60) != 0
     assert "supervisord ended (status " in up.output
     assert up.processes() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "address", "complaint"),
+    [
+        ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://u:s3cret@127.0.0.1:9/x", "Prefect's server"),
+        ("MLFLOW_BACKEND_STORE_URI", "mysql+none://u:s3cret@127.0.0.1:9/x", "MLflow's server"),
+    ],
+)
+def test_a_server_that_ends_when_it_starts(tmp_path: Path, variable: str, address: str, complaint: str) -> None:
+    """It is not waited for until the limit of 120 s; the message has the last error of its log."""
+    made = MadeUp(tmp_path, **{variable: address})
+    try:
+        made.begin()
+        assert made.process
+        assert made.process.wait(110) != 0
+        said = rf"^{complaint} ends when it starts \(\S*Error.*\): see "
+        assert re.search(said, made.output, re.MULTILINE), made.output
+        assert "s3cret" not in made.output
+    finally:
+        made.stop()
+
+
+def test_a_data_root_that_no_address_can_hold(tmp_path: Path) -> None:
+    """SQLAlchemy takes what stands behind a question mark for options: the database would lie elsewhere."""
+    made = MadeUp(tmp_path, "what?")
+    made.begin()
+    assert made.process
+    assert made.process.wait(30) != 0
+    assert "has a character that the address of a database cannot hold" in made.output
+    assert not (tmp_path / "what?").exists()

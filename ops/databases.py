@@ -1,0 +1,160 @@
+"""Looks at the sqlite databases of Prefect and MLflow before a server opens them: what is wrong is one sentence.
+
+A server that cannot open its database says so in a traceback in its log, and whoever waits for it waits two minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sqlite3
+import time
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import quote
+
+from ops.text import one_line
+
+_LOCK_SECONDS = 5.0  # a transaction of another process may take that long
+_CHECK_SECONDS = 2.0  # a large database is checked in part
+_LONGEST_PATH = 500  # bytes; 512 with what sqlite appends
+_FREE_BYTES = 8_000_000  # two new databases
+PREFECT, MLFLOW = "Prefect", "MLflow"
+# Folders of the migrations, in the package of each.
+_MIGRATIONS = {
+    PREFECT: "server/database/_migrations/versions/sqlite",
+    MLFLOW: "store/db_migrations/versions",
+}
+_REVISIONS = re.compile(r"""^(down_)?revision\b[^=\n]*=\s*["'](\w+)["']""", re.MULTILINE)
+
+
+class DatabaseError(RuntimeError):
+    """A database cannot be used; the message has the remedy."""
+
+
+def check_database(path: Path, owner: str) -> None:
+    """Check that a database can be read and written; one that does not exist yet needs room only.
+
+    Args:
+        owner: PREFECT or MLFLOW.
+
+    Raises:
+        DatabaseError: it is damaged, locked, not writable, or of another version, or the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < _FREE_BYTES:
+        raise DatabaseError(
+            f"the disk of {path} is full, {free:,} bytes are free and {owner} needs {_FREE_BYTES:,}: free some, or "
+            "set FINETUNE_DATA_ROOT to another disk"
+        )
+    try:
+        if not path.exists():
+            return _probe_new(path)
+        _probe(path)
+        revision = _read_revision(path)
+    except sqlite3.Error as error:
+        raise DatabaseError(_explain(path, owner, error)) from error
+    if revision:
+        _check_revision(path, owner, revision)
+
+
+def check_address(address: str, owner: str) -> None:
+    """As ``check_database``, for the address that a server gets; only sqlite files are looked at.
+
+    Args:
+        address: such as sqlite:////folder/file or sqlite+aiosqlite:////folder/file.
+    """
+    scheme, _, path = address.partition(":///")
+    if scheme.partition("+")[0] == "sqlite" and path and not path.startswith((":memory:", "file:")):
+        check_database(Path(path.partition("?")[0]), owner)
+
+
+def _probe_new(path: Path) -> None:
+    """Begin to make a database, and undo it.
+
+    Raises:
+        sqlite3.Error: its folder takes none, or its path is too long for sqlite.
+    """
+    address = f"file:{quote(str(path))}?mode=rwc"
+    with closing(sqlite3.connect(address, uri=True, timeout=_LOCK_SECONDS, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("CREATE TABLE probe (x)")
+        connection.execute("ROLLBACK")
+    if path.stat().st_size == 0:
+        path.unlink()
+
+
+def _probe(path: Path) -> None:
+    """Lock a database for writing, and check what its size allows.
+
+    Raises:
+        sqlite3.Error: something is wrong with it.
+    """
+    address = f"file:{quote(str(path))}?mode=rw"
+    with closing(sqlite3.connect(address, uri=True, timeout=_LOCK_SECONDS, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+        deadline = time.monotonic() + _CHECK_SECONDS
+        connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+        try:
+            (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.OperationalError as error:
+            if "interrupted" not in str(error):
+                raise
+            return
+        if answer != "ok":
+            raise sqlite3.DatabaseError(answer)
+
+
+def _read_revision(path: Path) -> str | None:
+    """The schema that a database has, as alembic records it; None in a new one."""
+    address = f"file:{quote(str(path))}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=_LOCK_SECONDS)) as connection:
+        table = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone()
+        row = connection.execute("SELECT version_num FROM alembic_version").fetchone() if table else None
+        return str(row[0]) if row else None
+
+
+def _check_revision(path: Path, owner: str, revision: str) -> None:
+    """Compare a database's schema with those that the installed package has. Prefect upgrades an older one itself.
+
+    Raises:
+        DatabaseError: it was made by a newer version, or by an older MLflow.
+    """
+    package = find_spec(owner.lower())
+    assert package
+    assert package.origin
+    known: set[str] = set()
+    superseded: set[str] = set()
+    for migration in (Path(package.origin).parent / _MIGRATIONS[owner]).glob("*.py"):
+        for down, name in _REVISIONS.findall(migration.read_text()):
+            (superseded if down else known).add(name)
+    if revision not in known:
+        aside = shlex.join(["mv", str(path), f"{path}.newer"])
+        raise DatabaseError(
+            f"a newer {owner} made the database {path}, with the schema {revision}: install that version, or move "
+            f"the file away and a new one is made, without the earlier runs: `{aside}`"
+        )
+    if owner == MLFLOW and revision in superseded:
+        upgrade = shlex.join(["mlflow", "db", "upgrade", f"sqlite:///{path}"])
+        raise DatabaseError(f"{path} was made by an older MLflow: copy the file, then run `{upgrade}`")
+
+
+def _explain(path: Path, owner: str, error: sqlite3.Error) -> str:
+    reason = one_line(error)
+    if "locked" in reason or "busy" in reason:
+        holder = shlex.join(["fuser", str(path)])
+        return f"{owner}'s database {path} is locked by another process (`{holder}` names it): wait for it, or end it"
+    if isinstance(error, sqlite3.OperationalError):  # no permission, no file, or too long
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            reason += f" (sqlite opens paths of about {_LONGEST_PATH} bytes; this one is longer)"
+        return f"{owner}'s database {path} cannot be opened: {reason}. Set FINETUNE_DATA_ROOT to another folder"
+    aside = shlex.join(["mv", str(path), f"{path}.damaged"])
+    return (
+        f"{owner}'s database {path} is damaged ({reason}): restore a copy of it, or move it away and a new one is "
+        f"made, without the earlier runs: `{aside}`"
+    )
