@@ -14,7 +14,6 @@ from urllib.parse import quote
 from flows.commands import UsageError
 from ops.text import one_line
 from ops.tracking.provenance import is_known_schema
-from ops.tracking.runs import client, find_experiment
 
 _LOCK_SECONDS = 5.0  # a transaction of another process may take that long
 _CHECK_SECONDS = 2.0  # a large database is checked in part
@@ -88,6 +87,8 @@ def open_mlflow(uri: str) -> None:
     Raises:
         UsageError: it is of another version of MLflow, or the experiment was deleted.
     """
+    from ops.tracking.runs import client, find_experiment  # here: they import torch, and a wrong name needs neither
+
     try:
         mlflow = client(uri)
         mlflow.search_experiments(max_results=1)  # creates a fresh database

@@ -256,10 +256,29 @@ def load_gpt_model(
         FileNotFoundError, ValueError: as read_pretrained, check_size, load_tokenizer, freeze_bottom_layers.
     """
     directory = Path(weights_dir)
+    model = load_frozen_model(
+        model_size, directory, freeze_layers, num_unfrozen_layers, train_head, torch.device(device), files
+    )
+    return model, load_tokenizer(tokenizer_dir or directory, model.config.vocab_size, tokenizer_files)
+
+
+def load_frozen_model(
+    model_size: str,
+    directory: Path,
+    freeze_layers: bool,
+    num_unfrozen_layers: int,
+    train_head: bool,
+    device: torch.device,
+    files: Hashes | None,
+) -> GPTModel:
+    """What load_gpt_model does, with the same arguments, without the tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError: as read_pretrained, check_size, freeze_bottom_layers.
+    """
     with _open(directory, files) as weights:
         check_size(weights.config, model_size, directory)
-        model = _build(weights, torch.device(device), torch.float32)
-    tokenizer = load_tokenizer(tokenizer_dir or directory, model.config.vocab_size, tokenizer_files)
+        model = _build(weights, device, torch.float32)
     if freeze_layers:
         freeze_bottom_layers(model, num_unfrozen_layers, train_head)
-    return model, tokenizer
+    return model
