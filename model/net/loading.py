@@ -187,8 +187,9 @@ def _build(weights: _Weights, device: torch.device, dtype: torch.dtype) -> GPTMo
     state: dict[str, Tensor] = {}
     for name, tensor in weights.tensors():
         if name in wanted:
-            stored = tensor.t() if is_conv1d(name) else tensor
-            state[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            # On its device first: a GPU transposes in no time, and a CPU at a tenth of the speed of copying.
+            stored = tensor.to(device, dtype, copy=not is_conv1d(name))
+            state[name] = stored.t().contiguous() if is_conv1d(name) else stored
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
