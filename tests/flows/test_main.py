@@ -141,6 +141,28 @@ def test_a_wrong_parameter_is_named(parameters: dict[str, object], named: str) -
     assert complaint({"model_size": "355m", "epochs": 1}) is None
 
 
+def _imported(code: str) -> set[str]:
+    """The top-level modules that a new interpreter has imported after this code, but for the standard library's."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("argument", ["epoch=1", "epochs=0", "nosuch", "--help"])
+def test_a_mistake_is_answered_without_slow_imports(argument: str) -> None:
+    """Their imports take seconds."""
+    imported = _imported(f"from flows.__main__ import main; main([{argument!r}])")
+    assert "pydantic" in imported, "the parameters were looked at"
+    assert imported & {"torch", "prefect", "mlflow", "numpy", "pandas", "transformers", "datasets"} == set()
+
+
+def test_what_only_later_steps_need_is_imported_later() -> None:
+    """Before the first step of a training; MLflow is imported when its database is opened."""
+    imported = _imported("from flows.local import _import_flow; _import_flow()")
+    assert {"torch", "prefect"} <= imported
+    assert imported & {"transformers", "datasets", "tokenizers", "pyarrow", "matplotlib", "huggingface_hub"} == set()
+
+
 def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
     """Neither is taken."""
     assert main(["epochs=1", "epochs=2"]) == 2
