@@ -43,6 +43,10 @@ def test_a_run_without_servers(tmp_path: Path, environment: dict[str, str]) -> N
     total = float(table.pop("total"))
     assert sum(map(float, table.values())) == pytest.approx(total, abs=0.1)
     assert {"start", "prefect", "mlflow", "prepare", "train", "evaluate", "publish"} <= table.keys()
+    # The server has no pages to link to, and would never free the lease of a task that died.
+    links = rows(tmp_path / "mlflow" / "mlflow.db", "select value from tags where key = 'prefect.flow_run_url'")
+    limits = rows(tmp_path / "prefect" / "prefect.db", "select name from concurrency_limit_v2")
+    assert (links, limits) == ([], [])
 
 
 @pytest.mark.slow
