@@ -170,9 +170,10 @@ def write_rows(source: Path, tokenizer: Any, rows: int, scratch: Path) -> None:
 
     Training rows whose prompt is held out are left out: the pipeline would drop them, but the TRL script would not.
     """
+    from model.data.config import PrepareConfig
     from model.data.formats import read_records
     from model.data.layout import find_splits
-    from model.data.preparing import PrepareConfig, prepare
+    from model.data.preparing import prepare
     from model.data.rows import prompt_key
     from model.data.schemas import UnusableRow, normalize_row
 

@@ -29,10 +29,11 @@ from bench.measure import windows_of_reports
 from bench.processes import in_one_sentence, positive, quiet_environment, run_apart
 from bench.report import Progress, align, print_report
 from bench.train import describe_processor, versions
+from model.data.config import PrepareConfig
 from model.data.formats import read_records
 from model.data.layout import find_splits
 from model.data.packing import pack, split_evenly
-from model.data.preparing import PrepareConfig, prepare
+from model.data.preparing import prepare
 from model.data.schemas import UnusableRow, normalize_row
 from model.data.tokens import CodeAlpacaDataset
 from model.demo import EMBEDDED_BASE

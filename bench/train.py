@@ -76,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def prepare_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, dict[str, Any]]:
     """Tokenise the rows as the pipeline does. Returns the job, and a description of its training rows."""
+    from model.data.config import PrepareConfig
     from model.data.layout import find_splits
-    from model.data.preparing import PrepareConfig, prepare
+    from model.data.preparing import prepare
     from model.demo import EMBEDDED_BASE
     from model.demo.grammar import write_rows
     from model.net.tokenizer import load_tokenizer

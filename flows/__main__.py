@@ -5,7 +5,6 @@ The parameters are those of a deployment in prefect.yaml, ``tiny`` unless named,
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flows.commands import UsageError, read_parameters
+from flows.job import refused_values, unknown_parameters
 from flows.local import embed, end_in_order, start
 from ops.settings import Settings
 from ops.text import escape_output, storable, unreadable_argument
@@ -54,26 +54,12 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 
 def complaint(parameters: Mapping[str, Any]) -> str | None:
     """What is wrong with the flow's parameters, by name; None if nothing is."""
-    from prefect.exceptions import ParameterTypeError
-
-    from flows.finetune import finetune
-    from flows.job import unknown_parameters
-
     if unknown := unknown_parameters(parameters):
         return f"no parameter is called {', '.join(unknown)}: README.md lists them"
     for name, value in parameters.items():
         if isinstance(value, str) and storable(value) != value:
             return f"{name} has a character that is no text: {storable(value)}"
-    log = logging.getLogger("prefect.flows")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # Prefect would log the same at length
-    try:
-        finetune.validate_parameters(dict(parameters))
-    except ParameterTypeError as error:
-        return str(error)
-    finally:
-        log.setLevel(level)
-    return None
+    return "; ".join(refused_values(parameters)) or None
 
 
 def _start() -> None:
@@ -101,9 +87,9 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         parameters = parse(arguments)
-        _start()
         if wrong := complaint(parameters):
             raise UsageError(wrong)
+        _start()
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
@@ -116,8 +102,6 @@ def main(arguments: list[str]) -> int:
     if state.is_failed():  # the log has the traceback
         print(f"{state.name}: {state.message}", file=sys.stderr)
         return 1
-    # Prefect's last log line, about its temporary server, would come behind the two lines that scripts read.
-    logging.getLogger("prefect").setLevel(logging.WARNING)
     _print_result(state, seconds)
     return 0
 

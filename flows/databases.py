@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from flows.commands import UsageError
 from ops.text import one_line
-from ops.tracking.runs import client, find_experiment
 
 
 def open_mlflow(uri: str) -> None:
@@ -13,6 +12,8 @@ def open_mlflow(uri: str) -> None:
     Raises:
         UsageError: it cannot be used, or the experiment was deleted.
     """
+    from ops.tracking.runs import client, find_experiment  # here: they import torch, and a wrong name needs neither
+
     try:
         mlflow = client(uri)
         mlflow.search_experiments(max_results=1)  # creates a fresh database

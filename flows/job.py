@@ -1,6 +1,8 @@
 """The flow's parameters: a job in groups, the flow's signature made from it, and the README's table.
 
 ``python -m flows.job README.md`` writes the table anew.
+
+Nothing here imports torch, Prefect or MLflow, so that a wrong parameter is refused at once.
 """
 
 from __future__ import annotations
@@ -13,22 +15,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-from pydantic import Field
+from pydantic import Field, ValidationError, create_model
 
-from flows.nightly import NightConfig
-from model.data.preparing import PrepareConfig
+from model.data.config import PrepareConfig
 from model.engine.config import TrainConfig
-from model.evaluation.completions import SamplingConfig
-from model.net.config import GPTConfig
-from model.net.device import resolve_device
-from model.net.freezing import FreezeConfig
-from model.parameters import NonNegative, Parameter, Parameters
-from tasks.download import SourceConfig
+from model.evaluation.config import SamplingConfig
+from model.net.config import FreezeConfig, GPTConfig
+from model.parameters import NonNegative, Parameter, Parameters, Share
+from tasks.config import SourceConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 _TABLE = re.compile(r"^\| parameter \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class NightConfig(Parameters):
+    """Which rows a night takes, and whether its model replaces the champion."""
+
+    subset: Literal["next"] | None = None
+    """next: at most subset_count rows that no successful night has trained on, by content, instead of a window."""
+    replay_share: Share = 0.2
+    """Share of a night's rows that earlier nights trained on, so that they are not forgotten."""
+    promote: bool = False
+    """Make the result champion if it is better than the champion of this size beyond doubt, else challenger."""
+    promote_margin: NonNegative = 0.001
+    """Nats per token by which it must at least be better."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,8 @@ class Job:
         Raises:
             ValueError: the message names the parameter.
         """
+        from model.net.device import resolve_device  # imports torch, which takes seconds
+
         resolve_device(self.hardware.device)
         if self.night.subset and self.prepare.subset_start:
             raise ValueError(
@@ -108,6 +123,19 @@ def all_parameters() -> tuple[Parameter, ...]:
 def unknown_parameters(values: Mapping[str, Any]) -> list[str]:
     """The names that no parameter has, sorted."""
     return sorted(values.keys() - {parameter.name for parameter in all_parameters()})
+
+
+def refused_values(values: Mapping[str, Any]) -> list[str]:
+    """For each parameter whose value does not fit its type and bounds: ``name: reason``.
+
+    Prefect checks the same when the flow begins; here nothing has to be imported or started for it.
+    """
+    declared = {each.name: (each.annotation, each.default) for each in all_parameters()}
+    try:
+        create_model("parameters", **declared).model_validate(dict(values))  # type: ignore[call-overload]
+    except ValidationError as error:
+        return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+    return []
 
 
 def defaults() -> dict[str, Any]:

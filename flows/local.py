@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -11,10 +12,11 @@ from flows.databases import open_mlflow
 from ops.databases import check_database
 from ops.machine.lock import exclusive
 from ops.machine.process import end_processes, identify_process, left_behind
+from ops.servers import TEMPORARY_SERVER_VARIABLE
 from ops.settings import Settings
-from ops.stack.temporary_server import detach_temporary_server
-from ops.threads import in_daemon_thread
+from ops.stack.temporary_server import start_temporary_server
 
+_SERVER_SECONDS = 120.0  # a fresh database takes 23 s on two cores
 RUN = "FINETUNE_RUN"  # environment variable: names the run that started a process, so that the next can end strays
 _SERVERS = (
     "PREFECT_API_URL",
@@ -39,40 +41,45 @@ def embed(settings: Settings) -> None:
     os.environ.update(
         PREFECT_HOME=str(home),
         PREFECT_PROFILES_PATH=str(home / "profiles.toml"),
-        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="true",
-        # A fresh database takes 23 s on two cores; the default limit is 20.
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="false",  # start() starts one
         PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        PREFECT_UI_URL="",  # it has no pages: no links to them
     )
 
 
 def start(settings: Settings) -> None:
     """Start Prefect's temporary server, and import what the flow needs while the server starts.
 
+    To be called before Prefect is imported, because Prefect reads its settings then.
+
     A lock admits one process at a time: Prefect and MLflow both fail if two processes create one sqlite database.
 
     Raises:
         DatabaseError, UsageError: a database cannot be used.
+        RuntimeError: the server does not start.
     """
-    # Imports create objects that live to the end: collecting them takes a quarter of the import time.
-    gc.disable()
-    detach_temporary_server()
-    from prefect.client.orchestration import get_client
-
     with exclusive(settings.locks, "databases", "make run", print):
         for orphan in end_processes(lambda: left_behind(RUN), 5):
             print(f"ended what a killed run had left: {orphan}")
         check_database(settings.data_root / "prefect" / "prefect.db", "Prefect")
         check_database(settings.data_root / "mlflow" / "mlflow.db", "MLflow")
         os.environ[RUN] = identify_process().to_json()
-        server = in_daemon_thread(lambda: get_client(sync_client=True), "temporary-server")
-        import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
-        from transformers import AutoTokenizer  # noqa: F401
-
-        import flows.finetune  # noqa: F401
-
+        server = start_temporary_server()
+        atexit.register(server.stop)  # before Prefect's own handlers are registered, so that it runs after them
+        os.environ |= {"PREFECT_API_URL": server.url, TEMPORARY_SERVER_VARIABLE: server.url}
+        _import_flow()
         open_mlflow(settings.tracking_uri)
-        server.result()
+        server.wait(_SERVER_SECONDS)
+
+
+def _import_flow() -> None:
+    """Import what a flow run needs until its first step, while the server starts on another core."""
+    # Imports create objects that live to the end: collecting them takes a quarter of the import time.
+    gc.disable()
+    import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
+
+    import flows.finetune  # noqa: F401
+
     gc.freeze()
     gc.enable()
 

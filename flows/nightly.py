@@ -6,36 +6,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from flows.job import NightConfig
 from flows.waiting import hold_nights
-from model.data.preparing import PrepareConfig
-from model.parameters import NonNegative, Parameters, Share
+from model.data.config import PrepareConfig
 from ops.settings import Settings
 from ops.tracking.ledger import caught_up, record_night
 from ops.tracking.registry import model_name
 from ops.tracking.runs import RunRef
 from tasks.choose import choose
-from tasks.download import SourceConfig, download
+from tasks.config import SourceConfig
+from tasks.download import download
 from tasks.references import Sources, SubsetRef
-
-
-@dataclass(frozen=True)
-class NightConfig(Parameters):
-    """Which rows a night takes, and whether its model replaces the champion."""
-
-    subset: Literal["next"] | None = None
-    """next: at most subset_count rows that no successful night has trained on, by content, instead of a window."""
-    replay_share: Share = 0.2
-    """Share of a night's rows that earlier nights trained on, so that they are not forgotten."""
-    promote: bool = False
-    """Make the result champion if it is better than the champion of this size beyond doubt, else challenger."""
-    promote_margin: NonNegative = 0.001
-    """Nats per token by which it must at least be better."""
 
 
 @dataclass(frozen=True)

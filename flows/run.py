@@ -14,13 +14,14 @@ from prefect.artifacts import create_link_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
+from prefect.settings import PREFECT_UI_URL
 
 from flows.job import Job
 from flows.nightly import begin_night
 from flows.waiting import hold_training
-from model.data.preparing import PrepareConfig
+from model.data.config import PrepareConfig
 from model.net.device import resolve_device
-from ops.recovery.limits import ensure_limit
+from ops.recovery.limits import ensure_limit, is_temporary
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
@@ -116,8 +117,7 @@ def _tidy_up(settings: Settings) -> None:
     """Before a run: create the limit tag:gpu if it is missing, and close the MLflow runs of processes that died."""
     log = get_run_logger()
     with get_client(sync_client=True) as client:
-        gpus = gpu_count()
-        if ensure_limit(client, gpus):
+        if not is_temporary(client) and ensure_limit(client, gpus := gpu_count()):
             log.warning("this Prefect server had no limit tag:gpu: created, %d task(s) at a time", gpus)
         try:
             for line in reap(settings.tracking_uri, client, HOOK_SECONDS):
@@ -135,7 +135,7 @@ def _tags(job: Job) -> dict[str, str]:
         "prefect.deployment": deployment.name or "none",
         "subset": f"{start}:{start + count}" if count else f"{start}:",
     }
-    if flow_run.ui_url:
+    if PREFECT_UI_URL.value():  # the temporary server of `make run` has no pages
         tags["prefect.flow_run_url"] = flow_run.ui_url
         tags["mlflow.note.content"] = f"Prefect: [{flow_run.name}]({flow_run.ui_url})"
     if deployment.name:

@@ -9,7 +9,6 @@ from pathlib import Path
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.objects import State, StateType
@@ -17,7 +16,7 @@ from prefect.runtime import flow_run
 
 from model.net.device import device_choices, device_key
 from ops.machine.lock import exclusive, exclusive_any, shared_directory
-from ops.recovery.limits import read_slots, release_all
+from ops.recovery.limits import is_temporary, read_slots, release_all
 from ops.settings import Settings
 from ops.text import storable
 from ops.tracking.registry import shared_name
@@ -100,7 +99,7 @@ def _slots_taken() -> str | None:
     """What a task with the tag gpu would wait for now; None if it would start at once."""
     try:
         with get_client(sync_client=True) as client:
-            slots = None if client.server_type == ServerType.EPHEMERAL else read_slots(client)
+            slots = None if is_temporary(client) else read_slots(client)
             if slots is None or not 0 < slots.limit <= slots.active:
                 return None
             if slots.dead and len(slots.dead) == len(slots.holders):

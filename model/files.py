@@ -11,11 +11,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -114,6 +113,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     Raises:
         OSError: it cannot be written, mostly because the disk is full; the message has path and size.
     """
+    from safetensors import SafetensorError  # here: this module is imported where no torch is needed
+    from safetensors.torch import save_file
+
     size = sum(tensor.nbytes for tensor in tensors.values())
     with naming_a_full_disk(path, size):
         path.touch()

@@ -8,7 +8,8 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.data.preparing import PrepareConfig, training_keys
+from model.data.config import PrepareConfig
+from model.data.preparing import training_keys
 from model.files import atomic_directory, sha256_json
 from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE

@@ -2,61 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from pydantic import AfterValidator, Field
 
 from model.data.formats import file_type
 from model.data.layout import find_layout
 from model.demo import grammar
 from model.files import atomic_directory, sha256_file
-from model.net.config import PRESETS, normalize_size
-from model.parameters import Parameters
-from ops.hub import DEFAULT_DATASET, fetch_dataset
+from model.net.config import normalize_size
+from ops.hub import fetch_dataset
 from ops.settings import Settings
 from ops.tracking.registry import starting_uri
 from ops.tracking.steps import pipeline_step
+from tasks.config import DEMO, SourceConfig
 from tasks.references import DatasetRef, FileRef, Sources
 from tasks.weights import find_weights, registered_weights
-
-DEMO = "demo"
-
-
-# The pattern lets Prefect's server refuse a wrong size when a run is submitted.
-Size = Annotated[
-    str,
-    AfterValidator(normalize_size),
-    Field(json_schema_extra={"pattern": f"^({'|'.join([*PRESETS, *(name.upper() for name in PRESETS)])})$"}),
-]
-
-
-_Given = Annotated[str, Field(min_length=1)]  # an empty text is a mistake, not "none"
-
-
-@dataclass(frozen=True)
-class SourceConfig(Parameters):
-    """Where rows and weights come from."""
-
-    model_size: Size = "124m"
-    """tiny, 124m, 355m, 774m or 1558m."""
-    dataset: str = DEFAULT_DATASET
-    """A hub id, a local file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, or these with .gz), a folder of such
-    files, or "demo"."""
-    dataset_revision: str | None = None
-    """Branch, tag or commit of a hub data set; the commit that it resolves to is recorded."""
-    weights_dir: _Given | None = None
-    """A local directory in Hugging Face's GPT-2 layout; null takes the hub's weights at a pinned commit."""
-    tokenizer_dir: _Given | None = None
-    """A local directory with the tokenizer, if it is not beside the weights."""
-    dataset_config: str | None = None
-    """Configuration to use of a data set whose card (README.md) names several."""
-    start_from: Annotated[str, Field(pattern=r"^(base|champion|models:/.+)$")] = "base"
-    """base; champion (the base if there is none yet); or a registered version, models:/NAME/VERSION or
-    models:/NAME@ALIAS, which brings its own weights and tokenizer."""
 
 
 # No retries: ops.hub has its own, bounded, so that a dead network is reported within a minute.

@@ -18,7 +18,8 @@ from model.engine.checkpoint import load_trained
 from model.engine.engine import Engine
 from model.engine.scoring import perplexity, row_losses
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
-from model.evaluation.completions import Completion, SamplingConfig, complete, extract_code
+from model.evaluation.completions import Completion, complete, extract_code
+from model.evaluation.config import SamplingConfig
 from model.evaluation.scores import Outputs, describe_failures, headline, score_both, score_table
 from model.evaluation.tables import pass_table, row_table, sample_table
 from model.files import write_json
@@ -29,7 +30,7 @@ from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
-from tasks.frozen import load_frozen
+from tasks.frozen import load_frozen, load_its_tokenizer
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def evaluate(
     place = resolve_device(device)
     dtype = use_precision(training.config.precision, place)
     test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=training.config.eval_rows)
-    network, tokenizer = load_frozen(training.model, training.plan, place, dtype)
+    network = load_frozen(training.model, training.plan, place, dtype)
+    tokenizer = load_its_tokenizer(training.model)
     engine = Engine(network, dtype)
     max_tokens = checkpoint.micro_batch_tokens
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))

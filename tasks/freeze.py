@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.net.config import GPTConfig
-from model.net.freezing import FreezeConfig, FreezePlan, plan_freeze
+from model.net.config import FreezeConfig, GPTConfig
+from model.net.freezing import FreezePlan, plan_freeze
 from ops.tracking.steps import pipeline_step
 from tasks.references import ModelRef
 

@@ -1,7 +1,8 @@
-"""Load the base, frozen as planned; shared by ``train``, ``evaluate``, ``score_champion`` and ``publish``."""
+"""Load the base, frozen as planned, and its tokenizer; shared by all tasks that compute with the model."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,35 +10,45 @@ import torch
 from model.net.device import cast_frozen
 from model.net.freezing import FreezePlan
 from model.net.gpt import GPTModel
-from model.net.loading import load_gpt_model
+from model.net.loading import check_hashes, load_frozen_model
+from model.net.tokenizer import load_tokenizer
 from tasks.references import ModelRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_frozen(
-    model: ModelRef, plan: FreezePlan, device: torch.device, dtype: torch.dtype
-) -> tuple[GPTModel, PreTrainedTokenizerBase]:
-    """Load the base with its tokenizer, frozen as planned, on a device; the frozen part is cast to ``dtype``.
+def load_frozen(model: ModelRef, plan: FreezePlan, device: torch.device, dtype: torch.dtype) -> GPTModel:
+    """Load the base, frozen as planned, on a device; the frozen part is cast to ``dtype``.
+
+    The tokenizer's files are compared with what they were, but not loaded: a training does not need transformers,
+    whose import takes a second.
 
     Raises:
         ChangedFileError: a file of the base or the tokenizer is not what it was when the run began.
         RuntimeError: other parameters would train than planned: the code changed between the tasks.
     """
-    network, tokenizer = load_gpt_model(
+    network = load_frozen_model(
         model.model_size,
-        model.directory,
+        Path(model.directory),
         freeze_layers=plan.num_unfrozen_layers is not None,
         num_unfrozen_layers=plan.num_unfrozen_layers or 0,
         train_head=plan.train_head,
-        tokenizer_dir=model.tokenizer_directory,
         device=device,
         files=model.files,
-        tokenizer_files=model.tokenizer_files,
     )
+    check_hashes(Path(model.tokenizer_directory), model.tokenizer_files)
     names = tuple(name for name, p in network.named_parameters() if p.requires_grad)
     if names != plan.names:
         raise RuntimeError(f"other parameters would train than planned: {sorted({*names} ^ {*plan.names})[:5]}")
     cast_frozen(network, dtype)
-    return network, tokenizer
+    return network
+
+
+def load_its_tokenizer(model: ModelRef) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base.
+
+    Raises:
+        ChangedFileError: a file of it is not what it was when the run began.
+    """
+    return load_tokenizer(model.tokenizer_directory, model.config["vocab_size"], model.tokenizer_files)

@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.data.preparing import PrepareConfig
+from model.data.config import PrepareConfig
 from model.data.preparing import prepare as write_tokens
 from model.data.tokens import verify_tokens
 from model.files import sha256_file, sha256_json

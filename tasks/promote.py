@@ -20,7 +20,7 @@ from ops.tracking.registry import champion, find_version, version_uri
 from ops.tracking.runs import RunRef, client
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
-from tasks.frozen import load_frozen
+from tasks.frozen import load_frozen, load_its_tokenizer
 from tasks.load_weights import check_weights
 from tasks.references import CheckpointRef, EvaluationRef, RivalRef, TrainingRef
 from tasks.weights import registered_weights
@@ -50,7 +50,8 @@ def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str
     try:
         weights = registered_weights(settings, uri, training.model.model_size, None, log.info)
         champion_model = check_weights(weights, training.model.model_size)
-        network, tokenizer = load_frozen(champion_model, training.plan, place, dtype)
+        network = load_frozen(champion_model, training.plan, place, dtype)
+        tokenizer = load_its_tokenizer(champion_model)
     except (OSError, ValueError, RuntimeError) as error:
         return RivalRef(rival.name, rival.champion, trouble=str(error))
     examples = encode_examples(

@@ -20,7 +20,7 @@ from ops.tracking.runs import RunRef, client, log_model, log_table
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.cards import model_card, sample_report
-from tasks.frozen import load_frozen
+from tasks.frozen import load_frozen, load_its_tokenizer
 from tasks.references import CheckpointRef, EvaluationRef, Sources, TrainingRef
 
 
@@ -64,7 +64,8 @@ def publish(
 
 def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, card: str) -> None:
     """Write base plus trained tensors in Hugging Face's layout, in fp32, with tokenizer and model card."""
-    network, tokenizer = load_frozen(training.model, training.plan, torch.device("cpu"), torch.float32)
+    network = load_frozen(training.model, training.plan, torch.device("cpu"), torch.float32)
+    tokenizer = load_its_tokenizer(training.model)
     load_trained(Path(checkpoint.best), network)
     network.save_pretrained(directory, tokenizer.eos_token_id)
     tokenizer.model_max_length = network.config.n_positions

@@ -94,9 +94,7 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)
-    network, _ = load_frozen(
-        training.model, training.plan, place, resolve_precision(training.config.precision, place)
-    )
+    network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     progress = Progress(log)
     shipping = shipper.in_background()

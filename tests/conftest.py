@@ -152,8 +152,9 @@ def tiny_model(gpt2_dir: Path) -> Any:
 @pytest.fixture(scope="session")
 def token_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, tokenizer: Any) -> Path:
     """The rows of data_dir as token files, about a tenth of them test and a fifth validation. Read only."""
+    from model.data.config import PrepareConfig
     from model.data.layout import find_splits
-    from model.data.preparing import PrepareConfig, prepare
+    from model.data.preparing import prepare
 
     directory = tmp_path_factory.mktemp("tokens") / "tokens"
     config = PrepareConfig(max_length=MAX_LENGTH, test_share=0.1, validation_share=0.2)

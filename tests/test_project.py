@@ -237,7 +237,8 @@ def test_the_embedded_run_ends_with_its_two_lines(tmp_path: Path) -> None:
         "PREFECT_API_URL": "http://127.0.0.1:9/api",
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
     }
-    command = [sys.executable, "-m", "flows", "max_steps=3", "sample_rows=1", "max_new_tokens=4"]
+    few = ["max_steps=3", "eval_rows=40", "sample_rows=1", "pass_rows=20", "max_new_tokens=4"]
+    command = [sys.executable, "-m", "flows", *few]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
     )

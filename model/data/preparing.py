@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
+from model.data.config import PrepareConfig
 from model.data.formats import describe_schemas, read_records
 from model.data.rows import fraction, prompt_key, row_key
 from model.data.schemas import IN_HELD_OUT, UNUSABLE, UnusableRow, normalize_row
@@ -18,7 +18,6 @@ from model.data.tokens import META_FILE
 from model.data.writing import Counts, TokenFiles
 from model.files import atomic_directory, sha256_file, write_json
 from model.net.prompt import encode_prompts, format_prompt
-from model.parameters import Count, Seeded, Share, WholeNumber, WholeShare, internal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,26 +26,6 @@ Sources = Mapping[str, Sequence[Path]]  # split -> its files, as find_splits ret
 
 # Held-out files come first: the prompts of training rows are compared with theirs.
 _READING_ORDER = ("test", "validation", "train")
-
-
-@dataclass(frozen=True)
-class PrepareConfig(Seeded):
-    """How rows become tokens."""
-
-    max_length: Annotated[Count, Field(ge=8)] = 512
-    """Tokens a row is cut at, prompt included."""
-    subset_start: WholeNumber = 0
-    """First row of train to use, counted from 0."""
-    subset_count: Count | None = None
-    """Rows of train to use from there; null uses all. With subset=next: fresh rows to use at most."""
-    subset_keys: str | None = internal(None)
-    """A .npy file with the content keys (uint64) of the rows of train to use instead."""
-    test_share: Share = 0.1
-    """Share of train that becomes test where the data set has no test split."""
-    validation_share: Share = 0.02
-    """Share of train that becomes validation where the data set has no validation split."""
-    max_dropped_share: WholeShare = 0.05
-    """A larger share of unusable rows is an error."""
 
 
 def prepare(

@@ -5,44 +5,22 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from pydantic import Field
 
+from model.evaluation.config import SamplingConfig
 from model.net.device import autocast
 from model.net.gpt import GPTModel
 from model.net.prompt import encode_prompts, heading_lengths
 from model.net.sampling import crop, generate
 from model.net.tokenizer import unknown_ids
-from model.parameters import Count, NonNegative, Seeded, WholeNumber, WholeShare, internal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SamplingConfig(Seeded):
-    """How completions are drawn; base and tuned model draw with the same seed."""
-
-    sample_rows: WholeNumber = 16
-    """Prompts of the test split, from its beginning, that both models complete."""
-    pass_rows: WholeNumber = 500
-    """Rows of the test split with tests, from its beginning, whose greedy completions are run in a sandbox."""
-    max_new_tokens: Count = 128
-    """Length limit of a completion."""
-    temperature: NonNegative = 0.7
-    """Divides the logits; 0 is greedy."""
-    top_k: Count | None = 50
-    """Sample among this many most probable tokens; null sets no limit."""
-    top_p: Annotated[WholeShare, Field(gt=0)] | None = 0.95
-    """Sample within this probability mass; null sets no limit."""
-    prompts_at_once: int = internal(64)
-    """Prompts generated together."""
 
 
 class Completion(NamedTuple):

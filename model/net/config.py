@@ -1,4 +1,4 @@
-"""The shape of a GPT-2: presets by size, and Hugging Face's config.json in both directions."""
+"""The shape of a GPT-2 (presets by size, Hugging Face's config.json in both directions), and what of it trains."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model.files import parse_json, read_bytes
+from model.parameters import Parameters, WholeNumber
 
 # What to do with quantised weights.
 DEQUANTISE = (
@@ -164,3 +165,26 @@ def normalize_size(model_size: str) -> str:
     if name not in PRESETS:
         raise ValueError(f"model_size {model_size!r} is unknown: choose one of {', '.join(PRESETS)}")
     return name
+
+
+@dataclass(frozen=True)
+class FreezeConfig(Parameters):
+    """Which parameters train."""
+
+    freeze_layers: bool = True
+    """Freeze all but the top blocks and the final norm."""
+    num_unfrozen_layers: WholeNumber = 4
+    """Blocks that train, counted from the top; 0 trains the final norm alone."""
+    train_head: bool = False
+    """Also train an untied copy of the output head; with freeze_layers=false the tied head trains anyway."""
+
+    def check(self, blocks: int, model: str = "the model") -> None:
+        """Refuse more blocks than a model has; without freeze_layers the number is ignored.
+
+        Raises:
+            ValueError: num_unfrozen_layers is not between 0 and ``blocks``.
+        """
+        if self.freeze_layers and not 0 <= self.num_unfrozen_layers <= blocks:
+            raise ValueError(
+                f"num_unfrozen_layers {self.num_unfrozen_layers} is not between 0 and {blocks}, the blocks of {model}"
+            )

@@ -7,32 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from model.net.config import GPTConfig
+from model.net.config import FreezeConfig, GPTConfig
 from model.net.gpt import GPTModel
-from model.parameters import Parameters, WholeNumber
-
-
-@dataclass(frozen=True)
-class FreezeConfig(Parameters):
-    """Which parameters train."""
-
-    freeze_layers: bool = True
-    """Freeze all but the top blocks and the final norm."""
-    num_unfrozen_layers: WholeNumber = 4
-    """Blocks that train, counted from the top; 0 trains the final norm alone."""
-    train_head: bool = False
-    """Also train an untied copy of the output head; with freeze_layers=false the tied head trains anyway."""
-
-    def check(self, blocks: int, model: str = "the model") -> None:
-        """Refuse more blocks than a model has; without freeze_layers the number is ignored.
-
-        Raises:
-            ValueError: num_unfrozen_layers is not between 0 and ``blocks``.
-        """
-        if self.freeze_layers and not 0 <= self.num_unfrozen_layers <= blocks:
-            raise ValueError(
-                f"num_unfrozen_layers {self.num_unfrozen_layers} is not between 0 and {blocks}, the blocks of {model}"
-            )
 
 
 @dataclass(frozen=True)

@@ -187,8 +187,9 @@ def _build(weights: _Weights, device: torch.device, dtype: torch.dtype) -> GPTMo
     state: dict[str, Tensor] = {}
     for name, tensor in weights.tensors():
         if name in wanted:
-            stored = tensor.t() if is_conv1d(name) else tensor
-            state[name] = stored.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+            # On its device first: a GPU transposes in no time, and a CPU at a tenth of the speed of copying.
+            stored = tensor.to(device, dtype, copy=not is_conv1d(name))
+            state[name] = stored.t().contiguous() if is_conv1d(name) else stored
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
@@ -256,10 +257,29 @@ def load_gpt_model(
         FileNotFoundError, ValueError: as read_pretrained, check_size, load_tokenizer, freeze_bottom_layers.
     """
     directory = Path(weights_dir)
+    model = load_frozen_model(
+        model_size, directory, freeze_layers, num_unfrozen_layers, train_head, torch.device(device), files
+    )
+    return model, load_tokenizer(tokenizer_dir or directory, model.config.vocab_size, tokenizer_files)
+
+
+def load_frozen_model(
+    model_size: str,
+    directory: Path,
+    freeze_layers: bool,
+    num_unfrozen_layers: int,
+    train_head: bool,
+    device: torch.device,
+    files: Hashes | None,
+) -> GPTModel:
+    """What load_gpt_model does, with the same arguments, without the tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError: as read_pretrained, check_size, freeze_bottom_layers.
+    """
     with _open(directory, files) as weights:
         check_size(weights.config, model_size, directory)
-        model = _build(weights, torch.device(device), torch.float32)
-    tokenizer = load_tokenizer(tokenizer_dir or directory, model.config.vocab_size, tokenizer_files)
+        model = _build(weights, device, torch.float32)
     if freeze_layers:
         freeze_bottom_layers(model, num_unfrozen_layers, train_head)
-    return model, tokenizer
+    return model

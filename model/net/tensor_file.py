@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,19 +60,24 @@ class TensorFile:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of a dtype in FLOATS with its key, on the CPU, in the order of the file. All bytes are read.
 
-        A tensor is valid until the next one; it must not be changed.
+        A tensor is valid until the next one; it must not be changed. Its bytes are hashed in a thread, while the
+        caller works with it and while the next one is read into other memory.
 
         Raises:
             ValueError: the file became shorter.
         """
         longest = max((entry.end - entry.begin for entry in self.entries.values()), default=0)
-        scratch = torch.empty(longest, dtype=torch.uint8)  # one for all: fresh memory costs more than reading
-        for key, entry in self.entries.items():
-            content = scratch[: entry.end - entry.begin]
-            self._fill(content.numpy().data)
-            self._digest.update(content.numpy().data)
-            if entry.dtype in FLOATS:
-                yield key, content.view(FLOATS[entry.dtype]).view(entry.shape)
+        # Two for all tensors, in turn: fresh memory costs more than reading.
+        scratch = [torch.empty(longest, dtype=torch.uint8) for _ in range(2)]
+        with ThreadPoolExecutor(1, "hash-weights") as thread:
+            hashing = thread.submit(lambda: None)
+            for number, (key, entry) in enumerate(self.entries.items()):
+                content = scratch[number % 2][: entry.end - entry.begin]
+                self._fill(content.numpy().data)
+                hashing.result()  # of the tensor before: the next one goes into its memory
+                hashing = thread.submit(self._digest.update, content.numpy().data)
+                if entry.dtype in FLOATS:
+                    yield key, content.view(FLOATS[entry.dtype]).view(entry.shape)
         self.sha256 = self._digest.hexdigest()
 
     def _fill(self, target: memoryview) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -11,6 +12,8 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalC
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, TaskRunFilter, TaskRunFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+from ops.servers import TEMPORARY_SERVER_VARIABLE
 
 POOL = "gpu"  # the work pool of all deployments
 TAG = "gpu"  # of the tasks that the limit counts
@@ -54,6 +57,13 @@ class Slots:
         return f"Prefect's limit {LIMIT} counts {self.active} of {self.limit} slots as taken, by {by}; {remedy}"
 
 
+def is_temporary(client: SyncPrefectClient) -> bool:
+    """Whether the server lives for one flow run only: that of `make run`, or one that Prefect's client started."""
+    if client.server_type == ServerType.EPHEMERAL:
+        return True
+    return str(client.api_url).rstrip("/") == os.environ.get(TEMPORARY_SERVER_VARIABLE)
+
+
 def read_slots(client: SyncPrefectClient) -> Slots | None:
     """The limit with the holders of its leases; None if the server has no such limit."""
     try:
@@ -79,7 +89,7 @@ def ensure_limit(client: SyncPrefectClient, limit: int) -> bool:
     A temporary server gets none: it does not free the lease of a task that died, and the next run would wait for
     ever. Returns whether the limit was created.
     """
-    if client.server_type == ServerType.EPHEMERAL:
+    if is_temporary(client):
         return False
     try:
         client.read_global_concurrency_limit_by_name(LIMIT)

@@ -1,32 +1,86 @@
-"""Prefect's temporary server, which `make run` uses where no server runs: in its own session, behind a Host check."""
+"""Prefect's temporary server, which `make run` uses: a process in a session of its own, behind a check of the Host.
+
+Where PREFECT_API_URL is not set, Prefect's client starts such a server by itself (seen in 3.8.8). This module does it
+instead, for two reasons. The client first imports the code of the server, which takes seconds; here the server starts
+before anything else is imported. And the client leaves the server in the process group of the terminal, where Ctrl-C
+would end it before the flow run's last state is stored; the client would then retry for two minutes.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
-from types import SimpleNamespace
-from typing import Any
+import sys
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
 
 from ops.settings import PROJECT_ROOT
 
-_APP = "prefect.server.api.server:create_app"
-_CHECKED_APP = "ops.stack.host_check:create_app"
+_APP = "ops.stack.host_check:create_app"
+# As Prefect sets them for the server that its client starts: no pages, and only the services that a single run needs.
+_ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+_STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
 
 
-def detach_temporary_server() -> None:
-    """Let Prefect start its temporary server in a session of its own. To be called before the first client.
+class TemporaryServer:
+    """A server that was started and may not answer yet.
 
-    A terminal sends Ctrl-C to the whole process group. If the server ended by it too, the flow run's last state could
-    not be stored, and Prefect's client would retry for two minutes. Prefect has no setting for this (seen in 3.8.8):
-    its module prefect.server.api.server calls ``subprocess.Popen``, and that name is replaced in that module alone.
-    The command is changed to serve the application behind the check of the Host header.
+    Attributes:
+        port: on the loopback.
+        process: of the server.
     """
-    # Imported here: it takes seconds, and two threads must not import parts of one package.
-    import prefect.server.api.server as server
 
-    def popen(args: list[str], **options: Any) -> subprocess.Popen[Any]:
-        if _APP in args:
-            args = [_CHECKED_APP if argument == _APP else argument for argument in args]
-            args[args.index("--app-dir") + 1] = str(PROJECT_ROOT)
-        return subprocess.Popen(args, start_new_session=True, **options)
+    def __init__(self, port: int, process: subprocess.Popen[bytes]):
+        self.port = port
+        self.process = process
 
-    server.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": popen})  # type: ignore[assignment, attr-defined]
+    @property
+    def url(self) -> str:
+        """For PREFECT_API_URL."""
+        return f"http://127.0.0.1:{self.port}/api"
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            RuntimeError: it ended, or does not answer in time.
+        """
+        trouble = "Prefect's temporary server does not start: "
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        try:
+            connection.request("GET", "/api/health")
+            status = connection.getresponse().status
+        except TimeoutError as error:
+            raise RuntimeError(f"{trouble}no answer in {seconds:g} s") from error
+        except (OSError, HTTPException) as error:  # the socket was closed: the server is ending, or has ended
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_SECONDS)
+            raise RuntimeError(f"{trouble}it ended with exit code {self.process.returncode}") from error
+        finally:
+            connection.close()
+        if status != 200:
+            raise RuntimeError(f"{trouble}it answers with status {status}")
+
+    def stop(self) -> None:
+        """End the server; once it has ended, nothing happens."""
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def start_temporary_server() -> TemporaryServer:
+    """Start the server on a free port of the loopback, with this process's environment."""
+    # The socket listens before the server runs: no other process can take the port, and early requests wait in it.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listens = listener.fileno()
+        command = [
+            sys.executable, "-m", "uvicorn", "--factory", _APP, "--app-dir", str(PROJECT_ROOT), "--fd", str(listens),
+            "--lifespan", "on", "--log-level", "error",
+        ]  # fmt: skip
+        environment = os.environ | _ENVIRONMENT
+        process = subprocess.Popen(command, env=environment, pass_fds=[listens], start_new_session=True)
+        return TemporaryServer(listener.getsockname()[1], process)

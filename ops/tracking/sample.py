@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from mlflow.exceptions import MlflowException
 
-    from model.evaluation.completions import SamplingConfig, complete
+    from model.evaluation.completions import complete
+    from model.evaluation.config import SamplingConfig
     from model.net.loading import read_pretrained
     from model.net.sampling import check_sampling
     from model.net.tokenizer import load_tokenizer, tokenizer_hashes

@@ -12,16 +12,17 @@ import torch
 from damage import flip, put_nan, swap_entries
 from prefect.logging import disable_run_logger
 
-from model.data.preparing import PrepareConfig
+from model.data.config import PrepareConfig
 from model.demo import EMBEDDED_BASE
 from model.engine.config import TrainConfig
 from model.files import ChangedFileError
-from model.net.config import GPTConfig
-from model.net.freezing import FreezeConfig, plan_freeze
+from model.net.config import FreezeConfig, GPTConfig
+from model.net.freezing import plan_freeze
 from tasks.choose import choose
-from tasks.download import SourceConfig, download
+from tasks.config import SourceConfig
+from tasks.download import download
 from tasks.evaluate import evaluate
-from tasks.frozen import load_frozen
+from tasks.frozen import load_frozen, load_its_tokenizer
 from tasks.load_weights import check_weights
 from tasks.prepare import find_or_write_tokens
 from tasks.publish import export
@@ -100,5 +101,6 @@ def test_a_change_in_mid_run_ends_it(
 
 
 def test_unchanged_files_load(training: TrainingRef) -> None:
-    network, tokenizer = load_frozen(training.model, training.plan, torch.device("cpu"), torch.float32)
+    network = load_frozen(training.model, training.plan, torch.device("cpu"), torch.float32)
+    tokenizer = load_its_tokenizer(training.model)
     assert (network.config.n_layer, len(tokenizer)) == (6, 4096)

@@ -19,6 +19,7 @@ from small_disk import small_disk
 
 from flows.commands import UsageError
 from flows.databases import open_mlflow
+from ops import databases
 from ops.databases import MLFLOW, PREFECT, DatabaseError, check_address, check_database
 from ops.tracking.runs import client
 
@@ -99,15 +100,17 @@ def _locked(path: Path) -> Iterator[None]:
         connection.execute("ROLLBACK")
 
 
-def test_a_locked_database_is_named(root: Path) -> None:
-    """After 5 s; a shorter transaction of another process is waited for."""
+def test_a_locked_database_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a limit, shortened here; a shorter transaction of another process is waited for."""
     path = root / "mlflow" / "mlflow.db"
     began = time.monotonic()
-    with _locked(path), pytest.raises(DatabaseError, match="is locked by another process"):
-        check_database(path, MLFLOW)
-    assert 4 < time.monotonic() - began < 9
+    with monkeypatch.context() as patch, _locked(path):
+        patch.setattr(databases, "_LOCK_SECONDS", 1.0)
+        with pytest.raises(DatabaseError, match="is locked by another process"):
+            check_database(path, MLFLOW)
+    assert time.monotonic() - began > 0.9
     hold = "import sqlite3, sys, time; c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
-    hold += "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(2); c.execute('ROLLBACK')"
+    hold += "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); time.sleep(1); c.execute('ROLLBACK')"
     holder = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"

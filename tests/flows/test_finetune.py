@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import wait_for
 
 from model.demo import EMBEDDED_BASE
 from model.evaluation.scores import SCOREBOARD
 from model.net.gpt import GPTModel
+from ops.threads import in_daemon_thread
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
@@ -327,22 +329,39 @@ def test_every_gpu_task_holds_the_tag() -> None:
 
 def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny: dict[str, Any]) -> None:
     """Nothing trains while another process holds the device, and the run goes on when that one is gone."""
+    from prefect.client.orchestration import get_client
+
     from flows.finetune import finetune
+    from flows.waiting import WAITING_FOR_GPU
     from ops.tracking.runs import client
 
-    hold = "import sys, time; from pathlib import Path; from ops.machine.lock import exclusive\n"
-    hold += "with exclusive(Path(sys.argv[1]), 'cpu', 'somebody', print): print('held', flush=True); time.sleep(12)"
+    hold = "import sys; from pathlib import Path; from ops.machine.lock import exclusive\n"
+    hold += "with exclusive(Path(sys.argv[1]), 'cpu', 'somebody', print): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", hold, os.environ["FINETUNE_LOCKS"]], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", hold, os.environ["FINETUNE_LOCKS"]],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    released: list[float] = []
+
+    def release_when_it_waits() -> None:
+        with get_client(sync_client=True) as prefect:
+            wait_for("the run waits", lambda: WAITING_FOR_GPU in {run.state_name for run in newest(prefect)}, 120)
+        assert holder.stdin is not None
+        released.append(time.time())
+        holder.stdin.close()
+
+    def newest(prefect: Any) -> list[Any]:
+        return list(prefect.read_flow_runs(limit=1, sort="EXPECTED_START_TIME_DESC"))
+
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        held = time.time()
+        waiting = in_daemon_thread(release_when_it_waits, "release")
         result = finetune(**{**tiny, "max_steps": 1})
-        assert holder.poll() == 0
+        waiting.result(60)
+        assert holder.wait(60) == 0
         (point,) = client(result.run.tracking_uri).get_metric_history(result.run.run_id, "train/loss")
-        assert point.timestamp / 1000 > held + 12
+        assert point.timestamp / 1000 > released[0]
     finally:
         holder.kill()
         holder.wait()

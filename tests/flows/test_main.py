@@ -44,6 +44,10 @@ def test_a_run_without_servers(tmp_path: Path, environment: dict[str, str]) -> N
     total = float(table.pop("total"))
     assert sum(map(float, table.values())) == pytest.approx(total, abs=0.1)
     assert {"start", "prefect", "mlflow", "prepare", "train", "evaluate", "publish"} <= table.keys()
+    # The server has no pages to link to, and would never free the lease of a task that died.
+    links = rows(tmp_path / "mlflow" / "mlflow.db", "select value from tags where key = 'prefect.flow_run_url'")
+    limits = rows(tmp_path / "prefect" / "prefect.db", "select name from concurrency_limit_v2")
+    assert (links, limits) == ([], [])
 
 
 @pytest.mark.slow
@@ -140,6 +144,28 @@ def test_a_wrong_parameter_is_named(parameters: dict[str, object], named: str) -
     """In one message, not in a traceback; a deployment's own parameters are all right."""
     assert named in (complaint(parameters) or "")
     assert complaint({"model_size": "355m", "epochs": 1}) is None
+
+
+def _imported(code: str) -> set[str]:
+    """The top-level modules that a new interpreter has imported after this code, but for the standard library's."""
+    code += "\nimport sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("argument", ["epoch=1", "epochs=0", "nosuch", "--help"])
+def test_a_mistake_is_answered_without_slow_imports(argument: str) -> None:
+    """Their imports take seconds."""
+    imported = _imported(f"from flows.__main__ import main; main([{argument!r}])")
+    assert "pydantic" in imported, "the parameters were looked at"
+    assert imported & {"torch", "prefect", "mlflow", "numpy", "pandas", "transformers", "datasets"} == set()
+
+
+def test_what_only_later_steps_need_is_imported_later() -> None:
+    """Before the first step of a training; MLflow is imported when its database is opened."""
+    imported = _imported("from flows.local import _import_flow; _import_flow()")
+    assert {"torch", "prefect"} <= imported
+    assert imported & {"transformers", "datasets", "tokenizers", "pyarrow", "matplotlib", "huggingface_hub"} == set()
 
 
 def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import pytest
 from model import GPTModel
 from model.demo import EMBEDDED_BASE
 from model.engine.config import TrainConfig
-from model.net.freezing import FreezeConfig, plan_freeze
+from model.net.config import FreezeConfig
+from model.net.freezing import plan_freeze
 from model.net.prompt import format_prompt
 from ops.hub import DEFAULT_DATASET
 from tasks.cards import model_card

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from model.data.preparing import PrepareConfig
+from model.data.config import PrepareConfig
 from model.demo import grammar
 from ops.settings import Settings
 from ops.tracking.ledger import record_night
 from ops.tracking.runs import tracked_run
 from tasks.choose import choose
-from tasks.download import SourceConfig, download
+from tasks.config import SourceConfig
+from tasks.download import download
 from tasks.references import Sources, SubsetRef
 
 CONFIG = PrepareConfig(max_length=128, validation_share=0.1)

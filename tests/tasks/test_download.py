@@ -13,7 +13,8 @@ from prefect.logging import disable_run_logger
 
 from model.net.config import PRESETS
 from ops.hub import PINNED_WEIGHTS
-from tasks.download import SourceConfig, download
+from tasks.config import SourceConfig
+from tasks.download import download
 from tasks.references import Sources
 
 

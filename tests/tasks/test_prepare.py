@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from model.data.preparing import PrepareConfig, training_keys
+from model.data.config import PrepareConfig
+from model.data.preparing import training_keys
 from model.net.tokenizer import load_tokenizer
-from tasks.download import SourceConfig, download
+from tasks.config import SourceConfig
+from tasks.download import download
 from tasks.prepare import find_or_write_tokens
 from tasks.references import Sources, TokensRef
 

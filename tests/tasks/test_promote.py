@@ -13,16 +13,17 @@ import torch
 from damage import swap_entries
 from prefect.logging import disable_run_logger
 
-from model.data.preparing import PrepareConfig
+from model.data.config import PrepareConfig
 from model.demo import EMBEDDED_BASE, grammar
 from model.engine.config import TrainConfig
 from model.files import ChangedFileError
-from model.net.config import GPTConfig
-from model.net.freezing import FreezeConfig, plan_freeze
+from model.net.config import FreezeConfig, GPTConfig
+from model.net.freezing import plan_freeze
 from model.net.gpt import GPTModel
 from ops.settings import Settings
 from ops.tracking.runs import client, log_model, tracked_run
-from tasks.download import SourceConfig, download
+from tasks.config import SourceConfig
+from tasks.download import download
 from tasks.frozen import load_frozen
 from tasks.load_weights import check_weights
 from tasks.prepare import find_or_write_tokens

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
 from model.files import sha256_file, sha256_json
 from ops.settings import Settings
-from tasks.download import SourceConfig
+from tasks.config import SourceConfig
 from tasks.load_weights import check_weights
 from tasks.weights import find_weights
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.data.config import PrepareConfig
 from model.data.layout import find_splits
-from model.data.preparing import PrepareConfig, prepare, training_keys
+from model.data.preparing import prepare, training_keys
 from model.data.rows import row_key
 from model.data.schemas import normalize_row
 from model.data.tokens import CodeAlpacaDataset

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model import GPTModel, generate
-from model.evaluation.completions import SamplingConfig, complete, extract_code
+from model.evaluation.completions import complete, extract_code
+from model.evaluation.config import SamplingConfig
 from model.net.prompt import encode_prompts
 
 PROMPTS = ["Write a function.", "Add 3 to a price, please.", "x"]

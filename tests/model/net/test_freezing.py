@@ -17,7 +17,8 @@ from model.engine.engine import Engine
 from model.engine.loss import head_loss, padded_head
 from model.engine.stepper import build_optimizer
 from model.net.attention import Rows
-from model.net.freezing import FreezeConfig, plan_freeze
+from model.net.config import FreezeConfig
+from model.net.freezing import plan_freeze
 
 
 def one_step(model: GPTModel, token_dir: Path) -> dict[str, Tensor]:

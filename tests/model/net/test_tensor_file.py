@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,40 @@ def test_values_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
         assert torch.equal(got[key], want[key]), key
         assert got[key].dtype == want[key].dtype
     assert file.sha256 == sha256_file(tmp_path / "x")
+
+
+class SlowDigest:
+    """sha256 of a machine that hashes more slowly than it reads and computes."""
+
+    def __init__(self, digest: Any):
+        self.digest = digest
+
+    def update(self, content: memoryview) -> None:
+        time.sleep(0.05)
+        self.digest.update(content)
+
+    def hexdigest(self) -> str:
+        return str(self.digest.hexdigest())
+
+
+def test_what_is_hashed_is_what_was_given_out(tmp_path: Path) -> None:
+    """The thread that hashes is done with a tensor before its memory holds another one."""
+    save_file({f"{number}": torch.full((100,), float(number)) for number in range(8)}, tmp_path / "x")
+    with open_tensors(tmp_path / "x") as file:
+        file._digest = SlowDigest(file._digest)  # type: ignore[assignment]
+        assert [(key, float(tensor.sum())) for key, tensor in file.tensors()] == [
+            (f"{number}", 100.0 * number) for number in range(8)
+        ]
+    assert file.sha256 == sha256_file(tmp_path / "x")
+
+
+def test_a_caller_that_gives_up_leaves_no_thread(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "x")
+    with open_tensors(tmp_path / "x") as file:
+        tensors = file.tensors()
+        next(tensors)
+        tensors.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hash-weights")]
 
 
 ENTRY: dict[str, Any] = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -44,6 +44,7 @@ def test_the_watcher_survives_servers_that_do_not_answer(
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     caplog.set_level("INFO", logger="watch")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # each pauses for seconds
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         watcher = Watcher(Settings(settings.data_root, "http://127.0.0.1:9"), 1)
         assert watcher.check() == watcher.check() == []

@@ -1,52 +1,123 @@
-"""The place in the installed Prefect that is patched exists, and the patch does what it is for."""
+"""The server of `make run`: its session, its socket, and how it starts and ends. Most tests serve a small app."""
 
 from __future__ import annotations
 
-import inspect
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 
-import prefect.server.api.server as server
 import pytest
 
-from ops.stack.temporary_server import _APP, _CHECKED_APP, detach_temporary_server
+from ops.servers import TEMPORARY_SERVER_VARIABLE
+from ops.stack import temporary_server
+from ops.stack.temporary_server import TemporaryServer, start_temporary_server
+
+APP = """
+import os
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return await send({"type": "lifespan.startup." + os.environ["ANSWER"]})
+    text = os.environ["PREFECT__SERVER_EPHEMERAL"] + os.environ["PREFECT__SERVER_FINAL"]
+    await send({"type": "http.response.start", "status": int(os.environ["STATUS"]), "headers": []})
+    await send({"type": "http.response.body", "body": text.encode()})
+def create_app(): return app
+"""
 
 
-def test_the_installed_prefect_starts_its_server_by_the_name_that_is_patched() -> None:
-    """Fails with a Prefect that starts it another way: then Ctrl-C would reach the server again."""
-    assert server.subprocess is subprocess  # type: ignore[attr-defined]
-    source = inspect.getsource(server.SubprocessASGIServer._run_uvicorn_command)
-    assert "return subprocess.Popen(" in source
-    assert '"--app-dir",\n                str(prefect.__module_path__.parent),\n' in source
-    assert f'"{_APP}"' in source  # replaced by the application behind the check of the Host header
-    assert "start_new_session" not in source  # else the patch is no longer needed
-    assert "subprocess.TimeoutExpired" in inspect.getsource(server.SubprocessASGIServer.stop)
+@pytest.fixture
+def small_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Lets the server serve the app above; the test may set ANSWER (complete or failed) and STATUS."""
+    (tmp_path / "small_app.py").write_text(APP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("ANSWER", "complete")
+    monkeypatch.setenv("STATUS", "200")
+    monkeypatch.setattr(temporary_server, "_APP", "small_app:create_app")
+    return monkeypatch
 
 
-def test_the_server_has_a_session_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No signal to the group of this process reaches it; no other module starts its processes differently."""
-    monkeypatch.setattr(server, "subprocess", subprocess)  # put back afterwards
-    detach_temporary_server()
-    assert server.subprocess.TimeoutExpired is subprocess.TimeoutExpired  # type: ignore[attr-defined]
-    process = server.subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # type: ignore[attr-defined]
+def ask(server: TemporaryServer, host: str) -> tuple[int, bytes]:
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/api/health", headers={"Host": host})
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def test_it_has_a_session_of_its_own_and_ends(small_app: pytest.MonkeyPatch) -> None:
+    """No signal to the group of this process reaches it."""
+    server = start_temporary_server()
     try:
-        assert os.getsid(process.pid) == process.pid != os.getsid(0)
+        assert os.getsid(server.process.pid) == server.process.pid != os.getsid(0)
+        server.wait(60)
+        assert ask(server, "localhost") == (200, b"11")
     finally:
-        process.communicate(b"\n")
-    assert subprocess.Popen is not server.subprocess.Popen  # type: ignore[attr-defined]
+        server.stop()
+    assert server.process.returncode is not None
+    with pytest.raises(ConnectionRefusedError):
+        ask(server, "localhost")
 
 
-def test_the_server_is_behind_the_check_of_the_host_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command that Prefect gives is changed in two places, and no other command is."""
-    started: list[list[str]] = []
-    monkeypatch.setattr(server, "subprocess", subprocess)
-    monkeypatch.setattr(subprocess, "Popen", lambda args, **options: started.append(args))
-    detach_temporary_server()
-    given = ["python", "-m", "uvicorn", "--app-dir", "elsewhere", "--factory", _APP, "--port", "8001"]
-    server.subprocess.Popen(given)  # type: ignore[attr-defined]
-    server.subprocess.Popen(["true"])  # type: ignore[attr-defined]
-    root = str(Path(__file__).resolve().parents[3])
-    assert started[0] == ["python", "-m", "uvicorn", "--app-dir", root, "--factory", _CHECKED_APP, "--port", "8001"]
-    assert started[1] == ["true"]
+def test_a_request_that_comes_too_early_waits(small_app: pytest.MonkeyPatch) -> None:
+    """The port is the server's from the beginning, so nobody has to ask twice."""
+    server = start_temporary_server()
+    try:
+        assert ask(server, "localhost") == (200, b"11")
+    finally:
+        server.stop()
+
+
+def test_a_server_that_does_not_start_is_an_error(small_app: pytest.MonkeyPatch) -> None:
+    """It is said how it ended, and waiting does not outlast it."""
+    small_app.setenv("ANSWER", "failed")
+    server = start_temporary_server()
+    try:
+        with pytest.raises(RuntimeError, match="server does not start: it ended with exit code 3"):
+            server.wait(600)
+    finally:
+        server.stop()
+
+
+def test_a_server_that_answers_with_an_error(small_app: pytest.MonkeyPatch) -> None:
+    small_app.setenv("STATUS", "500")
+    server = start_temporary_server()
+    try:
+        with pytest.raises(RuntimeError, match="it answers with status 500"):
+            server.wait(60)
+    finally:
+        server.stop()
+
+
+def test_it_is_known_to_be_temporary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its address alone: a client of another server in the same process is not taken for one of it."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from ops.recovery.limits import ensure_limit, is_temporary
+
+    monkeypatch.setenv(TEMPORARY_SERVER_VARIABLE, "http://127.0.0.1:8123/api")
+    for url, expected in (("http://127.0.0.1:8123/api", True), ("http://127.0.0.1:4200/api", False)):
+        with temporary_settings({PREFECT_API_URL: url}):
+            assert is_temporary(get_client(sync_client=True)) is expected
+    here = SimpleNamespace(server_type=None, api_url="http://127.0.0.1:8123/api/")
+    assert not ensure_limit(here, 1)  # type: ignore[arg-type]  # it has no method to create a limit with
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TemporaryServer]:
+    """Prefect's own application, on a fresh database."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        server = start_temporary_server()
+    try:
+        server.wait(300)
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_prefects_application_is_behind_the_check_of_the_host_header(prefect: TemporaryServer) -> None:
+    assert ask(prefect, f"127.0.0.1:{prefect.port}") == (200, b"true")
+    assert ask(prefect, "evil.example")[0] == 403
