@@ -13,10 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from flows.commands import UsageError, read_parameters
 from flows.local import embed, end_in_order, start
+from model.yaml_text import parse_yaml
 from ops.settings import Settings
 from ops.text import storable
 
@@ -42,8 +41,8 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         if name in changes:
             raise UsageError(f"{name} is given twice")
         try:
-            changes[name] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
+            changes[name] = parse_yaml(value)
+        except ValueError:
             shown = argument if len(argument) < 100 else f"{argument[:100]}..."
             raise UsageError(f"{shown}: the value is not YAML; quote it") from None
     return parameters | changes

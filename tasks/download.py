@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from model.data.formats import file_type
 from model.data.layout import find_layout
 from model.demo import grammar
-from model.files import atomic_directory, sha256_file
+from model.files import atomic_directory, path_of, sha256_file
 from model.net.config import PRESETS, normalize_size
 from model.parameters import Parameters
 from ops.hub import DEFAULT_DATASET, fetch_dataset
@@ -43,7 +43,7 @@ class SourceConfig(Parameters):
 
     model_size: Size = "124m"
     """tiny, 124m, 355m, 774m or 1558m."""
-    dataset: str = DEFAULT_DATASET
+    dataset: _Given = DEFAULT_DATASET
     """A hub id, a local file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, or these with .gz), a folder of such
     files, or "demo"."""
     dataset_revision: str | None = None
@@ -100,11 +100,11 @@ def _demo(settings: Settings) -> Path:
 def _dataset(settings: Settings, config: SourceConfig) -> DatasetRef:
     """The files of the data set by split, with their hashes."""
     commit = None
-    path = Path(config.dataset).expanduser()
+    path = path_of("dataset", config.dataset)
     if config.dataset == DEMO:
         folder = _demo(settings)
     elif path.exists() or not _is_hub_id(config.dataset):
-        folder = path.resolve()
+        folder = path
     else:
         folder, commit = fetch_dataset(config.dataset, config.dataset_revision, settings.hub_cache)
     layout = find_layout(folder, config.dataset_config)

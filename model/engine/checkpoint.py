@@ -12,17 +12,27 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from model.engine.state import CheckpointFiles, CheckpointRecord
-from model.files import atomic_directory, remove_strays, save_tensors, sha256_file, write_json
+from model.files import (
+    atomic_directory,
+    reason_of,
+    remove_strays,
+    save_tensors,
+    sha256_file,
+    shown,
+    write_json,
+)
 from model.net.gpt import GPTModel
 from model.records import read_record
 
 MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.safetensors"
 STATE_FILE = "state.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -184,30 +194,50 @@ def load_trained(path: Path, model: GPTModel) -> None:
 
 
 def _put_trained(path: Path, model: GPTModel) -> None:
-    tensors = load_file(path / MODEL_FILE)
+    tensors = _load_tensors(path / MODEL_FILE)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if tensors.keys() != trained.keys():
-        raise ValueError(f"{path} trains other parameters: {sorted(tensors.keys() ^ trained.keys())[:5]}")
+        raise ValueError(f"{path} trains other parameters: {shown(sorted(tensors.keys() ^ trained.keys())[:5])}")
     for name, parameter in trained.items():
         if tensors[name].shape != parameter.shape:  # copy_ would broadcast
             raise ValueError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
         parameter.data.copy_(tensors[name])
 
 
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that torch has not
+        raise ValueError(f"{path} is damaged: {reason_of(error)}") from error
+
+
 def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimizer) -> None:
     """Restore trained tensors, optimizer and random states.
 
     Raises:
-        ValueError: as for ``load_trained``.
+        ValueError: as for ``load_trained``, or the optimizer's state is not that of the trained tensors.
     """
     load_state(path)
     _put_trained(path, model)
-    trainer = load_file(path / TRAINER_FILE)
-    torch.set_rng_state(trainer.pop("rng.cpu"))
-    if "rng.cuda" in trainer:
-        torch.cuda.set_rng_state(trainer.pop("rng.cuda"), model.wte.weight.device)
-    parameters = dict(model.named_parameters())
+    trainer = _load_tensors(path / TRAINER_FILE)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = model.wte.weight.device
+    random = {key: trainer.pop(key) for key in ("rng.cpu", "rng.cuda") if key in trainer}
+    moments = {f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
+    moments |= {f"step.{name}": torch.Size() for name in parameters}
+    if trainer and (trainer.keys() != moments.keys() or any(trainer[key].shape != moments[key] for key in moments)):
+        raise ValueError(f"{path / TRAINER_FILE} is damaged: its moments are not those of the trained tensors")
+    try:
+        torch.set_rng_state(random["rng.cpu"])
+        if "rng.cuda" in random:
+            torch.cuda.set_rng_state(random["rng.cuda"], device)
+    except (LookupError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path / TRAINER_FILE} is damaged: {reason_of(error)}") from error
     for key, value in trainer.items():
         kind, name = key.split(".", 1)
         # torch keeps the step counter on the CPU unless the optimizer is fused.

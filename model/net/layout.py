@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from model.files import parse_json
+from model.files import is_plain_file, parse_json, shown
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -68,9 +68,9 @@ def _shards(directory: Path) -> list[Path]:
         raise ValueError(f"{index} is damaged: {error!r}") from error
     for name in names:
         if Path(name).name != name:
-            raise ValueError(f"{index} names a file outside its directory: {name!r}")
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{index} names {name}, which does not exist")
+            raise ValueError(f"{index} names a file outside its directory: {shown(name)}")
+        if not is_plain_file(directory / name):
+            raise FileNotFoundError(f"{index} names {shown(name)}, which does not exist")
     return [directory / name for name in names]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order, verify_tokens
+from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order, read_meta, verify_tokens
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
@@ -68,7 +67,7 @@ def test_verify_tokens_finds_any_flipped_byte(token_dir: Path, tmp_path: Path) -
     """A changed first or last byte of any token file, a truncated file and a missing file are found."""
     directory = tmp_path / "tokens"
     shutil.copytree(token_dir, directory)
-    meta = json.loads((directory / "meta.json").read_text())
+    meta = read_meta(directory)
     assert verify_tokens(directory) == meta
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
