@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) > 1:
-        raise UsageError(f"one deployment at a time, not {', '.join(named)}; parameters are name=value")
+        raise UsageError(f"one deployment at a time, not {_brief(', '.join(named))}; parameters are name=value")
     parameters = read_parameters(named[0] if named else "tiny")
     changes: dict[str, Any] = {}
     for argument in arguments:
@@ -39,13 +39,18 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         if not separator:
             continue
         if name in changes:
-            raise UsageError(f"{name} is given twice")
+            raise UsageError(f"{_brief(name)} is given twice")
         try:
             changes[name] = parse_yaml(value)
         except ValueError:
-            shown = argument if len(argument) < 100 else f"{argument[:100]}..."
-            raise UsageError(f"{shown}: the value is not YAML; quote it") from None
+            raise UsageError(f"{_brief(argument)}: the value is not YAML; quote it") from None
     return parameters | changes
+
+
+def _brief(typed: str) -> str:
+    """What was typed, for a message: on one line, and cut where it is long."""
+    line = " ".join(typed.split())
+    return line if len(line) < 100 else f"{line[:100]}..."
 
 
 def complaint(parameters: Mapping[str, Any]) -> str | None:
@@ -56,10 +61,10 @@ def complaint(parameters: Mapping[str, Any]) -> str | None:
     from flows.job import unknown_parameters
 
     if unknown := unknown_parameters(parameters):
-        return f"no parameter is called {', '.join(unknown)}: README.md lists them"
+        return f"no parameter is called {_brief(', '.join(unknown))}: README.md lists them"
     for name, value in parameters.items():
         if isinstance(value, str) and storable(value) != value:
-            return f"{name} has a character that is no text: {storable(value)}"
+            return f"{name} has a character that is no text: {_brief(storable(value))}"
     log = logging.getLogger("prefect.flows")
     level = log.level
     log.setLevel(logging.CRITICAL)  # Prefect would log the same at length

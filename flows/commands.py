@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from model.files import read_bytes
+from model.files import read_bytes, shown
 from model.records import check_record
 from model.yaml_text import parse_yaml
 from ops.text import one_line
@@ -52,7 +52,7 @@ def read_parameters(deployment: str) -> dict[str, Any]:
         reason = one_line(error)
         raise UsageError(f"{os.path.realpath(DEPLOYMENTS)} is damaged, restore it: {reason}") from error
     if deployment not in parameters:
-        raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
+        raise UsageError(f"prefect.yaml has no deployment {shown(deployment)}, only {', '.join(parameters)}")
     return dict(parameters[deployment])
 
 

@@ -93,12 +93,16 @@ def match_keys(config: GPTConfig, entries: Mapping[str, Entry], source: Path) ->
     allowed = {HEAD} if tied else set()
     for name in sorted(by_name.keys() - expected.keys() - allowed):
         if not _BUFFERS.match(name):
-            faults.append(f"{shown(name)} is not a parameter of this model")
+            faults.append(f"{name if _is_plain(name) else shown(name)} is not a parameter of this model")
     if faults:
         first = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
         raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {first}. {_some(entries)}")
     wanted = expected.keys() | (allowed & by_name.keys())
     return Match({name: by_name[name] for name in by_name if name in wanted}, _note(names))
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and len(name) < 100
 
 
 def _refuse_others(entries: Mapping[str, Entry], source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,16 @@ def test_a_damaged_meta_json_is_no_token_directory(tmp_path: Path, content: str)
     """Whatever stands there, the token files are written again."""
     (tmp_path / "meta.json").write_text(content)
     assert verify_tokens(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": {}}, {"dtype": "<u4"}, {"data_sha256": "x"}, {"counts": None}, {"x": 1}]
+)
+def test_a_meta_json_that_says_something_else(token_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Every value in it is covered by its own hash: no file need be listed to be taken for whole, else."""
+    shutil.copytree(token_dir, tmp_path / "tokens")
+    path = tmp_path / "tokens" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert verify_tokens(tmp_path / "tokens") is None
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        CodeAlpacaDataset(tmp_path / "tokens", "train")

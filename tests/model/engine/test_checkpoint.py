@@ -158,6 +158,32 @@ def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel]
         load_trained(path, fresh())
 
 
+@pytest.mark.parametrize("change", ["moment missing", "moment of another shape", "no rng", "rng cut", "no file"])
+def test_an_optimizer_s_state_that_does_not_fit_is_refused(
+    fresh: Callable[[], GPTModel], tmp_path: Path, change: str
+) -> None:
+    """Its checksum fits, and it is not what this version writes: one sentence, not KeyError or RuntimeError."""
+    model = fresh()
+    path = write(tmp_path, model, trained_optimizer(model), 2, {})
+    file = path / "trainer.safetensors"
+    tensors = load_file(file)
+    if change == "moment missing":
+        del tensors["exp_avg.ln_f.bias"]
+    elif change == "moment of another shape":
+        tensors["exp_avg.ln_f.bias"] = torch.zeros(1)
+    elif change == "no rng":
+        del tensors["rng.cpu"]
+    elif change == "rng cut":
+        tensors["rng.cpu"] = tensors["rng.cpu"][:9].clone()
+    save_file(tensors, file)
+    if change == "no file":
+        file.write_bytes(b"")
+    state = json.loads((path / "state.json").read_text())
+    edit(path, files={**state["files"], "trainer.safetensors": sha256_file(file)})
+    with pytest.raises(ValueError, match=r"trainer\.safetensors is damaged"):
+        load_checkpoint(path, model, build_optimizer(model, CONFIG))
+
+
 def edit(path: Path, **changes: Any) -> None:
     """Change fields of a checkpoint's state.json."""
     state = json.loads((path / "state.json").read_text())

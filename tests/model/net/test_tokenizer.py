@@ -245,6 +245,16 @@ def test_json_that_is_no_tokenizer(tokenizer_dir: Path, tmp_path: Path, content:
     assert "\n" not in str(caught.value)
 
 
+def test_a_crash_of_the_tokenizers_library(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A panic of its Rust code, here by a merge of tokens that are shorter than a prefix, is no Exception."""
+    shutil.copytree(tokenizer_dir, tmp_path / "t")
+    raw = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    raw["model"]["continuing_subword_prefix"] = "x" * 30
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"/t holds no readable tokenizer .*PanicException"):
+        load_tokenizer(tmp_path / "t", 320)
+
+
 def test_swapped_entries_are_a_changed_file(tokenizer_dir: Path, tmp_path: Path) -> None:
     """The text comes back, the ids are others: only the hash tells."""
     shutil.copytree(tokenizer_dir, tmp_path / "t")
