@@ -239,6 +239,11 @@ def shown(value: Any, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def shown_bare(text: str) -> str:
+    """A name that a file has, for a message: as it is, if it is short and can be printed, else as ``shown``."""
+    return text if text.isprintable() and len(text) <= 100 else shown(text)
+
+
 def reason_of(error: BaseException) -> str:
     """The message of a library's error for a sentence of one's own: on one line, and cut where it is long."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.files import shown
+from model.files import shown, shown_bare
 from model.net.config import DEQUANTISE, GPTConfig
 from model.net.gpt import GPTModel
 from model.net.layout import CONFIG_FILE
@@ -89,20 +89,16 @@ def match_keys(config: GPTConfig, entries: Mapping[str, Entry], source: Path) ->
         elif entry.shape != stored:
             faults.append(f"{name} has shape {shown(list(entry.shape))}, expected {list(stored)}")
         elif entry.dtype not in FLOATS:
-            faults.append(f"{name} has dtype {shown(entry.dtype)}, expected one of {', '.join(FLOATS)}")
+            faults.append(f"{name} has dtype {shown_bare(entry.dtype)}, expected one of {', '.join(FLOATS)}")
     allowed = {HEAD} if tied else set()
     for name in sorted(by_name.keys() - expected.keys() - allowed):
         if not _BUFFERS.match(name):
-            faults.append(f"{name if _is_plain(name) else shown(name)} is not a parameter of this model")
+            faults.append(f"{shown_bare(name)} is not a parameter of this model")
     if faults:
         first = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
         raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {first}. {_some(entries)}")
     wanted = expected.keys() | (allowed & by_name.keys())
     return Match({name: by_name[name] for name in by_name if name in wanted}, _note(names))
-
-
-def _is_plain(name: str) -> bool:
-    return name.isprintable() and len(name) < 100
 
 
 def _refuse_others(entries: Mapping[str, Entry], source: Path) -> None:
@@ -114,7 +110,7 @@ def _refuse_others(entries: Mapping[str, Entry], source: Path) -> None:
         )
     scale = next((f"the key {shown(key)}" for key in entries if _QUANTISED.search(key)), None)
     small = (
-        f"{shown(key)} of dtype {shown(entry.dtype)}"
+        f"{shown(key)} of dtype {shown_bare(entry.dtype)}"
         for key, entry in entries.items()
         if entry.dtype.startswith(_QUANTISED_DTYPES) and not re.search(r"\.attn\.(bias|masked_bias)$", key)
     )

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from model.files import is_plain_file, parse_json, shown
+from model.files import is_plain_file, parse_json, shown, shown_bare
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -70,7 +70,7 @@ def _shards(directory: Path) -> list[Path]:
         if Path(name).name != name:
             raise ValueError(f"{index} names a file outside its directory: {shown(name)}")
         if not is_plain_file(directory / name):
-            raise FileNotFoundError(f"{index} names {shown(name)}, which does not exist")
+            raise FileNotFoundError(f"{index} names {shown_bare(name)}, which does not exist")
     return [directory / name for name in names]
 
 

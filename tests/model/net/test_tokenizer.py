@@ -246,10 +246,11 @@ def test_json_that_is_no_tokenizer(tokenizer_dir: Path, tmp_path: Path, content:
 
 
 def test_a_crash_of_the_tokenizers_library(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """A panic of its Rust code, here by a merge of tokens that are shorter than a prefix, is no Exception."""
+    """A panic of its Rust code, here by a merge into a token longer than all of the vocabulary, is no Exception."""
     shutil.copytree(tokenizer_dir, tmp_path / "t")
     raw = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
-    raw["model"]["continuing_subword_prefix"] = "x" * 30
+    longest = max(raw["model"]["vocab"], key=lambda token: len(token.encode()) if token[0] != "<" else 0)
+    raw["model"]["merges"].append([longest, longest])
     (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r"/t holds no readable tokenizer .*PanicException"):
         load_tokenizer(tmp_path / "t", 320)
