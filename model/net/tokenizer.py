@@ -169,7 +169,7 @@ def _content(path: Path, sha256: str | None) -> bytes:
     value = parse_json(content, path)
     if json.detect_encoding(content) == "utf-8":
         return content
-    return json.dumps(value, ensure_ascii=False).encode()
+    return json.dumps(value).encode()  # a lone surrogate stays an escape
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, directory: Path) -> None:
