@@ -201,6 +201,8 @@ def _put_trained(path: Path, model: GPTModel) -> None:
     for name, parameter in trained.items():
         if tensors[name].shape != parameter.shape:  # copy_ would broadcast
             raise ValueError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+        if not tensors[name].is_floating_point():  # copy_ would convert
+            raise ValueError(f"{path}: {name} is of the dtype {tensors[name].dtype}, expected {parameter.dtype}")
         parameter.data.copy_(tensors[name])
 
 
@@ -230,9 +232,14 @@ def load_checkpoint(path: Path, model: GPTModel, optimizer: torch.optim.Optimize
     random = {key: trainer.pop(key) for key in ("rng.cpu", "rng.cuda") if key in trainer}
     moments = {f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
     moments |= {f"step.{name}": torch.Size() for name in parameters}
-    if trainer and (trainer.keys() != moments.keys() or any(trainer[key].shape != moments[key] for key in moments)):
+    if trainer and (
+        {key: value.shape for key, value in trainer.items()} != moments
+        or not all(value.is_floating_point() for value in trainer.values())
+    ):
         raise ValueError(f"{path / TRAINER_FILE} is damaged: its moments are not those of the trained tensors")
     try:
+        if random["rng.cpu"].shape != torch.get_rng_state().shape:
+            raise RuntimeError(f"rng.cpu is {list(random['rng.cpu'].shape)}")
         torch.set_rng_state(random["rng.cpu"])
         if "rng.cuda" in random:
             torch.cuda.set_rng_state(random["rng.cuda"], device)

@@ -74,7 +74,7 @@ def _check_same(taken: Any, given: Any) -> None:
     assert not isinstance(taken, float) or math.isfinite(taken)
 
 
-@settings(few=40, share=0.5)
+@settings(few=25, share=0.5)
 @hypothesis.given(data=st.data())
 def test_any_list_of_deployments_is_read_or_refused(here: Path, data: Any) -> None:
     """The parameters are those that the file says."""

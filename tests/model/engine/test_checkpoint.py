@@ -156,9 +156,24 @@ def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel]
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"ln_f\.bias is \[1\], expected \[32\]"):
         load_trained(path, fresh())
+    save_file({**tensors, "ln_f.bias": torch.zeros(32, dtype=torch.int32)}, path / "model.safetensors")
+    edit(path, files={**state["files"], "model.safetensors": sha256_file(path / "model.safetensors")})
+    with pytest.raises(ValueError, match=r"ln_f\.bias is of the dtype torch\.int32, expected torch\.float32"):
+        load_trained(path, fresh())
 
 
-@pytest.mark.parametrize("change", ["moment missing", "moment of another shape", "no rng", "rng cut", "no file"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "moment missing",
+        "moment of another shape",
+        "moment of integers",
+        "no rng",
+        "rng cut",
+        "rng of rows",
+        "no file",
+    ],
+)
 def test_an_optimizer_s_state_that_does_not_fit_is_refused(
     fresh: Callable[[], GPTModel], tmp_path: Path, change: str
 ) -> None:
@@ -171,6 +186,10 @@ def test_an_optimizer_s_state_that_does_not_fit_is_refused(
         del tensors["exp_avg.ln_f.bias"]
     elif change == "moment of another shape":
         tensors["exp_avg.ln_f.bias"] = torch.zeros(1)
+    elif change == "moment of integers":
+        tensors["exp_avg.ln_f.bias"] = tensors["exp_avg.ln_f.bias"].int()
+    elif change == "rng of rows":
+        tensors["rng.cpu"] = tensors["rng.cpu"].reshape(1, -1)
     elif change == "no rng":
         del tensors["rng.cpu"]
     elif change == "rng cut":

@@ -64,7 +64,7 @@ def _read(directory: Path) -> None:
         assert any(torch.equal(stored[name].float(), value) for name in ends), key
 
 
-@settings(few=60, share=0.3)
+@settings(few=30, share=0.3)
 @hypothesis.given(data=st.data())
 def test_any_config_is_the_shape_or_refused(config: dict[str, Any], small: Path, here: Path, data: Any) -> None:
     """Whatever is accepted fits the weights beside it."""
@@ -85,7 +85,7 @@ def test_any_config_is_the_shape_or_refused(config: dict[str, Any], small: Path,
         assert getattr(shape, name) == said[name]
 
 
-@settings(few=80, share=0.3)
+@settings(few=50, share=0.3)
 @hypothesis.given(data=st.data())
 def test_any_header_is_read_or_refused(small: Path, here: Path, data: Any) -> None:
     """The header's JSON is changed, its length fits or not, and so do the bytes behind it."""
@@ -139,7 +139,7 @@ def test_any_tensors_are_those_of_the_library(here: Path, entries: dict[str, tup
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), known[key].reshape(-1).view(torch.uint8))
 
 
-@settings(few=60, share=0.3)
+@settings(few=40, share=0.3)
 @hypothesis.given(data=st.data())
 def test_any_index_is_followed_inside_its_folder(small: Path, here: Path, data: Any) -> None:
     """Shards are renamed, doubled, swapped; no name leads out of the folder."""
@@ -164,7 +164,7 @@ def test_any_index_is_followed_inside_its_folder(small: Path, here: Path, data: 
             put(path, b"", "absent")
 
 
-@settings(few=30, share=0.15)
+@settings(few=15, share=0.15)
 @hypothesis.given(data=st.data())
 def test_any_values_are_loaded_as_they_are_or_refused(small: Path, here: Path, data: Any) -> None:
     """Tensors get other names, dtypes and values, and the file is written by the library."""
