@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 from fuzzing import (
-    HARD_YAML,
     PLACES,
     check_message,
     hypothesis,
@@ -23,6 +22,7 @@ from fuzzing import (
     settings,
     st,
 )
+from hard_yaml import HARD_YAML
 
 from flows.__main__ import complaint, parse
 from flows.commands import DEPLOYMENTS, UsageError

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fuzzing import (
-    HARD_YAML,
     PLACES,
     check_message,
     hypothesis,
@@ -25,6 +24,7 @@ from fuzzing import (
     settings,
     st,
 )
+from hard_yaml import HARD_YAML
 
 from model.data.formats import READERS, read_records
 from model.data.layout import find_layout
