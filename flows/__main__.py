@@ -12,11 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from flows.commands import UsageError, read_parameters
 from flows.job import refused_values, unknown_parameters
 from flows.local import embed, end_in_order, start
+from model.yaml_text import parse_yaml
 from ops.settings import Settings
 from ops.text import escape_output, storable, unreadable_argument
 
@@ -35,7 +34,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"{storable(argument)} {reason}")
     named = [argument for argument in arguments if "=" not in argument]
     if len(named) > 1:
-        raise UsageError(f"one deployment at a time, not {', '.join(named)}; parameters are name=value")
+        raise UsageError(f"one deployment at a time, not {_brief(', '.join(named))}; parameters are name=value")
     parameters = read_parameters(named[0] if named else "tiny")
     changes: dict[str, Any] = {}
     for argument in arguments:
@@ -43,22 +42,27 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         if not separator:
             continue
         if name in changes:
-            raise UsageError(f"{name} is given twice")
+            raise UsageError(f"{_brief(name)} is given twice")
         try:
-            changes[name] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
-            shown = argument if len(argument) < 100 else f"{argument[:100]}..."
-            raise UsageError(f"{shown}: the value is not YAML; quote it") from None
+            changes[name] = parse_yaml(value)
+        except ValueError:
+            raise UsageError(f"{_brief(argument)}: the value is not YAML; quote it") from None
     return parameters | changes
+
+
+def _brief(typed: str) -> str:
+    """What was typed, for a message: on one line, and cut where it is long."""
+    line = " ".join(typed.split())
+    return line if len(line) < 100 else f"{line[:100]}..."
 
 
 def complaint(parameters: Mapping[str, Any]) -> str | None:
     """What is wrong with the flow's parameters, by name; None if nothing is."""
     if unknown := unknown_parameters(parameters):
-        return f"no parameter is called {', '.join(unknown)}: README.md lists them"
+        return f"no parameter is called {_brief(', '.join(unknown))}: README.md lists them"
     for name, value in parameters.items():
         if isinstance(value, str) and storable(value) != value:
-            return f"{name} has a character that is no text: {storable(value)}"
+            return f"{name} has a character that is no text: {_brief(storable(value))}"
     return "; ".join(refused_values(parameters)) or None
 
 

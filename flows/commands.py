@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import BaseModel
 
+from model.files import read_bytes, shown
+from model.records import check_record
+from model.yaml_text import parse_yaml
 from ops.text import one_line
 
 DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")  # a link to the checkout's, so that a wheel has it too
@@ -19,6 +23,19 @@ class UsageError(Exception):
     """The command line is wrong; the message is for the terminal."""
 
 
+class _Deployment(BaseModel):
+    """What is read of an entry of prefect.yaml."""
+
+    name: str
+    parameters: dict[str, Any]
+
+
+class _Deployments(BaseModel):
+    """What is read of prefect.yaml."""
+
+    deployments: list[_Deployment]
+
+
 def read_parameters(deployment: str) -> dict[str, Any]:
     """The parameters of a deployment in prefect.yaml.
 
@@ -26,13 +43,16 @@ def read_parameters(deployment: str) -> dict[str, Any]:
         UsageError: there is no deployment of that name, or the file is damaged.
     """
     try:
-        deployments = yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]
-        parameters = {str(d["name"]): dict(d["parameters"]) for d in deployments}
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        read = parse_yaml(read_bytes(DEPLOYMENTS).decode())
+        found = check_record(read, _Deployments, "its content").deployments
+        parameters = {each.name: each.parameters for each in found}
+        if len(parameters) < len(found):
+            raise ValueError("two deployments have the same name")
+    except (OSError, ValueError) as error:
         reason = one_line(error)
-        raise UsageError(f"{DEPLOYMENTS.resolve()} is damaged, restore it: {reason}") from error
+        raise UsageError(f"{os.path.realpath(DEPLOYMENTS)} is damaged, restore it: {reason}") from error
     if deployment not in parameters:
-        raise UsageError(f"prefect.yaml has no deployment {deployment!r}, only {', '.join(parameters)}")
+        raise UsageError(f"prefect.yaml has no deployment {shown(deployment)}, only {', '.join(parameters)}")
     return dict(parameters[deployment])
 
 

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import reprlib
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -20,7 +21,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_file(path: Path) -> str:
-    """The file's sha256 in hex."""
+    """The file's sha256 in hex.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+    """
+    check_plain(path)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -40,7 +46,7 @@ def plain_name(name: object, source: object) -> str:
         ValueError: it would lead out of the folder, or is no name.
     """
     if not isinstance(name, str) or not name or leads_outside(name) or "/" in name:
-        raise ValueError(f"{source} names a file outside its directory: {name!r}")
+        raise ValueError(f"{source} names a file outside its directory: {shown(name)}")
     return name
 
 
@@ -204,12 +210,83 @@ def read_bytes(path: Path, sha256: str | None = None) -> bytes:
         sha256: what its hash has to be; None for any.
 
     Raises:
+        OSError: it cannot be read, or is no file.
         ChangedFileError: it has another hash.
     """
+    check_plain(path)
     content = path.read_bytes()
     if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
         raise ChangedFileError(path, sha256, found)
     return content
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether there is a file, or a link to one. A name that no file can have, such as a long one, is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def path_of(parameter: str, value: str) -> Path:
+    """The absolute path that a parameter names, without links.
+
+    Raises:
+        ValueError: no file can have that path, its user is unknown, or its links are a circle.
+    """
+    try:
+        path = Path(value).expanduser().resolve()
+        path.lstat()
+    except FileNotFoundError:
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{parameter} {shown(value)} is not a path: {reason_of(error)}") from error
+    return path
+
+
+def check_plain(path: Path) -> None:
+    """Refuse what is there and no file: a pipe would be read for ever, and so would a device.
+
+    Raises:
+        OSError: the message names the path.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """A value that a file has, for a message: on one line, and cut where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, most, most  # repr itself never ends for some YAML
+    try:
+        text = short.repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def shown_bare(text: str) -> str:
+    """A name that a file has, for a message: as it is, if it is short and can be printed, else as ``shown``."""
+    return text if text.isprintable() and len(text) <= 100 else shown(text)
+
+
+def reason_of(error: BaseException) -> str:
+    """The message of a library's error for a sentence of one's own: on one line, and cut where it is long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for ``object_pairs_hook``.
+
+    Raises:
+        ValueError: a key is there twice, so that one of its values would be lost.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"it has the key {shown(twice)} twice")
+    return found
 
 
 def parse_json(content: bytes, path: Path) -> Any:
@@ -219,13 +296,13 @@ def parse_json(content: bytes, path: Path) -> Any:
         path: named in errors.
 
     Raises:
-        ValueError: it is no JSON; the message says what it is instead.
+        ValueError: it is no JSON, and the message says what it is instead; or an object has a key twice.
     """
     other = describe_bytes(content[:HEAD_BYTES]) if content else "an empty file: copy or download it again"
     if other:
         raise ValueError(f"{path} is not valid JSON: it is {other}")
     try:
-        return json.loads(content.decode(json.detect_encoding(content)))
+        return json.loads(content.decode(json.detect_encoding(content)), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: it is not {error.encoding.upper()}, save it as UTF-8") from error
     except (ValueError, RecursionError) as error:

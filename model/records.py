@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+
+from model.files import read_bytes, unique_keys
 
 T = TypeVar("T")
 
@@ -19,10 +22,28 @@ def parse_record(content: str | bytes, kind: type[T], what: str) -> T:
         what: begins the error message, such as a path.
 
     Raises:
-        ValueError: the text is not JSON, or not of that type.
+        ValueError: the text is not JSON, not of that type, or has a key twice.
     """
     try:
+        json.loads(content, object_pairs_hook=unique_keys)  # pydantic would take the last one
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is damaged: it is not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is damaged: {error}") from error
+    try:
         return TypeAdapter(kind).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{what} is damaged: {_explain(error)}") from error
+
+
+def check_record(value: Any, kind: type[T], what: str) -> T:
+    """A value that was read already, as ``parse_record`` returns it.
+
+    Raises:
+        ValueError: it is not of that type.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         raise ValueError(f"{what} is damaged: {_explain(error)}") from error
 
@@ -32,16 +53,22 @@ def read_record(path: Path, kind: type[T]) -> T:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or not of that type; the message names the file.
+        ValueError: it is damaged, no file, or not of that type; the message names the file.
     """
-    return parse_record(path.read_bytes(), kind, str(path))
+    try:
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} is damaged: {error.strerror}") from error
+    return parse_record(content, kind, str(path))
 
 
 def _explain(error: ValidationError) -> str:
     """The first three complaints, each with the place in the record."""
 
     def place(complaint: Any) -> str:
-        where = ".".join(map(str, complaint["loc"]))
+        where = ".".join(str(part)[:100] for part in complaint["loc"])
         return f"{where}: {complaint['msg']}" if where else str(complaint["msg"])
 
     return "; ".join(place(complaint) for complaint in error.errors()[:3])

@@ -31,7 +31,7 @@ class SourceConfig(Parameters):
 
     model_size: Size = "124m"
     """tiny, 124m, 355m, 774m or 1558m."""
-    dataset: str = DEFAULT_DATASET
+    dataset: _Given = DEFAULT_DATASET
     """A hub id, a local file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, or these with .gz), a folder of such
     files, or "demo"."""
     dataset_revision: str | None = None

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from model.data.formats import file_type
 from model.data.layout import find_layout
 from model.demo import grammar
-from model.files import atomic_directory, sha256_file
+from model.files import atomic_directory, path_of, sha256_file
 from model.net.config import normalize_size
 from ops.hub import fetch_dataset
 from ops.settings import Settings
@@ -62,11 +62,11 @@ def _demo(settings: Settings) -> Path:
 def _dataset(settings: Settings, config: SourceConfig) -> DatasetRef:
     """The files of the data set by split, with their hashes."""
     commit = None
-    path = Path(config.dataset).expanduser()
+    path = path_of("dataset", config.dataset)
     if config.dataset == DEMO:
         folder = _demo(settings)
     elif path.exists() or not _is_hub_id(config.dataset):
-        folder = path.resolve()
+        folder = path
     else:
         folder, commit = fetch_dataset(config.dataset, config.dataset_revision, settings.hub_cache)
     layout = find_layout(folder, config.dataset_config)

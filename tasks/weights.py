@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
-from model.files import sha256_file, write_json
+from model.files import path_of, sha256_file, shown_bare, write_json
 from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE, model_files
 from model.net.loading import check_size, hash_pretrained
@@ -93,14 +93,15 @@ def _directory(parameter: str, value: str) -> Path:
 
     Raises:
         FileNotFoundError: it is not there, or a file.
+        ValueError: no directory can have that name.
     """
-    path = Path(value).expanduser().resolve()
+    path = path_of(parameter, value)
     if path.is_file():
         raise FileNotFoundError(
-            f"{parameter} {value} is not a directory but a file: name the directory that holds it"
+            f"{parameter} {shown_bare(value)} is not a directory but a file: name the directory that holds it"
         )
     if not path.is_dir():
-        raise FileNotFoundError(f"{parameter} {value} is not a directory")
+        raise FileNotFoundError(f"{parameter} {shown_bare(value)} is not a directory")
     return path
 
 

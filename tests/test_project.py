@@ -109,15 +109,22 @@ def test_no_two_files_import_each_other() -> None:
 
 # Test files that are about a theme, and not about one module.
 THEMES = {
-    "model": {"data/test_fuzz.py", "engine/test_cuda.py", "engine/test_sameness.py"},
+    "model": {
+        "data/test_fuzz.py",
+        "engine/test_cuda.py",
+        "engine/test_fuzz.py",
+        "engine/test_sameness.py",
+        "net/test_fuzz.py",
+    },
     "ops": {
+        "machine/test_fuzz.py",
         "sandbox/test_processes.py",
         "stack/test_pages.py",
         "stack/test_postgres.py",
         "stack/test_secured.py",
     },
-    "flows": {"test_deployments.py", "test_nights.py", "test_resume.py", "test_main.py"},
-    "tasks": set(),
+    "flows": {"test_deployments.py", "test_fuzz.py", "test_nights.py", "test_resume.py", "test_main.py"},
+    "tasks": {"test_fuzz.py"},
 }
 
 

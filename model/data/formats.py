@@ -13,13 +13,14 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from model.data.schemas import COLUMNS, SCHEMAS, UnusableRow
-from model.files import HEAD_BYTES, describe_bytes
+from model.files import HEAD_BYTES, check_plain, describe_bytes, reason_of
 
 _GZIP = ".gz"
 _SEPARATORS = ",;\t|"
@@ -63,16 +64,18 @@ def read_records(path: Path) -> Iterator[Any]:
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#04x}" if isinstance(error.object, bytes) else "invalid bytes"
         raise ValueError(f"{path} is not {error.encoding.upper()} ({found}): save it as UTF-8") from error
-    except (ValueError, OSError, EOFError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as {kind}: {error}") from error
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as {kind}: {reason_of(error)}") from error
 
 
 def _open(path: Path, kind: str) -> io.BufferedReader:
     """Open a file, decompressed if its name ends with .gz, and look at its first bytes.
 
     Raises:
+        OSError: it cannot be opened, or is no file.
         ValueError: it is something else, such as a Git LFS pointer; the message says what it is and what to do.
     """
+    check_plain(path)
     raw: Any = gzip.open(path) if path.suffix.lower() == _GZIP else io.FileIO(path)  # noqa: SIM115  # closed by reader
     reader = io.BufferedReader(raw)
     try:

@@ -7,7 +7,6 @@ read: a card that points elsewhere is refused.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from model.data.formats import READERS, file_type
-from model.files import leads_outside, plain_name
+from model.files import leads_outside, parse_json, plain_name, read_bytes, shown
+from model.yaml_text import parse_yaml
 
 SPLITS = ("train", "validation", "test")
 # The words of ``datasets`` for each split, but for "testing", which is a subject as often as a split.
@@ -128,14 +126,16 @@ def _listed_shards(folder: Path) -> set[str] | None:
     if not state.is_file():
         return None
     try:
-        names = [shard["filename"] for shard in json.loads(state.read_text())["_data_files"]]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        names = [shard["filename"] for shard in parse_json(read_bytes(state), state)["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         if not any(folder.glob("*.arrow")):
             return None  # of another program
-        raise ValueError(f"{state} is not what save_to_disk writes ({error!r}): save the data set again") from error
+        raise ValueError(
+            f"{state} is not what save_to_disk writes ({shown(error)}): save the data set again"
+        ) from error
     for name in names:
         if not (folder / plain_name(name, state)).is_file():
-            raise ValueError(f"{state} names {name}, which is not there: copy the whole folder")
+            raise ValueError(f"{state} names {shown(name)}, which is not there: copy the whole folder")
     return set(names)
 
 
@@ -183,10 +183,10 @@ def _configuration(folder: Path, wanted: str | None) -> list[tuple[str | None, s
     configs = [
         each for each in _front_matter(card).get("configs") or [] if "data_files" in each or "data_dir" in each
     ]
-    names = [str(each.get("config_name", "default")) for each in configs]
+    names = [_plain(each, "config_name", card) or "default" for each in configs]
     if wanted is not None and wanted not in names:
         known = ", ".join(names) or "none"
-        raise ValueError(f"{card} names no configuration {wanted!r} (dataset_config), only {known}")
+        raise ValueError(f"{card} names no configuration {wanted!r} (dataset_config), only {known[:300]}")
     if not configs:
         return []
     pairs = list(zip(configs, names, strict=True))
@@ -196,7 +196,7 @@ def _configuration(folder: Path, wanted: str | None) -> list[tuple[str | None, s
         chosen = [each for each, _ in pairs if each.get("default")]
         chosen = chosen or [each for each, name in pairs if name == "default"]
     if not chosen:
-        raise ValueError(f"{card} has the configurations {', '.join(names)}: choose one with dataset_config")
+        raise ValueError(f"{card} has the configurations {', '.join(names)[:300]}: choose one with dataset_config")
     return list(_patterns(chosen[0], card))
 
 
@@ -205,16 +205,28 @@ def _front_matter(card: Path) -> dict[str, Any]:
     if not card.is_file():
         return {}
     text = card.read_text(encoding="utf-8", errors="replace")
-    match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
+    match = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text, re.DOTALL)
     try:
-        loaded = yaml.safe_load(match[1]) if match else {}
-    except yaml.YAMLError as error:
+        loaded = parse_yaml(match[1]) if match else {}
+    except ValueError as error:
         raise ValueError(f"the head of {card} is not YAML: {error}") from error
     found = loaded if isinstance(loaded, dict) else {}
     configs = found.get("configs") or []
     if not isinstance(configs, list) or not all(isinstance(each, dict) for each in configs):
         raise ValueError(f"configs in {card} is not a list of configurations")
     return found
+
+
+def _plain(entry: dict[str, Any], name: str, card: Path) -> str | None:
+    """The text of an entry of a card, or a number or date as text; None where there is none.
+
+    Raises:
+        ValueError: it is a list or a mapping. Aliases can make one so large that its text never ends.
+    """
+    value = entry.get(name)
+    if isinstance(value, list | dict | set | tuple):
+        raise ValueError(f"{name} in {card} is {shown(value)}, where a text is needed")
+    return None if value is None else str(value)
 
 
 def _patterns(config: dict[str, Any], card: Path) -> Iterator[tuple[str | None, str]]:
@@ -227,18 +239,18 @@ def _patterns(config: dict[str, Any], card: Path) -> Iterator[tuple[str | None, 
     if isinstance(given, dict):
         given = [{"split": split, "path": path} for split, path in given.items()]
     for each in given if isinstance(given, list) else [given]:
-        split, paths = (each.get("split"), each.get("path")) if isinstance(each, dict) else (None, each)
+        split, paths = (_plain(each, "split", card), each.get("path")) if isinstance(each, dict) else (None, each)
         for pattern in paths if isinstance(paths, list) else [paths]:
             if not isinstance(pattern, str):
-                raise ValueError(f"data_files in {card} has {each!r}, where a path is needed")
-            path = PurePosixPath(str(config.get("data_dir") or "")) / pattern
+                raise ValueError(f"data_files in {card} has {shown(each)}, where a path is needed")
+            path = PurePosixPath(_plain(config, "data_dir", card) or "") / pattern
             if re.match(r"\w+:/", pattern) or leads_outside(str(path)):
                 raise ValueError(
-                    f"{card} names {pattern!r}, which is outside the data set: only files of the data set are read. "
-                    "Give a local copy without that card"
+                    f"{card} names {shown(pattern)}, which is outside the data set: only files of the data set "
+                    "are read. Give a local copy without that card"
                 )
             pattern = str(path)
-            yield None if split is None else str(split), pattern
+            yield split, pattern
 
 
 def _by_card(folder: Path, files: Sequence[Path], entries: Sequence[tuple[str | None, str]]) -> Layout:
@@ -251,19 +263,39 @@ def _by_card(folder: Path, files: Sequence[Path], entries: Sequence[tuple[str | 
     for split, pattern in entries:
         matched = [path for path in files if _matches(path.relative_to(folder), pattern)]
         if not matched:
-            raise ValueError(f"{folder / _CARD} names {pattern!r}, and no such file of {', '.join(READERS)} is there")
+            raise ValueError(
+                f"{folder / _CARD} names {shown(pattern)}, and no such file of {', '.join(READERS)} is there"
+            )
         if split is None:
             for name, paths in _by_names(folder, matched).items():
                 layout.splits.setdefault(name, []).extend(paths)
         elif known := _split_of(split):
             layout.splits.setdefault(known, []).extend(matched)
         else:
-            layout.left_out.append(f"the split {split} ({pattern}): only train, validation and test are used")
+            layout.left_out.append(
+                f"the split {split[:100]} ({pattern[:100]}): only train, validation and test are used"
+            )
     return layout
 
 
 def _matches(path: Path, pattern: str) -> bool:
-    """Whether a relative path matches a glob pattern, in which ``**`` stands for any folders, or lies below it."""
-    expression = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*\*", ".*").replace(r"\*", "[^/]*")
-    expression = expression.replace(r"\?", "[^/]")
-    return re.fullmatch(f"{expression}(?:/.*)?", path.as_posix()) is not None
+    """Whether a relative path matches a glob pattern, in which ``**`` stands for any folders, or lies below it.
+
+    Without a regular expression: that of a hostile card, with many ``*``, would try for ever.
+    """
+    text = path.as_posix()
+    reached = {0}  # how many characters of the text the pattern may have matched so far
+    for part in re.findall(r"\*\*/|\*\*|.", pattern, re.DOTALL):
+        behind = range(min(reached, default=len(text)), len(text))
+        if part == "**/":
+            reached |= {at + 1 for at in behind if text[at] == "/"}
+        elif part == "**":
+            reached |= {at + 1 for at in behind}
+        elif part == "*":
+            for at in behind:
+                if at in reached and text[at] != "/":
+                    reached.add(at + 1)
+        else:
+            fits = (lambda letter: letter != "/") if part == "?" else part.__eq__
+            reached = {at + 1 for at in behind if at in reached and fits(text[at])}
+    return any(text[at : at + 1] in ("", "/") for at in reached)

@@ -14,9 +14,9 @@ from model.data.config import PrepareConfig
 from model.data.formats import describe_schemas, read_records
 from model.data.rows import fraction, prompt_key, row_key
 from model.data.schemas import IN_HELD_OUT, UNUSABLE, UnusableRow, normalize_row
-from model.data.tokens import META_FILE
+from model.data.tokens import write_meta
 from model.data.writing import Counts, TokenFiles
-from model.files import atomic_directory, sha256_file, write_json
+from model.files import atomic_directory, sha256_file
 from model.net.prompt import encode_prompts, format_prompt
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def prepare(
             "data_sha256": files.digest.hexdigest(),
             "files": {path.name: sha256_file(path) for path in sorted(scratch.iterdir())},
         }
-        write_json(scratch / META_FILE, meta)
+        write_meta(scratch, meta)
     return meta
 
 

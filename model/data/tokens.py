@@ -10,18 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.files import sha256_file
+from model.files import parse_json, read_bytes, sha256_file, sha256_json, write_json
 
 IGNORE = -100  # label of positions that bear no loss; padding is marked by length, never by its id
 META_FILE = "meta.json"
 
 
+def write_meta(directory: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json, with the sha256 of its own content under ``sha256``."""
+    write_json(directory / META_FILE, {**meta, "sha256": sha256_json(meta)})
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """What ``write_meta`` wrote.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged; the message names it.
+    """
+    path = directory / META_FILE
+    meta = parse_json(read_bytes(path), path)
+    if not isinstance(meta, dict) or meta.pop("sha256", None) != sha256_json(meta):
+        raise ValueError(f"{path} is damaged: its content does not have the sha256 in it")
+    return meta
+
+
 def verify_tokens(directory: Path) -> dict[str, Any] | None:
-    """The meta.json of a complete, undamaged token directory, else None."""
+    """The content of the meta.json of a complete, undamaged token directory, else None."""
     try:
-        meta = json.loads((directory / META_FILE).read_text())
+        meta = read_meta(directory)
         intact = all(sha256_file(directory / name) == sha256 for name, sha256 in meta["files"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None
     return meta if intact else None
 
@@ -44,7 +63,7 @@ class CodeAlpacaDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, directory: Path, split: str, limit: int | None = None, prompt_loss_weight: float = 0.0):
-        meta = json.loads((directory / META_FILE).read_text())
+        meta = read_meta(directory)
         self.lengths = np.load(directory / f"{split}.lengths.npy")[:limit]  # (rows, 2)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths[:, 0], dtype=np.int64)])
         self.ids_file = directory / f"{split}.ids.bin"

@@ -12,11 +12,20 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from model.engine.state import CheckpointFiles, CheckpointRecord
-from model.files import atomic_directory, remove_strays, save_tensors, sha256_file, write_json
+from model.files import (
+    atomic_directory,
+    reason_of,
+    remove_strays,
+    save_tensors,
+    sha256_file,
+    shown,
+    write_json,
+)
 from model.net.gpt import GPTModel
 from model.records import read_record
 
@@ -24,6 +33,7 @@ MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.safetensors"
 STATE_FILE = "state.json"
 _FURTHER = "further"  # first part of the names of tensors that belong to no parameter
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -196,14 +206,28 @@ def load_trained(path: Path, model: GPTModel) -> None:
 
 
 def _put_trained(path: Path, model: GPTModel) -> None:
-    tensors = load_file(path / MODEL_FILE)
+    tensors = _load_tensors(path / MODEL_FILE)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if tensors.keys() != trained.keys():
-        raise ValueError(f"{path} trains other parameters: {sorted(tensors.keys() ^ trained.keys())[:5]}")
+        raise ValueError(f"{path} trains other parameters: {shown(sorted(tensors.keys() ^ trained.keys())[:5])}")
     for name, parameter in trained.items():
         if tensors[name].shape != parameter.shape:  # copy_ would broadcast
             raise ValueError(f"{path}: {name} is {list(tensors[name].shape)}, expected {list(parameter.shape)}")
+        if not tensors[name].is_floating_point():  # copy_ would convert
+            raise ValueError(f"{path}: {name} is of the dtype {tensors[name].dtype}, expected {parameter.dtype}")
         parameter.data.copy_(tensors[name])
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        ValueError: it is no safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that torch has not
+        raise ValueError(f"{path} is damaged: {reason_of(error)}") from error
 
 
 def load_checkpoint(
@@ -212,17 +236,25 @@ def load_checkpoint(
     """Restore trained tensors and optimizer, and overwrite ``further`` tensors of the training's state.
 
     Raises:
-        ValueError: as for ``load_trained``, or a further tensor is missing.
+        ValueError: as for ``load_trained``, or moments or further tensors are not those of this training.
     """
     load_state(path)
     _put_trained(path, model)
-    trainer = load_file(path / TRAINER_FILE)
+    trainer = _load_tensors(path / TRAINER_FILE)
     for name, tensor in (further or {}).items():
-        if f"{_FURTHER}.{name}" not in trainer:
-            raise ValueError(f"{path / TRAINER_FILE} has no {name}: it belongs to another training")
-        tensor.copy_(trainer.pop(f"{_FURTHER}.{name}"))
-    parameters = dict(model.named_parameters())
+        found = trainer.pop(f"{_FURTHER}.{name}", None)
+        if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{path / TRAINER_FILE} has no such {name}: it belongs to another training")
+        tensor.copy_(found)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = model.wte.weight.device
+    moments = {f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
+    moments |= {f"step.{name}": torch.Size() for name in parameters}
+    if trainer and (
+        {key: value.shape for key, value in trainer.items()} != moments
+        or not all(value.is_floating_point() for value in trainer.values())
+    ):
+        raise ValueError(f"{path / TRAINER_FILE} is damaged: its moments are not those of the trained tensors")
     for key, value in trainer.items():
         kind, name = key.split(".", 1)
         # torch keeps the step counter on the CPU unless the optimizer is fused.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from model.files import naming_a_full_disk
+from model.files import naming_a_full_disk, read_bytes
 from model.records import parse_record
 
 
@@ -23,11 +23,17 @@ class JournalLine(TypedDict):
 
 
 class MetricsJournal:
-    """An append-only JSONL file of ``{"step", "time" (ms), "metrics": {name: value}}``."""
+    """An append-only JSONL file of ``{"step", "time" (ms), "metrics": {name: value}}``.
+
+    Raises:
+        ValueError: something else than a file stands at its path.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        if (path.exists() or path.is_symlink()) and not path.is_file():
+            raise ValueError(f"{path} is not a file: remove it")
         path.touch()
         self.truncate(len(_lines(path)))  # a killed process may have left half a line
 
@@ -94,8 +100,15 @@ def check_journal(path: Path, lines: int, step: int, eval_losses: Mapping[int, f
 
 
 def _lines(path: Path) -> list[bytes]:
-    """The complete lines, without their newlines; what stands behind the last newline is half a line, or nothing."""
-    return path.read_bytes().split(b"\n")[:-1]
+    """The complete lines, without their newlines; what stands behind the last newline is half a line, or nothing.
+
+    Raises:
+        ValueError: it is no file, or cannot be read.
+    """
+    try:
+        return read_bytes(path).split(b"\n")[:-1]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _parse(path: Path, number: int, line: bytes) -> JournalLine:

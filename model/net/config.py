@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.files import parse_json, read_bytes
+from model.files import parse_json, read_bytes, shown
 from model.parameters import Parameters, WholeNumber
 
 # What to do with quantised weights.
@@ -122,27 +122,29 @@ class GPTConfig:
 def _check_settings(raw: dict[str, Any], path: Path) -> None:
     """Raise ValueError, naming file and setting, for what GPTModel cannot represent."""
     if raw.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(f"{path} describes a {raw['model_type']!r}, not a gpt2")
+        raise ValueError(f"{path} describes a {shown(raw['model_type'])}, not a gpt2")
     if raw.get("quantization_config"):
         raise ValueError(f"{path}: quantization_config says that the weights are quantised: {DEQUANTISE}")
     for name, values in _SUPPORTED.items():
         if name in raw and raw[name] not in values:
-            raise ValueError(f"{path}: {name} = {raw[name]!r} is not supported, only {values}")
+            raise ValueError(f"{path}: {name} = {shown(raw[name])} is not supported, only {values}")
     missing = [name for name in ("vocab_size", "n_embd", "n_layer", "n_head") if name not in raw]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     for name, largest in _LARGEST.items():
         if name in raw and (type(raw[name]) is not int or raw[name] < 1):
-            raise ValueError(f"{path}: {name} = {raw[name]!r} is not a positive integer")
+            raise ValueError(f"{path}: {name} = {shown(raw[name])} is not a positive integer")
         if raw.get(name, 1) > largest:
-            raise ValueError(f"{path}: {name} = {raw[name]} is more than {largest}")
+            raise ValueError(f"{path}: {name} = {shown(raw[name])} is more than {largest}")
     if raw.get("n_inner") not in (None, 4 * raw["n_embd"]):
-        raise ValueError(f"{path}: n_inner = {raw['n_inner']} is not supported, only 4 * n_embd")
+        raise ValueError(f"{path}: n_inner = {shown(raw['n_inner'])} is not supported, only 4 * n_embd")
     epsilon = raw.get("layer_norm_epsilon", 1e-5)
     if type(epsilon) not in (int, float) or not math.isfinite(epsilon) or not 0 < epsilon < 1:
-        raise ValueError(f"{path}: layer_norm_epsilon = {epsilon!r} is not a number between 0 and 1")
+        raise ValueError(f"{path}: layer_norm_epsilon = {shown(epsilon)} is not a number between 0 and 1")
     if type(raw.get("tie_word_embeddings", True)) is not bool:
-        raise ValueError(f"{path}: tie_word_embeddings = {raw['tie_word_embeddings']!r} is neither true nor false")
+        raise ValueError(
+            f"{path}: tie_word_embeddings = {shown(raw['tie_word_embeddings'])} is neither true nor false"
+        )
 
 
 # Radford et al. 2019, table 2. "tiny" is this project's own, small enough to train on two CPU cores.

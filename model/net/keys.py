@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from model.files import shown, shown_bare
 from model.net.config import DEQUANTISE, GPTConfig
 from model.net.gpt import GPTModel
 from model.net.layout import CONFIG_FILE
@@ -74,8 +75,8 @@ def match_keys(config: GPTConfig, entries: Mapping[str, Entry], source: Path) ->
     if len(by_name) < len(names):
         twice = next(key for key, name in names.items() if by_name[name] != key)
         faults.append(
-            f"some keys occur both with and without the '{PREFIX}' prefix or another ({twice!r} and "
-            f"{by_name[names[twice]]!r})"
+            f"some keys occur both with and without the '{PREFIX}' prefix or another ({shown(twice)} and "
+            f"{shown(by_name[names[twice]])})"
         )
     tied = config.tie_word_embeddings
     if tied and EMBEDDING not in by_name and HEAD in by_name:
@@ -86,16 +87,16 @@ def match_keys(config: GPTConfig, entries: Mapping[str, Entry], source: Path) ->
         if entry is None:
             faults.append(f"{name} is missing")
         elif entry.shape != stored:
-            faults.append(f"{name} has shape {list(entry.shape)}, expected {list(stored)}")
+            faults.append(f"{name} has shape {shown(list(entry.shape))}, expected {list(stored)}")
         elif entry.dtype not in FLOATS:
-            faults.append(f"{name} has dtype {entry.dtype}, expected one of {', '.join(FLOATS)}")
+            faults.append(f"{name} has dtype {shown_bare(entry.dtype)}, expected one of {', '.join(FLOATS)}")
     allowed = {HEAD} if tied else set()
     for name in sorted(by_name.keys() - expected.keys() - allowed):
         if not _BUFFERS.match(name):
-            faults.append(f"{name} is not a parameter of this model")
+            faults.append(f"{shown_bare(name)} is not a parameter of this model")
     if faults:
-        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
-        raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {shown}. {_some(entries)}")
+        first = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
+        raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {first}. {_some(entries)}")
     wanted = expected.keys() | (allowed & by_name.keys())
     return Match({name: by_name[name] for name in by_name if name in wanted}, _note(names))
 
@@ -104,12 +105,12 @@ def _refuse_others(entries: Mapping[str, Entry], source: Path) -> None:
     """Raise ValueError for an adapter and for quantised weights."""
     if adapter := next((key for key in entries if _ADAPTERS.search(key)), None):
         raise ValueError(
-            f"{source} holds an adapter (it has the key {adapter!r}), which is not a whole model: merge it into its "
-            "base with peft's merge_and_unload(), and save the result with save_pretrained()"
+            f"{source} holds an adapter (it has the key {shown(adapter)}), which is not a whole model: merge it into "
+            "its base with peft's merge_and_unload(), and save the result with save_pretrained()"
         )
-    scale = next((f"the key {key!r}" for key in entries if _QUANTISED.search(key)), None)
+    scale = next((f"the key {shown(key)}" for key in entries if _QUANTISED.search(key)), None)
     small = (
-        f"{key!r} of dtype {entry.dtype}"
+        f"{shown(key)} of dtype {shown_bare(entry.dtype)}"
         for key, entry in entries.items()
         if entry.dtype.startswith(_QUANTISED_DTYPES) and not re.search(r"\.attn\.(bias|masked_bias)$", key)
     )
@@ -132,11 +133,12 @@ def _note(names: Mapping[str, str]) -> str | None:
     if not changed:
         return None
     key, name = changed[0]
-    return f"{len(changed)} of {len(names)} keys have more in front than a GPT-2's, such as {key!r}, read as {name!r}"
+    example = f"{shown(key)}, read as {shown(name)}"
+    return f"{len(changed)} of {len(names)} keys have more in front than a GPT-2's, such as {example}"
 
 
 def _some(entries: Mapping[str, Entry]) -> str:
     if not entries:
         return "Its files have no key at all"
-    shown = ", ".join(repr(key) for key in sorted(entries)[:4])
-    return f"Its files have {len(entries)} keys, such as {shown}"
+    some = ", ".join(shown(key) for key in sorted(entries)[:4])
+    return f"Its files have {len(entries)} keys, such as {some}"

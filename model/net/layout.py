@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from model.files import parse_json, plain_name
+from model.files import is_plain_file, parse_json, plain_name, shown_bare
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -67,8 +67,8 @@ def _shards(directory: Path) -> list[Path]:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: {error!r}") from error
     for name in names:
-        if not (directory / plain_name(name, index)).is_file():
-            raise FileNotFoundError(f"{index} names {name}, which does not exist")
+        if not is_plain_file(directory / plain_name(name, index)):
+            raise FileNotFoundError(f"{index} names {shown_bare(name)}, which does not exist")
     return [directory / name for name in names]
 
 

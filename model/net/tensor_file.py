@@ -8,6 +8,7 @@ header, the tensors' bytes without gaps).
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from model.files import describe_content, parse_json
+from model.files import describe_content, shown, unique_keys
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes of one value; a dtype that is not listed, such as one of four bits, is not checked against its size.
@@ -106,21 +107,33 @@ class TensorFile:
         self._fill(memoryview(header))
         self._digest.update(header)
         try:
-            raw = parse_json(bytes(header), self.path)
+            raw = json.loads(header.decode(), object_pairs_hook=unique_keys, parse_constant=_no_constant)
             entries = {key: _parse(value) for key, value in raw.items() if key != "__metadata__"}
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise self._fault(f"its header is damaged ({error!r})") from error
+            _check_metadata(raw.get("__metadata__"))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise self._fault(f"its header is damaged ({shown(error)})") from error
         entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         place = 0
         for key, entry in entries.items():
             if entry.begin != place:
-                raise self._fault(f"{key} begins at byte {entry.begin:,} of the tensors instead of {place:,}")
+                raise self._fault(f"{shown(key)} begins at byte {entry.begin:,} of the tensors instead of {place:,}")
             place = entry.end
         if place != size - 8 - length:
             raise self._fault(
                 f"its tensors have {size - 8 - length:,} bytes instead of {place:,}: copy or download it again"
             )
         return entries
+
+
+def _no_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads, and which are not JSON."""
+    raise ValueError(f"it has {name}, which is not JSON")
+
+
+def _check_metadata(found: Any) -> None:
+    """Raise ValueError if the header's metadata are not texts by name, as the library needs them."""
+    if found is not None and not (isinstance(found, dict) and all(isinstance(text, str) for text in found.values())):
+        raise ValueError("its __metadata__ are not texts by name")
 
 
 def _parse(value: Any) -> Entry:
@@ -132,10 +145,12 @@ def _parse(value: Any) -> Entry:
     begin, end = value["data_offsets"]
     entry = Entry(str(value["dtype"]), tuple(value["shape"]), begin, end)
     if any(type(number) is not int or number < 0 for number in (*entry.shape, begin, end)):
-        raise ValueError(f"{value} has a number that is no size")
+        raise ValueError(f"{shown(value)} has a number that is no size")
+    if max(entry.shape, default=0) >= 2**63 or math.prod(size for size in entry.shape if size) >= 2**63:
+        raise ValueError(f"{shown(value)} has a shape that no tensor can have")
     wanted = math.prod(entry.shape) * _BYTES.get(entry.dtype, 0)
     if end < begin or (entry.dtype in _BYTES and end - begin != wanted):
-        raise ValueError(f"{value} has {end - begin} bytes, {wanted} are needed")
+        raise ValueError(f"{shown(value)} has {end - begin} bytes, {wanted} are needed")
     return entry
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from model.files import ChangedFileError, describe_content, parse_json, read_bytes
+from model.files import ChangedFileError, describe_content, parse_json, read_bytes, reason_of
 from model.net.prompt import encode
 
 if TYPE_CHECKING:
@@ -87,12 +87,18 @@ def load_tokenizer(
     # No text is changed when ids are decoded. Rows are cut at max_length, and counted, elsewhere: no warning.
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = int(1e9)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {directory} has no eos_token")
-    _check_ids(tokenizer, vocab_size, directory)
-    _check_golden(tokenizer, directory, gpt2)
-    _check_round_trip(tokenizer, directory)
-    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer in {directory} has no eos_token")
+        _check_ids(tokenizer, vocab_size, directory)
+        _check_golden(tokenizer, directory, gpt2)
+        _check_round_trip(tokenizer, directory)
+        tokenizer.pad_token = tokenizer.eos_token
+    except BaseException as error:
+        if isinstance(error, ValueError) or not _is_of_tokenizers(error):
+            raise
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise ValueError(f"the tokenizer in {directory} does not work ({reason}): name another directory") from error
     return tokenizer
 
 
@@ -126,15 +132,24 @@ def _load(directory: Path, files: Mapping[str, str] | None) -> PreTrainedTokeniz
                 (Path(scratch) / name).write_bytes(content)
         try:
             tokenizer = AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers and its tokenizers raise all kinds, also plain Exception
-            said = " ".join(str(error).replace(scratch, str(directory)).split())  # some fill many lines
-            reason = f"{type(error).__name__}: {said[:200]}"
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            reason = f"{type(error).__name__}: {reason_of(error)}".replace(scratch, str(directory))
             there = f"it has {', '.join(names)}" if names else f"it has none of {', '.join(TOKENIZER_FILES[:4])}"
             raise ValueError(
                 f"{directory} holds no readable tokenizer ({there}; {reason}): name one in tokenizer_dir"
             ) from error
     tokenizer.name_or_path = str(directory)
     return tokenizer
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Whether it is an error of transformers or its tokenizers. They raise all kinds, also plain Exception.
+
+    A panic of the tokenizers' Rust code is no Exception, so that nobody catches it by chance.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _content(path: Path, sha256: str | None) -> bytes:
@@ -154,7 +169,7 @@ def _content(path: Path, sha256: str | None) -> bytes:
     value = parse_json(content, path)
     if json.detect_encoding(content) == "utf-8":
         return content
-    return json.dumps(value, ensure_ascii=False).encode()
+    return json.dumps(value).encode()  # a lone surrogate stays an escape
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, directory: Path) -> None:

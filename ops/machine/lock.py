@@ -260,7 +260,7 @@ def _read(path: Path) -> LockState:
             os.close(descriptor)
         owner = ProcessIdentity.from_json(content["process"])
         texts = [str(content[key]) for key in ("what", "holder", "since", "flow_run_id")]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         owner, texts = None, [path.stem, "", "", ""]
     what, holder, since, flow_run_id = texts
     return LockState(path, what, held, holder, owner, since, flow_run_id)

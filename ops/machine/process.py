@@ -23,6 +23,8 @@ from typing import Literal
 
 import psutil
 
+from model.records import parse_record
+
 _PROC = Path("/proc")
 _FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect's worker sets it in the environment of a flow run
 _GIVE_UP_SECONDS = 10.0  # after SIGKILL: a process in an uninterruptible system call may not end
@@ -54,8 +56,8 @@ class ProcessIdentity:
     def from_json(cls, text: str) -> ProcessIdentity | None:
         """Read what to_json wrote; None for any other text."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
+            return parse_record(text, cls, "the process")
+        except ValueError:
             return None
 
     @property

@@ -20,6 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import BaseModel, Field
+
+from model.records import read_record
 from ops.databases import check_address
 from ops.machine.flock import hold_file
 from ops.machine.process import Process, end_processes, tagged
@@ -40,8 +43,8 @@ def up(servers: Servers) -> int:
     (servers.home / "prefect").mkdir(exist_ok=True)
     with hold_file(_lock_file(servers), wait=False) as lock:
         if lock is None:
-            _say(f"make up is running already (pid {_running(servers).get('pid', 'unknown')})")
-            _say(_running(servers).get("banner", f"{servers.prefect_url}\n{servers.mlflow_url}"))
+            _say(f"make up is running already (pid {_running(servers).pid or 'unknown'})")
+            _say(_running(servers).banner or f"{servers.prefect_url}\n{servers.mlflow_url}")
             return 0
         _note(lock, {"pid": os.getpid()})
         # The worker by SIGKILL: after SIGTERM it would kill its flow runs.
@@ -76,9 +79,9 @@ def down(servers: Servers) -> int:
                     _say(f"nothing to end: no process of {servers.home} is alive")
                 return 0
             # The holder of the lock is alive, and has written its pid into the file.
-            holder = _running(servers).get("pid")
+            holder = _running(servers).pid
             if asked is None and holder is not None:
-                asked = int(holder)
+                asked = holder
                 _say(f"ending make up (pid {asked})")
                 os.kill(asked, signal.SIGTERM)
         time.sleep(0.2)
@@ -213,12 +216,19 @@ def _note(lock: TextIO, facts: dict[str, Any]) -> None:
     lock.flush()
 
 
-def _running(servers: Servers) -> dict[str, Any]:
-    """What the holder of the lock has written into it; empty while it is writing."""
+class _Running(BaseModel):
+    """What the holder of the lock has written into it."""
+
+    pid: int | None = Field(default=None, gt=1)  # 1, 0 and -1 are no `make up`, and a signal to them ends all others
+    banner: str | None = None
+
+
+def _running(servers: Servers) -> _Running:
+    """What the holder of the lock has written into it; nothing while it is writing, or if the file is damaged."""
     try:
-        return json.loads(_lock_file(servers).read_text())
+        return read_record(_lock_file(servers), _Running)
     except ValueError:
-        return {}
+        return _Running()
 
 
 def _banner(servers: Servers) -> str:

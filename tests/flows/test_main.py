@@ -138,6 +138,7 @@ def test_two_first_runs_at_once(environment: dict[str, str]) -> None:
         ({"epochs": 0}, "epochs"),
         ({"model_size": 124}, "model_size"),
         ({"device": "tpu"}, "device"),
+        ({"dataset": ""}, "dataset"),  # not the working directory
     ],
 )
 def test_a_wrong_parameter_is_named(parameters: dict[str, object], named: str) -> None:
@@ -172,9 +173,24 @@ def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> 
     """Neither is taken."""
     assert main(["epochs=1", "epochs=2"]) == 2
     assert capsys.readouterr().err == "epochs is given twice\n"
+    for words in (["a\nb=1", "a\nb=1"], ["a\nb", "c"], ["a\nb=["], ["\n" + "x" * 5000 + "=["]):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert len(error) < 200
 
 
-@pytest.mark.parametrize("argument", ["dataset=[x", "learning_rate={", "dataset=2026-13-45"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "dataset=[x",
+        "learning_rate={",
+        "dataset=2026-13-45",
+        "epochs=!!bool x",
+        "seed=!!timestamp x",
+        "dataset={a: 1, a: 2}",
+    ],
+)
 def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is started."""
     assert main([argument]) == 2
@@ -182,7 +198,22 @@ def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"deployments: 3", b"deployments: [1]", b"{", b"\xff", b"deployments: [{name: x}]"]
+    "content",
+    [
+        b"",
+        b"deployments: 3",
+        b"deployments: [1]",
+        b"{",
+        b"\xff",
+        b"deployments: [{name: x}]",
+        b"deployments: [{name: tiny, parameters: ''}]",
+        b"deployments: [{name: tiny, parameters: {1: 2}}]",
+        b"deployments: [{name: tiny, parameters: {}}, {name: tiny, parameters: {epochs: 1}}]",
+        b"deployments: [{name: tiny, parameters: {epochs: 1, epochs: 2}}]",
+        b"a: !!bool x",
+        b"[" * 5000,
+    ],
+    ids=lambda content: content[:70].decode(errors="replace"),
 )
 def test_a_damaged_list_of_deployments(
     content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -194,6 +225,16 @@ def test_a_damaged_list_of_deployments(
     assert main([]) == 2
     error = capsys.readouterr().err
     assert f"{path} is damaged, restore it: " in error
+    assert error.count("\n") == 1
+
+
+def test_a_value_that_contains_itself_many_times(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prefect's check of it would never end; the message has one line."""
+    lines = ["[&a0 [x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+    assert main(["dataset=" + ",\n".join(lines) + "]"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dataset=[&a0 [x]")
+    assert error.endswith("the value is not YAML; quote it\n")
     assert error.count("\n") == 1
 
 

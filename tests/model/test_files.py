@@ -20,10 +20,13 @@ from model.files import (
     atomic_directory,
     describe_content,
     parse_json,
+    path_of,
+    read_bytes,
     remove_strays,
     save_tensors,
     sha256_file,
     sha256_json,
+    shown,
     write_json,
 )
 
@@ -177,6 +180,8 @@ def test_json_in_any_encoding_of_unicode(tmp_path: Path, encoding: str) -> None:
         (b"{", "Expecting property name"),
         (b"[" * 100_000, "recursion"),
         (b"1" * 5000, "4300 digits"),
+        (b'{"n_layer": 2, "n_head": 2, "n_layer": 3}', "it has the key 'n_layer' twice"),
+        (b'[{"a": {"b": 1, "b": 1}}]', "it has the key 'b' twice"),
     ],
 )
 def test_what_is_no_json_is_one_sentence(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -195,3 +200,46 @@ def test_tensors_have_the_permissions_of_other_files(tmp_path: Path, umask: int)
     finally:
         os.umask(before)
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, kind: str) -> None:
+    """A pipe would be read for ever, and so would a device."""
+    path = tmp_path / "x"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    for read in (sha256_file, read_bytes):
+        with pytest.raises(OSError, match=f"not a file: '{path}'"):
+            read(path)
+
+
+def test_values_are_shown_in_part() -> None:
+    """A message has no more of a file's value than people read, however large or deep it is."""
+    assert shown("n_layer") == "'n_layer'"
+    assert len(shown("x" * 10_000)) <= 103
+    bomb: list[object] = ["x"]
+    for _ in range(40):
+        bomb = [bomb] * 9  # its repr would have 9**40 letters
+    assert len(shown(bomb)) <= 103
+    assert shown(10**5000) == "a int"
+
+
+@pytest.mark.parametrize("value", ["~nobody-has-this-name/x", "x" * 300, "a\0b", "loop/x"])
+def test_a_parameter_that_can_be_no_path(tmp_path: Path, value: str) -> None:
+    """One sentence, not RuntimeError or OSError."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"^weights_dir .* is not a path: "):
+        path_of("weights_dir", value if value.startswith("~") else str(tmp_path / value))
+
+
+def test_a_path_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Absolute, whether it exists or not."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_of("x", "~/link") == path_of("x", str(tmp_path / "link")) == tmp_path / "there"
+    assert path_of("x", str(tmp_path / "absent")) == tmp_path / "absent"

@@ -97,3 +97,18 @@ def test_weights_without_config(tmp_path: Path, gpt2_dir: Path) -> None:
 def test_every_size_has_weights() -> None:
     """A preset without pinned weights would fail when it is downloaded."""
     assert PINNED_WEIGHTS.keys() == PRESETS.keys() - {"tiny"}, "add the size to ops.hub.PINNED_WEIGHTS"
+
+
+def test_a_parameter_of_two_lines_is_one_sentence(tmp_path: Path) -> None:
+    """A path may have any character."""
+    with pytest.raises(FileNotFoundError) as caught:
+        _download(weights_dir=f"{tmp_path}/a\nb")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["~nobody-has-this-name/x", "x" * 300, "a\0b/c/d"])
+@pytest.mark.parametrize("name", ["dataset", "weights_dir", "tokenizer_dir"])
+def test_a_parameter_that_can_be_no_path_is_named(name: str, value: str) -> None:
+    """One sentence, not RuntimeError or OSError."""
+    with pytest.raises(ValueError, match=f"^{name} .* is not a path: "):
+        _download(**{name: value})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,23 @@ def test_broken_file_is_named(tmp_path: Path, suffix: str) -> None:
     else:
         with pytest.raises(ValueError, match=rf"rows\{suffix} cannot be read"):
             list(map(normalize_row, read_records(path)))
+
+
+def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+    """zlib's error is neither an OSError nor a ValueError."""
+    path = tmp_path / "rows.jsonl.gz"
+    content = bytearray(gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 100))
+    content[10:14] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz cannot be read as \.jsonl: Error -3"):
+        list(read_records(path))
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    """It would be for ever."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl cannot be read as \.jsonl: .*not a file"):
+        list(read_records(tmp_path / "rows.jsonl"))
 
 
 def test_json_that_is_no_list_is_refused(tmp_path: Path) -> None:

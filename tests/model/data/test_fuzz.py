@@ -1,29 +1,35 @@
-"""Fuzzing of the row readers: any bytes under any name give rows, reasons to drop a row, or one ValueError."""
+"""Fuzzing of data: any file gives rows, reasons to drop a row, or one ValueError; so do cards and token files."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fuzzing import (
+    PLACES,
+    check_message,
+    hypothesis,
+    limits,
+    mutated_bytes,
+    mutated_json,
+    put,
+    settings,
+    st,
+)
+from hard_yaml import HARD_YAML
 
 from model.data.formats import READERS, read_records
 from model.data.layout import find_layout
 from model.data.schemas import UnusableRow, normalize_row
-
-hypothesis = pytest.importorskip("hypothesis")
-st = hypothesis.strategies
-# FINETUNE_FUZZ_EXAMPLES=20000 fuzzes for minutes.
-EXAMPLES = int(os.environ.get("FINETUNE_FUZZ_EXAMPLES", "60"))
-SETTINGS = hypothesis.settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=EXAMPLES < 1000,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
+from model.data.tokens import CodeAlpacaDataset, verify_tokens
 
 _FIELDS = st.sampled_from(
     ["prompt", "completion", "instruction", "input", "output", "messages", "conversations", "tests", "family", "x"]
@@ -57,7 +63,7 @@ _MAGIC = st.builds(
 )
 
 
-@SETTINGS
+@settings()
 @hypothesis.given(suffix=st.sampled_from([*READERS]), content=_TEXTS | _MAGIC | st.binary(), packed=st.booleans())
 def test_any_file_gives_rows_or_one_error(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, content: bytes, packed: bool
@@ -74,7 +80,7 @@ def test_any_file_gives_rows_or_one_error(
     assert str(path) in message
 
 
-@SETTINGS
+@settings(share=2)
 @hypothesis.given(record=_VALUES | _RECORDS)
 def test_any_record_is_a_row_or_has_a_reason(record: Any) -> None:
     """Nested values of any type included."""
@@ -92,16 +98,128 @@ def _check(record: Any) -> None:
     assert row["completion"].strip()
 
 
-@SETTINGS
-@hypothesis.given(card=st.text() | st.from_regex(r"---\nconfigs:\n- config_name: \w+\n  data_files: [^\n]+\n---\n"))
-def test_any_card_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, card: str) -> None:
-    """No file outside the folder is found, whatever the card says."""
-    folder = tmp_path_factory.getbasetemp() / "card"
-    folder.mkdir(exist_ok=True)
-    (folder / "train.jsonl").touch()
-    (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+_ROWS = [
+    {"prompt": f"Add {i} to x.", "completion": f"x + {i}", "tests": ["assert True"], "family": "add"}
+    for i in range(4)
+]
+
+
+def _samples() -> dict[str, bytes]:
+    """A whole file of each type."""
+    lines = [json.dumps(row) for row in _ROWS]
+    plain = [[row["prompt"], row["completion"]] for row in _ROWS]
+    table = pa.table({name: [row[name] for row in _ROWS] for name in _ROWS[0]})
+    parquet, arrow = io.BytesIO(), io.BytesIO()
+    pq.write_table(table, parquet)
+    with pa.ipc.new_stream(arrow, table.schema) as writer:
+        writer.write_table(table)
+    found = {".jsonl": "\n".join(lines).encode(), ".json": json.dumps(_ROWS).encode()}
+    for suffix, separator in ((".csv", ","), (".tsv", "\t")):
+        found[suffix] = "\n".join(map(separator.join, [["prompt", "completion"], *plain])).encode()
+    return {**found, ".parquet": parquet.getvalue(), ".arrow": arrow.getvalue()}
+
+
+SAMPLES = _samples()
+
+
+@settings(few=60)
+@hypothesis.given(data=st.data(), suffix=st.sampled_from([*READERS]), packed=st.booleans())
+def test_any_damaged_file_gives_rows_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, data: Any, suffix: str, packed: bool
+) -> None:
+    """Some bytes of a whole file are changed, before or after its compression, or something else stands there."""
+    folder = tmp_path_factory.getbasetemp() / "damaged" / "here"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"fuzz{suffix}{'.gz' if packed else ''}"
+    content = data.draw(mutated_bytes(SAMPLES[suffix]))
+    if packed:
+        content = data.draw(mutated_bytes(gzip.compress(content, mtime=0), 1))
+    if suffix in (".json", ".jsonl") and not packed and data.draw(st.booleans()):
+        content = data.draw(mutated_json(_ROWS))
+    place = data.draw(PLACES)
+    put(path, content, place)
     try:
-        layout = find_layout(Path(folder))
-    except ValueError:
+        with limits(folder):
+            for record in read_records(path):
+                _check(record)
+    except ValueError as error:
+        check_message(error, str(path))
+    finally:
+        put(path, b"", "absent")
+
+
+_PATTERNS = st.sampled_from(
+    ["train.jsonl", "**", "*", "../secret.jsonl", "/etc/*", "https://x/y", "a\0", "*t" * 40, "*/" * 30, "?" * 300]
+) | st.sampled_from(["**/" * 30 + "x", "[a", "train.jsonl/..", "sub/./a.jsonl", "~/x"])
+
+
+@settings(few=60)
+@hypothesis.given(data=st.data())
+def test_any_card_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    """No file outside the folder is found or opened, whatever the card says."""
+    folder = tmp_path_factory.getbasetemp() / "cards" / "here"
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    (folder.parent / "secret.jsonl").touch()
+    names = ["train.jsonl", f"{'t' * 200}.jsonl", "sub/test.jsonl"]
+    for name in names:
+        (folder / name).touch()
+    configs = [
+        {"config_name": "a", "data_files": data.draw(_PATTERNS), "default": True},
+        {"config_name": "b", "data_dir": "sub", "data_files": [{"split": "train", "path": data.draw(_PATTERNS)}]},
+    ]
+    texts = st.one_of(
+        mutated_json({"configs": configs}),
+        st.text().map(str.encode),
+        st.sampled_from(HARD_YAML).map(str.encode),
+        st.binary(max_size=40),
+    )
+    head = data.draw(texts)
+    put(folder / "README.md", data.draw(mutated_bytes(b"---\n" + head + b"\n---\n", 1)), data.draw(PLACES))
+    try:
+        with limits(folder):
+            layout = find_layout(folder, data.draw(st.sampled_from([None, "a", "b", "c"])))
+    except (ValueError, FileNotFoundError) as error:
+        check_message(error, str(folder))
         return
-    assert {path.parent for paths in layout.splits.values() for path in paths} <= {folder}
+    assert {str(path.relative_to(folder)) for paths in layout.splits.values() for path in paths} <= set(names)
+
+
+@settings(few=40)
+@hypothesis.given(data=st.data())
+def test_any_state_of_save_to_disk_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    """It names the shards among a folder's files."""
+    folder = tmp_path_factory.getbasetemp() / "saved" / "here"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data-00000-of-00001.arrow").write_bytes(SAMPLES[".arrow"])
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": None}
+    put(folder / "state.json", data.draw(mutated_json(state)), data.draw(PLACES))
+    try:
+        with limits(folder):
+            find_layout(folder)
+    except (ValueError, FileNotFoundError) as error:
+        check_message(error, str(folder))
+
+
+@settings(few=60)
+@hypothesis.given(data=st.data())
+def test_any_token_directory_is_whole_or_written_again(
+    tmp_path_factory: pytest.TempPathFactory, token_dir: Path, data: Any
+) -> None:
+    """What is taken for whole says what it said when it was written."""
+    folder = tmp_path_factory.getbasetemp() / "token-files" / "here"
+    if not folder.exists():
+        shutil.copytree(token_dir, folder)
+    meta = json.loads((token_dir / "meta.json").read_text())
+    put(folder / "meta.json", data.draw(mutated_json(meta)), data.draw(PLACES))
+    name = data.draw(st.sampled_from(sorted(meta["files"])))
+    content = (token_dir / name).read_bytes()
+    if data.draw(st.booleans()):
+        put(folder / name, data.draw(mutated_bytes(content, 1)), data.draw(PLACES))
+    with limits(folder, token_dir):
+        found = verify_tokens(folder)
+        if found is not None:
+            assert {**found, "sha256": meta["sha256"]} == meta
+            left, right = (CodeAlpacaDataset(each, "test") for each in (folder, token_dir))
+            assert np.array_equal(left.ids, right.ids)
+            assert left.rows == right.rows
+    put(folder / name, content)

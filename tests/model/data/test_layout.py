@@ -211,3 +211,76 @@ def test_a_folder_is_read_once(tmp_path: Path) -> None:
     assert {line.split(",")[0] for line in left_out} == {
         str(folder / name) for name in ("latest", "above", "v2/again")
     }
+
+
+@pytest.mark.parametrize("pattern", ["*t" * 60, "**" * 60 + "x", "**/*" * 40 + "x"])
+def test_a_pattern_with_many_stars_ends(tmp_path: Path, pattern: str) -> None:
+    """As a regular expression it would try for years."""
+    _touch(tmp_path, f"{'t' * 200}.jsonl")
+    _card(tmp_path, "configs:", "- config_name: default", f"  data_files: '{pattern}'")
+    with pytest.raises(ValueError, match="and no such file"):
+        find_splits(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("**", ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl"]),
+        ("*", ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl"]),  # a folder stands for what is in it
+        ("*.jsonl", ["a.jsonl"]),
+        ("**/*.jsonl", ["a.jsonl", "b/c.jsonl", "b/d/e.jsonl"]),
+        ("b/**/e.jsonl", ["b/d/e.jsonl"]),
+        ("b/**/c.jsonl", ["b/c.jsonl"]),
+        ("b/?.jsonl", ["b/c.jsonl"]),
+        ("b/*/*", ["b/d/e.jsonl"]),
+        ("b", ["b/c.jsonl", "b/d/e.jsonl"]),
+    ],
+)
+def test_patterns_of_a_card(tmp_path: Path, pattern: str, found: list[str]) -> None:
+    _touch(tmp_path, "a.jsonl", "b/c.jsonl", "b/d/e.jsonl")
+    _card(tmp_path, "configs:", "- config_name: default", f"  data_files: '{pattern}'")
+    assert _found(tmp_path) == {"train": found}
+
+
+BOMB = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "configs: *a29",
+        "configs: [{config_name: *a29, data_files: x}]",
+        "configs: [{data_dir: *a29, data_files: x}]",
+        "configs: [{data_files: [{split: *a29, path: x}]}]",
+        "configs: [{data_files: {train: *a29}}]",
+    ],
+)
+def test_a_card_whose_text_never_ends_is_refused(tmp_path: Path, line: str) -> None:
+    """Aliases of aliases: the list has 9**29 entries, and its text would fill any memory."""
+    _touch(tmp_path, "train.jsonl")
+    _card(tmp_path, *BOMB, line)
+    with pytest.raises(ValueError, match=r"README\.md"):
+        find_splits(tmp_path)
+
+
+@pytest.mark.parametrize("head", ["a: !!timestamp x", "a: !!bool x", "a: 2001-99-99", "[" * 5000, "a: 1\na: 2"])
+def test_a_card_that_cannot_be_read_is_named(tmp_path: Path, head: str) -> None:
+    _touch(tmp_path, "train.jsonl")
+    _card(tmp_path, head)
+    with pytest.raises(ValueError, match=r"the head of .*README\.md is not YAML: "):
+        find_splits(tmp_path)
+
+
+def test_a_card_of_empty_lines_is_read_at_once(tmp_path: Path) -> None:
+    """The search for its head takes time that grows with its length, not with the square of it."""
+    _touch(tmp_path, "train.jsonl")
+    (tmp_path / "README.md").write_text("---" + "\n" * 200_000)
+    assert _found(tmp_path) == {"train": ["train.jsonl"]}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "null", "{}", '{"_data_files": [3]}', '{"_data_files": 1}'])
+def test_a_damaged_state_of_save_to_disk_is_named(tmp_path: Path, content: str) -> None:
+    _touch(tmp_path, "data-00000-of-00001.arrow")
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"state\.json is not what save_to_disk writes"):
+        find_splits(tmp_path)

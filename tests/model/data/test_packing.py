@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from model.data.packing import pack, split_evenly
-from model.data.tokens import CodeAlpacaDataset
+from model.data.tokens import CodeAlpacaDataset, write_meta
 from model.net.attention import Documents, Rows
 
 CPU = torch.device("cpu")
@@ -30,7 +29,7 @@ def dataset_of(tmp_path: Path) -> Callable[..., CodeAlpacaDataset]:
     """dataset_of(dtype=..., weight=...): ROWS as token files."""
 
     def build(dtype: str = "<u2", weight: float = 0.0) -> CodeAlpacaDataset:
-        (tmp_path / "meta.json").write_text(json.dumps({"dtype": dtype}))
+        write_meta(tmp_path, {"dtype": dtype})
         np.array([i for ids, _ in ROWS for i in ids], dtype=dtype).tofile(tmp_path / "train.ids.bin")
         np.save(tmp_path / "train.lengths.npy", np.array([(len(ids), p) for ids, p in ROWS], dtype=np.int32))
         return CodeAlpacaDataset(tmp_path, "train", prompt_loss_weight=weight)
@@ -91,7 +90,7 @@ def test_prompt_loss_weight_makes_every_token_but_the_first_a_target(
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_first_token_of_a_row_without_a_prompt_is_no_target(tmp_path: Path, weight: float) -> None:
     """Two rows of five tokens, with prompts of 0 and 1 tokens: four targets each, for any weight of the prompt."""
-    (tmp_path / "meta.json").write_text(json.dumps({"dtype": "<u2"}))
+    write_meta(tmp_path, {"dtype": "<u2"})
     np.arange(10, dtype="<u2").tofile(tmp_path / "train.ids.bin")
     np.save(tmp_path / "train.lengths.npy", np.array([(5, 0), (5, 1)], dtype=np.int32))
     dataset = CodeAlpacaDataset(tmp_path, "train", prompt_loss_weight=weight)

@@ -17,7 +17,7 @@ from model.data.layout import find_splits
 from model.data.preparing import prepare, training_keys
 from model.data.rows import row_key
 from model.data.schemas import normalize_row
-from model.data.tokens import CodeAlpacaDataset
+from model.data.tokens import CodeAlpacaDataset, read_meta
 from model.net.prompt import encode, encode_examples, format_prompt
 
 CONFIG = PrepareConfig(max_length=80, test_share=0.2, validation_share=0.2)
@@ -102,7 +102,7 @@ def test_counts(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
         assert counts["rows"][split] == len(found) > 0
         assert counts["tokens"][split] == sum(len(ids) for ids, _ in found)
         assert counts["target_tokens"][split] == sum(len(ids) - prompt for ids, prompt in found)
-    assert json.loads((directory / "meta.json").read_text()) == meta
+    assert read_meta(directory) == meta
 
 
 def test_truncated_row_has_no_eos_and_is_counted(

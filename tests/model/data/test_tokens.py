@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order, verify_tokens
+from model.data.tokens import IGNORE, CodeAlpacaDataset, epoch_order, read_meta, verify_tokens
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25])
@@ -68,7 +68,7 @@ def test_verify_tokens_finds_any_flipped_byte(token_dir: Path, tmp_path: Path) -
     """A changed first or last byte of any token file, a truncated file and a missing file are found."""
     directory = tmp_path / "tokens"
     shutil.copytree(token_dir, directory)
-    meta = json.loads((directory / "meta.json").read_text())
+    meta = read_meta(directory)
     assert verify_tokens(directory) == meta
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
@@ -90,3 +90,16 @@ def test_a_damaged_meta_json_is_no_token_directory(tmp_path: Path, content: str)
     """Whatever stands there, the token files are written again."""
     (tmp_path / "meta.json").write_text(content)
     assert verify_tokens(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"files": {}}, {"dtype": "<u4"}, {"data_sha256": "x"}, {"counts": None}, {"x": 1}]
+)
+def test_a_meta_json_that_says_something_else(token_dir: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Every value in it is covered by its own hash: no file need be listed to be taken for whole, else."""
+    shutil.copytree(token_dir, tmp_path / "tokens")
+    path = tmp_path / "tokens" / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert verify_tokens(tmp_path / "tokens") is None
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        CodeAlpacaDataset(tmp_path / "tokens", "train")

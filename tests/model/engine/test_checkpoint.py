@@ -150,7 +150,7 @@ def test_further_tensors_of_the_state(fresh: Callable[[], GPTModel], tmp_path: P
     load_checkpoint(write_checkpoint(tmp_path, snapshot, 2, {}), model, optimizer, {"scale": scale})
     assert scale.item() == 2.0
     path = write(tmp_path, model, optimizer, 3, {})
-    with pytest.raises(ValueError, match=r"step-00000003.trainer.safetensors has no scale"):
+    with pytest.raises(ValueError, match=r"step-00000003.trainer.safetensors has no such scale"):
         load_checkpoint(path, model, optimizer, {"scale": scale})
 
 
@@ -168,6 +168,52 @@ def test_checkpoint_of_other_parameters_is_refused(fresh: Callable[[], GPTModel]
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"ln_f\.bias is \[1\], expected \[32\]"):
         load_trained(path, fresh())
+    save_file({**tensors, "ln_f.bias": torch.zeros(32, dtype=torch.int32)}, path / "model.safetensors")
+    edit(path, files={**state["files"], "model.safetensors": sha256_file(path / "model.safetensors")})
+    with pytest.raises(ValueError, match=r"ln_f\.bias is of the dtype torch\.int32, expected torch\.float32"):
+        load_trained(path, fresh())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "moment missing",
+        "moment of another shape",
+        "moment of integers",
+        "further tensor missing",
+        "further tensor of another shape",
+        "further tensor of another dtype",
+        "no file",
+    ],
+)
+def test_an_optimizer_s_state_that_does_not_fit_is_refused(
+    fresh: Callable[[], GPTModel], tmp_path: Path, change: str
+) -> None:
+    """Its checksum fits, and it is not what this version writes: one sentence, not KeyError or RuntimeError."""
+    model = fresh()
+    snapshot = take_snapshot(model, trained_optimizer(model), further={"scale": torch.tensor(2.0)})
+    path = write_checkpoint(tmp_path, snapshot, 2, TrainingState("", 512, 2, 0.5, 0.5, 2, 3).to_json())
+    file = path / "trainer.safetensors"
+    tensors = load_file(file)
+    if change == "moment missing":
+        del tensors["exp_avg.ln_f.bias"]
+    elif change == "moment of another shape":
+        tensors["exp_avg.ln_f.bias"] = torch.zeros(1)
+    elif change == "moment of integers":
+        tensors["exp_avg.ln_f.bias"] = tensors["exp_avg.ln_f.bias"].int()
+    elif change == "further tensor missing":
+        del tensors["further.scale"]
+    elif change == "further tensor of another shape":
+        tensors["further.scale"] = torch.zeros(1)
+    elif change == "further tensor of another dtype":
+        tensors["further.scale"] = torch.tensor(2)
+    save_file(tensors, file)
+    if change == "no file":
+        file.write_bytes(b"")
+    state = json.loads((path / "state.json").read_text())
+    edit(path, files={**state["files"], "trainer.safetensors": sha256_file(file)})
+    with pytest.raises(ValueError, match=r"trainer\.safetensors (is damaged|has no such scale)"):
+        load_checkpoint(path, model, build_optimizer(model, CONFIG), {"scale": torch.tensor(0.0)})
 
 
 def edit(path: Path, **changes: Any) -> None:

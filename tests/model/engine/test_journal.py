@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,27 @@ def test_a_carriage_return_is_no_end_of_a_line(tmp_path: Path) -> None:
     journal.path.write_bytes(b"a\rb\nc\n")
     journal.truncate(1)
     assert journal.path.read_bytes() == b"a\rb\n"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_what_is_no_file_is_no_journal(tmp_path: Path, kind: str) -> None:
+    """A pipe would be read for ever."""
+    path = tmp_path / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not a file: remove it"):
+        MetricsJournal(path)
+    if kind != "loop":
+        with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read: not a file"):
+            read_journal(path)
+
+
+def test_a_line_that_says_something_twice_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "time": 1, "metrics": {}, "step": 2}\n')
+    with pytest.raises(ValueError, match=r"line 1 is damaged: it has the key 'step' twice"):
+        read_journal(path)

@@ -241,6 +241,17 @@ def test_index_cannot_leave_its_directory(sharded: Path) -> None:
         GPTModel.from_pretrained(sharded)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", ".."])
+def test_an_index_with_a_name_that_no_file_has(sharded: Path, name: str) -> None:
+    """One sentence that names the index."""
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["transformer.wte.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"index\.json names .*, which does not exist"):
+        GPTModel.from_pretrained(sharded)
+
+
 class Canary:
     """Unpickling it creates a file."""
 

@@ -110,3 +110,28 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(b"")
         with pytest.raises(ValueError, match="it became shorter while it was read"):
             list(file.tensors())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": NaN}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "__metadata__": {"step": 3}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {"dtype": "F32", "shape": [2], '
+        b'"data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": '
+        b'[0, 18446744073709551616], "data_offsets": [8, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": '
+        b'[0, 4294967296, 4294967296], "data_offsets": [8, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'.encode("utf-16"),
+        b"[" * 100_000,
+    ],
+    ids=["NaN", "metadata", "twice", "size", "product", "encoding", "depth"],
+)
+def test_a_header_that_the_library_refuses_is_refused(tmp_path: Path, header: bytes) -> None:
+    """What other programs cannot read is damaged, and a shape that torch cannot have is no tensor."""
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    said = "x is not a whole safetensors file: its header is damaged"
+    with pytest.raises(ValueError, match=said) as caught, open_tensors(tmp_path / "x"):
+        pass
+    assert len(str(caught.value)) < 500

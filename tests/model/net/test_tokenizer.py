@@ -245,6 +245,28 @@ def test_json_that_is_no_tokenizer(tokenizer_dir: Path, tmp_path: Path, content:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_lone_surrogate_is_one_sentence(tokenizer_dir: Path, tmp_path: Path, encoding: str) -> None:
+    """In any encoding of the file: no UnicodeEncodeError without its name."""
+    shutil.copytree(tokenizer_dir, tmp_path / "t")
+    raw = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["\ud800"] = 320
+    (tmp_path / "t" / "tokenizer.json").write_bytes(json.dumps(raw).encode(encoding))
+    with pytest.raises(ValueError, match="/t holds no readable tokenizer"):
+        load_tokenizer(tmp_path / "t", 400)
+
+
+def test_a_crash_of_the_tokenizers_library(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A panic of its Rust code, here by a merge into a token longer than all of the vocabulary, is no Exception."""
+    shutil.copytree(tokenizer_dir, tmp_path / "t")
+    raw = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    longest = max(raw["model"]["vocab"], key=lambda token: len(token.encode()) if token[0] != "<" else 0)
+    raw["model"]["merges"].append([longest, longest])
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"/t holds no readable tokenizer .*PanicException"):
+        load_tokenizer(tmp_path / "t", 320)
+
+
 def test_swapped_entries_are_a_changed_file(tokenizer_dir: Path, tmp_path: Path) -> None:
     """The text comes back, the ids are others: only the hash tells."""
     shutil.copytree(tokenizer_dir, tmp_path / "t")

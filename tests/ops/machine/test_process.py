@@ -101,7 +101,9 @@ def test_a_process_that_cannot_be_seen_is_neither_dead_nor_alive() -> None:
 
 def test_any_other_text_is_no_identity() -> None:
     """Any user can write tags and lock files."""
-    for text in ("", "null", "{}", '{"pid": 1}', "[1]", "not json"):
+    known = json.loads(identify_process().to_json())
+    other = [json.dumps({**known, "pid": pid}) for pid in ("1", 1.0, True, None, [1])]
+    for text in ("", "null", "{}", '{"pid": 1}', "[1]", "not json", "[" * 100_000, *other):
         assert ProcessIdentity.from_json(text) is None
 
 

@@ -20,6 +20,9 @@ import pytest
 import yaml
 from made_up import ROOT, MadeUp, wait_for
 
+from ops.machine.flock import hold_file
+from ops.servers import Servers
+from ops.stack.up import down
 from ops.tracking.runs import client
 
 pytestmark = pytest.mark.slow
@@ -41,6 +44,23 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeUp]:
         yield made
     finally:
         made.stop()
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 1, "1", None, [1], 1.5])
+def test_a_damaged_lock_file_names_no_process(pid: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal to -1 or 0 would end every process of the user. Signals are recorded here, not sent."""
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path))
+    servers = Servers.load()
+    servers.home.mkdir(parents=True)
+    sent: list[object] = []
+    monkeypatch.setattr("ops.stack.up.os.kill", lambda *signalled: sent.append(signalled))
+    monkeypatch.setattr("ops.stack.up.STOP_SECONDS", 0.5)
+    with hold_file(servers.home / "up.lock", wait=True) as lock:
+        assert lock
+        lock.write(json.dumps({"pid": pid}))
+        lock.flush()
+        assert down(servers) == 1
+    assert sent == []
 
 
 def test_it_is_ready_within_forty_seconds(up: MadeUp) -> None:
