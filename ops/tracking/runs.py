@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
+TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
+TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 _PAGE = 1000  # runs per request
@@ -250,7 +252,13 @@ def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> Non
 
 
 def log_model(
-    run: RunRef, directory: Path, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
+    run: RunRef,
+    directory: Path,
+    name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    step: int,
+    training: str = "",
 ) -> ModelVersion:
     """Log a directory as the run's model, with its metrics, and register it.
 
@@ -261,6 +269,7 @@ def log_model(
         name: of the registered model.
         metrics: logged for the model and for the run, at step 0: MLflow shows single values as bars.
         step: of the training that the model comes from.
+        training: identity of that training; a later run finds the version by it if this one is interrupted.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
@@ -288,7 +297,10 @@ def log_model(
         source=f"models:/{model.model_id}",
         run_id=run.run_id,
         model_id=model.model_id,
-        tags={FILES_TAG: json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())})},
+        tags={
+            FILES_TAG: json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())}),
+            TRAINING_TAG: training,
+        },
         description=", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
     )
 
