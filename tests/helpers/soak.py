@@ -31,7 +31,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 from made_up import MadeUp, wait_for
-from soak_kills import Hit, Saboteur, draw
+from soak_kills import Hit, Kill, Saboteur, draw
 from soak_records import differences, faults_of_attempts, left_running, record_of
 
 from model.demo import grammar
@@ -91,19 +91,25 @@ class Course:
         self.flow_runs: dict[str, list[str]] = {}
         self.restarts = 0
 
-    def run(self, todo: Sequence[Stage], saboteur: Saboteur | None = None) -> None:
+    def run(
+        self, todo: Sequence[Stage], saboteur: Saboteur | None = None, kills: Sequence[Sequence[Kill]] = ()
+    ) -> None:
         """Carry every stage through.
+
+        Args:
+            kills: what the saboteur gets to do in each stage.
 
         Raises:
             AssertionError: a flow run did not end, or a stage was not completed, within its limit.
         """
-        per_stage = len(saboteur.kills) / len(todo) if saboteur else 0.0
-        for number, stage in enumerate(todo, 1):
+        for number, stage in enumerate(todo):
             lines = (self.rows / "train.jsonl").read_text().splitlines()[: stage.rows]
             (self.data / "train.jsonl").write_text("\n".join(lines) + "\n")
             if saboteur:
-                saboteur.quota = round(per_stage * number)
+                saboteur.kills += kills[number]
             self._carry_through(stage)
+        while saboteur and saboteur.kills:  # the last night is started again, and has nothing to do
+            self._carry_through(todo[-1])
 
     def _carry_through(self, stage: Stage) -> None:
         deadline = time.monotonic() + _STAGE_SECONDS
@@ -228,16 +234,15 @@ def soak(base: Path, kills: int, seed: int, steps: int = 120, extras: int | None
 
     began = time.monotonic()
     with _course(base / "disturbed", rows, data) as course:
-        events = draw(random.Random(seed), kills, kills // 5 if extras is None else extras)
-        saboteur = Saboteur(course.made, events, say)
+        drawn = draw(random.Random(seed), kills, kills // 5 if extras is None else extras, len(todo))
+        saboteur = Saboteur(course.made, say)
         thread = threading.Thread(target=saboteur.work, daemon=True)
         thread.start()
         try:
-            course.run(todo, saboteur)
-            thread.join(120)  # what is left hits servers that have nothing to do
+            course.run(todo, saboteur, drawn)
         finally:
             saboteur.ended.set()
-            thread.join(30)
+            thread.join(60)
         faults = [f"{len(saboteur.kills)} kills were not done"] if saboteur.kills else []
         faults += course.settle()
         found = record_of(course.made, course.flow_runs)
@@ -258,7 +263,7 @@ def _sizes(record: dict[str, Any]) -> dict[str, int]:
     stages_found = [facts for name, facts in record.items() if name != "registry"]
     return {
         "versions": len(record["registry"]["versions"]),
-        "files of versions": sum(len(version["files"]) for version in record["registry"]["versions"].values()),
+        "files of versions": sum(len(version["sha256"]) for version in record["registry"]["versions"].values()),
         "metric points": sum(len(points) for facts in stages_found for points in facts["metrics"].values()),
         "journal lines": sum(len(facts["journal"]) for facts in stages_found),
         "rows in the ledger": sum(len(facts["nightly"].get("used.npy", [])) for facts in stages_found),

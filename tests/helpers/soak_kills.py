@@ -20,10 +20,11 @@ from ops.machine.process import Process, identify_process
 
 # How often each victim is drawn. "flow" is the process of the flow, which is also the trainer.
 VICTIMS = {"flow": 18, "prefect": 8, "mlflow": 8, "worker": 6, "watch": 4, "flow and worker": 3, "make up": 3}
-# Moments by what is waited for, and the longest further pause in seconds: half of all kills come after any time,
-# the others after a mark that the flow leaves on disk, as the windows behind these marks are short.
-MOMENTS = {"any time": 6.0, "flow begins": 6.0, "evaluated": 1.0, "exported": 0.8, "registered": 0.6, "aliased": 0.2}
-_MOMENT_WEIGHTS = (12, 2, 2, 3, 3, 2)
+_ENDS_THE_FLOW = ("flow", "flow and worker", "make up")
+# Moments by what is waited for, with the longest further pause in seconds. Those behind "flow begins" are marks that
+# the flow leaves on disk; they are aimed at because the windows behind them are short.
+MOMENTS = {"any time": 5.0, "flow begins": 6.0, "evaluated": 1.0, "exported": 0.8, "registered": 0.6, "aliased": 0.2}
+_OF_A_FLOW, _OF_OTHERS = (10, 2, 2, 3, 3, 3), (16, 2, 1, 1, 1, 0)  # their weights, by the victim
 # Programs of `make up` by a word of their command.
 _WORDS = {
     "prefect": "ops.stack.host_check",
@@ -59,45 +60,59 @@ class Hit:
     pids: list[int]
 
 
-def draw(rng: random.Random, kills: int, extras: int) -> list[Kill]:
-    """``kills`` times SIGKILL and ``extras`` other signals, in random order."""
-    drawn = []
-    for number in range(kills + extras):
-        moment = rng.choices(list(MOMENTS), _MOMENT_WEIGHTS)[0]
-        victim = rng.choices(list(VICTIMS), list(VICTIMS.values()))[0]
-        pause, stopped = rng.uniform(0.0, MOMENTS[moment]), rng.uniform(1.0, 8.0)
-        number_of_signal = signal.SIGKILL
-        if number >= kills:
-            victim = rng.choice(["flow", "flow", "prefect", "mlflow", "watch"])
-            number_of_signal = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
-        drawn.append(Kill(moment, pause, victim, number_of_signal, stopped))
+def draw(rng: random.Random, kills: int, extras: int, stages: int) -> list[list[Kill]]:
+    """``kills`` times SIGKILL and ``extras`` other signals, spread evenly over the stages.
+
+    A stage's kills of servers, worker and watcher are spread over its attempts; each attempt but the last ends with a
+    kill of the flow.
+    """
+    drawn = [_draw_one(rng, signal.SIGKILL) for _ in range(kills)]
+    drawn += [_draw_one(rng, rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])) for _ in range(extras)]
     rng.shuffle(drawn)
-    return drawn
+    return [_in_attempts(rng, drawn[number::stages]) for number in range(stages)]
+
+
+def _draw_one(rng: random.Random, number: signal.Signals) -> Kill:
+    victims = VICTIMS if number == signal.SIGKILL else {"flow": 3, "prefect": 1, "mlflow": 1, "watch": 1}
+    victim = rng.choices(list(victims), list(victims.values()))[0]
+    moment = rng.choices(list(MOMENTS), _OF_A_FLOW if victim in _ENDS_THE_FLOW else _OF_OTHERS)[0]
+    return Kill(moment, rng.uniform(0.0, MOMENTS[moment]), victim, number, rng.uniform(1.0, 8.0))
+
+
+def _in_attempts(rng: random.Random, drawn: Sequence[Kill]) -> list[Kill]:
+    """The same kills in another order: each kill of a flow ends a group, those behind a promotion end the stage."""
+    last = [kill for kill in drawn if kill.victim in _ENDS_THE_FLOW and kill.signal != signal.SIGSTOP]
+    last.sort(key=lambda kill: kill.moment == "aliased")
+    groups: list[list[Kill]] = [[] for _ in last] or [[]]
+    for kill in drawn:
+        if kill not in last:
+            rng.choice(groups).append(kill)
+    for group, kill in zip(groups, last, strict=False):
+        group.append(kill)
+    return [kill for group in groups for kill in group]
 
 
 @dataclass
 class Saboteur:
-    """Does the kills, one after the other, in a thread.
+    """Does the kills, one after the other, in a thread. Those that a stage was too short for are left to the next.
 
     Attributes:
         made: the installation.
-        kills: those that are still to be done.
+        kills: those that are still to be done; each stage adds its own.
         hits: those that were done.
-        quota: number of hits after which it pauses; raised from stage to stage.
     """
 
     made: MadeUp
-    kills: list[Kill]
     say: Callable[[str], None]
+    kills: list[Kill] = field(default_factory=list)
     hits: list[Hit] = field(default_factory=list)
-    quota: int = 0
     ended: threading.Event = field(default_factory=threading.Event)
     began: float = field(default_factory=time.monotonic)
 
     def work(self) -> None:
-        """Until there is nothing left to kill, or ``ended`` is set."""
-        while self.kills and not self.ended.is_set():
-            if len(self.hits) >= self.quota:
+        """Until ``ended`` is set."""
+        while not self.ended.is_set():
+            if not self.kills:
                 time.sleep(0.05)
                 continue
             kill = self.kills[0]

@@ -69,7 +69,10 @@ def _record(made: MadeUp, run: Any) -> dict[str, Any]:
         there = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=folder))
         journal = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
         nightly = {path.name: np.load(path).tolist() for path in sorted(there.glob("nightly/*.npy"))}
-        tables = {path.name: json.loads(path.read_text()) for path in sorted(there.glob("tables/*.json"))}
+        root = str(made.home.parent)  # of the embedded rows, in the table of files
+        tables = {
+            path.name: json.loads(path.read_text().replace(root, "")) for path in sorted(there.glob("tables/*.json"))
+        }
     lines = [
         (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith(_NOT_COMPARED)})
         for line in journal
@@ -93,8 +96,12 @@ def _registry(made: MadeUp) -> dict[str, Any]:
             uri = f"models:/{MODEL}/{version.version}"
             there = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
             files = {path.name: sha256_file(path) for path in sorted(there.iterdir()) if path.is_file()}
-        facts = {name: version.tags.get(name) for name in ("reason", "interval", "previous_champion", "files")}
-        versions[str(version.version)] = {"files": files, **facts}
+        facts = {name: version.tags.get(name) for name in ("reason", "interval", "previous_champion")}
+        versions[str(version.version)] = {
+            "sha256": files,
+            "as registered": json.loads(version.tags["files"]),
+            **facts,
+        }
     return {"versions": versions, "aliases": dict(server.get_registered_model(MODEL).aliases)}
 
 
