@@ -23,7 +23,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from ops.machine.process import FLOW_RUN_VARIABLE, find_process, tagged
 from ops.notify import notify
 from ops.recovery.limits import POOL
-from ops.recovery.reaper import crash_flow_run
+from ops.recovery.reaper import complete_flow_run, crash_flow_run, has_finished, runs_of
 
 # A worker begins a process seconds after it made a run Pending. While the server is away it asks for up to a minute.
 PENDING_SECONDS = 120.0
@@ -65,12 +65,17 @@ def _why_lost(run: FlowRun, pending_seconds: float) -> str | None:
     return f"no process was begun for {run.name}: its worker died"
 
 
-def end_lost(prefect: SyncPrefectClient, run: FlowRun, reason: str) -> bool:
+def end_lost(prefect: SyncPrefectClient, tracking_uri: str, run: FlowRun, reason: str) -> bool:
     """Set a lost run to Crashed, or to Cancelled if it was being cancelled, and send a notice.
+
+    One whose MLflow run is FINISHED is set to Completed.
 
     Returns:
         Whether Prefect accepted the state.
     """
+    if any(has_finished(found, run) for found in runs_of(tracking_uri, str(run.id))):
+        complete_flow_run(prefect, run.id)
+        return True
     cancelled = run.state is not None and run.state.is_cancelling()
     if not crash_flow_run(prefect, str(run.id), reason):
         return False

@@ -62,7 +62,8 @@ class Watcher:
             found = lost_runs(prefect)
             confirmed = {reason: run for reason, run in found.items() if reason in self.missed}
             self.missed = set(found)
-            ended = [f"{reason}: ended" for reason, run in confirmed.items() if end_lost(prefect, run, reason)]
+            uri = self.settings.tracking_uri
+            ended = [f"{reason}: ended" for reason, run in confirmed.items() if end_lost(prefect, uri, run, reason)]
             self._report("runs", None)
             return ended
         except Exception as error:

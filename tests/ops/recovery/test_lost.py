@@ -13,8 +13,10 @@ import pytest
 
 from ops.recovery.limits import POOL, ensure_limit
 from ops.recovery.lost import end_lost, lost_runs
+from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG
 from ops.recovery.watch import Watcher
 from ops.settings import Settings
+from ops.tracking.runs import tracked_run
 
 
 @pytest.fixture
@@ -113,4 +115,15 @@ def test_the_watcher_ends_it_at_the_second_check(
     assert prefect.read_flow_run(run).state.type.value == end
     assert len(sent) == notices
     assert watcher.check() == []
-    assert not end_lost(prefect, prefect.read_flow_run(run), "again")
+    assert not end_lost(prefect, settings.tracking_uri, prefect.read_flow_run(run), "again")
+
+
+def test_one_that_died_when_everything_was_logged(
+    prefect: Any, settings: Settings, submitted: Callable[..., Any]
+) -> None:
+    """It is Completed, as its MLflow run is FINISHED."""
+    run = submitted("Running", _dead())
+    with tracked_run(settings, "a run", {}, {FLOW_RUN_TAG: str(run), ATTEMPT_TAG: "1"}):
+        pass
+    assert end_lost(prefect, settings.tracking_uri, prefect.read_flow_run(run), "gone")
+    assert prefect.read_flow_run(run).state.type.value == "COMPLETED"
