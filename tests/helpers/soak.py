@@ -37,8 +37,8 @@ from soak_records import differences, faults_of_attempts, left_running, record_o
 from model.demo import grammar
 from ops.machine.process import tagged
 
-_STAGE_SECONDS = 1500.0  # limit for a stage with all its attempts
-_RUN_SECONDS = 300.0  # limit for one flow run: with nothing killed it takes some 40 s
+_STAGE_SECONDS = 2400.0  # limit for a stage with all its attempts
+_RUN_SECONDS = 600.0  # limit for one flow run: with nothing killed it takes some 40 s
 _SETTLE_SECONDS = 150.0  # until the watcher has closed what died, and the server has freed its slots
 _COMMON: dict[str, Any] = {
     "model_size": "tiny", "num_unfrozen_layers": 2, "max_length": 96, "batch_size": 8, "eval_freq": 15,

@@ -32,7 +32,7 @@ _WORDS = {
     "worker": "prefect worker start",
     "watch": "ops.recovery.watch",
 }
-_PATIENCE = 45.0  # seconds until a kill whose moment does not come is done all the same
+_PATIENCE = 60.0  # seconds until a kill whose moment does not come is done all the same
 
 
 @dataclass(frozen=True)
