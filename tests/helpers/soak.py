@@ -107,6 +107,7 @@ class Course:
             (self.data / "train.jsonl").write_text("\n".join(lines) + "\n")
             if saboteur:
                 saboteur.kills += kills[number]
+                saboteur.registered = None  # as it is when the stage begins
             self._carry_through(stage)
         while saboteur and saboteur.kills:  # the last night is started again, and has nothing to do
             self._carry_through(todo[-1])

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from made_up import MadeUp
@@ -49,6 +49,11 @@ class Kill:
     signal: signal.Signals
     stopped: float = 0.0
 
+    @property
+    def ends_the_flow(self) -> bool:
+        """Whether the run that it hits must be started again."""
+        return self.victim in _ENDS_THE_FLOW and self.signal != signal.SIGSTOP
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -69,7 +74,10 @@ def draw(rng: random.Random, kills: int, extras: int, stages: int) -> list[list[
     drawn = [_draw_one(rng, signal.SIGKILL) for _ in range(kills)]
     drawn += [_draw_one(rng, rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])) for _ in range(extras)]
     rng.shuffle(drawn)
-    return [_in_attempts(rng, drawn[number::stages]) for number in range(stages)]
+    shares = [drawn[number::stages] for number in range(stages)]
+    # The first stage, the training, gives no alias.
+    shares[0] = [replace(kill, moment="registered") if kill.moment == "aliased" else kill for kill in shares[0]]
+    return [_in_attempts(rng, share) for share in shares]
 
 
 def _draw_one(rng: random.Random, number: signal.Signals) -> Kill:
@@ -81,7 +89,7 @@ def _draw_one(rng: random.Random, number: signal.Signals) -> Kill:
 
 def _in_attempts(rng: random.Random, drawn: Sequence[Kill]) -> list[Kill]:
     """The same kills in another order: each kill of a flow ends a group, those behind a promotion end the stage."""
-    last = [kill for kill in drawn if kill.victim in _ENDS_THE_FLOW and kill.signal != signal.SIGSTOP]
+    last = [kill for kill in drawn if kill.ends_the_flow]
     last.sort(key=lambda kill: kill.moment == "aliased")
     groups: list[list[Kill]] = [[] for _ in last] or [[]]
     for kill in drawn:
@@ -100,12 +108,14 @@ class Saboteur:
         made: the installation.
         kills: those that are still to be done; each stage adds its own.
         hits: those that were done.
+        registered: the versions of the registry when the last attempt was killed.
     """
 
     made: MadeUp
     say: Callable[[str], None]
     kills: list[Kill] = field(default_factory=list)
     hits: list[Hit] = field(default_factory=list)
+    registered: str | None = None
     ended: threading.Event = field(default_factory=threading.Event)
     began: float = field(default_factory=time.monotonic)
 
@@ -125,12 +135,26 @@ class Saboteur:
         """Wait for the moment of a kill, and note the phase. False if the soak has ended meanwhile."""
         since, deadline = time.time(), time.monotonic() + _PATIENCE
         marks = Marks(self.made)
-        while not marks.reached(kill.moment, since) and time.monotonic() < deadline:
+        moment = None
+        while not self._is_closing(kill, marks) and time.monotonic() < (moment or deadline):
+            if moment is None and marks.reached(kill.moment, since):
+                moment = time.monotonic() + kill.pause
             if self.ended.wait(0.1 if kill.moment == "flow begins" else 0.01):
                 return False
-        self.ended.wait(kill.pause)
         self._phase = marks.phase()
         return not self.ended.is_set()
+
+    def _is_closing(self, kill: Kill, marks: Marks) -> bool:
+        """Whether the attempt has registered its model, and would end before the kills of its stage are done.
+
+        Then waiting is over, up to the next kill of the flow, so that the stage has another attempt.
+        """
+        found = marks.versions()
+        self.registered = self.registered or found
+        if kill.ends_the_flow and kill.moment in ("registered", "aliased"):  # it comes in time by itself
+            return False
+        wanted = any(other.ends_the_flow and other.moment != "aliased" for other in self.kills)
+        return wanted and found is not None and found != self.registered
 
     def _strike(self, kill: Kill) -> list[int]:
         """Send the signal. Returns the pids that got it; none if the victim does not live now."""
@@ -140,6 +164,8 @@ class Saboteur:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, kill.signal)
                     struck.append(pid)
+        if struck and kill.ends_the_flow:
+            self.registered = Marks(self.made).versions()
         if not struck:
             time.sleep(0.1)
         elif kill.signal == signal.SIGSTOP:
@@ -199,6 +225,11 @@ class Marks:
             return False
         number = ("registered", "aliased").index(moment)
         return found[number] != self.registry[number]
+
+    def versions(self) -> str | None:
+        """The number of versions, and who took them over; None if the database cannot be read."""
+        found = self._registry()
+        return found[0] if found else None
 
     def phase(self) -> str:
         """What the flow is doing now: the last mark that it has left since its process began."""
