@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow fuzz check format parameters bench up down doctor deploy worker watch rollback sample clean
+.PHONY: help install run test test-slow fuzz soak check format parameters bench up down doctor deploy worker watch rollback sample clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,10 @@ test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
 
 fuzz: $(INSTALLED) ## Fuzz all that is read, for about an hour; EXAMPLES=1000 for minutes
 	FINETUNE_FUZZ_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -k fuzz $(ARGS)
+
+soak: export PYTHONPATH := .:tests/helpers
+soak: $(INSTALLED) ## Kill servers, worker and runs 50 times over a training and three nights, and compare; ARGS="--seed 1"
+	$(BIN)/python -m soak $(ARGS)
 
 check: $(INSTALLED) ## Check lint, format, types, and the pinned versions for known vulnerabilities
 	$(BIN)/ruff check .
@@ -86,7 +90,7 @@ worker: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 worker: $(INSTALLED) ## Start a worker on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI
 	@$(NEEDS_SERVERS)
 	@$(NO_PASSWORD)
-	@exec $(BIN)/prefect worker start --pool gpu
+	@exec $(BIN)/prefect worker start --pool gpu --name "$$(uname -n)"
 
 watch: $(INSTALLED) ## Start the watcher beside such a worker: it closes the runs of processes that died on this machine
 	@$(NEEDS_SERVERS)

@@ -18,7 +18,7 @@ from prefect.states import Failed
 
 from flows.job import unknown_parameters
 from ops.notify import notify
-from ops.recovery.reaper import REASON_TAG, close_run, is_retried, runs_of
+from ops.recovery.reaper import REASON_TAG, close_run, complete_flow_run, has_finished, is_retried, runs_of
 from ops.settings import Settings
 from ops.threads import in_daemon_thread
 from ops.tracking.runs import RunRef
@@ -33,7 +33,7 @@ def after_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
 
 
 def after_crash(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A signal, or a process that died: KILLED, and a notice. A wrong parameter is said to be one."""
+    """A signal, or a process that died: KILLED, and a notice; unless all was done. A wrong parameter is named."""
     state = _explain_parameters(flow_run) or state
     _end(flow, flow_run, state, "KILLED", "crashed")
 
@@ -60,10 +60,12 @@ def after_cancellation(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any
 def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str, word: str | None) -> None:
     log = flow_run_logger(flow_run, flow)
     found: list[tuple[RunRef, bool]] = []
+    finished: list[bool] = []
 
     def close() -> None:
         uri = Settings.load().tracking_uri
         for run in runs_of(uri, str(flow_run.id)):
+            finished.append(has_finished(run, flow_run))
             ref = RunRef(uri, run.info.experiment_id, run.info.run_id)
             found.append((ref, REASON_TAG in run.data.tags and not is_retried(run, flow_run)))
             close_run(ref, status, f"Prefect: {state.name}")
@@ -72,6 +74,10 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
     wait([closing], _MLFLOW_SECONDS)
     if closing.done() and (error := closing.exception()):
         log.warning("the reaper will close MLflow's run: %s", error)
+    if state.is_crashed() and any(finished):
+        with get_client(sync_client=True) as client:
+            complete_flow_run(client, flow_run.id)
+        return
     # The reaper has sent a notice when it closed this attempt's run.
     if word is None or any(reaped for _, reaped in found):
         return

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
@@ -17,6 +18,7 @@ from flows.waiting import hold_nights
 from model.data.config import PrepareConfig
 from ops.settings import Settings
 from ops.tracking.ledger import caught_up, record_night
+from ops.tracking.promotion import complete_promotion
 from ops.tracking.registry import model_name
 from ops.tracking.runs import RunRef
 from tasks.choose import choose
@@ -66,6 +68,8 @@ def begin_night(
     with ExitStack() as stack:
         stack.enter_context(hold_nights(settings, size))
         begun = datetime.now(UTC)
+        if run_id := complete_promotion(settings.tracking_uri, model_name(size)):
+            get_run_logger().info("MLflow run %s was killed in its promotion: its night counts", run_id)
         if caught_up(settings.tracking_uri, model_name(size), dataset, scheduled):
             message = f"due at {scheduled:%Y-%m-%d %H:%M %Z}; a successful night on this data began after that"
             return Completed(name="CaughtUp", message=message)

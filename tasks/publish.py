@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from prefect import get_run_logger, task
@@ -15,13 +15,16 @@ from model.engine.checkpoint import load_trained
 from model.engine.journal import read_journal
 from model.evaluation.scores import headline
 from ops.text import storable
-from ops.tracking.registry import model_name, version_uri
+from ops.tracking.registry import interrupted_version, model_name, take_over, version_uri
 from ops.tracking.runs import RunRef, client, log_model, log_table
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.cards import model_card, sample_report
 from tasks.frozen import load_frozen, load_its_tokenizer
 from tasks.references import CheckpointRef, EvaluationRef, Sources, TrainingRef
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 
 # No retries: MLflow's tables grow with each try. A rerun of the flow takes the finished training over.
@@ -42,24 +45,33 @@ def publish(
         _log_tables(run, checkpoint, evaluation)
         directory = Path(checkpoint.directory) / "model"  # removed with the training
         export(training, checkpoint, directory, model_card(sources, training, evaluation.metrics))
-        version = log_model(
-            run,
-            directory,
-            model_name(training.model.model_size),
-            {
-                "model_size": training.model.model_size,
-                "base": training.model.source,
-                "best_step": checkpoint.best_step,
-            },
-            headline(evaluation.metrics),
-            checkpoint.best_step,
-        )
+        version = _register(run, training, checkpoint, headline(evaluation.metrics), directory)
     uri = version_uri(version)
-    get_run_logger().info("registered %s", uri)
     samples = json.loads(Path(evaluation.samples).read_text())
     report = storable(sample_report(samples, evaluation, run, uri))
     create_markdown_artifact(report, key="samples", description=f"Samples of {uri}")
     return uri
+
+
+def _register(
+    run: RunRef, training: TrainingRef, checkpoint: CheckpointRef, scores: dict[str, float], directory: Path
+) -> ModelVersion:
+    """Register the exported model, or take over the version that an interrupted run of this training registered."""
+    log = get_run_logger()
+    name = model_name(training.model.model_size)
+    version = interrupted_version(run, directory, name, training.identity)
+    if version is not None:
+        take_over(run, version, scores, checkpoint.best_step)
+        log.info("took over %s, which an interrupted run of this training had registered", version_uri(version))
+        return version
+    facts = {
+        "model_size": training.model.model_size,
+        "base": training.model.source,
+        "best_step": checkpoint.best_step,
+    }
+    version = log_model(run, directory, name, facts, scores, checkpoint.best_step, training.identity)
+    log.info("registered %s", version_uri(version))
+    return version
 
 
 def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, card: str) -> None:

@@ -26,7 +26,7 @@ import psutil
 from model.records import parse_record
 
 _PROC = Path("/proc")
-_FLOW_RUN = "PREFECT__FLOW_RUN_ID"  # Prefect's worker sets it in the environment of a flow run
+FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"  # Prefect's worker sets it in the environment of a flow run
 _GIVE_UP_SECONDS = 10.0  # after SIGKILL: a process in an uninterruptible system call may not end
 
 
@@ -226,7 +226,7 @@ def _with_variable(name: str) -> Iterator[tuple[str, Process]]:
 def _describe(process: psutil.Process, environment: Mapping[str, str]) -> Process | None:
     """Describe a process with its environment; None if it is dead."""
     described = Process(
-        identify_process(process.pid), process.ppid(), tuple(process.cmdline()), environment.get(_FLOW_RUN)
+        identify_process(process.pid), process.ppid(), tuple(process.cmdline()), environment.get(FLOW_RUN_VARIABLE)
     )
     # Looked at last: the environment was read before, and must not be that of an earlier process with this pid.
     return described if described.identity.started and process.is_running() else None

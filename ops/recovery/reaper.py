@@ -217,6 +217,19 @@ def crash_flow_run(prefect: SyncPrefectClient, flow_run_id: str, reason: str) ->
     return answer.status == SetStateStatus.ACCEPT
 
 
+def has_finished(run: Run, prefect: FlowRun) -> bool:
+    """Whether an MLflow run of the present attempt of a Prefect run is FINISHED: then all its work is done."""
+    return run.info.status == "FINISHED" and not is_retried(run, prefect)
+
+
+def complete_flow_run(prefect: SyncPrefectClient, flow_run_id: UUID) -> None:
+    """Set a Prefect run to Completed whose process died in the moment after it had finished its MLflow run."""
+    from prefect.states import Completed
+
+    state: State[Any] = Completed(message="the process died when everything was done and logged")
+    prefect.set_flow_run_state(flow_run_id, state, force=True)
+
+
 def _is_absent(tracking_uri: str) -> bool:
     """Whether the store is a sqlite file that does not exist yet; a query would create it."""
     return tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists()

@@ -15,6 +15,7 @@ os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from ops.recovery.doctor import connect, examine_slots
+from ops.recovery.lost import end_lost, lost_runs
 from ops.recovery.reaper import HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
@@ -28,13 +29,15 @@ class Watcher:
 
     Attributes:
         suspected: texts of the slot findings of the last check.
-        errors: last error by what failed, "Prefect", "MLflow" or "limit".
+        missed: reasons of the flow runs that seemed lost at the last check.
+        errors: last error by what failed, "Prefect", "MLflow", "runs" or "limit".
     """
 
     def __init__(self, settings: Settings, gpus: int):
         self.settings = settings
         self.gpus = gpus
         self.suspected: set[str] = set()
+        self.missed: set[str] = set()
         self.errors: dict[str, str] = {}
 
     def check(self) -> list[str]:
@@ -49,8 +52,23 @@ class Watcher:
             except Exception as error:
                 self._report("MLflow", f"MLflow: {type(error).__name__}")
             if not missing:
+                lines += self._end_lost(prefect)
                 lines += self._mend_slots(prefect)
         return lines
+
+    def _end_lost(self, prefect: SyncPrefectClient) -> list[str]:
+        """End runs that were lost at two checks in a row: a worker that lives reports the end of a process itself."""
+        try:
+            found = lost_runs(prefect)
+            confirmed = {reason: run for reason, run in found.items() if reason in self.missed}
+            self.missed = set(found)
+            uri = self.settings.tracking_uri
+            ended = [f"{reason}: ended" for reason, run in confirmed.items() if end_lost(prefect, uri, run, reason)]
+            self._report("runs", None)
+            return ended
+        except Exception as error:
+            self._report("runs", f"lost flow runs were not looked for: {type(error).__name__}: {error}")
+            return []
 
     def _mend_slots(self, prefect: SyncPrefectClient) -> list[str]:
         """Mend findings of two checks in a row: the server counts a slot a moment before it has the lease."""

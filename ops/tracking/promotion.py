@@ -16,8 +16,8 @@ from ops.machine.lock import exclusive, shared_directory
 from ops.notify import notify
 from ops.redaction import without_credentials
 from ops.settings import Settings
-from ops.tracking.registry import CHALLENGER, CHAMPION, shared_name, version_of_alias, version_uri
-from ops.tracking.runs import PROMOTION_TAG, RunRef, client, log_metrics, set_tags
+from ops.tracking.registry import CHALLENGER, CHAMPION, finishing_run, shared_name, version_of_alias, version_uri
+from ops.tracking.runs import PROMOTION_TAG, RunRef, client, log_metrics, search_runs, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -101,8 +101,10 @@ def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
     mlflow = client(run.tracking_uri)
     current = version_of_alias(mlflow, version.name, CHAMPION)
     number = None if current is None else str(current.version)
-    if number == str(version.version):  # an earlier call has set the alias already
-        set_tags(run, {PROMOTION_TAG: CHAMPION, "promotion_reason": verdict.reason})
+    if current is not None and number == str(version.version):  # an earlier call has set the alias already
+        reason, previous = current.tags.get("reason", verdict.reason), current.tags.get("previous_champion")
+        verdict = Verdict(True, reason, verdict.improvement, None if previous == "none" else previous)
+        set_tags(run, {PROMOTION_TAG: CHAMPION, "promotion_reason": reason})
         return verdict
     if verdict.promoted and number != verdict.previous:
         reason = f"the champion became version {number} while this was compared with {verdict.previous}: run it again"
@@ -122,6 +124,29 @@ def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
     mlflow.set_registered_model_alias(version.name, alias, str(version.version))
     set_tags(run, {PROMOTION_TAG: alias, "promotion_reason": verdict.reason})
     return verdict
+
+
+def complete_promotion(tracking_uri: str, name: str) -> str | None:
+    """Give the champion's run the tag of its promotion, if it was killed between the alias and the tag.
+
+    The ledger would not count the run's rows, and the next night would train its champion on them again.
+
+    Returns:
+        The id of the run that got the tag; None if nothing was missing.
+    """
+    with _promoting(tracking_uri, name):
+        mlflow = client(tracking_uri)
+        version = version_of_alias(mlflow, name, CHAMPION)
+        if version is None or "promoted_at" not in version.tags:  # none, or made champion by hand
+            return None
+        run_id = finishing_run(version)
+        # Searched for, because a run that was deleted must not get a tag: deleting it frees its rows.
+        run = next((run for run in search_runs(tracking_uri, f"attributes.run_id = '{run_id}'")), None)
+        if run is None or PROMOTION_TAG in run.data.tags:
+            return None
+        ref = RunRef(tracking_uri, run.info.experiment_id, run_id)
+        set_tags(ref, {PROMOTION_TAG: CHAMPION, "promotion_reason": version.tags["reason"]})
+        return run_id
 
 
 @contextmanager

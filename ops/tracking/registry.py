@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,17 @@ from model.records import parse_record, read_record
 from ops.machine.lock import exclusive
 from ops.redaction import redact, without_credentials
 from ops.settings import Settings
-from ops.tracking.runs import FILES_TAG, MODEL_PREFIX, PROMOTION_TAG, client, search_runs
+from ops.tracking.runs import (
+    FILES_TAG,
+    MODEL_PREFIX,
+    PROMOTION_TAG,
+    TAKEN_OVER_TAG,
+    TRAINING_TAG,
+    RunRef,
+    client,
+    log_metrics,
+    search_runs,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,6 +103,57 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
 def champion(settings: Settings, size: str) -> ModelVersion | None:
     """The champion of a size; None if there is none."""
     return version_of_alias(client(settings.tracking_uri), model_name(size), CHAMPION)
+
+
+def finishing_run(version: ModelVersion) -> str:
+    """Id of the run that published a version to the end, or tried to last: not the one that registered it, always."""
+    return str(version.tags.get(TAKEN_OVER_TAG) or version.run_id)
+
+
+def interrupted_version(run: RunRef, directory: Path, name: str, training: str) -> ModelVersion | None:
+    """The version that an interrupted run of a training has registered already; None if there is none.
+
+    The caller holds the training, so that another run of it that is not FINISHED has died or failed.
+
+    Args:
+        directory: the version must have the same files.
+        name: of the registered model.
+        training: identity of the training.
+    """
+    mlflow = client(run.tracking_uri)
+    condition = f"name = '{name}' and tags.`{TRAINING_TAG}` = '{training}'"
+    for version in mlflow.search_model_versions(condition, order_by=["version_number DESC"]):
+        same = json.loads(version.tags[FILES_TAG]) == _hashes(directory)
+        if same and not _is_finished(mlflow, finishing_run(version)):
+            return version
+    return None
+
+
+def _is_finished(mlflow: MlflowClient, run_id: str) -> bool:
+    """Whether a run is FINISHED, or was deleted for good."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(mlflow.get_run(run_id).info.status == "FINISHED")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return True
+
+
+def take_over(run: RunRef, version: ModelVersion, metrics: Mapping[str, float], step: int) -> None:
+    """Make the version that an interrupted run registered the model of this run.
+
+    Args:
+        metrics: logged for the run, at step 0.
+        step: of the training that the model comes from.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    mlflow = client(run.tracking_uri)
+    mlflow.set_model_version_tag(version.name, str(version.version), TAKEN_OVER_TAG, run.run_id)
+    mlflow.log_outputs(run.run_id, [LoggedModelOutput(str(version.source).removeprefix("models:/"), step)])
+    log_metrics(run, metrics, 0)
 
 
 def starting_uri(tracking_uri: str, start_from: str, size: str) -> str | None:

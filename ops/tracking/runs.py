@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import logging
-import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,16 +17,19 @@ from model.files import sha256_file
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.settings import Settings
+from ops.tracking.once import create_once, environment
 from ops.tracking.provenance import git_sha, installed_packages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import Experiment, LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
 
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 FILES_TAG = "files"  # of a version: its files' sha256, as JSON
+TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
+TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 _PAGE = 1000  # runs per request
@@ -157,17 +159,7 @@ def tracked_run(
     tags = {key: redact(value) for key, value in tags.items()}
     with redacted_errors():
         experiment_id = _experiment_id(mlflow, settings)
-    sha = git_sha()
-    run = mlflow.create_run(
-        experiment_id,
-        run_name=name,
-        tags={
-            **_user(),
-            **tags,
-            PROCESS_TAG: identify_process().to_json(),
-            **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {}),
-        },
-    )
+    run = _create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     status = "KILLED"
     try:
@@ -187,6 +179,24 @@ def tracked_run(
             if status == "FINISHED":
                 raise
             logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", ref.run_id, error)
+
+
+def _create_run(mlflow: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run:
+    sha, process = git_sha(), identify_process().to_json()
+    all_tags = {
+        **_user(),
+        **tags,
+        PROCESS_TAG: process,
+        **({"git_sha": sha, "mlflow.source.git.commit": sha} if sha else {}),
+    }
+    start = int(time.time() * 1000)
+
+    def find() -> Run | None:
+        condition = f"attributes.start_time = {start} and tags.`{PROCESS_TAG}` = '{process}'"
+        found = mlflow.search_runs([experiment_id], condition)
+        return found[0] if found else None
+
+    return create_once(lambda: mlflow.create_run(experiment_id, start, all_tags, name), find)
 
 
 def _user() -> dict[str, str]:
@@ -250,7 +260,13 @@ def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> Non
 
 
 def log_model(
-    run: RunRef, directory: Path, name: str, params: Mapping[str, Any], metrics: Mapping[str, float], step: int
+    run: RunRef,
+    directory: Path,
+    name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    step: int,
+    training: str = "",
 ) -> ModelVersion:
     """Log a directory as the run's model, with its metrics, and register it.
 
@@ -261,19 +277,27 @@ def log_model(
         name: of the registered model.
         metrics: logged for the model and for the run, at step 0: MLflow shows single values as bars.
         step: of the training that the model comes from.
+        training: identity of that training; a later run finds the version by it if this one is interrupted.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
     mlflow = client(run.tracking_uri)
-    model = mlflow.create_logged_model(
-        run.experiment_id,
-        name=name,
-        source_run_id=run.run_id,
-        model_type="gpt2",
-        params={key: str(value) for key, value in params.items()},
+    texts = {key: str(value) for key, value in params.items()}
+
+    def find_model() -> LoggedModel | None:
+        found = mlflow.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
+        return found[0] if found else None
+
+    def find_version() -> ModelVersion | None:
+        found = mlflow.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
+        return found[0] if found else None
+
+    model = create_once(
+        lambda: mlflow.create_logged_model(run.experiment_id, name, run.run_id, params=texts, model_type="gpt2"),
+        find_model,
     )
-    with _environment("MLFLOW_HTTP_REQUEST_TIMEOUT", _UPLOAD_SECONDS):
+    with environment("MLFLOW_HTTP_REQUEST_TIMEOUT", _UPLOAD_SECONDS):
         mlflow.log_model_artifacts(model.model_id, str(directory))
     log_metrics(run, metrics, 0, model.model_id)
     mlflow.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
@@ -283,25 +307,15 @@ def log_model(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return mlflow.create_model_version(
-        name,
-        source=f"models:/{model.model_id}",
-        run_id=run.run_id,
-        model_id=model.model_id,
-        tags={FILES_TAG: json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())})},
-        description=", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
+    files = json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())})
+    return create_once(
+        lambda: mlflow.create_model_version(
+            name,
+            source=f"models:/{model.model_id}",
+            run_id=run.run_id,
+            model_id=model.model_id,
+            tags={FILES_TAG: files, TRAINING_TAG: training},
+            description=", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
+        ),
+        find_version,
     )
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set a variable that MLflow reads at every request."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

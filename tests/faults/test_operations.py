@@ -282,6 +282,26 @@ def test_the_watcher_ends_what_died_with_its_worker(
     print(f"the slot is free after {time.time() - killed:.1f} s")
 
 
+def test_a_run_that_died_before_it_began(
+    platform: Installation, submit: Callable[..., Run], webhook: Webhook
+) -> None:
+    """kill -9 of worker and flow while the run is Pending and has no MLflow run: the watcher ends it."""
+    run = submit({**SHORT, "seed": 16})
+    wait_for("Pending", lambda: run.state["type"] == "PENDING", 60)
+    platform.kill("worker")
+    killed = time.time()
+    try:
+        for pid in platform.descendants("PREFECT__FLOW_RUN_ID", run.id):
+            os.kill(pid, signal.SIGKILL)
+        assert run.mlflow is None
+        run.wait_for_state("Crashed", 195)
+        print(f"Crashed after {time.time() - killed:.1f} s: {run.state['message']}")
+        assert "worker" in run.state["message"]
+    finally:
+        platform.start_worker()
+    wait_for("the notice", lambda: [t for t in webhook.texts if run.prefect["name"] in t], 10)
+
+
 def test_heartbeats_end_what_died_with_everything(platform: Installation, submit: Callable[..., Run]) -> None:
     """Without worker and watcher Prefect's automation ends the flow run; a later watcher closes the MLflow run."""
     run = submit({**LONG, "seed": 11})

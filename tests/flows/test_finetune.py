@@ -281,6 +281,37 @@ def test_a_run_that_failed_behind_training_does_not_train_again(
     assert not directory.exists()
 
 
+def test_a_run_cut_behind_its_registration_registers_once(
+    prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rerun takes the version over; a run after a finished one trains anew and registers its own."""
+    import flows.finetune as module
+    from ops.tracking.runs import client
+
+    publish = module.publish
+
+    def and_fail(*arguments: Any) -> str:
+        publish(*arguments)
+        raise OSError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "publish", and_fail)
+        with pytest.raises(OSError, match="injected"):
+            module.finetune(**tiny)
+    result = module.finetune(**tiny)
+    assert result.model == "models:/gpt2-code-tiny/1"
+    mlflow = client(result.run.tracking_uri)
+    version = mlflow.get_model_version("gpt2-code-tiny", "1")
+    assert version.tags["taken_over_by"] == result.run.run_id
+    assert mlflow.get_run(version.run_id).info.status == "FAILED"
+    names = result.metrics.keys() & mlflow.get_run(version.run_id).data.metrics.keys()
+    assert {"test/loss", "sample/pass_rate"} <= names
+    assert {name: mlflow.get_run(result.run.run_id).data.metrics[name] for name in names} == {
+        name: result.metrics[name] for name in names
+    }
+    assert module.finetune(**tiny).model == "models:/gpt2-code-tiny/2"
+
+
 def test_weights_that_change_in_mid_run_end_it(
     prefect_server: None, data_root: Path, tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

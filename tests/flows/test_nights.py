@@ -242,6 +242,35 @@ def test_the_ledger_is_in_mlflow_alone(world: World, tmp_path: Path, monkeypatch
     assert seen == [_key(line) for line in world.pool if _trains(line)]  # as they came, not as they were written
 
 
+def test_a_night_killed_in_its_promotion_counts(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the alias and the run's own tag: its model is champion, and does not train on the same rows again."""
+    there = World(tmp_path / "root", [], tmp_path / "data")
+    there.data.mkdir()
+    grammar.write_rows(tmp_path / "rows")
+    for name, count in (("train", 80), ("test", 60)):
+        lines = (tmp_path / "rows" / f"{name}.jsonl").read_text().splitlines()[:count]
+        (there.data / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(there.root))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", there.tracking)
+    monkeypatch.setenv("PREFECT_LOGGING_TO_API_ENABLED", "false")
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ops.tracking.promotion.set_tags", killed)
+        with pytest.raises(KeyboardInterrupt):
+            there.sleep_and_run("killed", subset_count=None)
+    (run,) = there.runs()
+    assert there.alias("champion") == "1"
+    assert run.info.status == "KILLED"
+    assert there.sleep_and_run("again", subset_count=None).name == "NothingNew"
+    (run,) = there.runs()
+    assert run.data.tags["promotion"] == "champion"
+
+
 def test_two_nights_of_a_size_wait_for_one_another(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second chooses when the first has written what it used, and finds nothing left."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(world.root))

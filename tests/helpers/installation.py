@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class Installation:
         wait_for("MLflow's server", lambda: urlopen(self.tracking + "/health", timeout=5).status == 200, 90)
 
     def start_worker(self) -> None:
-        self.start("worker", "prefect", "worker", "start", "--pool", "gpu")
+        self.start("worker", "prefect", "worker", "start", "--pool", "gpu", "--name", platform.node())
 
     def start_watcher(self) -> None:
         self.start("watch", "python", "-m", "ops.recovery.watch")

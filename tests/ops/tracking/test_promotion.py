@@ -14,7 +14,7 @@ import pytest
 
 from ops.settings import Settings
 from ops.tracking import promotion as promotion_module
-from ops.tracking.promotion import MIN_ROWS, Verdict, announce, judge, roll_back, settle
+from ops.tracking.promotion import MIN_ROWS, Verdict, announce, complete_promotion, judge, roll_back, settle
 from ops.tracking.runs import RunRef, client, log_model, tracked_run
 
 _numbers = count()
@@ -196,6 +196,54 @@ def test_settling_again_changes_nothing(registry: Registry) -> None:
     assert settle(run, version, verdict) == verdict
     assert registry.tags("2") == tags
     assert registry.alias("champion") == "2"
+
+
+def test_a_repeated_run_finds_itself_champion(registry: Registry) -> None:
+    """It was killed behind its promotion: compared with itself it is no better, and stays what it was made."""
+    registry.settle(True, None)
+    _, version, verdict = registry.settle(True, "1")
+    again, _ = registry.register()
+    equal = Verdict(False, "no better: on every test row it equals the champion", None, "2")
+    assert settle(again, version, equal) == replace(verdict, improvement=None)
+    assert registry.mlflow.get_run(again.run_id).data.tags["promotion_reason"] == verdict.reason
+    assert registry.alias("champion") == "2"
+    assert registry.tags("2")["previous_champion"] == "1"
+
+
+def test_a_run_killed_before_its_own_tag_gets_it(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the alias and the tag of the run; the ledger reads the tag."""
+    uri = registry.settings.tracking_uri
+    assert complete_promotion(uri, registry.name) is None
+    with monkeypatch.context() as patch:
+        patch.setattr("ops.tracking.promotion.set_tags", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            registry.settle(True, None)
+    version = registry.mlflow.get_model_version(registry.name, "1")
+    assert registry.alias("champion") == "1"
+    assert "promotion" not in registry.mlflow.get_run(version.run_id).data.tags
+    assert complete_promotion(uri, registry.name) == version.run_id
+    tags = registry.mlflow.get_run(version.run_id).data.tags
+    assert (tags["promotion"], tags["promotion_reason"]) == ("champion", version.tags["reason"])
+    assert complete_promotion(uri, registry.name) is None
+
+
+def _killed(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_no_interrupted_promotion(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A champion made by hand, and one whose run was deleted: its rows are free again."""
+    uri = registry.settings.tracking_uri
+    run, _ = registry.register()
+    registry.mlflow.set_registered_model_alias(registry.name, "champion", "1")
+    assert complete_promotion(uri, registry.name) is None
+    with monkeypatch.context() as patch:
+        patch.setattr("ops.tracking.promotion.set_tags", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            registry.settle(True, "1")
+    registry.mlflow.delete_run(registry.mlflow.get_model_version(registry.name, "2").run_id)
+    assert complete_promotion(uri, registry.name) is None
+    assert "promotion" not in registry.mlflow.get_run(run.run_id).data.tags
 
 
 def test_a_champion_has_its_tags_before_it_is_one(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

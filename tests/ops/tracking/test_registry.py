@@ -6,13 +6,24 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ops.settings import Settings
-from ops.tracking.registry import champion, fetch_version, find_version, starting_uri, version_of_alias, version_uri
+from ops.tracking.registry import (
+    champion,
+    fetch_version,
+    find_version,
+    finishing_run,
+    interrupted_version,
+    starting_uri,
+    take_over,
+    version_of_alias,
+    version_uri,
+)
 from ops.tracking.runs import FILES_TAG, client, log_model, tracked_run
 
 NAME = "gpt2-code-tiny"
@@ -219,3 +230,54 @@ def test_a_lost_champion_is_not_replaced_by_the_base(tmp_path: Path) -> None:
     assert starting_uri(uri, "champion", "124m") is None
     mlflow.delete_run(run.run_id)
     assert starting_uri(uri, "champion", "tiny") is None
+
+
+@pytest.fixture
+def publish(tmp_path: Path) -> Callable[..., Any]:
+    """publish(content="weights", error=None, training="t1"): a run that registers or takes over, and may fail."""
+    settings = Settings(tmp_path, f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    directory = tmp_path / "model"
+    directory.mkdir()
+
+    def run(content: str = "weights", error: type[BaseException] | None = None, training: str = "t1") -> Any:
+        (directory / "model.safetensors").write_text(content)
+        with suppress(KeyboardInterrupt, OSError), tracked_run(settings, "a run", {}, {}) as ref:
+            version = interrupted_version(ref, directory, NAME, training)
+            if version:
+                take_over(ref, version, {"test/loss": 1.0}, 3)
+            else:
+                version = log_model(ref, directory, NAME, {}, {"test/loss": 1.0}, 3, training)
+            if error:
+                raise error
+        return ref, client(ref.tracking_uri).get_model_version(NAME, str(version.version))
+
+    return run
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_what_an_interrupted_run_registered_is_taken_over(publish: Callable[..., Any], error: Any) -> None:
+    """However often a training is interrupted behind its registration, it has one version."""
+    _, first = publish(error=error)
+    publish(error=error)
+    run, version = publish()
+    assert first.version == version.version
+    assert finishing_run(version) == run.run_id != version.run_id
+    found = client(run.tracking_uri).get_run(run.run_id)
+    assert found.data.metrics == {"test/loss": 1.0}
+    (output,) = found.outputs.model_outputs
+    assert version.source == f"models:/{output.model_id}"
+
+
+def test_what_is_not_taken_over(publish: Callable[..., Any]) -> None:
+    """A version of a finished run, of another training, and one with other files."""
+    publish()
+    publish(error=OSError)
+    publish(training="t2")
+    _, last = publish(content="others")
+    assert int(last.version) == 4
+    run, version = publish()
+    assert int(version.version) == 2
+    mlflow = client(run.tracking_uri)
+    publish(content="deleted", error=OSError)
+    mlflow.delete_run(mlflow.get_model_version(NAME, "5").run_id)
+    assert int(publish(content="deleted")[1].version) == 5

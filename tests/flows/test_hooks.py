@@ -1,0 +1,56 @@
+"""The hook of a crashed run, on real servers: what it makes of a run whose process died after its work was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import states
+from prefect.client.orchestration import get_client
+
+from flows.finetune import finetune
+from flows.hooks import after_crash
+from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG
+from ops.settings import Settings
+from ops.tracking.runs import client, tracked_run
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "end", "status", "notices"),
+    [
+        ("1", None, "COMPLETED", "FINISHED", 0),
+        ("0", None, "CRASHED", "FINISHED", 1),
+        ("1", OSError, "CRASHED", "FAILED", 1),
+    ],
+)
+def test_a_process_that_dies_after_its_work(
+    prefect_server: None,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attempt: str,
+    error: type[Exception] | None,
+    end: str,
+    status: str,
+    notices: int,
+) -> None:
+    """Both sides say that it is done, if MLflow's run of this attempt is FINISHED; else it has crashed."""
+    sent: list[Any] = []
+    monkeypatch.setattr("flows.hooks.notify", lambda *arguments: sent.append(arguments))
+    with get_client(sync_client=True) as prefect:
+        crashed = states.Crashed(message="exit code -9")
+        made = prefect.create_flow_run(finetune, parameters={}, state=states.Running())
+        prefect.set_flow_run_state(made.id, crashed, force=True)
+        flow_run = prefect.read_flow_run(made.id)
+        assert flow_run.run_count == 1
+        tags = {FLOW_RUN_TAG: str(made.id), ATTEMPT_TAG: attempt}
+        try:
+            with tracked_run(Settings.load(), "a run", {}, tags) as run:
+                if error:
+                    raise error
+        except OSError:
+            pass
+        after_crash(finetune, flow_run, crashed)
+        assert prefect.read_flow_run(made.id).state.type.value == end
+    assert client(run.tracking_uri).get_run(run.run_id).info.status == status
+    assert len(sent) == notices
