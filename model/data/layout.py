@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model.data.formats import READERS, file_type
-from model.files import leads_outside, parse_json, plain_name, read_bytes, shown
+from model.files import leads_outside, parse_json, plain_name, read_bytes, shown, shown_bare
 from model.yaml_text import parse_yaml
 
 SPLITS = ("train", "validation", "test")
@@ -135,7 +135,7 @@ def _listed_shards(folder: Path) -> set[str] | None:
         ) from error
     for name in names:
         if not (folder / plain_name(name, state)).is_file():
-            raise ValueError(f"{state} names {shown(name)}, which is not there: copy the whole folder")
+            raise ValueError(f"{state} names {shown_bare(name)}, which is not there: copy the whole folder")
     return set(names)
 
 

@@ -241,14 +241,21 @@ def test_index_cannot_leave_its_directory(sharded: Path) -> None:
         GPTModel.from_pretrained(sharded)
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", ".."])
-def test_an_index_with_a_name_that_no_file_has(sharded: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("x" * 300, r"names .*, which does not exist"),
+        ("a\0b", "names a file outside its directory"),
+        ("..", "names a file outside its directory"),
+    ],
+)
+def test_an_index_with_a_name_that_no_file_has(sharded: Path, name: str, reason: str) -> None:
     """One sentence that names the index."""
     path = sharded / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["transformer.wte.weight"] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"index\.json names .*, which does not exist"):
+    with pytest.raises((FileNotFoundError, ValueError), match=rf"index\.json {reason}"):
         GPTModel.from_pretrained(sharded)
 
 
