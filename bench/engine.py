@@ -54,7 +54,7 @@ def run_engine(
         micro_batch_tokens=micro_batch_tokens,
         eval_freq=job.epochs * steps_per_epoch + 1,
         eval_rows=_VALIDATION_ROWS,
-        precision=job.precision,  # type: ignore[arg-type]
+        precision=job.precision,
         dropout=job.dropout,
     )
     reports: list[tuple[int, float]] = []

@@ -261,6 +261,7 @@ def is_default(result: dict[str, Any]) -> bool:
     return result["contestant"] == "tutorial" or result["settings"].startswith("default settings")
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path: Path) -> None:
     """The command as users run it: progress, table, and a last line with finite numbers of everything measured."""
     command = [sys.executable, "-m", "bench.train", "--device", "cpu", "--quick", "--steps", "2", "--batch-size", "4"]

@@ -59,6 +59,7 @@ def test_sizes_that_cannot_be_measured_are_refused(capsys: pytest.CaptureFixture
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path: Path) -> None:
     """All stages at two sizes; stages with a trunk file only up to --trunk-rows."""
     command = [sys.executable, "-m", "bench.scaling", "--rows", "500,600", "--trunk-rows", "500", "--steps", "3"]
