@@ -8,14 +8,16 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import with_config
 from typing_extensions import TypedDict
 
 from model.files import naming_a_full_disk, read_bytes
 from model.records import parse_record
 
 
+@with_config(extra="forbid")
 class JournalLine(TypedDict):
-    """A line of a journal: ``time`` in ms, metrics by name."""
+    """A line of a journal: ``time`` in ms, metrics by name. A key beside these is a sign of damage."""
 
     step: int
     time: int

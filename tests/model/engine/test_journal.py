@@ -60,7 +60,16 @@ def test_absent_journal_is_empty(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "absent.jsonl") == []
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"{]", b"null", b'{"step": 1.5, "time": 1, "metrics": {}}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"{]",
+        b"null",
+        b'{"step": 1.5, "time": 1, "metrics": {}}',
+        b'{"step": 1, "time": 1, "metricsme": 4, "metrics": {}}',
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     """By file and number; the journal can still be opened, counted and cut."""
     journal = MetricsJournal(tmp_path / "metrics.jsonl")
