@@ -71,7 +71,8 @@ def _record(made: MadeUp, run: Any) -> dict[str, Any]:
         nightly = {path.name: np.load(path).tolist() for path in sorted(there.glob("nightly/*.npy"))}
         root = str(made.home.parent)  # of the embedded rows, in the table of files
         tables = {
-            path.name: json.loads(path.read_text().replace(root, "")) for path in sorted(there.glob("tables/*.json"))
+            path.name: json.loads(path.read_text().replace(r"\/", "/").replace(root, ""))  # pandas writes a slash so
+            for path in sorted(there.glob("tables/*.json"))
         }
     lines = [
         (line["step"], {k: v for k, v in line["metrics"].items() if not k.startswith(_NOT_COMPARED)})
