@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from model.data.tokens import META_FILE
+from model.data.tokens import write_meta
 from model.engine.checkpoint import load_trained
 from model.engine.config import TrainConfig
 from model.engine.trainer import StepReport
 from model.engine.training import train
-from model.files import sha256_file, write_json
+from model.files import sha256_file
 from model.net.config import GPTConfig
 from model.net.device import resolve_device
 from model.net.gpt import GPTModel
@@ -102,7 +102,7 @@ def write_windows(
         flat[: rows * length].astype("<u2").tofile(directory / f"{split}.ids.bin")
         np.save(directory / f"{split}.lengths.npy", np.tile(np.array([[length, 0]], dtype=np.int32), (rows, 1)))
         counts[split] = rows * length
-    write_json(directory / META_FILE, {"dtype": "<u2"})
+    write_meta(directory, {"dtype": "<u2"})
     return counts
 
 
