@@ -22,7 +22,7 @@ import torch
 
 from bench.comparison import compare, record, table
 from bench.engine import run_engine
-from bench.measure import DTYPES, Job, Measurement, Setting, resolved_name, use_processor_time
+from bench.measure import Job, Measurement, Setting, resolved_name, use_processor_time
 from bench.memory import AS_IT_COMES, memory_settings, memory_table
 from bench.options import parse
 from bench.peer_settings import hf_settings, trl_settings
@@ -31,7 +31,7 @@ from bench.processes import ChildError, import_all, in_one_sentence, quiet_envir
 from bench.report import Progress, print_report
 from bench.tutorial import BATCH_SIZE, LENGTH, run_tutorial
 from model.engine.flops import matmul_ceiling
-from model.net.device import PRODUCT_CACHES, peak_memory, resolve_device
+from model.net.device import PRODUCT_CACHES, peak_memory, resolve_device, use_precision
 
 _LIBRARIES_SHOWN = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn", "flash-attn-4")
 _SMALL_PASS = 1024  # tokens: as few as in a peer's smallest passes
@@ -126,8 +126,7 @@ def describe_machine(device_name: str, precision: str, processor_time: bool = Fa
     device = resolve_device(device_name)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_processor()
     resolved = resolved_name(precision, device)
-    torch.set_float32_matmul_precision("high" if resolved == "tf32" else "highest")
-    ceiling = matmul_ceiling(device, DTYPES[resolved])
+    ceiling = matmul_ceiling(device, use_precision(resolved, device))
     return {"name": name, "precision": resolved, "matmul_ceiling_flops": ceiling}
 
 
