@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,18 @@ def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     client(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture
+def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data root and an MLflow database of one test's own."""
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A copy of the embedded base, as a user's own directory of weights."""
+    from model.demo import EMBEDDED_BASE
+
+    return Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "base"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from damage import flip, put_nan, swap_entries
 from prefect.logging import disable_run_logger
 
 from model.data.config import PrepareConfig
-from model.demo import EMBEDDED_BASE
 from model.engine.config import TrainConfig
 from model.files import ChangedFileError
 from model.net.config import FreezeConfig, GPTConfig
@@ -32,16 +30,7 @@ from tasks.train import identify_training, train
 PREPARE = PrepareConfig(max_length=80, validation_share=0.2, test_share=0.2)
 
 
-@pytest.fixture(autouse=True)
-def _root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A copy of the embedded base, as a user's own directory of weights."""
-    return Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "base"))
+pytestmark = pytest.mark.usefixtures("own_root")
 
 
 @pytest.fixture

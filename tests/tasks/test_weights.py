@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,7 @@ from tasks.config import SourceConfig
 from tasks.load_weights import check_weights
 from tasks.weights import find_weights
 
-
-@pytest.fixture(autouse=True)
-def _root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A copy of the embedded base, as a user's own directory of weights."""
-    return Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "base"))
+pytestmark = pytest.mark.usefixtures("own_root")
 
 
 def _find(directory: Path | None, **changes: Any) -> Any:
