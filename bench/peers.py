@@ -199,13 +199,22 @@ def precision_arguments(precision: Precision) -> dict[str, bool]:
     return arguments
 
 
-def precision_of(arguments: Any) -> Precision:
-    """The precision that TrainingArguments stand for, with an explicit ``tf32`` or without torch.compile."""
+def hold_precision(precision: Precision) -> None:
+    """Set how fp32 products are computed from now on, whatever libraries have set."""
+    if precision in ("fp32", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+def precision_of(arguments: Any, device: torch.device) -> Precision:
+    """The precision of a training that has just ended: without bf16 and fp16, found by a product."""
     if arguments.bf16:
         return "bf16"
     if arguments.fp16:
         return "fp16"
-    return "tf32" if arguments.tf32 else "fp32"
+    # TF32 has 11 significant bits, and this number needs 13.
+    number = torch.full((64, 64), 1 + 2.0**-12, device=device)
+    exact = torch.equal(number @ torch.eye(64, device=device), number)
+    return "fp32" if exact else "tf32"
 
 
 def run_hf(
@@ -238,8 +247,10 @@ def run_hf(
     trainer = measured(Trainer, meter)(
         model=model, args=arguments, train_dataset=rows, data_collator=PaddingCollator()
     )
+    if not defaults:
+        hold_precision(job.precision)
     trainer.train()
-    return [meter.measurement(precision_of(arguments), dropout_of(model))]
+    return [meter.measurement(precision_of(arguments, model.device), dropout_of(model))]
 
 
 def run_trl(
@@ -291,8 +302,10 @@ def run_trl(
     trainer = measured(SFTTrainer, meter)(
         model=model, args=arguments, train_dataset=records, processing_class=tokenizer
     )
+    if not defaults:
+        hold_precision(job.precision)
     trainer.train()
-    return [meter.measurement(precision_of(arguments), dropout_of(model))]
+    return [meter.measurement(precision_of(arguments, model.device), dropout_of(model))]
 
 
 def _warmed_up(job: Job, rows: CodeAlpacaDataset, compiled: bool) -> Job:

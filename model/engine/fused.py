@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +10,8 @@ from torch import Tensor, nn
 
 from model.net.attention import Documents
 from model.net.config import GPTConfig
+from model.net.device import runs_triton
 from model.net.gpt import MLP, Attention, Block, GPTModel
-
-_OLDEST = (8, 0)  # compute capability of the oldest GPUs that Triton supports
 
 
 def can_fuse(
@@ -32,12 +29,6 @@ def has_kernels(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> 
     """Whether the kernels work on this device, in this dtype and for heads of this width."""
     width = config.n_embd // config.n_head
     return device.type == "cuda" and dtype != torch.float64 and width in (16, 32, 64, 128) and runs_triton(device)
-
-
-@functools.cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether Triton is installed and supports the GPU."""
-    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= _OLDEST
 
 
 def has_plain_layers(blocks: Iterable[Block], norm: nn.LayerNorm | None) -> bool:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.net.device import runs_triton
+
 _CHUNK = {"cuda": 4096, "cpu": 512}  # targets whose logits exist at a time
 _LANES = 64  # matrix products of odd width are slow: the vocabulary is padded to a multiple of this
 _ROWS = 8  # logit rows per thread at a time on a CPU: as many as fit its cache
@@ -105,13 +107,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocabulary: int) -> tuple[Ten
     Returns:
         Losses (M,), and their gradient (M, padded V), zero beyond the vocabulary.
     """
-    if logits.is_cuda and logits.dtype != torch.float64:
+    if logits.is_cuda and logits.dtype != torch.float64 and runs_triton(logits.device):
         from model.engine import pointwise_kernels
 
         return pointwise_kernels.cross_entropy(logits, targets, vocabulary), logits
     logits[:, vocabulary:] = -math.inf
     losses = torch.empty(len(targets), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    step = _ROWS * torch.get_num_threads()
+    step = max(1, len(targets)) if logits.is_cuda else _ROWS * torch.get_num_threads()
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         log_p = F.log_softmax(logits[rows], -1, dtype=losses.dtype)

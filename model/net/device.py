@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "tf32")
 _WITH_FP16 = (7, 0)  # compute capability of the oldest GPUs with fast products of fp16 (Volta)
 _WITH_TF32 = (8, 0)  # and of TF32 (Ampere)
+_WITH_TRITON = (8, 0)  # and of those that Triton supports
 
 # On a CPU, oneDNN and PyTorch's layer over it each cache what they build for a shape of bf16 products: up to 4 MB for
 # each of 1,024 shapes (pytorch#98688). Packs seldom repeat a shape. Both read these variables at their first product.
@@ -165,6 +167,12 @@ def use_precision(precision: str, device: torch.device) -> torch.dtype:
 def uses_tf32() -> bool:
     """Whether products of fp32 matrices use TF32 on a GPU."""
     return torch.get_float32_matmul_precision() != "highest"
+
+
+@functools.cache
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and supports the GPU."""
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= _WITH_TRITON
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

@@ -13,9 +13,18 @@ from transformers import GPT2Config, TrainingArguments
 from transformers.utils import import_utils
 
 from bench import peers
-from bench.measure import DTYPES, Job, Meter, Setting, resolved_name
+from bench.measure import DTYPES, Job, Meter, Precision, Setting, resolved_name
 from bench.peer_settings import hf_settings, trl_settings
-from bench.peers import build_model, dropout_of, measured, precision_arguments, precision_of, run_hf, run_trl
+from bench.peers import (
+    build_model,
+    dropout_of,
+    hold_precision,
+    measured,
+    precision_arguments,
+    precision_of,
+    run_hf,
+    run_trl,
+)
 from bench.train import why_not
 from model import GPTModel, freeze_bottom_layers
 
@@ -88,7 +97,22 @@ def test_peers_compute_in_the_jobs_precision() -> None:
     for name in DTYPES:
         arguments = precision_arguments(name)  # type: ignore[arg-type]
         assert arguments.keys() <= known
-        assert precision_of(Namespace(**{"tf32": None, **arguments})) == name
+        here = "fp32" if name == "tf32" else name  # a CPU has no TF32
+        assert precision_of(Namespace(**arguments), torch.device("cpu")) == here
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_precision_is_found_by_a_product(precision: Precision) -> None:
+    """Whatever a library has set, and whatever the arguments say: the products of the training tell."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if precision == "fp32" else "highest")
+        hold_precision(precision)
+        arguments = Namespace(bf16=False, fp16=False, tf32=precision != "tf32")
+        assert precision_of(arguments, torch.device("cuda")) == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_precision_auto_is_resolved() -> None:
@@ -164,7 +188,8 @@ def test_peers_run_as_their_lines_say(job: Job, peer: str, tmp_path: Path, monke
     same = ["optim", "bf16", "fp16", "gradient_checkpointing", "train_sampling_strategy", "learning_rate"]
     same += ["per_device_train_batch_size", "dataloader_num_workers", "remove_unused_columns", "torch_compile"]
     assert {name: getattr(seen[0], name) for name in same} == {name: getattr(usual, name) for name in same}
-    assert (own.precision, own.dropout) == (precision_of(usual), "0.1 in all blocks and embeddings")
+    assert own.precision == precision_of(usual, torch.device("cpu"))
+    assert own.dropout == "0.1 in all blocks and embeddings"
     assert (jobs.precision, jobs.dropout) == ("fp32", "0.25 in trained blocks")
     steps = [args.per_device_train_batch_size * args.gradient_accumulation_steps for args in seen]
     assert steps == [job.batch_size] * 2
