@@ -29,8 +29,9 @@ install: $(INSTALLED) ## Create or update .venv from the pinned constraints, if 
 run: $(INSTALLED) ## Fine-tune the embedded tiny GPT-2; ARGS="epochs=1" changes parameters
 	@$(BIN)/python -m flows $(ARGS)
 
+# Two to four processes; the tests of a file stay in one, as many share a server.
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
