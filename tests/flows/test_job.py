@@ -56,7 +56,7 @@ def test_values_reach_their_groups() -> None:
     job = Job.from_parameters(given)
     assert {name: job.flat()[name] for name in given} == given
     assert job.train.seed == job.prepare.seed == job.sampling.seed == 7
-    assert job.sampling.prompts_at_once == 64
+    assert job.prepare.subset_keys is None
 
 
 @pytest.mark.parametrize(
