@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.generation.drawing import Sampler
+from model.generation.fused import FusedDecoder, can_decode
 from model.generation.padded import PaddedDecoder
 from model.generation.slots import Row, Slots, seen_tokens
 from model.generation.streams import stream_keys, uniforms
@@ -121,7 +122,8 @@ def _decoder(model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots]
     device = model.wte.weight.device
     mixed = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if mixed else model.ln_f.weight.dtype
-    return PaddedDecoder(model, rows, slots, dtype)
+    kind = FusedDecoder if can_decode(model, dtype) else PaddedDecoder
+    return kind(model, rows, slots, dtype)
 
 
 def _continue(decoder: Decoder, rows: Sequence[Row]) -> None:
