@@ -114,6 +114,7 @@ THEMES = {
         "engine/test_cuda.py",
         "engine/test_fuzz.py",
         "engine/test_sameness.py",
+        "generation/test_cuda.py",
         "net/test_fuzz.py",
     },
     "ops": {
