@@ -22,6 +22,7 @@ from bench.measure import use_processor_time
 from bench.processes import ChildError, in_one_sentence, positive, quiet_environment, run_apart, show_one_gpu
 from bench.report import Progress, align, print_report
 from bench.train import describe_machine, versions
+from model.files import write_json
 from model.net.config import PRESETS
 from model.net.device import peak_memory, resolve_device
 
@@ -58,10 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "median_length": lengths[len(lengths) // 2],
         "max_length": lengths[-1],
     }
-    say(f"{machine['name']}, {job.precision}: {data['prompts']} prompts of {data['mean_length']:.0f} tokens on average")
-    results = [each for setting in settings_of(job, options.batch_sizes) for each in run(setting, job, options, say)]
-    compare(results)
-    report = {
+    say(f"{machine['name']}, {job.precision}: {data['prompts']} prompts, mean {data['mean_length']:.0f} tokens")
+    report: dict[str, Any] = {
         "machine": machine["name"],
         "device": options.device,
         "precision": job.precision,
@@ -71,9 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sampling": {"temperature": job.temperature, "top_k": job.top_k, "top_p": job.top_p},
         "clock": "processor time of one thread" if job.processor_time else "wall",
         "data": data,
-        "results": results,
+        "results": [],
     }
-    print_report(table(results), report, options.out)
+    for setting in settings_of(job, options.batch_sizes):
+        report["results"] += run(setting, job, options, say)
+        compare(report["results"])
+        if options.out:  # after each setting, in case that a later one is killed
+            write_json(options.out, report)
+    print_report(table(report["results"]), report, options.out)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -89,7 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-k", type=int, default=50, help="0 for none")
     parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--batch-sizes", help="of transformers, separated by commas; 64,256,512, on a CPU all prompts")
+    parser.add_argument(
+        "--batch-sizes", help="of transformers, separated by commas; 64,256,512, on a CPU all prompts"
+    )
     parser.add_argument("--contestants", default=",".join(_CONTESTANTS), help=f"any of {','.join(_CONTESTANTS)}")
     skip = "leave out settings described so, such as static; may be given more than once"
     parser.add_argument("--skip", metavar="TEXT", action="append", default=[], help=skip)

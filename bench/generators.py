@@ -110,10 +110,10 @@ def run_generate(job: GenerationJob) -> Speed:
 def run_transformers(job: GenerationJob, rows: int, static: bool = False) -> Speed:
     """``generate`` over batches of prompts of similar length, padded on the left.
 
-    Only full batches are measured, in an order drawn at random, as many as ``peer_seconds`` allow. With a static cache,
-    the batch with the longest prompts runs first, so that its cache serves all and nothing is compiled again.
+    Only full batches are measured, in an order drawn at random, as many as ``peer_seconds`` allow. With a static
+    cache, the batch with the longest prompts runs first, so that its cache serves all and nothing is compiled again.
     """
-    model = _transformers_model(job, "sdpa")
+    model: Any = _transformers_model(job)
     ordered = sorted(job.prompts, key=len, reverse=True)
     batches = [ordered[begin : begin + rows] for begin in range(0, len(ordered), rows)]
     full = [batch for batch in batches if len(batch) == rows] or batches
@@ -122,7 +122,9 @@ def run_transformers(job: GenerationJob, rows: int, static: bool = False) -> Spe
     def run(batch: list[list[int]]) -> int:
         width = max(map(len, batch))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
+        )
         done = model.generate(ids, attention_mask=mask, **_settings(job), **options)
         assert done.shape == (len(batch), width + job.new_tokens), done.shape
         return len(batch) * job.new_tokens
@@ -145,7 +147,7 @@ def run_continuous(job: GenerationJob) -> Speed:
     """transformers' own continuous batching, with its default settings."""
     from transformers import GenerationConfig
 
-    model = _transformers_model(job, "sdpa")
+    model: Any = _transformers_model(job)
     settings = GenerationConfig(**_settings(job))
 
     def call(seed: int) -> int:
@@ -158,23 +160,23 @@ def run_continuous(job: GenerationJob) -> Speed:
     return _measure(replace(job, repeats=1), call)
 
 
-def _transformers_model(job: GenerationJob, attention: str) -> GPT2LMHeadModel:
+def _transformers_model(job: GenerationJob) -> GPT2LMHeadModel:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device, config = resolve_device(job.device), job.config
     use_precision(job.precision, device)
     torch.manual_seed(0)
-    theirs = GPT2Config(
+    theirs: Any = GPT2Config(
         vocab_size=config.vocab_size,
         n_positions=config.n_positions,
         n_embd=config.n_embd,
         n_layer=config.n_layer,
         n_head=config.n_head,
-        attn_implementation=attention,
     )
-    model = GPT2LMHeadModel(theirs).to(device, DTYPES[job.precision]).eval()
+    theirs._attn_implementation = "sdpa"
+    model: Any = GPT2LMHeadModel(theirs)
     model.generation_config.eos_token_id = None
-    return model
+    return model.to(device, DTYPES[job.precision]).eval()  # type: ignore[no-any-return]
 
 
 def _settings(job: GenerationJob) -> dict[str, Any]:

@@ -27,4 +27,4 @@ class SamplingConfig(Seeded):
     top_p: Annotated[WholeShare, Field(gt=0)] | None = 0.95
     """Sample within this probability mass; null sets no limit."""
     repetition_penalty: Positive = 1.0
-    """Divides the positive logits of tokens that the text has, and multiplies the negative ones; 1 changes nothing."""
+    """Divides positive logits of tokens that the text has, and multiplies negative ones; 1 changes nothing."""

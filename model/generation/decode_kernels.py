@@ -1,9 +1,9 @@
 """Triton kernels of a decoding step: attention of one new token of each row to the row's cached tokens.
 
-A row's keys and values lie together in the cache, so a program reads the tokens that exist and no padding. Each of its
-lanes keeps its own maximum and sum (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), which are joined
-once at the end. Where rows are few, several programs share the tokens of a row (FlashDecoding), and a second kernel
-joins their parts. The new key and value are written to the cache on the way.
+A row's keys and values lie together in the cache, so a program reads the tokens that exist and no padding. Each of
+its lanes keeps its own maximum and sum (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867), which are
+joined once at the end. Where rows are few, several programs share the tokens of a row (FlashDecoding), and a second
+kernel joins their parts. The new key and value are written to the cache on the way.
 
 Shapes: B rows, H heads, K width of a head, P places of the cache, S parts of a row. Imported only where there is a
 GPU, as triton may be missing elsewhere.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 _PROGRAMS = 512  # programs, at least, that a step should have: about four for each of a large GPU's processors
 _MOST_PARTS = 16
-_TILE = 4096  # numbers of a key or value that a program holds at a time
+_TILE = 2048  # numbers of a key or value that a program holds at a time
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +128,7 @@ class FusedDecoder:
 
         def attend(layer: int, qkv: Tensor) -> Tensor:
             if kept is not None:
-                _, k, v = qkv.unflatten(1, (3, self.heads, -1)).transpose(0, 2)  # (H, N, K)
+                _, k, v = qkv.unflatten(1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # (H, N, K)
                 self.keys[layer].index_copy_(1, kept, k)
                 self.values[layer].index_copy_(1, kept, v)
             return attention(qkv, *bounds, self.heads)
@@ -149,7 +150,6 @@ class _Network:
             for block in model.h
         ]
 
-    @torch.autocast("cuda", enabled=False)
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final hidden states (N, D) of tokens and their positions (N,)."""
         from model.engine.pointwise_kernels import add_norm
@@ -158,6 +158,7 @@ class _Network:
         x = (model.wte(ids) + model.wpe(positions)).to(self.dtype)
         norm = blocks[0].ln_1 if blocks else model.ln_f
         n = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        n = n.to(self.dtype)  # autocast makes it fp32
         for number, (block, (qkv, project, fold, unfold)) in enumerate(zip(blocks, self.layers, strict=True)):
             y = attend(number, F.linear(n, *qkv))
             x, n = add_norm(x, F.linear(y, project[0]), project[1], block.ln_2)
@@ -166,7 +167,6 @@ class _Network:
             x, n = add_norm(x, F.linear(h, unfold[0]), unfold[1], following)
         return n
 
-    @torch.autocast("cuda", enabled=False)
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, D) -> (B, W): V logits, and columns up to a multiple of 64 that are no tokens'."""
         return F.linear(hidden, self.head)
@@ -204,7 +204,7 @@ def _parts(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> Iterator[None]:
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
     """Capture the body; torch.cuda.graph would wait for the device and empty the allocator's cache."""
     stream, current = capture_stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)

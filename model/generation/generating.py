@@ -1,7 +1,7 @@
 """``generate``: continues prompts of any number and lengths.
 
-As many rows as the device likes are continued at a time, each in a slot. When a row ends, a waiting one takes its slot.
-Rows that need most of the cache come first, so that each row has room wherever it finds a free slot.
+As many rows as the device likes are continued at a time, each in a slot. When a row ends, a waiting one takes its
+slot. Rows that need most of the cache come first, so that each row has room wherever it finds a free slot.
 """
 
 from __future__ import annotations
@@ -200,4 +200,3 @@ def _continue_beyond(
         for row, token in zip(rows, new, strict=True):
             row.new.append(token)
         rows = [row for row in rows if len(row.new) < max_new_tokens and row.new[-1] != eos_token_id]
-

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from model.generation.slots import Row, Slots
 from model.net.attention import Layer, Rows
 from model.net.config import GPTConfig
-from model.net.gpt import GPTModel
+from model.net.gpt import MLP, GPTModel
 
 _SLOTS = {"cpu": 64, "cuda": 256}  # with more rows, a step of a CPU no longer fits its cache memory
 _CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
@@ -112,12 +112,16 @@ def _parts(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 class PaddedCache:
-    """Keys and values of all slots and layers, (L, B, H, S, K) each."""
+    """Keys (L, B, H, K, S) and values (L, B, H, S, K) of all slots and layers.
+
+    In this order the products with one query read memory in its order, which makes them several times faster on a CPU.
+    """
 
     def __init__(self, config: GPTConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, slots, config.n_head, capacity, config.n_embd // config.n_head)
+        rows, width = (config.n_layer, slots, config.n_head), config.n_embd // config.n_head
         # Not empty memory: a place that a row does not have yet gets the weight 0, and 0 times NaN would be NaN.
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.keys = torch.zeros(*rows, width, capacity, device=device, dtype=dtype)
+        self.values = torch.zeros(*rows, capacity, width, device=device, dtype=dtype)
 
 
 class NewRows:
@@ -136,8 +140,9 @@ class _NewRowsLayer(Rows):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         # Keys of padding lie behind the row's own, where its next tokens will overwrite them.
-        for cached, new in ((self.keys, k), (self.values, v)):
-            cached[self.slots, :, : new.size(1)] = new.transpose(1, 2).to(cached.dtype)
+        tokens = k.size(1)
+        self.keys[self.slots, :, :, :tokens] = k.permute(0, 2, 3, 1).to(self.keys.dtype)
+        self.values[self.slots, :, :tokens] = v.transpose(1, 2).to(self.values.dtype)
         dtype = q.dtype
         if dtype.itemsize == 2 and not q.is_cuda:  # the CPU's kernel is faster in fp32 where rows are short
             q, k, v = q.float(), k.float(), v.float()
@@ -172,12 +177,13 @@ class _ContinuedLayer(Rows):
         """q, k, v (B, 1, H, K) -> (B, 1, H, K). Two batched products: PyTorch's attention is slower for one query."""
         layout = self.layout
         rows, heads, width = q.size(0), q.size(2), q.size(3)
-        for cached, new in ((self.keys, k), (self.values, v)):
-            cached[layout.rows, :, layout.lengths] = new[:, 0].to(cached.dtype)
-        keys, values = (each[:rows, :, : layout.read].flatten(0, 1) for each in (self.keys, self.values))
+        self.keys[layout.rows, :, :, layout.lengths] = k[:, 0].to(self.keys.dtype)
+        self.values[layout.rows, :, layout.lengths] = v[:, 0].to(self.values.dtype)
+        keys = self.keys[:rows, :, :, : layout.read].flatten(0, 1)  # (B H, K, S)
+        values = self.values[:rows, :, : layout.read].flatten(0, 1)  # (B H, S, K)
         with torch.autocast(q.device.type, enabled=False):
             query = q.reshape(rows * heads, 1, width).to(keys.dtype)
-            weights = torch.baddbmm(layout.mask, query, keys.transpose(1, 2), alpha=width**-0.5).softmax(-1)
+            weights = torch.baddbmm(layout.mask, query, keys, alpha=width**-0.5).softmax(-1)
             return torch.bmm(weights, values).view(rows, 1, heads, width).to(q.dtype)
 
 
@@ -203,6 +209,8 @@ def _has_packed_products() -> bool:
 def _replace_linear(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     if type(module) is nn.Linear:
         return _PackedLinear(module, dtype)
+    if type(module) is MLP and type(module.c_fc) is type(module.c_proj) is nn.Linear:
+        return nn.Sequential(_PackedLinear(module.c_fc, dtype, gelu=True), _PackedLinear(module.c_proj, dtype))
     clone = copy.copy(module)
     clone._modules = {
         name: child and _replace_linear(child, dtype) for name, child in module._modules.items()
@@ -211,15 +219,15 @@ def _replace_linear(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class _PackedLinear(nn.Module):
-    """A linear layer by oneDNN: (..., I) -> (..., O), in ``dtype``."""
+    """A linear layer by oneDNN, and the tanh approximation of GELU if wanted: (..., I) -> (..., O), in ``dtype``."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
         super().__init__()
+        self.activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self.dtype = dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
-
-
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(x.to(self.dtype), self.packed, self.bias, *self.activation)  # type: ignore[no-any-return]

@@ -103,7 +103,7 @@ class Slots:
         self.ids[chosen] = new
         self.out[numbers, torch.where(alive, counts, self.steps)] = new
         if self.seen is not None:
-            self.seen[numbers, new] = True
+            self.seen.view(-1).index_fill_(0, numbers * self.seen.size(1) + new, True)
         counts = counts + alive
         self.counts[chosen] = counts
         self.alive[chosen] = alive & (new != self.eos) & (counts < self.limits[chosen])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel, generate
+from model.generation import padded as by_torch
 from model.generation.drawing import Sampler
 from model.generation.padded import PaddedDecoder
 from model.net.device import autocast, cast_frozen
@@ -66,6 +70,102 @@ def test_greedy_equals_transformers(model: GPTModel, reference: GPT2LMHeadModel)
         )  # fmt: skip
         assert row == want[0, len(prompt) :].tolist()
     assert len({tuple(row) for row in got}) == 4  # different rows, so that mixing them up would be noticed
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_greedy_equals_transformers_where_rows_join_and_leave(
+    model: GPTModel, reference: GPT2LMHeadModel, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token for token in fp32: rows of any length that stop at different times, more of them than slots."""
+    monkeypatch.setitem(by_torch._SLOTS, "cpu", slots)
+    prompts = prompts_of(5, 17, 1, 30, 44, 2, 60, 8, 21, 13)
+
+    def want(eos: int | None) -> list[list[int]]:
+        rows = []
+        for prompt in prompts:
+            found = reference.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=30, eos_token_id=eos, pad_token_id=0,
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            )  # fmt: skip
+            rows.append(found[0, len(prompt) :].tolist())
+        return rows
+
+    free = want(None)
+    eos = Counter(token for row in free for token in set(row[:20])).most_common(1)[0][0]
+    assert generate(model, prompts, 30, temperature=0) == free
+    stopped = generate(model, prompts, 30, eos, temperature=0)
+    assert stopped == want(eos)
+    assert len({len(row) for row in stopped}) > 2
+
+
+@pytest.fixture(scope="module")
+def lively(gpt2_dir: Path) -> GPTModel:
+    """A model whose next token depends on the whole text; the tiny one's soon repeats."""
+    torch.manual_seed(0)
+    small = GPTModel.from_pretrained(gpt2_dir)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return small
+
+
+_PROMPTS = st.lists(st.lists(st.integers(1, 299), min_size=1, max_size=100), min_size=1, max_size=7)
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(prompts=_PROMPTS, slots=st.integers(1, 5), data=st.data())
+def test_a_rows_text_does_not_depend_on_its_company(
+    lively: GPTModel, prompts: list[list[int]], slots: int, data: st.DataObject
+) -> None:
+    """Alone, or among others, in any order and with any number of slots: the same text in fp32.
+
+    The second of two equal prompts has a stream of its own, so it is the second in any company.
+    """
+    sampling: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5, "eos_token_id": 7}
+    order = data.draw(st.permutations(range(len(prompts))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(by_torch._SLOTS, "cpu", slots)
+        together = generate(lively, [prompts[row] for row in order], 12, **sampling)
+    of_prompt: dict[tuple[int, ...], list[list[int]]] = {}
+    for row, text in zip(order, together, strict=True):
+        of_prompt.setdefault(tuple(prompts[row]), []).append(text)
+    for prompt, texts in of_prompt.items():
+        assert generate(lively, [list(prompt)] * len(texts), 12, **sampling) == texts
+
+
+def test_equal_prompts_have_different_texts(lively: GPTModel) -> None:
+    """Each has a stream of its own."""
+    texts = generate(lively, [[1, 2, 3]] * 8, 12, seed=1)
+    assert len({tuple(text) for text in texts}) == 8
+
+
+def test_repetition_penalty_is_transformers(model: GPTModel, reference: GPT2LMHeadModel) -> None:
+    """Token for token, over prompt and new tokens; each row's penalty is of its own text."""
+    prompts = prompts_of(5, 17, 1, 30)
+    got = generate(model, prompts, 40, temperature=0, repetition_penalty=1.4)
+    for prompt, row in zip(prompts, got, strict=True):
+        want = reference.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0,
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long), repetition_penalty=1.4,
+        )  # fmt: skip
+        assert row == want[0, len(prompt) :].tolist()
+    assert got != generate(model, prompts, 40, temperature=0)
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_repetition_penalty_is_refused(model: GPTModel, penalty: float) -> None:
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        generate(model, [[1]], 3, repetition_penalty=penalty)
+
+
+def test_a_text_beyond_the_context_is_penalised_as_a_whole(model: GPTModel) -> None:
+    """Tokens that the window no longer shows count, too; with a huge penalty no token comes twice."""
+    row = generate(model, prompts_of(90), 40, temperature=0, repetition_penalty=1e6)[0]
+    assert len(set(row)) == 40
+    assert not set(row) & set(prompts_of(90)[0])
 
 
 def test_cache_equals_the_plain_loop(model: GPTModel) -> None:
