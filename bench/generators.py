@@ -77,14 +77,13 @@ class Setting:
 def settings_of(job: GenerationJob, batch_sizes: Sequence[int]) -> Iterator[Setting]:
     """All settings, this project's first."""
     yield Setting("generate", "as it comes", run_generate)
+    if job.device != "cpu":
+        yield Setting("transformers", "generate_batch (continuous batching)", run_continuous)
     for size in batch_sizes:
         yield Setting("transformers", f"dynamic cache, {size} rows", run_transformers, {"rows": size})
-    if job.device == "cpu":
-        return
-    for size in batch_sizes:
-        options = {"rows": size, "static": True}
-        yield Setting("transformers", f"static cache, compiled, {size} rows", run_transformers, options)
-    yield Setting("transformers", "generate_batch (continuous batching)", run_continuous)
+        if job.device != "cpu":
+            options = {"rows": size, "static": True}
+            yield Setting("transformers", f"static cache, compiled, {size} rows", run_transformers, options)
 
 
 def run_generate(job: GenerationJob) -> Speed:

@@ -114,7 +114,7 @@ def _parts(lengths: Sequence[int]) -> Iterator[slice]:
 class PaddedCache:
     """Keys (L, B, H, K, S) and values (L, B, H, S, K) of all slots and layers.
 
-    In this order the products with one query read memory in its order, which makes them several times faster on a CPU.
+    So the products with one query read memory in its order, which makes them several times faster on a CPU.
     """
 
     def __init__(self, config: GPTConfig, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
@@ -223,7 +223,7 @@ class _PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype, gelu: bool = False):
         super().__init__()
-        self.activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self.activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self.dtype = dtype
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
