@@ -25,7 +25,8 @@ from model.net.device import capture_stream
 from model.net.gpt import GPTModel
 
 _MOST_SLOTS = 2048  # with more rows, a step takes longer in proportion
-_PASS_TOKENS = 32768  # tokens of the prompts that one pass computes
+_PASS_TOKENS = 32768  # tokens of the prompts, at most, that one pass computes
+_PASS_NUMBERS = 16  # numbers that exist at a time in such a pass, in multiples of tokens and width
 _SHARE = 0.8  # of the free memory that cache and logits may take
 _ALIGNED = 8  # a row's places begin at a multiple of this
 
@@ -59,6 +60,8 @@ class FusedDecoder:
         needs = [-(-row.need // _ALIGNED) * _ALIGNED for row in rows]
         free = torch.cuda.mem_get_info(self.device)[0] + _unused(self.device)
         size = fitting_slots(config, needs, dtype.itemsize, int(_SHARE * free))
+        left = int((1 - _SHARE) * free) // (_PASS_NUMBERS * config.n_embd * dtype.itemsize)
+        self.pass_tokens = min(_PASS_TOKENS, max(left, config.n_positions))
         self.slots = slots(size)
         ends = list(accumulate(needs[:size], initial=0))
         self.begins = torch.tensor(ends[:-1], dtype=torch.long, device=self.device)
@@ -69,7 +72,7 @@ class FusedDecoder:
 
     def start(self, slots: Sequence[int], rows: Sequence[Row]) -> None:
         index = self.slots.put(slots, rows)
-        for part in _parts([len(row.prompt) for row in rows]):
+        for part in _parts([len(row.prompt) for row in rows], self.pass_tokens):
             chosen = index[part]
             logits = self._last_logits([row.prompt for row in rows[part]], self.begins[chosen])
             self.slots.advance(logits, chosen)
@@ -87,7 +90,8 @@ class FusedDecoder:
         graph.replay()
 
     def last_logits(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        return torch.cat([self._last_logits(texts[part]) for part in _parts([len(text) for text in texts])])
+        parts = _parts([len(text) for text in texts], self.pass_tokens)
+        return torch.cat([self._last_logits(texts[part]) for part in parts])
 
     def fitting(self, rows: int, size: int) -> int:
         # A new size needs a new graph. A slot whose row has ended costs little: attention skips it.
@@ -191,11 +195,11 @@ def _unused(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _parts(lengths: Sequence[int]) -> Iterator[slice]:
-    """Cut texts into parts of at most ``_PASS_TOKENS`` tokens; a part has at least one text."""
+def _parts(lengths: Sequence[int], most: int) -> Iterator[slice]:
+    """Cut texts into parts of at most ``most`` tokens; a part has at least one text."""
     begin = total = 0
     for row, length in enumerate(lengths):
-        if row > begin and total + length > _PASS_TOKENS:
+        if row > begin and total + length > most:
             yield slice(begin, row)
             begin, total = row, 0
         total += length
