@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from model.parameters import Count, NonNegative, Seeded, WholeNumber, WholeShare, internal
+from model.parameters import Count, NonNegative, Positive, Seeded, WholeNumber, WholeShare
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,5 @@ class SamplingConfig(Seeded):
     """Sample among this many most probable tokens; null sets no limit."""
     top_p: Annotated[WholeShare, Field(gt=0)] | None = 0.95
     """Sample within this probability mass; null sets no limit."""
-    prompts_at_once: int = internal(64)
-    """Prompts generated together."""
+    repetition_penalty: Positive = 1.0
+    """Divides positive logits of tokens that the text has, and multiplies negative ones; 1 changes nothing."""
