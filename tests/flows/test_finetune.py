@@ -40,7 +40,14 @@ ARTIFACTS = {
     "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
     "tables/samples.json", "tables/pass_rate.json", "tables/data_files.json",
 }  # fmt: skip
-MODEL_FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES = {
+    "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+}  # fmt: skip
+# MLflow's transformers flavour, of which the directory above is the model.
+FLAVOUR = {
+    "MLmodel", "components", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
+    "serving_input_example.json", "registered_model_meta",
+}  # fmt: skip
 
 
 def _artifacts(mlflow: Any, run_id: str, path: str = "") -> set[str]:
@@ -154,7 +161,8 @@ def test_registered_model_loads_in_transformers(finished: Any, session_root: Pat
     assert finished.model == "models:/gpt2-code-tiny/1"
     mlflow.set_tracking_uri(finished.run.tracking_uri)
     directory = Path(mlflow.artifacts.download_artifacts(finished.model))
-    assert {path.name for path in directory.iterdir()} == MODEL_FILES
+    assert {path.name for path in directory.iterdir()} == MODEL_FILES | FLAVOUR
+    assert [path.name for path in directory.rglob("*.safetensors")] == ["model.safetensors"]
     reference = AutoModelForCausalLM.from_pretrained(directory).eval()
     own = GPTModel.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -185,7 +193,8 @@ def test_model_card_names_licences(finished: Any) -> None:
     mlflow.set_tracking_uri(finished.run.tracking_uri)
     card = Path(mlflow.artifacts.download_artifacts(f"{finished.model}/README.md")).read_text()
     assert "- Base: embedded" in card
-    assert "licence not known here" in card
+    assert "PSF License 2" in card
+    assert "Its licence is not known here" in card  # that of the rows
     assert "CC BY-NC 4.0" not in card  # these are not CodeAlpaca's rows
 
 
