@@ -36,6 +36,7 @@ FLAVOUR_FILES = (
     "input_example.json",
     "serving_input_example.json",
 )
+FLAVOUR_PATTERNS = (*FLAVOUR_FILES, f"{COMPONENTS}/*")
 REGISTERED_META = "registered_model_meta"  # MLflow adds it to a version's files when they are downloaded
 _EXAMPLE = "Write a Python function that adds two numbers."
 # What a request may set, with what it is otherwise: the names and neutral values of transformers' generate.
