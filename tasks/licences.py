@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,6 @@ def inherited_licences(card: str) -> list[Licence]:
     return [licence for licence in _ORDER if licence.mark in card] or [UNKNOWN]
 
 
-def metadata(licences: Sequence[Licence]) -> Mapping[str, str]:
+def metadata(licences: Sequence[Licence]) -> Mapping[str, Any]:
     """The card's fields for a model that all of these licences bind."""
     return next(licence.fields for licence in _ORDER if licence in licences)

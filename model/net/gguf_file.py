@@ -142,6 +142,7 @@ def _write_tensors(writer: GGUFWriter, model: GPTModel, dtype: GGUFType) -> None
     tensors: dict[str, tuple[torch.Tensor, GGMLQuantizationType]] = {}
     for name, parameter in _parameters(model):
         key = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert key is not None, f"gguf has no name for {name}"
         vector = parameter.ndim == 1 or name == f"{PREFIX}wpe.weight"
         kind = gguf.GGMLQuantizationType.F32 if vector else of_matrices
         block, size = gguf.GGML_QUANT_SIZES[kind]

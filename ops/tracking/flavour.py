@@ -109,8 +109,10 @@ def _stand_in(directory: Path) -> Pipeline:
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    shape = {"vocab_size": 1, "n_positions": 1, "n_embd": 1, "n_layer": 1, "n_head": 1}
-    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    config = GPT2Config(
+        vocab_size=1, n_positions=1, n_embd=1, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
     model.name_or_path = str(directory)  # a path is looked up in no hub
     return pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
 
