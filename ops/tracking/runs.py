@@ -33,6 +33,7 @@ TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an 
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 _PAGE = 1000  # runs per request
+_PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter's value
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
 
@@ -207,10 +208,22 @@ def _user() -> dict[str, str]:
 
 
 def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
-    """Log parameters; they cannot be changed afterwards."""
+    """Log parameters; they cannot be changed afterwards.
+
+    MLflow cuts or refuses a value that is too long (mlflow#6183). It is shortened here, and ends with the name of the
+    artifact that has all of it.
+    """
     from mlflow.entities import Param
 
-    client(run.tracking_uri).log_batch(run.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+    mlflow = client(run.tracking_uri)
+    texts = {key: str(value) for key, value in params.items()}
+    for key, text in texts.items():
+        if len(text) > _PARAM_CHARACTERS:
+            file = f"params/{key}.txt"
+            mlflow.log_text(run.run_id, text, file)
+            end = f"... ({len(text):,} characters: the artifact {file} has all of them)"
+            texts[key] = text[: _PARAM_CHARACTERS - len(end)] + end
+    mlflow.log_batch(run.run_id, params=[Param(key, text) for key, text in texts.items()])
 
 
 def set_tags(run: RunRef, tags: Mapping[str, str]) -> None:
