@@ -36,8 +36,9 @@ FLAVOUR_FILES = (
     "input_example.json",
     "serving_input_example.json",
 )
-FLAVOUR_PATTERNS = (*FLAVOUR_FILES, f"{COMPONENTS}/*")
+
 REGISTERED_META = "registered_model_meta"  # MLflow adds it to a version's files when they are downloaded
+FLAVOUR_PATTERNS = (*FLAVOUR_FILES, REGISTERED_META, f"{COMPONENTS}/*")
 _EXAMPLE = "Write a Python function that adds two numbers."
 # What a request may set, with what it is otherwise: the names and neutral values of transformers' generate.
 _PARAMETERS: tuple[tuple[str, str, Any], ...] = (
@@ -142,11 +143,16 @@ def _point_at_directory(path: Path, name: str, size: int) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without MLflow's warnings: that a local model has no card on the hub, and no licence there."""
+    """Without MLflow's warnings, that no hub has a card, and without transformers' progress bar."""
+    from transformers.utils import logging as of_transformers
+
     log = logging.getLogger("mlflow")
-    before = log.level
+    before, bar = log.level, of_transformers.is_progress_bar_enabled()
     log.setLevel(logging.ERROR)
+    of_transformers.disable_progress_bar()
     try:
         yield
     finally:
         log.setLevel(before)
+        if bar:
+            of_transformers.enable_progress_bar()

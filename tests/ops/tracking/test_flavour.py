@@ -17,11 +17,13 @@ import pytest
 import requests
 import torch
 
+from model import GPTConfig, GPTModel
 from model.demo import EMBEDDED_BASE
 from model.evaluation.completions import complete
 from model.evaluation.config import SamplingConfig
 from model.files import sha256_file
 from model.net.loading import read_pretrained, write_with_tokenizer
+from model.net.prompt import encode
 from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
 from ops.tracking.flavour import add_flavour, hash_version, plain_part
@@ -83,6 +85,23 @@ def test_equal_directories_get_equal_files(directory: Path, tmp_path: Path) -> N
     add_flavour(tmp_path, NAME)  # as a retried task
     assert hash_version(tmp_path) == first
     assert str(directory) not in (directory / "MLmodel").read_text()
+
+
+def test_nothing_is_said_and_gpt2s_tokenizer_is_loaded(
+    tokenizer_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of OpenAI's weights the tokenizer is of another class, GPT2Tokenizer, and MLflow loads it by that name."""
+    import mlflow
+
+    tokenizer = load_tokenizer(tokenizer_dir, 320)
+    shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=320)
+    write_with_tokenizer(GPTModel(shape), tokenizer, tmp_path)
+    add_flavour(tmp_path, NAME)
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    loaded = mlflow.transformers.load_model(str(tmp_path)).tokenizer
+    assert type(loaded).__name__ == "GPT2Tokenizer"
+    assert encode(loaded, PROMPTS) == encode(tokenizer, PROMPTS)
 
 
 def test_pyfunc_takes_an_instruction_and_gives_the_answer(directory: Path, answers: list[str]) -> None:
