@@ -109,6 +109,23 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     assert set(_hashes(tmp_path / "empty")) == PLAIN
 
 
+def test_a_copy_that_is_not_what_was_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that loses bytes without an error: the copy is read back, and does not stay."""
+    real = shutil.copyfile
+
+    def lossy(source: Path, target: Path) -> None:
+        real(source, target)
+        if target.name == "model.safetensors":
+            target.write_bytes(target.read_bytes()[:-1] + b"?")
+
+    monkeypatch.setattr(shutil, "copyfile", lossy)
+    assert main([MODEL, "--directory", str(tmp_path / "model")]) == 1
+    assert f"is not models:/{NAME}/2: check the disk" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "complaint"),
     [

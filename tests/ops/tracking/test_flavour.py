@@ -92,13 +92,16 @@ def test_nothing_is_said_and_gpt2s_tokenizer_is_loaded(
 ) -> None:
     """Of OpenAI's weights the tokenizer is of another class, GPT2Tokenizer, and MLflow loads it by that name."""
     import mlflow
+    from transformers.utils import logging
 
+    logging.enable_progress_bar()
     tokenizer = load_tokenizer(tokenizer_dir, 320)
     shape = GPTConfig(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=320)
     write_with_tokenizer(GPTModel(shape), tokenizer, tmp_path)
     add_flavour(tmp_path, NAME)
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
+    assert logging.is_progress_bar_enabled()
     loaded = mlflow.transformers.load_model(str(tmp_path)).tokenizer
     assert type(loaded).__name__ == "GPT2Tokenizer"
     assert encode(loaded, PROMPTS) == encode(tokenizer, PROMPTS)
