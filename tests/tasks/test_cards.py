@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from model import GPTModel
 from model.demo import EMBEDDED_BASE
 from model.engine.config import TrainConfig
+from model.evaluation.scores import SCOREBOARD, VALIDATION_LOSS
 from model.net.config import FreezeConfig
 from model.net.freezing import plan_freeze
 from model.net.prompt import format_prompt
@@ -25,7 +26,8 @@ WEIGHTS, ROWS = (
 )
 
 
-METRICS = {"base/test_loss": 2.5, "test/loss": 1.25}
+(LOSS,) = [score for score in SCOREBOARD if score.name == "loss"]
+METRICS = {LOSS.base: 2.5, LOSS.tuned: 1.25}
 
 
 def _card(
@@ -41,7 +43,7 @@ def _card(
     model = ModelRef("tiny", str(directory), str(directory), source, "0" * 64, asdict(network.config), {}, {})
     plan = plan_freeze(network.config, FreezeConfig(num_unfrozen_layers=2))
     training = TrainingRef(TokensRef("", "", "", {}), model, plan, TrainConfig(), {}, "", "")
-    return model_card(Sources(DatasetRef(dataset, revision, {}), weights), training, metrics)
+    return model_card(Sources(DatasetRef(dataset, revision, {}), weights), training, metrics, [])
 
 
 def _fields(card: str) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def test_the_licence_of_the_metadata(
 
 def test_the_evaluation_is_in_the_metadata(tmp_path: Path) -> None:
     """Each score that was computed is a result of the model index, of the split that it was computed on."""
-    both = METRICS | {"base/eval_loss": 2.0, "best/eval_loss": 1.0}
+    both = METRICS | {VALIDATION_LOSS.base: 2.0, VALIDATION_LOSS.tuned: 1.0}
     fields = _fields(_card(tmp_path, HUB_BASE, DEFAULT_DATASET, "1" * 40, HUB_COMMIT, both))
     assert {name: fields[name] for name in ("base_model", "datasets", "pipeline_tag", "library_name")} == {
         "base_model": HUB_BASE,
@@ -140,6 +142,6 @@ def test_the_card_shows_the_prompt_format_and_the_scores(tmp_path: Path) -> None
     card = _card(tmp_path, "embedded", "rows.jsonl")
     lines = "\n".join(line.removeprefix("    ") for line in card.splitlines())
     assert format_prompt({"prompt": "<the request>"}).rstrip() in lines
-    assert "| test loss | 2.5000 | 1.2500 | nats per token | lower |" in card
+    assert "| test loss | 2.5000 | 1.2500 |  |  |  | nats per token | lower |" in card
     assert "- test loss: cross-entropy on response tokens" in card
     assert "pass rate" not in card
