@@ -31,11 +31,12 @@ PROMPTS = [
     "class Node:\n    def __init__(self, value):\n        self.value = value",
     "it's <|endoftext|> don't 12345.678e-9 (a+b)*c  ",
 ]
-# llama-cpp-python in another process: prints the ids of each text and of its greedy continuation.
+# llama-cpp-python in another process: prints the ids of each text and of its greedy continuation, and the greedy
+# answers to the requests as chat messages.
 LLAMA = """
 import json, sys
 from llama_cpp import Llama
-path, texts, count = json.load(sys.stdin)
+path, texts, requests, count = json.load(sys.stdin)
 model = Llama(path, n_ctx=512, n_threads=1, verbose=False)
 found = []
 for text in texts:
@@ -46,7 +47,12 @@ for text in texts:
         if len(new) == count or token == model.token_eos():
             break
     found.append([ids, new])
-print(json.dumps({"tokens": found, "metadata": model.metadata}))
+answers = []
+for request in requests:
+    messages = [{"role": "user", "content": request}]
+    answer = model.create_chat_completion(messages, temperature=0.0, repeat_penalty=1.0, max_tokens=count)
+    answers.append(answer["choices"][0]["message"]["content"])
+print(json.dumps({"tokens": found, "answers": answers, "metadata": model.metadata}))
 """
 
 
@@ -216,20 +222,37 @@ def test_without_the_library(directory: Path, tmp_path: Path, monkeypatch: pytes
         write_gguf(directory, tmp_path / "model.gguf")
 
 
+def _ask_llama(file: Path, texts: list[str], requests: list[str], count: int) -> dict[str, Any]:
+    python = python_with("llama_cpp", "LLAMA_CPP_PYTHON")
+    job = json.dumps([str(file), texts, requests, count])
+    done = subprocess.run([python, "-c", LLAMA], input=job, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 @pytest.mark.slow
 def test_llama_cpp_gives_the_same_tokens(directory: Path, written: Path) -> None:
     """llama.cpp encodes the prompts to the same ids and continues them greedily with the same ids, in f32."""
-    python = python_with("llama_cpp", "LLAMA_CPP_PYTHON")
     model = GPTModel.from_pretrained(directory)
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
     ids = encode_prompts(tokenizer, PROMPTS)
     expected = generate(model, ids, max_new_tokens=48, eos_token_id=tokenizer.eos_token_id, temperature=0.0)
     texts = [tokenizer.decode(prompt) for prompt in ids]
-    job = json.dumps([str(written), texts, 48])
-    done = subprocess.run([python, "-c", LLAMA], input=job, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = _ask_llama(written, texts, PROMPTS[:3], 48)  # the literal <|endoftext|> of the last is a token in a chat
     assert [prompt for prompt, _ in found["tokens"]] == ids
     assert [new for _, new in found["tokens"]] == expected
     assert sum(map(len, expected)) > 60
     assert found["metadata"]["tokenizer.chat_template"] == CHAT_TEMPLATE
+    assert found["answers"] == [tokenizer.decode(new, skip_special_tokens=True) for new in expected[:3]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+def test_llama_cpp_opens_the_other_types(directory: Path, written: Path, tmp_path: Path, dtype: Any) -> None:
+    """Rounded weights begin an answer as the exact ones do."""
+    write_gguf(directory, tmp_path / "model.gguf", dtype)
+    files = (written, tmp_path / "model.gguf")
+    exact, rounded = (_ask_llama(file, [], PROMPTS[:1], 8)["answers"] for file in files)
+    assert rounded == exact
+    assert len(exact[0]) > 8
