@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.evaluation.comparison import Difference
-from model.evaluation.scores import SCOREBOARD, VALIDATION_LOSS, describe_failures, score_sources
+from model.evaluation.scores import ALL_SCORES, HUMANEVAL, VALIDATION_LOSS, Score, describe_failures, score_sources
 from model.evaluation.tables import score_table_markdown
 from model.files import sha256_json
 from model.net.prompt import format_prompt
@@ -28,8 +28,9 @@ from tasks.licences import (
 from tasks.references import DatasetRef, EvaluationRef, ModelRef, Sources, TrainingRef
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
+_HUMANEVAL = "openai/openai_humaneval"  # on the hub
 _SHOWN = 5  # samples in Prefect's artifact
 _SHOWN_CHARACTERS = 600
 
@@ -90,26 +91,11 @@ def model_card(
 
 def _metadata(sources: Sources, training: TrainingRef, metrics: Mapping[str, float], name: str) -> ModelCardData:
     """The card's metadata; base and data sets are named if the hub has them."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     model, data = training.model, sources.dataset
     before = ModelCard(inherited, ignore_metadata_errors=True).data if (inherited := _inherited(model)) else None
-    rows = data.source if data.revision else Path(data.source).name
     used = [*(getattr(before, "datasets", None) or []), *([data.source] if data.revision else [])]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=rows,
-            dataset_name=rows,
-            dataset_revision=data.revision,
-            dataset_split="validation" if score is VALIDATION_LOSS else "test",
-            metric_type=score.tuned.rpartition("/")[2],
-            metric_name=score.title,
-            metric_value=metrics[score.tuned],
-        )
-        for score in (VALIDATION_LOSS, *SCOREBOARD)
-        if score.tuned in metrics
-    ]
     return ModelCardData(
         model_name=name,
         base_model=model.source if sources.weights.revision else getattr(before, "base_model", None),
@@ -117,8 +103,27 @@ def _metadata(sources: Sources, training: TrainingRef, metrics: Mapping[str, flo
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["code"],
-        eval_results=results,
+        eval_results=[_result(score, data, metrics) for score in ALL_SCORES if score.tuned in metrics],
         **metadata([*_of_weights(model), _of_rows(data)]),
+    )
+
+
+def _result(score: Score, data: DatasetRef, metrics: Mapping[str, float]) -> EvalResult:
+    """A score as an entry of the hub's model index."""
+    from huggingface_hub import EvalResult
+
+    rows, revision = (data.source if data.revision else Path(data.source).name), data.revision
+    if score in HUMANEVAL:
+        rows, revision = _HUMANEVAL, None
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=rows,
+        dataset_name=rows,
+        dataset_revision=revision,
+        dataset_split="validation" if score is VALIDATION_LOSS else "test",
+        metric_type=score.tuned.rpartition("/")[2],
+        metric_name=score.title,
+        metric_value=metrics[score.tuned],
     )
 
 

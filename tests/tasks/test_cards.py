@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from model import GPTModel
 from model.demo import EMBEDDED_BASE
 from model.engine.config import TrainConfig
-from model.evaluation.scores import SCOREBOARD, VALIDATION_LOSS
+from model.evaluation.scores import HUMANEVAL, SCOREBOARD, VALIDATION_LOSS
 from model.net.config import FreezeConfig
 from model.net.freezing import plan_freeze
 from model.net.prompt import format_prompt
@@ -107,6 +107,7 @@ def test_the_licence_of_the_metadata(
 def test_the_evaluation_is_in_the_metadata(tmp_path: Path) -> None:
     """Each score that was computed is a result of the model index, of the split that it was computed on."""
     both = METRICS | {VALIDATION_LOSS.base: 2.0, VALIDATION_LOSS.tuned: 1.0}
+    both |= {HUMANEVAL[0].base: 0.0, HUMANEVAL[0].tuned: 0.0125}
     fields = _fields(_card(tmp_path, HUB_BASE, DEFAULT_DATASET, "1" * 40, HUB_COMMIT, both))
     assert {name: fields[name] for name in ("base_model", "datasets", "pipeline_tag", "library_name")} == {
         "base_model": HUB_BASE,
@@ -117,16 +118,16 @@ def test_the_evaluation_is_in_the_metadata(tmp_path: Path) -> None:
     (index,) = fields["model-index"]
     assert index["name"] == "gpt2-code-tiny"
     found = {
-        (result["dataset"]["split"], metric["name"]): (metric["type"], metric["value"])
+        (result["dataset"]["type"], result["dataset"]["split"], metric["name"]): (metric["type"], metric["value"])
         for result in index["results"]
         for metric in result["metrics"]
     }
     assert found == {
-        ("validation", "validation loss"): ("eval_loss", 1.0),
-        ("test", "test loss"): ("loss", 1.25),
+        (DEFAULT_DATASET, "validation", "validation loss"): ("eval_loss", 1.0),
+        (DEFAULT_DATASET, "test", "test loss"): ("loss", 1.25),
+        ("openai/openai_humaneval", "test", "HumanEval pass@1"): ("pass_at_1", 0.0125),
     }
-    assert {result["dataset"]["type"] for result in index["results"]} == {DEFAULT_DATASET}
-    assert {result["dataset"]["revision"] for result in index["results"]} == {"1" * 40}
+    assert {result["dataset"].get("revision") for result in index["results"]} == {"1" * 40, None}
 
 
 def test_no_path_of_this_machine_is_in_a_card(tmp_path: Path) -> None:
