@@ -66,7 +66,7 @@ def model_card(
         "```python",
         "import transformers",
         "",
-        'ask = transformers.pipeline("text-generation", DIRECTORY)',
+        'ask = transformers.pipeline("text-generation", "DIRECTORY")  # of these files, or the repository on the hub',
         'ask([{"role": "user", "content": "<the request>"}], max_new_tokens=128)',
         "```",
         "",
