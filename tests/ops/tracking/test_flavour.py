@@ -87,6 +87,7 @@ def test_equal_directories_get_equal_files(directory: Path, tmp_path: Path) -> N
     assert str(directory) not in (directory / "MLmodel").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # where HF_HUB_DISABLE_PROGRESS_BARS is set
 def test_nothing_is_said_and_gpt2s_tokenizer_is_loaded(
     tokenizer_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
