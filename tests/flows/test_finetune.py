@@ -18,7 +18,7 @@ import torch
 from made_up import wait_for
 
 from model.demo import EMBEDDED_BASE
-from model.evaluation.scores import ALL_SCORES, SCOREBOARD
+from model.evaluation.scores import SCOREBOARD, VALIDATION_LOSS
 from model.net.gpt import GPTModel
 from ops.threads import in_daemon_thread
 
@@ -35,7 +35,7 @@ METRICS = {
     "time/plan_seconds", "time/mlflow_seconds", "time/download_seconds", "time/prepare_seconds",
     "time/load_weights_seconds", "time/freeze_seconds", "time/wait_seconds", "time/train_seconds",
     "time/evaluate_seconds", "time/publish_seconds",
-} | {name for score in ALL_SCORES for name in (score.base, score.tuned)}  # fmt: skip
+} | {name for score in (VALIDATION_LOSS, *SCOREBOARD) for name in (score.base, score.tuned)}  # fmt: skip
 ARTIFACTS = {
     "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
     "tables/samples.json", "tables/pass_rate.json", "tables/data_files.json", "tables/scores.json",
