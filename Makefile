@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow fuzz soak check format parameters bench up down doctor deploy worker watch rollback sample clean
+.PHONY: help install run test test-slow fuzz soak check format parameters bench up down doctor deploy worker watch rollback sample export clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -106,6 +106,10 @@ rollback: $(INSTALLED) ## Make the previous champion champion again: SIZE=355m
 sample: override export PROMPT := $(value PROMPT)
 sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."
 	@$(BIN)/python -m ops.tracking.sample $(ARGS) -- "$$PROMPT"
+
+export: $(INSTALLED) ## Take a model out of MLflow: MODEL=models:/NAME@champion DIR=...; ARGS="--push USER/NAME --gguf FILE"
+	@test -n "$(MODEL)" || { echo "which model? make export MODEL=models:/gpt2-code-355m@champion DIR=..."; exit 2; }
+	@$(BIN)/python -m ops.tracking.export $(if $(DIR),--directory "$(DIR)") $(ARGS) -- "$(MODEL)"
 
 clean: ## Delete .venv; keeps all results
 	rm -rf $(VENV)

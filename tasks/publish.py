@@ -15,7 +15,9 @@ from prefect.cache_policies import NO_CACHE
 from model.engine.checkpoint import load_trained
 from model.engine.journal import read_journal
 from model.evaluation.scores import headline
+from model.net.loading import write_with_tokenizer
 from ops.text import storable
+from ops.tracking.flavour import add_flavour
 from ops.tracking.registry import interrupted_version, model_name, take_over, version_uri
 from ops.tracking.runs import RunRef, client, log_model, log_table
 from ops.tracking.shipping import must_be_logged
@@ -77,14 +79,13 @@ def _register(
 
 
 def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, card: str) -> None:
-    """Write base plus trained tensors in Hugging Face's layout, in fp32, with tokenizer and model card."""
+    """Write base plus trained tensors in Hugging Face's layout, in fp32, with tokenizer, model card and flavour."""
     network = load_frozen(training.model, training.plan, torch.device("cpu"), torch.float32)
     tokenizer = load_its_tokenizer(training.model)
     load_trained(Path(checkpoint.best), network)
-    network.save_pretrained(directory, tokenizer.eos_token_id)
-    tokenizer.model_max_length = network.config.n_positions
-    tokenizer.save_pretrained(str(directory))
+    write_with_tokenizer(network, tokenizer, directory)
     (directory / "README.md").write_text(storable(card))
+    add_flavour(directory, model_name(training.model.model_size))
 
 
 def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRef) -> None:

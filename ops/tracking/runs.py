@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.files import sha256_file
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.settings import Settings
+from ops.tracking.flavour import hash_version
 from ops.tracking.once import create_once, environment
 from ops.tracking.provenance import git_sha, installed_packages
 
@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
-FILES_TAG = "files"  # of a version: its files' sha256, as JSON
+FILES_TAG = "files"  # of a version: the sha256 of its files by their paths, as JSON
 TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
 TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 _PAGE = 1000  # runs per request
+_PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter's value
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
 
@@ -207,10 +208,22 @@ def _user() -> dict[str, str]:
 
 
 def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
-    """Log parameters; they cannot be changed afterwards."""
+    """Log parameters; they cannot be changed afterwards.
+
+    MLflow cuts or refuses a value that is too long (mlflow#6183). It is shortened here, and ends with the name of the
+    artifact that has all of it.
+    """
     from mlflow.entities import Param
 
-    client(run.tracking_uri).log_batch(run.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+    mlflow = client(run.tracking_uri)
+    texts = {key: str(value) for key, value in params.items()}
+    for key, text in texts.items():
+        if len(text) > _PARAM_CHARACTERS:
+            file = f"params/{key}.txt"
+            mlflow.log_text(run.run_id, text, file)
+            end = f"... ({len(text):,} characters: the artifact {file} has all of them)"
+            texts[key] = text[: _PARAM_CHARACTERS - len(end)] + end
+    mlflow.log_batch(run.run_id, params=[Param(key, text) for key, text in texts.items()])
 
 
 def set_tags(run: RunRef, tags: Mapping[str, str]) -> None:
@@ -273,7 +286,7 @@ def log_model(
     The files are logged unchanged, without a pickled module, so that they load without this code (mlflow#9514).
 
     Args:
-        directory: in Hugging Face's layout.
+        directory: in Hugging Face's layout, with MLflow's flavour (``add_flavour``) or without.
         name: of the registered model.
         metrics: logged for the model and for the run, at step 0: MLflow shows single values as bars.
         step: of the training that the model comes from.
@@ -307,7 +320,7 @@ def log_model(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    files = json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())})
+    files = json.dumps(hash_version(directory))
     return create_once(
         lambda: mlflow.create_model_version(
             name,

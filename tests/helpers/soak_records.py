@@ -13,8 +13,8 @@ import mlflow.artifacts
 import numpy as np
 from made_up import MadeUp
 
-from model.files import sha256_file
 from ops.machine.lock import read_locks
+from ops.tracking.flavour import hash_version
 from ops.tracking.runs import client
 
 MODEL = "gpt2-code-tiny"
@@ -96,7 +96,7 @@ def _registry(made: MadeUp) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             uri = f"models:/{MODEL}/{version.version}"
             there = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
-            files = {path.name: sha256_file(path) for path in sorted(there.iterdir()) if path.is_file()}
+            files = hash_version(there)
         facts = {name: version.tags.get(name) for name in ("reason", "interval", "previous_champion")}
         versions[str(version.version)] = {
             "sha256": files,
