@@ -18,6 +18,7 @@ from model import GPTConfig, GPTModel, generate
 from model.generation import padded as by_torch
 from model.generation.drawing import Sampler
 from model.generation.padded import PaddedDecoder
+from model.generation.streams import stream_keys, uniforms
 from model.net.device import autocast, cast_frozen
 
 
@@ -134,6 +135,23 @@ def test_a_rows_text_does_not_depend_on_its_company(
         of_prompt.setdefault(tuple(prompts[row]), []).append(text)
     for prompt, texts in of_prompt.items():
         assert generate(lively, [list(prompt)] * len(texts), 12, **sampling) == texts
+
+
+@torch.no_grad()
+def test_number_n_of_a_stream_draws_token_n(lively: GPTModel) -> None:
+    """A loop that computes all tokens again for each next one; also where a row reaches the context's end, or begins
+    behind it."""
+    prompts = prompts_of(80, 95, 96, 97, 120, 10)
+    draw = Sampler(0.9, 40, 0.95, 1.0, 320, [], torch.device("cpu"))
+    want = []
+    for prompt, key in zip(prompts, stream_keys(prompts), strict=True):
+        ids = list(prompt)
+        for number in uniforms(torch.tensor([key]), 5, 0, 30)[0]:
+            logits = lively(torch.tensor([ids[-96:]]))[:, -1]
+            ids.append(int(draw(logits, number[None], None)))
+        want.append(ids[len(prompt) :])
+    assert generate(lively, prompts, 30, None, 0.9, 40, 0.95, 5) == want
+    assert min(len(set(text)) for text in want) > 10
 
 
 def test_equal_prompts_have_different_texts(lively: GPTModel) -> None:
