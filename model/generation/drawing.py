@@ -131,8 +131,9 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def invert(logits: Tensor, uniforms: Tensor) -> Tensor:
     """The index (B,) at which the cumulated softmax of logits (B, n) first exceeds each row's uniform number (B,)."""
-    cumulated = F.softmax(logits, -1).cumsum(-1)
-    total = cumulated[:, -1:]
-    # Below the total whatever the rounding, so that a token of probability 0 is never drawn.
-    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return (cumulated <= target).sum(-1).clamp(max=logits.size(1) - 1)
+    probabilities = F.softmax(logits, -1)
+    cumulated = probabilities.cumsum(-1)
+    index = (cumulated <= uniforms[:, None] * cumulated[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.size(1) - 1)
+    # A sum may be rounded up at a token of probability 0, which must not be drawn.
+    possible = probabilities.gather(1, index) > 0
+    return torch.where(possible, index, probabilities.argmax(-1, keepdim=True))[:, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -22,6 +23,8 @@ from model.net.gpt import GPTModel
 from model.net.sampling import crop
 
 _WINDOWS = 32  # rows beyond the context that are computed at a time
+_SMALL = 8 << 20  # parameters of a model that fits a processor's cache memory
+_ROWS_APART = 16  # rows, at least, that pay for a thread of their own
 
 
 class Decoder(Protocol):
@@ -107,8 +110,7 @@ def generate(
     training = model.training
     model.eval()
     try:
-        decoder = _decoder(model, fitting, slots)
-        _continue(decoder, fitting)
+        decoder = _continue_apart(model, fitting, slots)
         going = [row for row in rows if len(row.new) < max_new_tokens and row.new[-1:] != [eos_token_id]]
         for begin in range(0, len(going), _WINDOWS):
             part = going[begin : begin + _WINDOWS]
@@ -116,6 +118,39 @@ def generate(
     finally:
         model.train(training)
     return [row.new for row in rows]
+
+
+def _continue_apart(model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots]) -> Decoder:
+    """Continue rows up to their limits; on a CPU, those of a small model in several threads, each with its own rows.
+
+    The threads of a matrix product wait for one another at its end. For a small model that takes as long as the
+    product, and where other processes use the processor, many times as long.
+
+    Returns:
+        A decoder of the model.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    threads = torch.get_num_threads()
+    workers = min(threads, len(rows) // _ROWS_APART)
+    if model.wte.weight.device.type != "cpu" or weights > _SMALL or workers < 2:
+        decoder = _decoder(model, rows, slots)
+        _continue(decoder, rows)
+        return decoder
+    mixed, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def work(part: Sequence[Row]) -> Decoder:
+        with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=mixed):  # both are settings of a thread
+            decoder = _decoder(model, part, slots)
+            _continue(decoder, part)
+        return decoder
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            decoders = [*pool.map(work, [rows[number::workers] for number in range(workers)])]
+        return decoders[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _decoder(model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots]) -> Decoder:

@@ -73,7 +73,7 @@ class Slots:
         self.numbers = torch.arange(count, device=device)
         self.ids, self.counts, self.limits, self.prompts = (zeros(count) for _ in range(4))
         self.alive = zeros(count, dtype=torch.bool)
-        self.out = zeros(count, steps + 1)  # the last column takes what ended rows produce
+        self.out = zeros(count, steps + 1)  # behind its tokens, an ended row has one without a meaning
         self.uniforms = zeros(count, steps, dtype=torch.float32)
         self.seen = zeros(count, vocab_size, dtype=torch.bool) if sampler.penalty != 1 else None
 
@@ -101,7 +101,7 @@ class Slots:
         drawn = self.uniforms[numbers, counts.clamp(max=self.steps - 1)]
         new = self.sampler(logits, drawn, None if self.seen is None else self.seen[chosen])
         self.ids[chosen] = new
-        self.out[numbers, torch.where(alive, counts, self.steps)] = new
+        self.out[numbers, counts] = new
         if self.seen is not None:
             self.seen.view(-1).index_fill_(0, numbers * self.seen.size(1) + new, True)
         counts = counts + alive

@@ -98,14 +98,14 @@ def test_excluding_all_ids_is_refused() -> None:
 
 
 def test_the_largest_number_draws_a_token_that_is_kept() -> None:
-    """Rounding of the cumulated sum must not reach tokens of probability 0, wherever they stand."""
+    """Tokens of probability 0 are not drawn, wherever they stand. 1 stands for a sum that is rounded up."""
     logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(2))
     logits[:, 500:] = float("-inf")
     logits[:, :3] = float("-inf")
-    for number, first in ((1 - 2**-24, False), (0.0, True)):
+    for number, first in ((1 - 2**-24, False), (1.0, False), (0.0, True)):
         drawn = invert(logits, torch.full((64,), number))
         assert logits.gather(1, drawn[:, None]).isfinite().all()
-        assert ((drawn == 3) == first).all()
+        assert (drawn == 3).all() == first
 
 
 def test_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel, generate
+from model.generation import generating
 from model.generation import padded as by_torch
 from model.generation.drawing import Sampler
 from model.generation.padded import PaddedDecoder
+from model.generation.streams import stream_keys, uniforms
 from model.net.device import autocast, cast_frozen
 
 
@@ -134,6 +137,55 @@ def test_a_rows_text_does_not_depend_on_its_company(
         of_prompt.setdefault(tuple(prompts[row]), []).append(text)
     for prompt, texts in of_prompt.items():
         assert generate(lively, [list(prompt)] * len(texts), 12, **sampling) == texts
+
+
+@torch.no_grad()
+def test_number_n_of_a_stream_draws_token_n(lively: GPTModel) -> None:
+    """A loop that computes all tokens again for each next one; also where a row reaches the context's end, or begins
+    behind it."""
+    prompts = prompts_of(80, 95, 96, 97, 120, 10)
+    draw = Sampler(0.9, 40, 0.95, 1.0, 320, [], torch.device("cpu"))
+    want = []
+    for prompt, key in zip(prompts, stream_keys(prompts), strict=True):
+        ids = list(prompt)
+        for number in uniforms(torch.tensor([key]), 5, 0, 30)[0]:
+            logits = lively(torch.tensor([ids[-96:]]))[:, -1]
+            ids.append(int(draw(logits, number[None], None)))
+        want.append(ids[len(prompt) :])
+    assert generate(lively, prompts, 30, None, 0.9, 40, 0.95, 5) == want
+    assert min(len(set(text)) for text in want) > 10
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_in_several_threads_have_the_same_texts(
+    lively: GPTModel, mixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread has the caller's precision and runs its own rows; the number of torch's threads is restored."""
+    prompts = prompts_of(80, 95, 3, 97, 120, 10, 10, 30)
+    dtypes: set[tuple[int, torch.dtype]] = set()
+    draw = Sampler.__call__
+
+    def spy(self: Sampler, logits: Tensor, *rest: Any) -> Tensor:
+        dtypes.add((threading.get_ident(), logits.dtype))
+        return draw(self, logits, *rest)
+
+    def sample() -> list[list[int]]:
+        with autocast(torch.device("cpu"), torch.bfloat16 if mixed else torch.float32):
+            return generate(lively, prompts, 12, None, 0.9, 40, 0.95, 5)
+
+    want = sample()
+    monkeypatch.setattr(Sampler, "__call__", spy)
+    monkeypatch.setattr(generating, "_ROWS_APART", 2)
+    torch.set_num_threads(3)
+    try:
+        got = sample()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert len({thread for thread, _ in dtypes} - {threading.get_ident()}) == 3
+    assert {dtype for _, dtype in dtypes} == {torch.bfloat16 if mixed else torch.float32}
+    if not mixed:  # in bf16, rounding decides between tokens
+        assert got == want
 
 
 def test_equal_prompts_have_different_texts(lively: GPTModel) -> None:
