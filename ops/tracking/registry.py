@@ -69,8 +69,11 @@ def version_of_alias(mlflow: MlflowClient, name: str, alias: str) -> ModelVersio
     return None if number is None else mlflow.get_model_version(name, str(number))
 
 
-def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
+def find_version(mlflow: MlflowClient, uri: str, what: str = "start_from") -> ModelVersion:
     """The version of a ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+
+    Args:
+        what: begins an error message: what the URI was given for.
 
     Raises:
         ValueError: the URI has another form.
@@ -80,7 +83,8 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
 
     match = _URI.fullmatch(uri)
     if not match:
-        raise ValueError(f"start_from {uri!r} is none of base, champion, models:/NAME/VERSION and models:/NAME@ALIAS")
+        others = "base, champion, " if what == "start_from" else "a run id (32 hexadecimal digits), "
+        raise ValueError(f"{what} {uri!r} is none of {others}models:/NAME/VERSION and models:/NAME@ALIAS")
     try:
         if match["alias"]:
             found = version_of_alias(mlflow, match["name"], match["alias"])
@@ -88,7 +92,7 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
             found = mlflow.get_model_version(match["name"], match["version"])
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":  # such as the name ".."
-            raise ValueError(f"start_from {uri!r} cannot be a version: {error}") from error
+            raise ValueError(f"{what} {uri!r} cannot be a version: {error}") from error
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         found = None

@@ -1,0 +1,159 @@
+"""A finished run as MLflow has it: parameters, scores, journal, and the records of its test rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from model.engine.journal import read_journal
+from model.records import parse_record
+from ops.redaction import without_credentials
+from ops.tracking.registry import find_version, finishing_run, version_uri
+from ops.tracking.runs import CHANGED_FILE, RunRef, client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+ROWS_TABLE, FILES_TABLE, JOURNAL_FILE = "tables/test_rows.json", "tables/data_files.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a page says of a run.
+
+    Attributes:
+        ref: the MLflow run.
+        name: of the run.
+        asked: how the user named it: an id or a ``models:/`` URI.
+        status: as MLflow has it.
+        started: in UTC.
+        params, metrics, tags: as logged; parameters are texts.
+        journal: the training's metrics, a line for each step that has some.
+        records: one for each test row; None where the run has none with content keys.
+        files: the files of the data set, with their splits and rows.
+        changed: parameter -> (value, default), of those that differ; None where it was not recorded.
+        versions: the registered versions of this run, as ``models:/`` URIs.
+    """
+
+    ref: RunRef
+    name: str
+    asked: str
+    status: str
+    started: datetime
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    journal: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] | None = None
+    files: list[dict[str, Any]] = field(default_factory=list)
+    changed: dict[str, tuple[Any, Any]] | None = None
+    versions: tuple[str, ...] = ()
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) of a metric of the journal."""
+        return [(line["step"], line["metrics"][metric]) for line in self.journal if metric in line["metrics"]]
+
+    def fact(self, name: str) -> str:
+        """A fact that runs of this version log as a parameter, and earlier ones as a metric; empty if unknown."""
+        if name in self.params:
+            return self.params[name]
+        return f"{self.metrics[name]:g}" if name in self.metrics else ""
+
+
+def resolve(tracking_uri: str, name: str) -> str:
+    """The id of the run that an id, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS`` means.
+
+    Raises:
+        ValueError: the name has another form.
+        LookupError: there is no such version.
+    """
+    if name.startswith("models:/"):
+        return finishing_run(find_version(client(tracking_uri), name, "run"))
+    if not _RUN_ID.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is none of a run id (32 hexadecimal digits), models:/NAME/VERSION and models:/NAME@ALIAS"
+        )
+    return name
+
+
+def read_run(tracking_uri: str, name: str) -> FinishedRun:
+    """Read a run from MLflow; what it does not have is empty.
+
+    Args:
+        name: a run id, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+
+    Raises:
+        ValueError: the name has another form, or what the run has is damaged.
+        LookupError: there is no such run or version.
+        MlflowException: the server cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    mlflow = client(tracking_uri)
+    run_id = resolve(tracking_uri, name)
+    try:
+        run = mlflow.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise LookupError(
+            f"there is no run {run_id} at {without_credentials(tracking_uri)}: take an id from a run's page, or set "
+            "MLFLOW_TRACKING_URI to the server that has it"
+        ) from None
+    with _artifacts(mlflow, run_id) as folder:
+        return _finished(mlflow, run, tracking_uri, name, folder)
+
+
+@contextmanager
+def _artifacts(mlflow: MlflowClient, run_id: str) -> Iterator[Path]:
+    """A folder with those of the run's files that a page needs, as far as the run has them."""
+    there = {file.path for folder in (None, "tables") for file in mlflow.list_artifacts(run_id, folder)}
+    with TemporaryDirectory() as scratch:
+        for path in {ROWS_TABLE, FILES_TABLE, JOURNAL_FILE, CHANGED_FILE} & there:
+            mlflow.download_artifacts(run_id, path, scratch)
+        yield Path(scratch)
+
+
+def _finished(mlflow: MlflowClient, run: Run, tracking_uri: str, asked: str, folder: Path) -> FinishedRun:
+    run_id, data = run.info.run_id, run.data
+    versions = mlflow.search_model_versions(f"run_id = '{run_id}'")
+    journal = folder / JOURNAL_FILE
+    records = _table(folder / ROWS_TABLE)
+    return FinishedRun(
+        ref=RunRef(tracking_uri, run.info.experiment_id, run_id),
+        name=run.info.run_name or run_id,
+        asked=asked,
+        status=run.info.status,
+        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        params=dict(data.params),
+        metrics=dict(data.metrics),
+        tags=dict(data.tags),
+        journal=read_journal(journal) if journal.exists() else [],
+        records=records if records and "key" in records[0] else None,
+        files=_table(folder / FILES_TABLE),
+        changed=_changed(folder / CHANGED_FILE),
+        versions=tuple(version_uri(version) for version in versions),
+    )
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table that MLflow keeps as JSON, empty where the file is missing."""
+    if not path.exists():
+        return []
+    table = json.loads(path.read_text())
+    return [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+
+
+def _changed(path: Path) -> dict[str, tuple[Any, Any]] | None:
+    if not path.exists():
+        return None
+    return parse_record(path.read_text(), dict[str, tuple[Any, Any]], f"{CHANGED_FILE} of the run")
