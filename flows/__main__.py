@@ -122,7 +122,7 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
     if result is None:  # a night without work
         print(f"{state.name}: {state.message}")
         return
-    print(before_and_after(result.metrics, result.samples))
+    print(before_and_after(result.metrics, result.differences, result.samples))
     seconds["prefect"] -= sum(result.seconds.values())
     print(time_table(seconds | result.seconds))
     if result.verdict:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.scores import describe_failures, score_sources, score_table_markdown
+from model.evaluation.comparison import Difference
+from model.evaluation.scores import describe_failures, score_sources
+from model.evaluation.tables import score_table_markdown
 from model.files import sha256_json
 from model.net.prompt import format_prompt
 from ops.hub import DEFAULT_DATASET, PINNED_WEIGHTS
@@ -20,7 +22,9 @@ _SHOWN = 5  # samples in Prefect's artifact
 _SHOWN_CHARACTERS = 600
 
 
-def model_card(sources: Sources, training: TrainingRef, metrics: Mapping[str, float]) -> str:
+def model_card(
+    sources: Sources, training: TrainingRef, metrics: Mapping[str, float], differences: Sequence[Difference]
+) -> str:
     """The README.md of a registered version: origin, licences, prompt format and scores."""
     model, plan = training.model, training.plan
     head = ["pipeline_tag: text-generation"]
@@ -42,7 +46,7 @@ def model_card(sources: Sources, training: TrainingRef, metrics: Mapping[str, fl
         "",
         "## Scores",
         "",
-        *score_table_markdown(metrics),
+        *score_table_markdown(metrics, differences),
         "",
         *score_sources(metrics),
         "",
@@ -75,7 +79,7 @@ def _origin(revision: str | None, sha256: str) -> str:
 def sample_report(samples: list[dict[str, Any]], evaluation: EvaluationRef, run: RunRef, uri: str) -> str:
     """The text of Prefect's artifact: scores of both models, a few completions, and a link to the MLflow run."""
     metrics = evaluation.metrics
-    lines = [f"MLflow run {run.link}, model `{uri}`", "", *score_table_markdown(metrics)]
+    lines = [f"MLflow run {run.link}, model `{uri}`", "", *score_table_markdown(metrics, evaluation.differences)]
     if evaluation.failures:
         lines += ["", f"Commonest reasons of failure, tuned model: {describe_failures(evaluation.failures)}"]
     refused = metrics.get("base/not_executed", 0) + metrics.get("sample/not_executed", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,8 @@ def publish(
     with must_be_logged(run.tracking_uri, Path(training.directory)):
         _log_tables(run, checkpoint, evaluation)
         directory = Path(checkpoint.directory) / "model"  # removed with the training
-        export(training, checkpoint, directory, model_card(sources, training, evaluation.metrics))
+        card = model_card(sources, training, evaluation.metrics, evaluation.differences)
+        export(training, checkpoint, directory, card)
         version = _register(run, training, checkpoint, headline(evaluation.metrics), directory)
     uri = version_uri(version)
     samples = json.loads(Path(evaluation.samples).read_text())
@@ -93,6 +95,7 @@ def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRe
         records = json.loads(Path(file).read_text())
         if records or name != "pass_rate":
             log_table(run, records, name)
+    log_table(run, [asdict(difference) for difference in evaluation.differences], "scores")
     mlflow.log_artifact(run.run_id, checkpoint.journal)
     mlflow.log_figure(run.run_id, _loss_curve(Path(checkpoint.journal)), "plots/loss.png")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.engine.config import TrainConfig
+from model.evaluation.comparison import Difference
 from model.files import sha256_file
 from model.net.freezing import FreezePlan
 
@@ -191,13 +192,15 @@ class EvaluationRef:
 
     Attributes:
         metrics: name -> value, under the names MLflow shows.
-        rows: JSON file, one record per scored row.
-        samples: JSON file, one record per prompt with both completions.
+        differences: of each score, tuned - base.
+        rows: JSON file, one record per scored row (``model.evaluation.records``).
+        samples: JSON file, the first completed rows.
         passes: JSON file, one record per task family with the passes of both models; empty without tests.
         failures: the commonest reasons why completions of the tuned model did not pass, with their numbers.
     """
 
     metrics: dict[str, float]
+    differences: tuple[Difference, ...]
     rows: str
     samples: str
     passes: str
@@ -211,7 +214,7 @@ class RivalRef:
     Attributes:
         name: for messages.
         champion: its version; None if there is no champion.
-        rows: JSON file with its mean loss on each row of the evaluation; None if the run started from it.
+        rows: JSON file with its summed loss on each row of the evaluation; None if the run started from it.
         trouble: why it cannot be compared with; None if it can.
     """
 

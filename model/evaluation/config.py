@@ -14,10 +14,12 @@ from model.parameters import Count, NonNegative, Seeded, WholeNumber, WholeShare
 class SamplingConfig(Seeded):
     """How completions are drawn; base and tuned model draw with the same seed."""
 
-    sample_rows: WholeNumber = 16
-    """Prompts of the test split, from its beginning, that both models complete."""
-    pass_rows: WholeNumber = 500
-    """Rows of the test split with tests, from its beginning, whose greedy completions are run in a sandbox."""
+    score_rows: Count | None = None
+    """Rows of the test split, from its beginning, that base and tuned model are scored on; null takes all."""
+    sample_rows: WholeNumber | None = None
+    """Of these, the rows whose prompts both models complete, from the beginning; null completes all."""
+    pass_rows: WholeNumber | None = None
+    """Of the scored rows with tests, those whose greedy completions are run in a sandbox; null runs all."""
     max_new_tokens: Count = 128
     """Length limit of a completion."""
     temperature: NonNegative = 0.7
