@@ -102,7 +102,7 @@ def open_run(job: Job) -> Iterator[Run]:
                 night.record(run.mlflow, size)
             run.stopwatch.end("mlflow")
             yield run
-            log_metrics(run.mlflow, {f"time/{step}_seconds": s for step, s in run.stopwatch.seconds.items()}, step=0)
+            log_metrics(run.mlflow, {f"wall_seconds/{step}": s for step, s in run.stopwatch.seconds.items()}, step=0)
         for directory in run.finished:
             shutil.rmtree(directory, ignore_errors=True)
 

@@ -76,7 +76,7 @@ def evaluate(
     differences = compare(records, sampling.seed)
     metrics = score_both(records) | _facts(records, checkpoint)
     if any(passed is not None for passed in tuned.passed):
-        metrics |= {"base/not_executed": base_refused, "sample/not_executed": refused}
+        metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}
     with must_be_logged(run.tracking_uri, Path(training.directory)):
         log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
     for line in score_table(metrics, differences):
@@ -152,9 +152,9 @@ def _answers(test: CodeAlpacaDataset, losses: np.ndarray, texts: _Texts, log: An
 def _facts(records: Sequence[Mapping[str, Any]], checkpoint: CheckpointRef) -> dict[str, float]:
     """Metrics that are no scores of test rows."""
     return {
-        "base/eval_loss": checkpoint.base_eval_loss,
+        "untuned/eval_loss": checkpoint.base_eval_loss,
         "best/eval_loss": checkpoint.best_eval_loss,
-        "base/perplexity": perplexity(checkpoint.base_eval_loss),
+        "untuned/perplexity": perplexity(checkpoint.base_eval_loss),
         "best/step": checkpoint.best_step,
         "test/rows": len(records),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +14,13 @@ from markupsafe import Markup
 
 from model.evaluation.comparison import Difference
 from model.evaluation.scores import SCOREBOARD, Score, ceiling_name
-from ops.report.differences import plain, side_by_side
+from model.evaluation.tables import signed
+from ops.report.differences import plain, shortened, side_by_side
 from ops.report.pictures import histogram, sorted_gains
 
 EXTREMES = 5  # best rows, and worst rows
+_REASONS, _REASON_CHARACTERS = 6, 200  # of failure
+_PLACE = re.compile(r" \((?:detected at|<unknown>,) line \d+\)")  # in messages of SyntaxError
 # Characters of a row's texts on a page. Ten rows of signs that HTML must escape are then below 300 KB.
 _PROMPT_CHARACTERS = 600
 _REFERENCE_CHARACTERS = 800
@@ -65,7 +70,7 @@ def score_lines(differences: Sequence[Difference], metrics: Mapping[str, float] 
 def _line(score: Score, found: Difference, ceiling: float | None) -> ScoreLine:
     interval = ""
     if found.lower is not None and found.upper is not None:
-        interval = f"{_signed(found.lower, score.form)} to {_signed(found.upper, score.form)}"
+        interval = f"{signed(found.lower, score.form)} to {signed(found.upper, score.form)}"
     return ScoreLine(
         title=score.title,
         unit=score.unit,
@@ -73,7 +78,7 @@ def _line(score: Score, found: Difference, ceiling: float | None) -> ScoreLine:
         old=format(found.old, score.form),
         new=format(found.new, score.form),
         ceiling="" if ceiling is None else format(ceiling, score.form),
-        difference=_signed(found.difference, score.form),
+        difference=signed(found.difference, score.form),
         interval=interval,
         p=_p(found.corrected),
         rows=f"{found.rows:,}",
@@ -86,13 +91,6 @@ def direction(score: Score) -> str:
     if score.higher_is_better is None:
         return ""
     return "higher is better" if score.higher_is_better else "lower is better"
-
-
-def _signed(value: float, form: str) -> str:
-    """A difference with its sign; shares in percentage points, without the percent sign."""
-    if form.endswith("%"):
-        return format(100 * value, f"+{form[:-1]}f")
-    return format(value, f"+{form}")
 
 
 def _p(p: float | None) -> str:
@@ -134,7 +132,7 @@ class RowCard:
 
     Attributes:
         gain: of the summed loss in nats, with its sign.
-        facts: score and its values under both models, as text.
+        facts: the scores that differ, with their values under both models, as text.
         old, new: the completions, marked where they differ.
     """
 
@@ -163,11 +161,6 @@ def extreme_rows(records: Sequence[Record]) -> tuple[list[RowCard], list[RowCard
 
 
 def _card(record: Record) -> RowCard:
-    facts = []
-    for score in SCOREBOARD:
-        old, new = record.get(f"base_{score.name}"), record.get(score.name)
-        if old is not None and new is not None:
-            facts.append((f"{score.title}, summed" if score.name == "loss" else score.title, _fact(old), _fact(new)))
     old_text, new_text = record.get("base_text"), record.get("text")
     if old_text is None or new_text is None:
         old, new = (_completion(text) for text in (old_text, new_text))
@@ -178,12 +171,24 @@ def _card(record: Record) -> RowCard:
         key=str(record.get("key")),
         family=str(record.get("family") or ""),
         gain=f"{gain_of(record):+.2f}",
-        facts=facts,
+        facts=_facts(record),
         prompt=plain(str(record["prompt"]), _PROMPT_CHARACTERS),
         reference=plain(str(record["reference"]), _REFERENCE_CHARACTERS),
         old=old,
         new=new,
     )
+
+
+def _facts(record: Record) -> list[tuple[str, str, str]]:
+    """The scores of a row that differ: what is scored, its value under the old and the new model."""
+    found = []
+    for score in SCOREBOARD:
+        old, new = record.get(f"base_{score.name}"), record.get(score.name)
+        if old is None or new is None or _fact(old) == _fact(new):
+            continue
+        title = score.name if isinstance(new, bool) else score.title
+        found.append((f"{title}, summed" if score.name == "loss" else title, _fact(old), _fact(new)))
+    return found
 
 
 def _completion(text: Any) -> Markup:
@@ -233,8 +238,25 @@ def lengths(records: Sequence[Record]) -> Lengths | None:
         return None
     middle, high = np.quantile(tokens, [0.5, 0.9]).tolist()
     sentence = (
-        f"A response of the {len(tokens):,} scored test rows has {middle:,.0f} tokens at the median, {high:,.0f} at the 90th "
-        f"percentile and {max(tokens):,} at most."
+        f"A response of the {len(tokens):,} scored test rows has {middle:,.0f} tokens at the median, {high:,.0f} at "
+        f"the 90th percentile and {max(tokens):,} at most."
     )
     picture = histogram([float(count) for count in tokens], "response tokens", "test rows", sentence)
     return Lengths(picture, sentence) if picture else None
+
+
+def failures(records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """The commonest reasons why completions did not pass their tests: reason, its number under each model.
+
+    Reasons that differ by line numbers alone are one.
+    """
+
+    def count(prefix: str) -> Counter[str]:
+        failed = (record for record in records if record.get(f"{prefix}passed") is False)
+        return Counter(_PLACE.sub("", str(record.get(f"{prefix}failure") or "no reason")) for record in failed)
+
+    old, new = count("base_"), count("")
+    return [
+        (shortened(reason, _REASON_CHARACTERS), f"{old[reason]:,}", f"{new[reason]:,}")
+        for reason, _ in (old + new).most_common(_REASONS)
+    ]

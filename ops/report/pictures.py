@@ -47,8 +47,8 @@ class _Axes:
         return _LEFT + (value - self.x_low) / ((self.x_high - self.x_low) or 1) * (_WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - self.y_low) / ((self.y_high - self.y_low) or 1) * (
-            _HEIGHT - _TOP - _BOTTOM
+        return (
+            _HEIGHT - _BOTTOM - (value - self.y_low) / ((self.y_high - self.y_low) or 1) * (_HEIGHT - _TOP - _BOTTOM)
         )
 
     def drawn(self, x_title: str, y_title: str) -> str:
@@ -60,11 +60,12 @@ class _Axes:
             parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
         for value in ticks(self.x_low, self.x_high):
             x = self.x(value)
-            parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>'
+            )
         middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-        parts.append(
-            f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
-        )
+        centre = (_LEFT + _WIDTH - _RIGHT) / 2
+        parts.append(f'<text x="{centre}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
         parts.append(
             f'<text transform="rotate(-90)" x="{-middle}" y="12" text-anchor="middle">{escape(y_title)}</text>'
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from model.engine.journal import read_journal
+from typing_extensions import TypedDict
+
+from model.engine.journal import JournalLine, read_journal
+from model.evaluation.scores import UNTUNED
 from model.records import parse_record
 from ops.redaction import without_credentials
 from ops.tracking.registry import find_version, finishing_run, version_uri
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 ROWS_TABLE, FILES_TABLE, JOURNAL_FILE = "tables/test_rows.json", "tables/data_files.json", "metrics.jsonl"
+_NEEDED = {"key", "row", "prompt", "reference", "tokens", "bytes", "base_text", "text", "base_loss", "loss"}
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,17 @@ class FinishedRun:
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
-    journal: list[dict[str, Any]] = field(default_factory=list)
+    journal: list[JournalLine] = field(default_factory=list)
     records: list[dict[str, Any]] | None = None
     files: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, tuple[Any, Any]] | None = None
     versions: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, which its own intervals were drawn with."""
+        text = self.params.get("seed", "")
+        return int(text) if text.isdecimal() else 0
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(step, value) of a metric of the journal."""
@@ -109,25 +118,22 @@ def read_run(tracking_uri: str, name: str) -> FinishedRun:
             f"there is no run {run_id} at {without_credentials(tracking_uri)}: take an id from a run's page, or set "
             "MLFLOW_TRACKING_URI to the server that has it"
         ) from None
-    with _artifacts(mlflow, run_id) as folder:
-        return _finished(mlflow, run, tracking_uri, name, folder)
+    with _artifacts(mlflow, run_id) as files:
+        return _finished(mlflow, run, tracking_uri, name, files)
 
 
 @contextmanager
-def _artifacts(mlflow: MlflowClient, run_id: str) -> Iterator[Path]:
-    """A folder with those of the run's files that a page needs, as far as the run has them."""
+def _artifacts(mlflow: MlflowClient, run_id: str) -> Iterator[dict[str, Path]]:
+    """The run's files that a page needs, by their paths in MLflow, as far as the run has them."""
     there = {file.path for folder in (None, "tables") for file in mlflow.list_artifacts(run_id, folder)}
     with TemporaryDirectory() as scratch:
-        for path in {ROWS_TABLE, FILES_TABLE, JOURNAL_FILE, CHANGED_FILE} & there:
-            mlflow.download_artifacts(run_id, path, scratch)
-        yield Path(scratch)
+        wanted = sorted({ROWS_TABLE, FILES_TABLE, JOURNAL_FILE, CHANGED_FILE} & there)
+        yield {path: Path(mlflow.download_artifacts(run_id, path, scratch)) for path in wanted}
 
 
-def _finished(mlflow: MlflowClient, run: Run, tracking_uri: str, asked: str, folder: Path) -> FinishedRun:
+def _finished(mlflow: MlflowClient, run: Run, tracking_uri: str, asked: str, files: dict[str, Path]) -> FinishedRun:
     run_id, data = run.info.run_id, run.data
     versions = mlflow.search_model_versions(f"run_id = '{run_id}'")
-    journal = folder / JOURNAL_FILE
-    records = _table(folder / ROWS_TABLE)
     return FinishedRun(
         ref=RunRef(tracking_uri, run.info.experiment_id, run_id),
         name=run.info.run_name or run_id,
@@ -135,25 +141,57 @@ def _finished(mlflow: MlflowClient, run: Run, tracking_uri: str, asked: str, fol
         status=run.info.status,
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
         params=dict(data.params),
-        metrics=dict(data.metrics),
+        metrics={_today(name): value for name, value in data.metrics.items()},
         tags=dict(data.tags),
-        journal=read_journal(journal) if journal.exists() else [],
-        records=records if records and "key" in records[0] else None,
-        files=_table(folder / FILES_TABLE),
-        changed=_changed(folder / CHANGED_FILE),
+        journal=read_journal(files[JOURNAL_FILE]) if JOURNAL_FILE in files else [],
+        records=_records(files.get(ROWS_TABLE), f"{ROWS_TABLE} of the run {run_id}"),
+        files=_table(files.get(FILES_TABLE), f"{FILES_TABLE} of the run {run_id}"),
+        changed=_changed(files.get(CHANGED_FILE), f"{CHANGED_FILE} of the run {run_id}"),
         versions=tuple(version_uri(version) for version in versions),
     )
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table that MLflow keeps as JSON, empty where the file is missing."""
-    if not path.exists():
+def _today(metric: str) -> str:
+    """The present name of a metric: runs of version 0.1.0 have the base's values as ``base/...``."""
+    return f"{UNTUNED}{metric.removeprefix('base/')}" if metric.startswith("base/") else metric
+
+
+class _Table(TypedDict):
+    """A table as MLflow keeps it: pandas' orientation "split"."""
+
+    columns: list[str]
+    data: list[list[Any]]
+
+
+def _table(path: Path | None, what: str) -> list[dict[str, Any]]:
+    """The rows of a table, empty where the file is missing.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if path is None:
         return []
-    table = json.loads(path.read_text())
-    return [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+    table = parse_record(path.read_bytes(), _Table, what)
+    if any(len(row) != len(table["columns"]) for row in table["data"]):
+        raise ValueError(f"{what} is damaged: it has rows of another length than its header")
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
-def _changed(path: Path) -> dict[str, tuple[Any, Any]] | None:
-    if not path.exists():
+def _records(path: Path | None, what: str) -> list[dict[str, Any]] | None:
+    """The records of the test rows; None where there are none with content keys.
+
+    Raises:
+        ValueError: the table is damaged.
+    """
+    found = _table(path, what)
+    if not found or "key" not in found[0]:
         return None
-    return parse_record(path.read_text(), dict[str, tuple[Any, Any]], f"{CHANGED_FILE} of the run")
+    if missing := _NEEDED - found[0].keys():
+        raise ValueError(f"{what} is damaged: it has no column {', '.join(sorted(missing))}")
+    return found
+
+
+def _changed(path: Path | None, what: str) -> dict[str, tuple[Any, Any]] | None:
+    if path is None:
+        return None
+    return parse_record(path.read_bytes(), dict[str, tuple[Any, Any]], what)

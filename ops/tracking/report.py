@@ -10,7 +10,7 @@ from typing import Any
 
 from model.evaluation.comparison import compare
 from model.evaluation.scores import ALL_SCORES
-from ops.report.contents import ScoreLine, extreme_rows, gains, lengths, score_lines, summary
+from ops.report.contents import ScoreLine, extreme_rows, failures, gains, lengths, score_lines, summary
 from ops.report.pictures import Curve, curves
 from ops.report.render import render
 from ops.settings import Settings
@@ -18,7 +18,6 @@ from ops.text import escape_output, storable
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.runs import REPORT_FILE, brief, client, refusal, set_tags
 
-SEED = 0  # of the bootstrap: one run's report is the same whenever it is written
 NO_ROWS = (
     "This run has no records of its test rows with content keys: it was made by a version before the report. The "
     "scores below are those that it logged; they have no intervals."
@@ -28,7 +27,7 @@ _LEGEND = [("second", "validation"), ("second faint", "training")]
 
 def run_lines(run: FinishedRun) -> list[ScoreLine]:
     """The scores of a run's tuned model against those of its base; empty for a run without records."""
-    return score_lines(compare(run.records, SEED), run.metrics) if run.records else []
+    return score_lines(compare(run.records, run.seed), run.metrics) if run.records else []
 
 
 def report_page(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
@@ -52,6 +51,7 @@ def report_page(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
         legend=_LEGEND,
         validation=_validation(run),
         gains=gains(records, "the base", "the tuned model"),
+        failures=failures(records),
         best=best,
         worst=worst,
         data_rows=data_rows(run),
@@ -93,7 +93,7 @@ def _validation(run: FinishedRun) -> str:
     best, step = run.metrics.get("best/eval_loss"), run.metrics.get("best/step")
     if best is None or step is None:
         return ""
-    return f"The checkpoint of step {step:,.0f} has the lowest validation loss, {best:.4f} nats per token, and is the result."
+    return f"The result is the checkpoint of step {step:,.0f}, with the lowest validation loss: {best:.4f} nats per token."
 
 
 def _metric_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
@@ -145,6 +145,7 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
         paragraphs.append(f"Parameters that differ from their defaults: {changed or 'none'}.")
     links = [f"[Report]({run.ref.report_url})"] if run.ref.report_url else []
     links += [f"[{text}]({url})" for text, url in _links(run) if text != "MLflow run"]
+    links += [f"[All runs]({run.ref.view_url})"] if run.ref.view_url else []
     if links:
         paragraphs.append(" · ".join(links))
     return "\n\n".join(paragraphs)

@@ -19,6 +19,7 @@ from ops.redaction import redact, redact_error, redacted_errors, without_credent
 from ops.settings import Settings
 from ops.tracking.once import create_once, environment
 from ops.tracking.provenance import git_sha, installed_packages
+from ops.tracking.views import provide_view, view_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,6 +64,11 @@ class RunRef:
         """The page of its report, if the tracking URI is a server's."""
         page, question, query = (self.url or "").partition("?")
         return f"{page}/artifacts/{REPORT_FILE}{question}{query}" if page else None
+
+    @property
+    def view_url(self) -> str | None:
+        """The page of all runs in the view of scores, if the tracking URI is a server's."""
+        return view_url(self.tracking_uri, self.experiment_id)
 
     @property
     def link(self) -> str:
@@ -166,7 +172,7 @@ def tracked_run(
 
     Args:
         params: logged by name; None is logged as "None".
-        defaults: of the parameters; those that differ are logged as the file ``changed.json`` and the tag ``changed``.
+        defaults: of the parameters; those that differ are logged as the file and the tag ``changed``.
     """
     mlflow = client(settings.tracking_uri)
     params = {key: redact(value) if isinstance(value, str) else value for key, value in params.items()}
@@ -176,6 +182,7 @@ def tracked_run(
         tags["changed"] = brief(", ".join(f"{key}={value}" for key, (value, _) in changed.items()) or "nothing")
     with redacted_errors():
         experiment_id = _experiment_id(mlflow, settings)
+        provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
     run = _create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     status = "KILLED"
