@@ -21,7 +21,7 @@ from model.evaluation.comparison import compare
 from model.evaluation.completions import Completion, complete, extract_code
 from model.evaluation.config import SamplingConfig
 from model.evaluation.records import Answers, build_records, references_of
-from model.evaluation.scores import describe_failures, headline, score_both
+from model.evaluation.scores import UNTUNED, describe_failures, headline, score_both
 from model.evaluation.tables import common_failures, pass_table, sample_table, score_table
 from model.files import write_json
 from model.net.device import resolve_device, use_precision
@@ -78,7 +78,9 @@ def evaluate(
     if any(passed is not None for passed in tuned.passed):
         metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}
     with must_be_logged(run.tracking_uri, Path(training.directory)):
-        log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
+        # MLflow's page of a run has metrics in this order.
+        names = sorted(metrics.keys() - headline(metrics).keys(), key=lambda name: (name.startswith(UNTUNED), name))
+        log_metrics(run, {name: metrics[name] for name in names}, step=0)
     for line in score_table(metrics, differences):
         change = f", {line.difference} ({line.interval}), {line.verdict}" if line.difference else ""
         log.info("%s: base %s, tuned %s%s", line.title, line.base, line.tuned, change)

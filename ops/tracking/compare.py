@@ -89,9 +89,9 @@ def compare_runs(tracking_uri: str, first: str, second: str) -> Comparison:
         raise ValueError(f"{first} and {second} are of one run, {a.ref.run_id}: name two runs")
     if missing := [f"{run.asked} ({run.name})" for run in runs if not run.records]:
         raise ValueError(
-            f"{' and '.join(missing)} cannot be compared: MLflow at {without_credentials(tracking_uri)} has no records "
-            "of test rows with content keys, because the run is not finished or was made by an earlier version; train "
-            "it again, or compare the scores on the pages of the runs"
+            f"{' and '.join(missing)} cannot be compared: MLflow at {without_credentials(tracking_uri)} has no "
+            "records of test rows with content keys, because the run is not finished or was made by an earlier "
+            "version; train it again, or compare the scores on the pages of the runs"
         )
     assert a.records
     assert b.records

@@ -152,7 +152,7 @@ def _finished(mlflow: MlflowClient, run: Run, tracking_uri: str, asked: str, fil
 
 
 def _today(metric: str) -> str:
-    """The present name of a metric: runs of version 0.1.0 have the base's values as ``base/...``."""
+    """The present name of a metric: earlier runs have the base's values as ``base/...``."""
     return f"{UNTUNED}{metric.removeprefix('base/')}" if metric.startswith("base/") else metric
 
 

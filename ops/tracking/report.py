@@ -93,7 +93,7 @@ def _validation(run: FinishedRun) -> str:
     best, step = run.metrics.get("best/eval_loss"), run.metrics.get("best/step")
     if best is None or step is None:
         return ""
-    return f"The result is the checkpoint of step {step:,.0f}, with the lowest validation loss: {best:.4f} nats per token."
+    return f"The result is the checkpoint of step {step:,.0f}. Its validation loss is {best:.4f} nats per token."
 
 
 def _metric_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
@@ -135,19 +135,27 @@ def definitions(lines: Sequence[ScoreLine]) -> list[tuple[str, str]]:
     return [(s.title, s.source) for s in ALL_SCORES if s.title in shown or (not shown and s.headline)]
 
 
+def short_result(lines: Sequence[ScoreLine]) -> str:
+    """The result for a narrow column: the verdict comes first."""
+    first, *others = lines
+    same = [line.title for line in others if line.verdict == "worse"]
+    text = f"{first.verdict}: {first.title} {first.old} → {first.new} ({first.difference})"
+    return f"{text}; worse: {', '.join(same)}" if same else text
+
+
 def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
-    """A run in Markdown, for its description in MLflow: result, data, changed parameters, links."""
+    """A run in Markdown, for its description in MLflow: result, links, data, changed parameters."""
     paragraphs = [f"**{summary(lines, 'the base', 'The tuned model')}**"] if lines else []
+    links = [f"[Report]({run.ref.report_url})"] if run.ref.report_url else []
+    links += [f"[{text}]({url})" for text, url in _links(run) if text != "MLflow run"]
+    links += [f"[All runs]({run.ref.view_url})"] if run.ref.view_url else []
+    if links:  # MLflow folds a long description: the links stay visible
+        paragraphs.append(" · ".join(links))
     rows = ", ".join(f"{run.fact(f'data/{split}_rows')} {split}" for split in ("train", "validation", "test"))
     paragraphs.append(f"Data: `{run.params.get('dataset')}`, rows: {rows}.")
     if run.changed is not None:
         changed = ", ".join(f"`{name}={value}`" for name, (value, _) in run.changed.items())
         paragraphs.append(f"Parameters that differ from their defaults: {changed or 'none'}.")
-    links = [f"[Report]({run.ref.report_url})"] if run.ref.report_url else []
-    links += [f"[{text}]({url})" for text, url in _links(run) if text != "MLflow run"]
-    links += [f"[All runs]({run.ref.view_url})"] if run.ref.view_url else []
-    if links:
-        paragraphs.append(" · ".join(links))
     return "\n\n".join(paragraphs)
 
 
@@ -163,7 +171,7 @@ def log_report(tracking_uri: str, run_id: str) -> None:
     client(tracking_uri).log_text(run_id, report_page(run, lines), REPORT_FILE)
     tags = {"mlflow.note.content": storable(describe(run, lines))}
     if lines:
-        tags["result"] = brief(summary(lines, "base", "tuned"))
+        tags["result"] = brief(short_result(lines))
     set_tags(run.ref, tags)
 
 

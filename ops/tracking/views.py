@@ -31,8 +31,6 @@ _COLUMNS = (
     "metrics.`sample/chrf`",
     "metrics.`sample/syntax_rate`",
     "metrics.`sample/stop_rate`",
-    "attributes.`Models`",
-    "attributes.`Dataset`",
 )
 # Sections of the charts, with the metrics of each; MLflow appends the sections of all other metrics.
 _SECTIONS = {
@@ -102,6 +100,8 @@ def _state() -> dict[str, Any]:
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(_COLUMNS),
+        "columnOrder": list(_COLUMNS),
+        "columnWidths": {"tags.`result`": 300, "tags.`changed`": 240},
         "compareRunCharts": charts,
         "compareRunSections": sections,
         "isAccordionReordered": True,
