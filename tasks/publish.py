@@ -49,7 +49,7 @@ def publish(
         card = model_card(sources, training, evaluation.metrics, evaluation.differences)
         export(training, checkpoint, directory, card)
         version = _register(run, training, checkpoint, headline(evaluation.metrics), directory)
-        log_report(run.tracking_uri, run.run_id)
+        log_report(run.tracking_uri, run.run_id, evaluation.differences)
     uri = version_uri(version)
     samples = json.loads(Path(evaluation.samples).read_text())
     report = storable(sample_report(samples, evaluation, run, uri))

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.comparison import compare
+from model.evaluation.comparison import Difference, compare
 from model.evaluation.scores import ALL_SCORES
 from ops.report.contents import ScoreLine, extreme_rows, failures, gains, lengths, score_lines, summary
+from ops.report.differences import shortened
 from ops.report.pictures import Curve, curves
 from ops.report.render import render
 from ops.settings import Settings
@@ -22,12 +23,20 @@ NO_ROWS = (
     "This run has no records of its test rows with content keys: it was made by a version before the report. The "
     "scores below are those that it logged; they have no intervals."
 )
+_FILES = 40  # shown of a data set
+_CELL_CHARACTERS = 300
 _LEGEND = [("second", "validation"), ("second faint", "training")]
 
 
-def run_lines(run: FinishedRun) -> list[ScoreLine]:
-    """The scores of a run's tuned model against those of its base; empty for a run without records."""
-    return score_lines(compare(run.records, run.seed), run.metrics) if run.records else []
+def run_lines(run: FinishedRun, differences: Sequence[Difference] | None = None) -> list[ScoreLine]:
+    """The scores of a run's tuned model against those of its base; empty for a run without records.
+
+    Args:
+        differences: of its records, if they are known already.
+    """
+    if not run.records:
+        return []
+    return score_lines(compare(run.records, run.seed) if differences is None else differences, run.metrics)
 
 
 def report_page(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
@@ -56,9 +65,9 @@ def report_page(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
         worst=worst,
         data_rows=data_rows(run),
         dropped=dropped_rows(run),
-        files=[(f["file"], f["split"], f"{f['rows']:,}") for f in run.files],
+        files=_file_rows(run),
         lengths=lengths(records),
-        changed=None if run.changed is None else [(k, str(v), str(d)) for k, (v, d) in run.changed.items()],
+        changed=_changed_rows(run),
         definitions=definitions(lines),
     )
 
@@ -66,7 +75,7 @@ def report_page(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
 def subtitle(run: FinishedRun) -> str:
     """Size, data and date of a run, on a line."""
     size, data = run.params.get("model_size", "?"), run.params.get("dataset", "?")
-    return f"GPT-2 {size} on {data}, {run.started:%Y-%m-%d %H:%M} UTC, run {run.ref.run_id}"
+    return f"GPT-2 {size} on {_cell(data)}, {run.started:%Y-%m-%d %H:%M} UTC, run {run.ref.run_id}"
 
 
 def _links(run: FinishedRun) -> list[tuple[str, str]]:
@@ -87,6 +96,24 @@ def loss_curves(runs: Sequence[tuple[str, str, FinishedRun]]) -> Any:
         found.append(Curve(f"{name} validation".strip(), run.curve("eval/loss"), style))
     ends = [f"{c.name} from {c.points[0][1]:.4f} to {c.points[-1][1]:.4f}" for c in found if c.points]
     return curves(found, "optimizer step", "loss, nats per token", f"Loss curves: {', '.join(ends)}.")
+
+
+def _file_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
+    """The files of the data set; of many, the first."""
+    rows = [(_cell(f.get("file")), _cell(f.get("split")), _cell(f.get("rows"))) for f in run.files[:_FILES]]
+    more = len(run.files) - len(rows)
+    return [*rows, (f"and {more:,} more files", "", "")] if more else rows
+
+
+def _changed_rows(run: FinishedRun) -> list[tuple[str, str, str]] | None:
+    if run.changed is None:
+        return None
+    return [(name, _cell(value), _cell(default)) for name, (value, default) in run.changed.items()]
+
+
+def _cell(value: Any) -> str:
+    """A value in a table."""
+    return shortened(str(value), _CELL_CHARACTERS)
 
 
 def _validation(run: FinishedRun) -> str:
@@ -116,7 +143,7 @@ _DATA_FACTS = {
 
 def data_rows(run: FinishedRun) -> list[tuple[str, str]]:
     """What a run's data were: name, rows, tokens and hash, as far as they were logged."""
-    facts = {"data set": run.params.get("dataset", "")}
+    facts = {"data set": _cell(run.params.get("dataset", ""))}
     facts |= {title: run.fact(name) for title, name in _DATA_FACTS.items()}
     facts |= {"rows used": run.tags.get("subset", ""), "sha256 of all rows used": run.tags.get("data_sha256", "")}
     return [(title, value) for title, value in facts.items() if value]
@@ -159,15 +186,18 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def log_report(tracking_uri: str, run_id: str) -> None:
+def log_report(tracking_uri: str, run_id: str, differences: Sequence[Difference] | None = None) -> None:
     """Log a run's report as an artifact, and its result as description and tag.
+
+    Args:
+        differences: of its records, if they are known already.
 
     Raises:
         MlflowException: the server cannot be reached.
         ValueError: what the run has is damaged.
     """
     run = read_run(tracking_uri, run_id)
-    lines = run_lines(run)
+    lines = run_lines(run, differences)
     client(tracking_uri).log_text(run_id, report_page(run, lines), REPORT_FILE)
     tags = {"mlflow.note.content": storable(describe(run, lines))}
     if lines:
