@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def evaluate(
     """Compare the best checkpoint with the untouched base on the first ``score_rows`` rows of test; log the scores.
 
     Raises:
-        ValueError: the checkpoint is damaged, or a loss is not finite.
+        ValueError: the checkpoint is damaged.
         NotLoggedError: MLflow could not take the scores.
     """
     log = get_run_logger()
@@ -74,6 +75,10 @@ def evaluate(
     tuned, refused = _answers(test, tuned_losses, tuned_texts, log)
     records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
     differences = compare(records, sampling.seed)
+    if broken := [record["row"] for record in records if math.isinf(record["base_loss"] + record["loss"])]:
+        log.warning(
+            "the loss of %d test rows is not finite, the first is row %d: not compared", len(broken), broken[0]
+        )
     metrics = score_both(records) | _facts(records, checkpoint)
     if any(passed is not None for passed in tuned.passed):
         metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}

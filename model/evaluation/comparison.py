@@ -31,8 +31,8 @@ class Difference:
         difference: new - old.
         lower: lower end of its two-sided 95 % interval, not corrected for the number of scores; None for one row.
         upper: upper end.
-        p: two-sided, of "no difference", not corrected: McNemar's exact one for pass/fail scores, else the
-            bootstrap's; None for one row.
+        p: two-sided, of "no difference", not corrected: McNemar's exact one for pass/fail scores (with families the
+            bootstrap's, if that is larger), else the bootstrap's; None for one row.
         rows: compared.
         verdict: "no difference" unless the corrected p is below 0.05 and the interval excludes 0; else "better" or
             "worse", or "different" for a score that has no better direction.
@@ -123,15 +123,12 @@ def compare(records: Sequence[Record], seed: int, resamples: int = RESAMPLES) ->
     Intervals come from the bootstrap. Rows are drawn with replacement, numerator and denominator of both models
     together. Where rows have a ``family``, families are drawn with all of their rows (Davison & Hinkley 1997, section
     3.8; Cameron, Gelbach & Miller 2008), because rows of a family resemble one another; a row without one is a family
-    of its own. A single family cannot be drawn: its rows are.
+    of its own. A single family cannot be drawn: its rows are. A score with an infinite value is left out.
 
     Args:
         records: of one run, or as ``join`` gives them.
         seed: of the draws.
         resamples: how often rows or families are drawn.
-
-    Raises:
-        ValueError: a value is infinite; the message names the row.
     """
     compared = [pairs for score in SCOREBOARD if (pairs := _pairs(score, records))]
     families = _families(records)
@@ -141,11 +138,17 @@ def compare(records: Sequence[Record], seed: int, resamples: int = RESAMPLES) ->
         same_rows.setdefault(pairs.present.tobytes(), []).append(pairs)
     for group in same_rows.values():
         spreads |= _spreads(group, families, seed, resamples)
-    ps = {p.score.name: _p(p, spreads[p.score.name]) for p in compared}
-    # Scores of one column (loss, perplexity, bits per byte) are one hypothesis.
-    columns = {p.score.column: found for p in compared if (found := ps[p.score.name]) is not None}
+    ps = {pairs.score.name: _p(pairs, spreads[pairs.score.name]) for pairs in compared}
+    # Scores of one column (loss, perplexity, bits per byte) are one hypothesis, that of the first.
+    columns: dict[str, float] = {}
+    for pairs in compared:
+        if (p := ps[pairs.score.name]) is not None:
+            columns.setdefault(pairs.score.column, p)
     corrected = dict(zip(columns, holm(list(columns.values())), strict=True))
-    return [_difference(p, spreads[p.score.name], ps[p.score.name], corrected.get(p.score.column)) for p in compared]
+    return [
+        _difference(pairs, spreads[pairs.score.name], ps[pairs.score.name], corrected.get(pairs.score.column))
+        for pairs in compared
+    ]
 
 
 def _families(records: Sequence[Record]) -> Array | None:
@@ -159,14 +162,10 @@ def _families(records: Sequence[Record]) -> Array | None:
 
 
 def _pairs(score: Score, records: Sequence[Record]) -> _Pairs | None:
-    """The rows that have the score under both models; None if there is none."""
+    """The rows that have the score under both models; None if there is none, or if a value is infinite."""
     old, new, weight = values(records, f"base_{score.column}"), values(records, score.column), weights(records, score)
     present = ~(np.isnan(old) | np.isnan(new) | np.isnan(weight))
-    infinite = np.flatnonzero(present & ~(np.isfinite(old) & np.isfinite(new)))
-    if len(infinite):
-        row = records[infinite[0]].get("row")
-        raise ValueError(f"the {score.column} of test row {row} is not finite: nothing can be compared")
-    if not weight[present].sum() > 0:
+    if not weight[present].sum() > 0 or np.isinf(old[present]).any() or np.isinf(new[present]).any():
         return None
     return _Pairs(score, old[present], new[present], weight[present], present)
 
@@ -193,9 +192,12 @@ def _spreads(group: Sequence[_Pairs], families: Array | None, seed: int, resampl
 
 
 def _p(pairs: _Pairs, spread: Spread) -> float | None:
-    if pairs.score.test == "mcnemar":
-        return mcnemar_p(pairs.old, pairs.new)
-    return spread.p(_change(pairs))
+    """McNemar's for pass/fail scores. It takes rows as independent, so that with families the larger p counts."""
+    p = spread.p(_change(pairs))
+    if pairs.score.test == "bootstrap":
+        return p
+    exact = mcnemar_p(pairs.old, pairs.new)
+    return max(exact, p) if spread.families and p is not None else exact
 
 
 def _change(pairs: _Pairs) -> float:

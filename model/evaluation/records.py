@@ -92,8 +92,7 @@ def content_key(row: Mapping[str, Any]) -> str:
 def build_records(references: References, base: Answers, tuned: Answers) -> list[dict[str, Any]]:
     """One record per row. ``base_<column>`` is the base's value, ``<column>`` the tuned model's; None: not computed.
 
-    Raises:
-        ValueError: a loss is not finite.
+    A loss that is NaN becomes infinite, because tables cannot tell NaN from None.
     """
     records = []
     for index, row in enumerate(references.rows):
@@ -117,10 +116,6 @@ def build_records(references: References, base: Answers, tuned: Answers) -> list
             record[f"base_{name}"], record[name] = (column[name][index] for column in columns)
         record["reference_stopped"] = references.stopped[index]
         record["reference_syntax"] = is_python(references.within_limit[index]) if python[index] else None
-        if not all(np.isfinite(record[name]) for name in ("base_loss", "loss")):
-            raise ValueError(
-                f"the loss of row {record['row']} of the test split is not finite: nothing can be scored"
-            )
     return records
 
 
@@ -142,7 +137,7 @@ def _columns(answers: Answers, references: References, python: Sequence[bool]) -
     for index, value in zip(done, found.tolist(), strict=True):
         similar[index] = value
     return {
-        "loss": answers.losses.tolist(),
+        "loss": np.where(np.isnan(answers.losses), np.inf, answers.losses).tolist(),
         "stopped": [c.stopped if c else None for c in completions],
         "syntax": [is_python(c.text) if c and python[i] else None for i, c in enumerate(completions)],
         "chrf": similar,

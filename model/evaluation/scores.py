@@ -29,7 +29,7 @@ class Score:
 
     Attributes:
         name: unique; also the column of the records that it is computed from, unless ``column`` says otherwise.
-        title: for tables, 18 characters at most.
+        title: for tables, 16 characters at most.
         base: MLflow's name for the untouched base's value.
         tuned: MLflow's name for the tuned model's value.
         form: format specification of the value in tables.

@@ -30,7 +30,7 @@ def _card(directory: Path, source: str, dataset: str) -> str:
     plan = plan_freeze(network.config, FreezeConfig(num_unfrozen_layers=2))
     training = TrainingRef(TokensRef("", "", "", {}), model, plan, TrainConfig(), {}, "", "")
     metrics = {"base/test_loss": 2.5, "test/loss": 1.25}
-    return model_card(Sources(DatasetRef(dataset, None, {}), weights), training, metrics)
+    return model_card(Sources(DatasetRef(dataset, None, {}), weights), training, metrics, [])
 
 
 @pytest.mark.parametrize("dataset", ["rows.jsonl", DEFAULT_DATASET])
@@ -56,6 +56,6 @@ def test_the_card_shows_the_prompt_format_and_the_scores(tmp_path: Path) -> None
     card = _card(tmp_path, "embedded", "rows.jsonl")
     lines = "\n".join(line.removeprefix("    ") for line in card.splitlines())
     assert format_prompt({"prompt": "<the request>"}).rstrip() in lines
-    assert "| test loss | 2.5000 | 1.2500 | nats per token | lower |" in card
+    assert "| test loss | 2.5000 | 1.2500 |  |  |  | nats per token | lower |" in card
     assert "- test loss: cross-entropy on response tokens" in card
     assert "pass rate" not in card
