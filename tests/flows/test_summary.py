@@ -6,7 +6,13 @@ from flows.summary import before_and_after, time_table
 from model.evaluation.comparison import Difference
 from model.evaluation.scores import ALL_SCORES
 
-METRICS = {"base/test_loss": 2.5, "test/loss": 1.25, "base/stop_rate": 0.375, "sample/stop_rate": 1.0, "best/step": 4}
+METRICS = {
+    "untuned/test_loss": 2.5,
+    "test/loss": 1.25,
+    "untuned/stop_rate": 0.375,
+    "sample/stop_rate": 1.0,
+    "best/step": 4,
+}
 DIFFERENCES = [
     Difference("loss", 2.5, 1.25, -1.25, -1.5, -1.0, 1e-9, 10, "better", 1e-8),
     Difference("stopped", 0.375, 1.0, 0.625, -0.125, 0.9, 0.2, 10, "no difference", 0.4),

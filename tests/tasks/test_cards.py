@@ -29,7 +29,7 @@ def _card(directory: Path, source: str, dataset: str) -> str:
     model = ModelRef("tiny", str(directory), str(directory), source, "0" * 64, asdict(network.config), {}, {})
     plan = plan_freeze(network.config, FreezeConfig(num_unfrozen_layers=2))
     training = TrainingRef(TokensRef("", "", "", {}), model, plan, TrainConfig(), {}, "", "")
-    metrics = {"base/test_loss": 2.5, "test/loss": 1.25}
+    metrics = {"untuned/test_loss": 2.5, "test/loss": 1.25}
     return model_card(Sources(DatasetRef(dataset, None, {}), weights), training, metrics, [])
 
 
