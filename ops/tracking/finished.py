@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from model.engine.journal import JournalLine, read_journal
-from model.evaluation.scores import UNTUNED
-from model.records import parse_record
+from model.evaluation.scores import SCOREBOARD, UNTUNED
+from model.records import check_record, parse_record
 from ops.redaction import without_credentials
 from ops.tracking.registry import find_version, finishing_run, version_uri
 from ops.tracking.runs import CHANGED_FILE, RunRef, client
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 ROWS_TABLE, FILES_TABLE, JOURNAL_FILE = "tables/test_rows.json", "tables/data_files.json", "metrics.jsonl"
-_NEEDED = {"key", "row", "prompt", "reference", "tokens", "bytes", "base_text", "text", "base_loss", "loss"}
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,21 @@ class _Table(TypedDict):
     data: list[list[Any]]
 
 
+@with_config(extra="allow")
+class _Record(TypedDict):
+    """What every record of a test row has; beside it stand the scores, which are numbers or null."""
+
+    key: str
+    row: int
+    family: str | None
+    prompt: str
+    reference: str
+    tokens: Annotated[int, Field(gt=0, le=2**31)]
+    bytes: Annotated[int, Field(ge=0, le=2**40)]
+    base_text: str | None
+    text: str | None
+
+
 def _table(path: Path | None, what: str) -> list[dict[str, Any]]:
     """The rows of a table, empty where the file is missing.
 
@@ -186,8 +201,12 @@ def _records(path: Path | None, what: str) -> list[dict[str, Any]] | None:
     found = _table(path, what)
     if not found or "key" not in found[0]:
         return None
-    if missing := _NEEDED - found[0].keys():
-        raise ValueError(f"{what} is damaged: it has no column {', '.join(sorted(missing))}")
+    check_record(found, list[_Record], what)
+    names = {f"{side}{score.column}" for score in SCOREBOARD for side in ("base_", "")}
+    for record in found:
+        for name in names & record.keys():
+            if record[name] is not None and not isinstance(record[name], int | float):
+                raise ValueError(f"{what} is damaged: {name} of row {record['row']} is no number")
     return found
 
 

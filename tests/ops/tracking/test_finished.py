@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finished_runs import log_finished, make_records, own_settings
@@ -51,6 +52,13 @@ def test_a_run_without_files_is_read_as_far_as_it_goes(settings: Settings) -> No
     assert run.fact("data/train_rows") == "60"
 
 
+def _with(**changed: Any) -> str:
+    """A table of one record with changed values."""
+    (record,) = make_records(1)
+    record |= changed
+    return json.dumps({"columns": list(record), "data": [list(record.values())]})
+
+
 @pytest.mark.parametrize(
     ("path", "content"),
     [
@@ -58,6 +66,11 @@ def test_a_run_without_files_is_read_as_far_as_it_goes(settings: Settings) -> No
         ("tables/test_rows.json", json.dumps({"columns": ["key"], "data": [["a", "b"]]})),
         ("tables/test_rows.json", json.dumps({"columns": ["key", "row"], "data": [["a", 1]]})),
         ("tables/test_rows.json", json.dumps([1])),
+        ("tables/test_rows.json", _with(tokens="many")),
+        ("tables/test_rows.json", _with(tokens=0)),
+        ("tables/test_rows.json", _with(text=5)),
+        ("tables/test_rows.json", _with(chrf="high")),
+        ("tables/test_rows.json", _with(base_loss=[1])),
         ("tables/data_files.json", json.dumps({"columns": 1})),
         ("changed.json", json.dumps({"epochs": 1})),
     ],
