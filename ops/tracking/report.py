@@ -179,9 +179,9 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     if links:  # MLflow folds a long description: the links stay visible
         paragraphs.append(" · ".join(links))
     rows = ", ".join(f"{run.fact(f'data/{split}_rows')} {split}" for split in ("train", "validation", "test"))
-    paragraphs.append(f"Data: `{run.params.get('dataset')}`, rows: {rows}.")
+    paragraphs.append(f"Data: `{_cell(run.params.get('dataset'))}`, rows: {rows}.")
     if run.changed is not None:
-        changed = ", ".join(f"`{name}={value}`" for name, (value, _) in run.changed.items())
+        changed = ", ".join(f"`{name}={shortened(str(v), 80)}`" for name, (v, _) in run.changed.items())
         paragraphs.append(f"Parameters that differ from their defaults: {changed or 'none'}.")
     return "\n\n".join(paragraphs)
 
