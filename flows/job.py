@@ -87,8 +87,10 @@ class Job:
         Raises:
             ValueError: the message names the parameter.
         """
-        from model.net.device import resolve_device  # imports torch, which takes seconds
+        from model.evaluation.humaneval import check  # imports torch, which takes seconds
+        from model.net.device import resolve_device
 
+        check(self.sampling)
         resolve_device(self.hardware.device)
         if self.night.subset and self.prepare.subset_start:
             raise ValueError(

@@ -21,6 +21,9 @@ def before_and_after(
             f"{line.title:<16}{line.base:>9}{line.tuned:>8}{line.difference:>11}  {line.interval:<20} {line.verdict}"
         )
         lines.append(shown.rstrip())
+    ceilings = [f"{line.title} {line.reference}" for line in score_table(metrics) if line.reference]
+    if ceilings:
+        lines.append(f"the references themselves: {', '.join(ceilings)}")
     for sample in samples:
         lines += ["", sample["prompt"]]
         for title in ("base", "tuned"):

@@ -18,11 +18,11 @@ from model.engine.checkpoint import load_trained
 from model.engine.engine import Engine
 from model.engine.scoring import perplexity, row_losses
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
-from model.evaluation.comparison import compare
+from model.evaluation.comparison import Difference, compare
 from model.evaluation.completions import Completion, complete, extract_code
 from model.evaluation.config import SamplingConfig
 from model.evaluation.records import Answers, build_records, references_of
-from model.evaluation.scores import UNTUNED, describe_failures, headline, score_both
+from model.evaluation.scores import HUMANEVAL, UNTUNED, Record, describe_failures, headline, score_both
 from model.evaluation.tables import common_failures, pass_table, sample_table, score_table
 from model.files import write_json
 from model.net.device import resolve_device, use_precision
@@ -33,6 +33,7 @@ from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen, load_its_tokenizer
+from tasks.humaneval import complete_tasks, score_tasks
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def evaluate(
     place = resolve_device(device)
     dtype = use_precision(training.config.precision, place)
     test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=sampling.score_rows)
+    log.info("scoring %d rows of the test split; score_rows and sample_rows limit them", len(test))
     network = load_frozen(training.model, training.plan, place, dtype)
     tokenizer = load_its_tokenizer(training.model)
     engine = Engine(network, dtype)
@@ -67,37 +69,58 @@ def evaluate(
     trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache)
     base_losses, tokens = row_losses(engine, test, max_tokens, trunk)
     base_texts = _complete(network, tokenizer, test, sampling, dtype)
+    base_tasks = complete_tasks(network, tokenizer, sampling, dtype)
     load_trained(Path(checkpoint.best), network)
     tuned_losses, _ = row_losses(engine, test, max_tokens, trunk)
     del trunk  # the completions need its memory
     tuned_texts = _complete(network, tokenizer, test, sampling, dtype)
-    base, base_refused = _answers(test, base_losses, base_texts, log)
-    tuned, refused = _answers(test, tuned_losses, tuned_texts, log)
+    tuned_tasks = complete_tasks(network, tokenizer, sampling, dtype)
+    (base, base_refused), (tuned, refused) = (
+        _answers(test, losses, texts, log)
+        for losses, texts in ((base_losses, base_texts), (tuned_losses, tuned_texts))
+    )
     records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
-    differences = compare(records, sampling.seed)
-    if broken := [record["row"] for record in records if math.isinf(record["base_loss"] + record["loss"])]:
-        log.warning(
-            "the loss of %d test rows is not finite, the first is row %d: not compared", len(broken), broken[0]
-        )
-    metrics = score_both(records) | _facts(records, checkpoint)
+    task_records = score_tasks(base_tasks, tuned_tasks, sampling, log)
+    differences = compare(records, sampling.seed) + compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
+    metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
     if any(passed is not None for passed in tuned.passed):
         metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}
     with must_be_logged(run.tracking_uri, Path(training.directory)):
         # MLflow's page of a run has metrics in this order.
         names = sorted(metrics.keys() - headline(metrics).keys(), key=lambda name: (name.startswith(UNTUNED), name))
         log_metrics(run, {name: metrics[name] for name in names}, step=0)
+    _say(metrics, differences, records, log)
+    directory = Path(checkpoint.directory)
+
+    def written(name: str, table: list[dict[str, Any]]) -> str:
+        write_json(directory / name, table)
+        return str(directory / name)
+
+    return EvaluationRef(
+        metrics=metrics,
+        differences=tuple(differences),
+        rows=written("rows.json", records),
+        samples=written("samples.json", sample_table(records)),
+        passes=written("pass_rate.json", pass_table(records)),
+        humaneval=written("humaneval.json", task_records),
+        failures=common_failures(records),
+    )
+
+
+def _say(
+    metrics: Mapping[str, float], differences: Sequence[Difference], records: Sequence[Record], log: Any
+) -> None:
+    """Log the scores, and what is wrong with them."""
     for line in score_table(metrics, differences):
         change = f", {line.difference} ({line.interval}), {line.verdict}" if line.difference else ""
         log.info("%s: base %s, tuned %s%s", line.title, line.base, line.tuned, change)
-    failures = common_failures(records)
-    if failures:
+    if failures := common_failures(records):
         log.info("commonest reasons of failure: %s", describe_failures(failures))
-    directory = Path(checkpoint.directory)
-    tables = {"rows.json": records, "samples.json": sample_table(records), "pass_rate.json": pass_table(records)}
-    for name, table in tables.items():
-        write_json(directory / name, table)
-    rows, samples, passes = (str(directory / name) for name in tables)
-    return EvaluationRef(metrics, tuple(differences), rows, samples, passes, failures)
+    broken = [record["row"] for record in records if math.isinf(record["base_loss"] + record["loss"])]
+    if broken:
+        log.warning(
+            "the loss of %d test rows is not finite, the first is row %d: not compared", len(broken), broken[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +179,7 @@ def _answers(test: CodeAlpacaDataset, losses: np.ndarray, texts: _Texts, log: An
     return answers, len(refused)
 
 
-def _facts(records: Sequence[Mapping[str, Any]], checkpoint: CheckpointRef) -> dict[str, float]:
+def _facts(records: Sequence[Record], checkpoint: CheckpointRef) -> dict[str, float]:
     """Metrics that are no scores of test rows."""
     return {
         "untuned/eval_loss": checkpoint.base_eval_loss,

@@ -90,12 +90,13 @@ def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, ca
 
 
 def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRef) -> None:
-    """Log the tables of the evaluation, the journal and the loss curve; an empty pass rate has no table."""
+    """Log the tables of the evaluation, the journal and the loss curve; no pass rate or HumanEval, no such table."""
     mlflow = client(run.tracking_uri)
-    files = {"test_rows": evaluation.rows, "samples": evaluation.samples, "pass_rate": evaluation.passes}
-    for name, file in files.items():
+    files = {"test_rows": evaluation.rows, "samples": evaluation.samples}
+    optional = {"pass_rate": evaluation.passes, "humaneval": evaluation.humaneval}
+    for name, file in (files | optional).items():
         records = json.loads(Path(file).read_text())
-        if records or name != "pass_rate":
+        if records or name in files:
             log_table(run, records, name)
     log_table(run, [asdict(difference) for difference in evaluation.differences], "scores")
     mlflow.log_artifact(run.run_id, checkpoint.journal)

@@ -196,6 +196,7 @@ class EvaluationRef:
         rows: JSON file, one record per scored row (``model.evaluation.records``).
         samples: JSON file, the first completed rows.
         passes: JSON file, one record per task family with the passes of both models; empty without tests.
+        humaneval: JSON file, one record per task of HumanEval; empty without humaneval_samples.
         failures: the commonest reasons why completions of the tuned model did not pass, with their numbers.
     """
 
@@ -204,6 +205,7 @@ class EvaluationRef:
     rows: str
     samples: str
     passes: str
+    humaneval: str = ""
     failures: Mapping[str, int] = field(default_factory=dict)
 
 

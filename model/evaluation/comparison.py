@@ -117,7 +117,9 @@ class _Pairs:
     present: Array
 
 
-def compare(records: Sequence[Record], seed: int, resamples: int = RESAMPLES) -> list[Difference]:
+def compare(
+    records: Sequence[Record], seed: int, resamples: int = RESAMPLES, scoreboard: Sequence[Score] = SCOREBOARD
+) -> list[Difference]:
     """The difference of each score between ``base_*`` and the plain columns; scores of no row are left out.
 
     Intervals come from the bootstrap. Rows are drawn with replacement, numerator and denominator of both models
@@ -129,8 +131,9 @@ def compare(records: Sequence[Record], seed: int, resamples: int = RESAMPLES) ->
         records: of one run, or as ``join`` gives them.
         seed: of the draws.
         resamples: how often rows or families are drawn.
+        scoreboard: the scores to compare; p values are corrected for their number.
     """
-    compared = [pairs for score in SCOREBOARD if (pairs := _pairs(score, records))]
+    compared = [pairs for score in scoreboard if (pairs := _pairs(score, records))]
     families = _families(records)
     spreads: dict[str, Spread] = {}
     same_rows: dict[bytes, list[_Pairs]] = {}  # drawn once

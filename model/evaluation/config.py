@@ -20,6 +20,10 @@ class SamplingConfig(Seeded):
     """Of these, the rows whose prompts both models complete, from the beginning; null completes all."""
     pass_rows: WholeNumber | None = None
     """Of the scored rows with tests, those whose greedy completions are run in a sandbox; null runs all."""
+    humaneval_samples: WholeNumber = 0
+    """Completions of each of HumanEval's 164 tasks, for both models; 0 leaves HumanEval out."""
+    humaneval_k: Count = 1
+    """k of HumanEval's pass@k, at most humaneval_samples; pass@1 is always reported."""
     max_new_tokens: Count = 128
     """Length limit of a completion."""
     temperature: NonNegative = 0.7

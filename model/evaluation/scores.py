@@ -215,7 +215,32 @@ SCOREBOARD = (
         test="mcnemar",
     ),
 )
-ALL_SCORES = (VALIDATION_LOSS, *SCOREBOARD)
+# Scores of HumanEval's tasks, computed from records of their own (``model.evaluation.humaneval``).
+HUMANEVAL = (
+    Score(
+        name="humaneval_pass_at_1",
+        title="HumanEval pass@1",
+        base="untuned/humaneval_pass_at_1",
+        tuned="humaneval/pass_at_1",
+        form=".2%",
+        unit="mean over tasks",
+        higher_is_better=True,
+        source="HumanEval, share of the samples that pass (Chen et al. 2021)",
+        column="pass_at_1",
+    ),
+    Score(
+        name="humaneval_pass_at_k",
+        title="HumanEval pass@k",
+        base="untuned/humaneval_pass_at_k",
+        tuned="humaneval/pass_at_k",
+        form=".2%",
+        unit="mean over tasks",
+        higher_is_better=True,
+        source="HumanEval, unbiased estimate of pass@k for humaneval_k (Chen et al. 2021)",
+        column="pass_at_k",
+    ),
+)
+ALL_SCORES = (VALIDATION_LOSS, *SCOREBOARD, *HUMANEVAL)
 SCORE_OF_NAME = {score.name: score for score in ALL_SCORES}
 
 
@@ -238,13 +263,13 @@ def ratio(score: Score, column: Array, weight: Array) -> float:
     return score.finish(float(column.sum()) / float(weight.sum()))
 
 
-def score_both(records: Sequence[Record]) -> dict[str, float]:
-    """The scoreboard of both models, under MLflow's names; what cannot be computed is left out.
+def score_both(records: Sequence[Record], scoreboard: Sequence[Score] = SCOREBOARD) -> dict[str, float]:
+    """The scores of both models, under MLflow's names; what cannot be computed is left out.
 
     Where the references have a value of their own it is there as ``untuned/reference_<name>``.
     """
     metrics: dict[str, float] = {}
-    for score in SCOREBOARD:
+    for score in scoreboard:
         weight = weights(records, score)
         columns = {score.base: f"base_{score.column}", score.tuned: score.column}
         if score.ceiling:

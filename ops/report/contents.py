@@ -13,7 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from model.evaluation.comparison import Difference
-from model.evaluation.scores import SCOREBOARD, Score, ceiling_name
+from model.evaluation.scores import ALL_SCORES, SCOREBOARD, Score, ceiling_name
 from model.evaluation.tables import signed
 from ops.report.differences import plain, shortened, side_by_side
 from ops.report.pictures import histogram, sorted_gains
@@ -61,10 +61,10 @@ def score_lines(differences: Sequence[Difference], metrics: Mapping[str, float] 
     found = {each.score: each for each in differences}
     ceilings = {
         score.name: metrics[ceiling_name(score)]
-        for score in SCOREBOARD
+        for score in ALL_SCORES
         if metrics and score.ceiling and ceiling_name(score) in metrics
     }
-    return [_line(score, found[score.name], ceilings.get(score.name)) for score in SCOREBOARD if score.name in found]
+    return [_line(score, found[score.name], ceilings.get(score.name)) for score in ALL_SCORES if score.name in found]
 
 
 def _line(score: Score, found: Difference, ceiling: float | None) -> ScoreLine:

@@ -13,7 +13,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.comparison import compare, join
+from model.evaluation.comparison import Difference, compare, join
+from model.evaluation.scores import HUMANEVAL
 from ops.redaction import without_credentials
 from ops.report.contents import ScoreLine, extreme_rows, failures, gains, score_lines, summary
 from ops.report.render import render
@@ -100,12 +101,21 @@ def compare_runs(tracking_uri: str, first: str, second: str) -> Comparison:
         a,
         b,
         records,
-        score_lines(compare(records, b.seed)),
+        score_lines(compare(records, b.seed) + _task_differences(a, b)),
         len(a.records) - len(records),
         len(b.records) - len(records),
         _differing(_parameters(a), _parameters(b)),
         _differing(dict([*data_rows(a), *_dropped(a)]), dict([*data_rows(b), *_dropped(b)])),
     )
+
+
+def _task_differences(first: FinishedRun, second: FinishedRun) -> list[Difference]:
+    """Differences on HumanEval's tasks, if both runs have them; pass@k only for equal k."""
+    if not first.tasks or not second.tasks:
+        return []
+    equal_k = first.params.get("humaneval_k") == second.params.get("humaneval_k")
+    scores = HUMANEVAL if equal_k else HUMANEVAL[:1]
+    return compare(join(first.tasks, second.tasks), second.seed, scoreboard=scores)
 
 
 def _parameters(run: FinishedRun) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from model.engine.journal import JournalLine, read_journal
-from model.evaluation.scores import SCOREBOARD, UNTUNED
+from model.evaluation.scores import HUMANEVAL, SCOREBOARD, UNTUNED, Score
 from model.records import check_record, parse_record
 from ops.redaction import without_credentials
 from ops.tracking.registry import find_version, finishing_run, version_uri
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+TASKS_TABLE = "tables/humaneval.json"
 ROWS_TABLE, FILES_TABLE, JOURNAL_FILE = "tables/test_rows.json", "tables/data_files.json", "metrics.jsonl"
 
 
@@ -42,6 +43,7 @@ class FinishedRun:
         params, metrics, tags: as logged; parameters are texts.
         journal: the training's metrics, a line for each step that has some.
         records: one for each test row; None where the run has none with content keys.
+        tasks: one record for each task of HumanEval; empty where it was not run.
         files: the files of the data set, with their splits and rows.
         changed: parameter -> (value, default), of those that differ; None where it was not recorded.
         versions: the registered versions of this run, as ``models:/`` URIs.
@@ -57,6 +59,7 @@ class FinishedRun:
     tags: dict[str, str]
     journal: list[JournalLine] = field(default_factory=list)
     records: list[dict[str, Any]] | None = None
+    tasks: list[dict[str, Any]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, tuple[Any, Any]] | None = None
     versions: tuple[str, ...] = ()
@@ -127,7 +130,7 @@ def _artifacts(mlflow: MlflowClient, run_id: str) -> Iterator[dict[str, Path]]:
     """The run's files that a page needs, by their paths in MLflow, as far as the run has them."""
     there = {file.path for folder in (None, "tables") for file in mlflow.list_artifacts(run_id, folder)}
     with TemporaryDirectory() as scratch:
-        wanted = sorted({ROWS_TABLE, FILES_TABLE, JOURNAL_FILE, CHANGED_FILE} & there)
+        wanted = sorted({ROWS_TABLE, TASKS_TABLE, FILES_TABLE, JOURNAL_FILE, CHANGED_FILE} & there)
         yield {path: Path(mlflow.download_artifacts(run_id, path, scratch)) for path in wanted}
 
 
@@ -145,6 +148,7 @@ def _finished(mlflow: MlflowClient, run: Run, tracking_uri: str, asked: str, fil
         tags=dict(data.tags),
         journal=read_journal(files[JOURNAL_FILE]) if JOURNAL_FILE in files else [],
         records=_records(files.get(ROWS_TABLE), f"{ROWS_TABLE} of the run {run_id}"),
+        tasks=_tasks(files.get(TASKS_TABLE), f"{TASKS_TABLE} of the run {run_id}"),
         files=_table(files.get(FILES_TABLE), f"{FILES_TABLE} of the run {run_id}"),
         changed=_changed(files.get(CHANGED_FILE), f"{CHANGED_FILE} of the run {run_id}"),
         versions=tuple(version_uri(version) for version in versions),
@@ -202,12 +206,34 @@ def _records(path: Path | None, what: str) -> list[dict[str, Any]] | None:
     if not found or "key" not in found[0]:
         return None
     check_record(found, list[_Record], what)
-    names = {f"{side}{score.column}" for score in SCOREBOARD for side in ("base_", "")}
-    for record in found:
+    _check_scores(found, SCOREBOARD, what)
+    return found
+
+
+def _tasks(path: Path | None, what: str) -> list[dict[str, Any]]:
+    """The records of HumanEval's tasks, which are joined like rows.
+
+    Raises:
+        ValueError: the table is damaged.
+    """
+    # They have no loss: tokens and bytes, by which losses are joined, are equal.
+    found = [{**record, "tokens": 1, "bytes": 1, "family": None} for record in _table(path, what)]
+    check_record(found, list[_Record], what)
+    _check_scores(found, HUMANEVAL, what)
+    return found
+
+
+def _check_scores(records: Sequence[dict[str, Any]], scoreboard: Sequence[Score], what: str) -> None:
+    """Refuse scores that are neither numbers nor null.
+
+    Raises:
+        ValueError: the message names the row.
+    """
+    names = {f"{side}{score.column}" for score in scoreboard for side in ("base_", "")}
+    for record in records:
         for name in names & record.keys():
             if record[name] is not None and not isinstance(record[name], int | float):
                 raise ValueError(f"{what} is damaged: {name} of row {record['row']} is no number")
-    return found
 
 
 def _changed(path: Path | None, what: str) -> dict[str, tuple[Any, Any]] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model.evaluation.comparison import Difference, compare
-from model.evaluation.scores import ALL_SCORES
+from model.evaluation.scores import ALL_SCORES, HUMANEVAL
 from ops.report.contents import ScoreLine, extreme_rows, failures, gains, lengths, score_lines, summary
 from ops.report.differences import shortened
 from ops.report.pictures import Curve, curves
@@ -36,7 +36,10 @@ def run_lines(run: FinishedRun, differences: Sequence[Difference] | None = None)
     """
     if not run.records:
         return []
-    return score_lines(compare(run.records, run.seed) if differences is None else differences, run.metrics)
+    if differences is None:
+        tasks = compare(run.tasks, run.seed, scoreboard=HUMANEVAL) if run.tasks else []
+        differences = compare(run.records, run.seed) + tasks
+    return score_lines(differences, run.metrics)
 
 
 def report_page(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:

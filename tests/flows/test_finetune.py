@@ -18,7 +18,7 @@ import torch
 from made_up import wait_for
 
 from model.demo import EMBEDDED_BASE
-from model.evaluation.scores import SCOREBOARD
+from model.evaluation.scores import ALL_SCORES, SCOREBOARD
 from model.net.gpt import GPTModel
 from ops.threads import in_daemon_thread
 
@@ -32,12 +32,12 @@ METRICS = {
     "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/first_step_seconds",
     "train/peak_memory_gib", "train/trunk_hit_share", "eval/loss", "eval/perplexity",
     "best/step", "untuned/perplexity",
-    "test/rows",
+    "test/rows", "untuned/reference_stop_rate", "untuned/reference_syntax_rate",
     "untuned/not_executed", "sample/not_executed",
     "wall_seconds/plan", "wall_seconds/mlflow", "wall_seconds/download", "wall_seconds/prepare",
     "wall_seconds/load_weights", "wall_seconds/freeze", "wall_seconds/wait", "wall_seconds/train",
     "wall_seconds/evaluate", "wall_seconds/publish",
-} | {name for score in SCOREBOARD for name in (score.base, score.tuned)}  # fmt: skip
+} | {name for score in ALL_SCORES for name in (score.base, score.tuned)}  # fmt: skip
 ARTIFACTS = {
     "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
     "tables/samples.json", "tables/pass_rate.json", "tables/data_files.json", "tables/scores.json",
@@ -122,18 +122,58 @@ def test_the_time_is_accounted_for(finished: Any, mlflow_of: Callable[[Any], Any
 
 
 def test_tables_compare_row_by_row(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
-    """One record per test row, whose token-weighted mean is the reported loss; one per sampled prompt."""
+    """One record per row of the whole test split, from which every reported score can be computed again."""
     mlflow = mlflow_of(finished.run)
     rows = mlflow.load_table(finished.run.experiment_id, "tables/test_rows.json", [finished.run.run_id])
-    assert list(rows.columns) == ["row", "prompt", "tokens", "base_loss", "loss"]
-    assert len(rows) == mlflow.get_run(finished.run.run_id).data.metrics["test/rows"]
-    for column, metric in (("loss", "test/loss"), ("base_loss", "untuned/test_loss")):
-        assert (rows[column] * rows.tokens).sum() / rows.tokens.sum() == pytest.approx(finished.metrics[metric])
+    assert len(rows) == mlflow.get_run(finished.run.run_id).data.metrics["test/rows"] == 324
+    assert rows.key.nunique() == len(rows)
+    for score in SCOREBOARD:
+        for metric, column in ((score.base, f"base_{score.column}"), (score.tuned, score.column)):
+            there = rows[rows[column].notna()]
+            weight = there[score.per].sum() if score.per else len(there)
+            assert score.finish(there[column].sum() / weight) == pytest.approx(finished.metrics[metric]), metric
+    assert rows.chrf.notna().sum() == 3
+    assert rows.passed.notna().sum() == 20
+    assert (rows.bytes == rows.reference.str.encode("utf-8").str.len()).all()
     samples = mlflow.load_table(finished.run.experiment_id, "tables/samples.json", [finished.run.run_id])
     assert len(samples) == 3
     assert set(samples.columns) == {
         "row", "prompt", "reference", "base", "base_stopped", "tuned", "tuned_stopped",
     }  # fmt: skip
+
+
+def test_the_trained_model_is_told_from_the_base(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """Two checkpoints of which one was trained: p below 0.01; the table of scores says so too."""
+    found = {difference.score: difference for difference in finished.differences}
+    assert set(found) == {score.name for score in SCOREBOARD}
+    assert found["loss"].verdict == found["perplexity"].verdict == "better"
+    assert found["loss"].corrected < 0.01
+    assert found["loss"].difference == pytest.approx(
+        finished.metrics["test/loss"] - finished.metrics["untuned/test_loss"]
+    )
+    table = mlflow_of(finished.run).load_table(
+        finished.run.experiment_id, "tables/scores.json", [finished.run.run_id]
+    )
+    assert list(table.score) == list(found)
+    for row in table.itertuples():
+        assert (row.verdict, row.rows) == (found[row.score].verdict, found[row.score].rows)
+        assert (row.lower, row.upper) == pytest.approx((found[row.score].lower, found[row.score].upper))
+
+
+def test_a_run_compared_with_itself_is_no_difference(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """The records that MLflow has can be joined and compared again, whatever pandas made of what they lack."""
+    from model.evaluation.comparison import compare, join
+
+    rows = mlflow_of(finished.run).load_table(
+        finished.run.experiment_id, "tables/test_rows.json", [finished.run.run_id]
+    )
+    records = rows.to_dict("records")
+    joined = join(records, records)
+    assert len(joined) == len(records)
+    for found in compare(joined, seed=0):
+        assert (found.difference, found.lower, found.upper, found.verdict) == (0, 0, 0, "no difference")
+    again = {found.score: found for found in compare(records, seed=42)}  # the seed of the run
+    assert again["loss"].lower == pytest.approx(finished.differences[0].lower)
 
 
 def test_every_file_is_named_with_its_rows_and_split(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:

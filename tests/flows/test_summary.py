@@ -7,12 +7,10 @@ from model.evaluation.comparison import Difference
 from model.evaluation.scores import ALL_SCORES
 
 METRICS = {
-    "untuned/test_loss": 2.5,
-    "test/loss": 1.25,
-    "untuned/stop_rate": 0.375,
-    "sample/stop_rate": 1.0,
+    "untuned/test_loss": 2.5, "test/loss": 1.25,
+    "untuned/stop_rate": 0.375, "sample/stop_rate": 1.0, "untuned/reference_stop_rate": 0.5,
     "best/step": 4,
-}
+}  # fmt: skip
 DIFFERENCES = [
     Difference("loss", 2.5, 1.25, -1.25, -1.5, -1.0, 1e-9, 10, "better", 1e-8),
     Difference("stopped", 0.375, 1.0, 0.625, -0.125, 0.9, 0.2, 10, "no difference", 0.4),
@@ -23,12 +21,13 @@ def test_base_and_tuned_stand_side_by_side() -> None:
     """Scores that were computed, with their differences, and both completions of each sample."""
     sample = {"prompt": "Add.", "base": "no\nidea", "tuned": "return 1"}
     lines = before_and_after(METRICS, DIFFERENCES, [sample]).splitlines()
-    assert lines[1:4] == [
+    assert lines[1:5] == [
         "held-out rows        base   tuned difference  95 % interval",
         "test loss          2.5000  1.2500    -1.2500  -1.5000 to -1.0000   better",
         "stop rate           37.5%  100.0%     +62.5%  -12.5% to +90.0%     no difference",
+        "the references themselves: stop rate 50.0%",
     ]
-    assert lines[5:] == ["Add.", "  base:", "    no", "    idea", "  tuned:", "    return 1"]
+    assert lines[6:] == ["Add.", "  base:", "    no", "    idea", "  tuned:", "    return 1"]
 
 
 def test_the_table_fits_a_terminal() -> None:

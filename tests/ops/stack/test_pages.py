@@ -308,7 +308,9 @@ def test_mlflow_shows_what_decides_first(fresh: Any, platform: MadeUp, runs: lis
     metrics = fresh.locator("a[href*='plot_metric_keys']").all_inner_texts()  # those in sight
     assert metrics[0] == "best/eval_loss", metrics
     assert not [name for name in metrics if name.startswith("untuned/")], metrics
-    fresh.locator(".ant-select-selection, .du-bois-light-select-selection-item, svg").get_by_text("eval/loss").first.wait_for()
+    fresh.locator(".ant-select-selection, .du-bois-light-select-selection-item, svg").get_by_text(
+        "eval/loss"
+    ).first.wait_for()
     _screenshot(fresh, "mlflow-comparison")
 
 
