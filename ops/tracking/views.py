@@ -101,7 +101,7 @@ def _state() -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(_COLUMNS),
         "columnOrder": list(_COLUMNS),
-        "columnWidths": {"tags.`result`": 300, "tags.`changed`": 240},
+        "columnWidths": {"tags.`result`": 260, "tags.`changed`": 200},
         "compareRunCharts": charts,
         "compareRunSections": sections,
         "isAccordionReordered": True,

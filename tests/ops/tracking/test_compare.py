@@ -14,7 +14,7 @@ from finished_runs import HOSTILE, log_finished, make_records, own_settings
 
 from ops.settings import Settings
 from ops.tracking.compare import compare_runs, comparison_page, comparison_text, main
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import client, log_table, tracked_run
 
 
 @pytest.fixture
@@ -45,6 +45,31 @@ def test_the_second_run_is_judged_on_common_rows(settings: Settings, two: tuple[
     other = compare_runs(settings.tracking_uri, *reversed(two))
     assert other.lines[0].verdict == "worse"
     assert (other.only_first, other.only_second) == (5, 10)
+
+
+@pytest.mark.parametrize(("k", "titles"), [(2, ["HumanEval pass@1", "HumanEval pass@k"]), (5, ["HumanEval pass@1"])])
+def test_tasks_of_humaneval_are_compared_if_both_have_them(settings: Settings, k: int, titles: list[str]) -> None:
+    """pass@k of another k is another score."""
+    runs = []
+    for name, passes, parameter in (("one", 0.0, 2), ("two", 1.0, k)):
+        run = log_finished(settings, name, make_records(40), {"humaneval_k": parameter})
+        runs.append(run.run_id)
+        tasks = [
+            {
+                "key": f"HumanEval/{index}", "row": index, "prompt": "p", "reference": "r",
+                "base_pass_at_1": 0.0, "base_pass_at_k": 0.0, "base_text": "", "base_samples": 2, "base_passes": 0,
+                "pass_at_1": passes, "pass_at_k": passes, "text": "", "samples": 2, "passes": 0,
+            }
+            for index in range(20)
+        ]  # fmt: skip
+        log_table(run, tasks, "humaneval")
+    lines = compare_runs(settings.tracking_uri, *runs).lines
+    found = [line for line in lines if line.title.startswith("HumanEval")]
+    assert [line.title for line in found] == titles
+    assert {(line.old, line.new, line.verdict) for line in found} == {("0.00%", "100.00%", "better")}
+    plain = log_finished(settings, "plain", make_records(40)).run_id
+    lines = compare_runs(settings.tracking_uri, runs[0], plain).lines
+    assert not [line for line in lines if line.title.startswith("HumanEval")]
 
 
 def test_a_run_like_another_is_no_difference(settings: Settings) -> None:
