@@ -10,7 +10,6 @@ from markupsafe import Markup, escape
 from ops.text import storable
 
 _PIECE = re.compile(r"\w+|\s+|[^\w\s]")
-_MOST_PIECES = 600  # of a text; difflib's time grows with the square of it, and on repetitive texts with more
 
 
 def shortened(text: str, characters: int) -> str:
@@ -30,19 +29,17 @@ def plain(text: str, characters: int) -> Markup:
 def side_by_side(left: str, right: str, characters: int) -> tuple[Markup, Markup]:
     """Both texts escaped and cut; ``<del>`` marks what right lacks, ``<ins>`` what left lacks.
 
-    The texts are compared in words, runs of white space and single signs. Texts of more than 600 of these are
-    compared to there, and the rest is unmarked.
+    The texts are compared in words, runs of white space and single signs. difflib's time grows with the square of
+    their number and more; for 1,000 characters it is 0.3 s at most.
     """
     if not left.strip() or not right.strip():
         return plain(left, characters), plain(right, characters)
     first, second = (_PIECE.findall(storable(shortened(text, characters))) for text in (left, right))
-    matcher = SequenceMatcher(None, first[:_MOST_PIECES], second[:_MOST_PIECES], autojunk=False)
     old, new = [], []
-    for kind, i, j, k, m in matcher.get_opcodes():
+    for kind, i, j, k, m in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
         old.append(_marked("del", first[i:j], kind != "equal"))
         new.append(_marked("ins", second[k:m], kind != "equal"))
-    rest = (escape("".join(pieces[_MOST_PIECES:])) for pieces in (first, second))
-    return Markup("").join([*old, next(rest)]), Markup("").join([*new, next(rest)])
+    return Markup("").join(old), Markup("").join(new)
 
 
 def _marked(tag: str, pieces: list[str], changed: bool) -> Markup:
