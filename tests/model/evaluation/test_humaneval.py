@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from model.evaluation import humaneval
-from model.evaluation.completions import Completion
+from model.evaluation.completions import Completion, complete
 from model.evaluation.config import SamplingConfig
 from model.evaluation.humaneval import Task, check, pass_at_k, sample_tasks, task_records, tasks
 from model.net.gpt import GPTModel
@@ -73,6 +74,10 @@ def test_each_task_has_its_samples(gpt2_dir: Path, tokenizer: Any) -> None:
     found = sample_tasks(model, tokenizer, [TASK, other], config, torch.float32)
     assert [len(samples) for samples in found] == [3, 3]
     assert len({completion.text for samples in found for completion in samples}) == 6
+    want = complete(
+        model, tokenizer, [TASK.prompt, other.prompt] * 3, replace(config, max_new_tokens=300), torch.float32
+    )
+    assert found == [want[0::2], want[1::2]]
     assert sample_tasks(model, tokenizer, [TASK, other], config, torch.float32) == found
 
 
