@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         compared = compare_runs(uri, given.first, given.second)
         if given.html:
-            given.html.write_text(comparison_page(compared))
+            given.html.write_text(comparison_page(compared), encoding="utf-8")
     except (LookupError, OSError, ValueError) as error:
         print(storable(str(error)), file=sys.stderr)
         return 1

@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     uri = Settings.load().tracking_uri
     try:
         run = read_run(uri, given.run)
-        given.html.write_text(report_page(run, run_lines(run)))
+        given.html.write_text(report_page(run, run_lines(run)), encoding="utf-8")
     except (LookupError, OSError, ValueError) as error:
         print(storable(str(error)), file=sys.stderr)
         return 1

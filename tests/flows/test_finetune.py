@@ -86,6 +86,9 @@ def test_params_and_tags_tell_this_run(finished: Any, tiny: dict[str, Any], mlfl
     run = mlflow_of(finished.run).get_run(finished.run.run_id)
     assert {name: run.data.params[name] for name in tiny} == {name: str(value) for name, value in tiny.items()}
     assert run.data.params["trainable_parameters"] == "890112"
+    assert run.data.tags["result"].startswith("better: test loss ")
+    assert f"max_steps={tiny['max_steps']}" in run.data.tags["changed"]
+    assert f"`max_steps={tiny['max_steps']}`" in run.data.tags["mlflow.note.content"]
     with get_client(sync_client=True) as prefect:
         flow_run = prefect.read_flow_run(run.data.tags["prefect.flow_run_id"])
     assert run.info.run_name == f"tiny {flow_run.name}"
