@@ -175,12 +175,15 @@ def short_result(lines: Sequence[ScoreLine]) -> str:
 
 def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     """A run in Markdown, for its description in MLflow: result, links, data, changed parameters."""
-    paragraphs = [f"**{summary(lines, 'the base', 'The tuned model')}**"] if lines else []
+    paragraphs = [f"**{summary(lines[:1], 'the base', 'The tuned model')}**"] if lines else []
     links = [f"[Report]({run.ref.report_url})"] if run.ref.report_url else []
     links += [f"[{text}]({url})" for text, url in _links(run) if text != "MLflow run"]
     links += [f"[All runs]({run.ref.view_url})"] if run.ref.view_url else []
     if links:  # MLflow folds a long description: the links stay visible
         paragraphs.append(" · ".join(links))
+    for verdict in ("better", "worse"):
+        if titles := [line.title for line in lines if line.verdict == verdict]:
+            paragraphs.append(f"Scores that are {verdict}: {', '.join(titles)}.")
     rows = ", ".join(f"{run.fact(f'data/{split}_rows')} {split}" for split in ("train", "validation", "test"))
     paragraphs.append(f"Data: `{_cell(run.params.get('dataset'))}`, rows: {rows}.")
     if run.changed is not None:

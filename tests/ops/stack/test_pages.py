@@ -320,6 +320,19 @@ def test_mlflow_shows_what_decides_first(fresh: Any, platform: MadeUp, runs: lis
     assert axes.all_text_contents() == ["learning_rate", "eval/loss"]
     _screenshot(fresh, "mlflow-comparison")
 
+    run = runs[2]
+    fresh.goto("about:blank")
+    fresh.set_viewport_size({"width": 1280, "height": 1000})
+    fresh.goto(
+        f"{platform.mlflow}/#/experiments/{_experiment(platform)}/runs/{run.run_id}?workflowType=machine_learning"
+    )
+    _text(fresh, "The tuned model is better than the base: test loss")
+    _text(fresh, "Report")
+    metrics = fresh.locator("a[href$='/model-metrics']", has_text="/")
+    metrics.first.wait_for()
+    assert metrics.first.inner_text() == "eval/loss"
+    _screenshot(fresh, "mlflow-run")
+
 
 def test_mlflow_has_the_ready_made_view(fresh: Any, platform: MadeUp, runs: list[Seen]) -> None:
     """The menu of views lists it; its table has the results, its charts the scores."""

@@ -68,6 +68,7 @@ def test_the_report_is_logged_with_result_and_description(settings: Settings) ->
     tags = mlflow.get_run(ref.run_id).data.tags
     assert tags["result"].startswith("better: test loss 2.")
     assert tags["mlflow.note.content"].startswith("**The tuned model is better than the base: test loss 2.")
+    assert "Scores that are better: test loss, test perplexity" in tags["mlflow.note.content"]
     assert "`epochs=1`" in tags["mlflow.note.content"]
     log_report(settings.tracking_uri, ref.run_id)  # again, as after a retry
 
