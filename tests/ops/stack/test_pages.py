@@ -243,8 +243,9 @@ def fresh(page: Any) -> Iterator[Any]:
 
 def _screenshot(page: Any, name: str) -> None:
     if SCREENSHOTS:
-        if name.startswith("mlflow"):  # MLflow Assistant takes a quarter of the window
-            page.get_by_role("button", name="Close").first.click()
+        assistant = page.get_by_role("button", name="Close")  # MLflow Assistant takes a quarter of the window
+        if name.startswith("mlflow") and assistant.count():
+            assistant.first.click()
             page.wait_for_timeout(1000)
         picture = Image.open(BytesIO(page.screenshot()))
         picture.convert("RGB").quantize(64).save(ROOT / SCREENSHOTS / f"{name}.png", optimize=True)
