@@ -99,7 +99,7 @@ class Spread:
 
     Intervals and p values are those of Student's t with the bootstrap's standard error (Efron & Tibshirani 1993,
     section 12.3; Hesterberg 2015, section 4.3) and one degree of freedom less than there are units. Percentiles of
-    few units are too narrow: with 5 families they hold the truth in 83 % of cases where these do in 94 %
+    few units are too narrow: with 5 families they hold the truth in 83 % of cases where these do in 95 %
     (docs/evaluation.md).
 
     Attributes:

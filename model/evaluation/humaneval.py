@@ -157,11 +157,11 @@ def task_records(
     return records
 
 
-def _estimates(passed: Sequence[bool], k: int) -> Mapping[str, float]:
+def _estimates(passed: Sequence[bool], k: int) -> Mapping[str, float | None]:
     samples, passes = len(passed), sum(passed)
     return {
         "samples": samples,
         "passes": passes,
         "pass_at_1": pass_at_k(samples, passes, 1),
-        "pass_at_k": pass_at_k(samples, passes, k),
+        "pass_at_k": pass_at_k(samples, passes, k) if k > 1 else None,  # else it is pass@1 again
     }

@@ -44,6 +44,7 @@ class Score:
         change: turns the ratio under the old model and the difference of the ratios (new - old) into the difference
             of the scores. It is 0 where the ratios are equal.
         test: of the difference: "mcnemar" for a column of true and false, else "bootstrap".
+        span: the largest difference that two values can have; intervals end there.
         ceiling: column with the value of the reference itself; None where there is none.
     """
 
@@ -61,6 +62,7 @@ class Score:
     finish: Callable[[float], float] = float
     change: Callable[[Array, Array], Array] = lambda old, gain: gain
     test: Literal["mcnemar", "bootstrap"] = "bootstrap"
+    span: float = math.inf
     ceiling: str | None = None
 
     def __post_init__(self) -> None:
@@ -138,6 +140,7 @@ SCOREBOARD = (
         source="end-of-text before max_new_tokens",
         test="mcnemar",
         ceiling="reference_stopped",
+        span=1.0,
     ),
     Score(
         name="syntax",
@@ -150,6 +153,7 @@ SCOREBOARD = (
         source="the completion is parsed as Python code; rows whose reference is Python",
         test="mcnemar",
         ceiling="reference_syntax",
+        span=1.0,
     ),
     Score(
         name="chrf",
@@ -160,6 +164,7 @@ SCOREBOARD = (
         unit="of 100, mean over rows",
         higher_is_better=True,
         source="chrF2 of completion and reference (Popović 2015; sacrebleu's sentence level), mean over rows",
+        span=100.0,
     ),
     Score(
         name="exact",
@@ -171,6 +176,7 @@ SCOREBOARD = (
         higher_is_better=True,
         source="equal to the reference, but for a Markdown fence, blank lines and white space at line ends",
         test="mcnemar",
+        span=1.0,
     ),
     Score(
         name="repetition",
@@ -181,6 +187,7 @@ SCOREBOARD = (
         unit="share of 4-grams",
         higher_is_better=False,
         source="seq-rep-4, the share of 4-grams that occurred before (Welleck et al. 2020), mean over rows",
+        span=1.0,
     ),
     Score(
         name="empty",
@@ -192,6 +199,7 @@ SCOREBOARD = (
         higher_is_better=False,
         source="nothing but white space",
         test="mcnemar",
+        span=1.0,
     ),
     Score(
         name="length",
@@ -213,6 +221,7 @@ SCOREBOARD = (
         higher_is_better=True,
         source="pass@1 of the greedy completion (Chen et al. 2021)",
         test="mcnemar",
+        span=1.0,
     ),
 )
 # Scores of HumanEval's tasks, computed from records of their own (``model.evaluation.humaneval``).
@@ -227,6 +236,7 @@ HUMANEVAL = (
         higher_is_better=True,
         source="HumanEval, share of the samples that pass (Chen et al. 2021)",
         column="pass_at_1",
+        span=1.0,
     ),
     Score(
         name="humaneval_pass_at_k",
@@ -238,6 +248,7 @@ HUMANEVAL = (
         higher_is_better=True,
         source="HumanEval, unbiased estimate of pass@k for humaneval_k (Chen et al. 2021)",
         column="pass_at_k",
+        span=1.0,
     ),
 )
 ALL_SCORES = (VALIDATION_LOSS, *SCOREBOARD, *HUMANEVAL)

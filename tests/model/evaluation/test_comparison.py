@@ -225,6 +225,13 @@ def test_one_row_has_no_interval() -> None:
     assert found.verdict == "no difference"
 
 
+def test_an_interval_ends_where_differences_do() -> None:
+    """Of three rows it is wide; a share cannot rise by more than 100 %."""
+    found = _by_name(_records(base_stopped=[0, 0, 1], stopped=[1, 1, 0], base_chrf=[0, 99, 0], chrf=[99, 0, 99]))
+    assert (found["stopped"].lower, found["stopped"].upper) == (-1.0, 1.0)
+    assert (found["chrf"].lower, found["chrf"].upper) == (-100.0, 100.0)
+
+
 def test_it_is_a_function_of_its_seed() -> None:
     records = _same_twice(np.random.default_rng(3))
     assert compare(records, 1, 300) == compare(records, 1, 300)

@@ -63,6 +63,8 @@ def test_records_have_both_models_estimates() -> None:
     texts = [[Completion("a", True), Completion("b", True)]]
     (record,) = task_records([TASK], (texts, [[False, False]]), (texts, [[True, False]]), k=2)
     assert (record["base_pass_at_1"], record["pass_at_1"], record["pass_at_k"]) == (0.0, 0.5, 1.0)
+    (single,) = task_records([TASK], (texts, [[False, False]]), (texts, [[True, False]]), k=1)
+    assert (single["pass_at_1"], single["pass_at_k"]) == (0.5, None), "one hypothesis is not tested twice"
     assert (record["key"], record["samples"], record["passes"], record["text"]) == ("T/0", 2, 1, "a")
 
 
