@@ -73,6 +73,8 @@ def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callab
         "process",
         "data_sha256",
         "subset",
+        "changed",
+        "result",
     }
     assert mlflow.get_experiment(run.info.experiment_id).name == "finetune"
     ((dataset,),) = [run.inputs.dataset_inputs]
