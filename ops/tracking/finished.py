@@ -89,7 +89,7 @@ def resolve(tracking_uri: str, name: str) -> str:
         LookupError: there is no such version.
     """
     if name.startswith("models:/"):
-        return finishing_run(find_version(client(tracking_uri), name, "run"))
+        return finishing_run(find_version(client(tracking_uri), name, "run", "a run id (32 hexadecimal digits), "))
     if not _RUN_ID.fullmatch(name):
         raise ValueError(
             f"{name!r} is none of a run id (32 hexadecimal digits), models:/NAME/VERSION and models:/NAME@ALIAS"

@@ -69,11 +69,14 @@ def version_of_alias(mlflow: MlflowClient, name: str, alias: str) -> ModelVersio
     return None if number is None else mlflow.get_model_version(name, str(number))
 
 
-def find_version(mlflow: MlflowClient, uri: str, what: str = "start_from") -> ModelVersion:
+def find_version(
+    mlflow: MlflowClient, uri: str, what: str = "start_from", others: str = "base, champion, "
+) -> ModelVersion:
     """The version of a ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
 
     Args:
-        what: begins an error message: what the URI was given for.
+        what: parameter that has the URI, for messages.
+        others: other values that the parameter takes.
 
     Raises:
         ValueError: the URI has another form.
@@ -83,7 +86,6 @@ def find_version(mlflow: MlflowClient, uri: str, what: str = "start_from") -> Mo
 
     match = _URI.fullmatch(uri)
     if not match:
-        others = "base, champion, " if what == "start_from" else "a run id (32 hexadecimal digits), "
         raise ValueError(f"{what} {uri!r} is none of {others}models:/NAME/VERSION and models:/NAME@ALIAS")
     try:
         if match["alias"]:
