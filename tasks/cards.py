@@ -171,10 +171,15 @@ def _origin(source: str, revision: str | None, sha256: str) -> str:
 def sample_report(samples: list[dict[str, Any]], evaluation: EvaluationRef, run: RunRef, uri: str) -> str:
     """The text of Prefect's artifact: scores of both models, a few completions, and a link to the MLflow run."""
     metrics = evaluation.metrics
-    lines = [f"MLflow run {run.link}, model `{uri}`", "", *score_table_markdown(metrics, evaluation.differences)]
+    report = f"[report]({run.report_url}), " if run.report_url else ""
+    lines = [
+        f"{report}MLflow run {run.link}, model `{uri}`",
+        "",
+        *score_table_markdown(metrics, evaluation.differences),
+    ]
     if evaluation.failures:
         lines += ["", f"Commonest reasons of failure, tuned model: {describe_failures(evaluation.failures)}"]
-    refused = metrics.get("base/not_executed", 0) + metrics.get("sample/not_executed", 0)
+    refused = metrics.get("untuned/not_executed", 0) + metrics.get("sample/not_executed", 0)
     if refused:
         lines += ["", f"{refused:.0f} completions were not executed and count as failed: {INSTALL}"]
     for sample in samples[:_SHOWN]:

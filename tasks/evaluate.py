@@ -22,7 +22,7 @@ from model.evaluation.comparison import Difference, compare
 from model.evaluation.completions import Completion, complete, extract_code
 from model.evaluation.config import SamplingConfig
 from model.evaluation.records import Answers, build_records, references_of
-from model.evaluation.scores import HUMANEVAL, Record, describe_failures, headline, score_both
+from model.evaluation.scores import HUMANEVAL, UNTUNED, Record, describe_failures, headline, score_both
 from model.evaluation.tables import common_failures, pass_table, sample_table, score_table
 from model.files import write_json
 from model.net.device import resolve_device, use_precision
@@ -84,9 +84,11 @@ def evaluate(
     differences = compare(records, sampling.seed) + compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
     metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
     if any(passed is not None for passed in tuned.passed):
-        metrics |= {"base/not_executed": base_refused, "sample/not_executed": refused}
+        metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}
     with must_be_logged(run.tracking_uri, Path(training.directory)):
-        log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
+        # MLflow's page of a run has metrics in this order.
+        names = sorted(metrics.keys() - headline(metrics).keys(), key=lambda name: (name.startswith(UNTUNED), name))
+        log_metrics(run, {name: metrics[name] for name in names}, step=0)
     _say(metrics, differences, records, log)
     directory = Path(checkpoint.directory)
 
@@ -180,9 +182,9 @@ def _answers(test: CodeAlpacaDataset, losses: np.ndarray, texts: _Texts, log: An
 def _facts(records: Sequence[Record], checkpoint: CheckpointRef) -> dict[str, float]:
     """Metrics that are no scores of test rows."""
     return {
-        "base/eval_loss": checkpoint.base_eval_loss,
+        "untuned/eval_loss": checkpoint.base_eval_loss,
         "best/eval_loss": checkpoint.best_eval_loss,
-        "base/perplexity": perplexity(checkpoint.base_eval_loss),
+        "untuned/perplexity": perplexity(checkpoint.base_eval_loss),
         "best/step": checkpoint.best_step,
         "test/rows": len(records),
     }

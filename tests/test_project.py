@@ -28,7 +28,7 @@ MAY_IMPORT = {
 # From the top to the bottom: a room imports what stands further down only. "*" stands for the package's own files.
 ROOMS = {
     "model": ["demo", "evaluation", "generation", "engine", "data", "net", "*"],
-    "ops": ["stack", "recovery", "tracking", "machine", "sandbox", "*"],
+    "ops": ["stack", "recovery", "tracking", "report", "machine", "sandbox", "*"],
 }
 # `from model import GPTModel` and `import ops` are the public face and the environment's defaults.
 FACES = {"model", "ops"}

@@ -17,6 +17,8 @@ import numpy as np
 
 from model.engine.scoring import perplexity
 
+# Begins MLflow's names of what a training does not change. MLflow sorts its charts by name, and these come last.
+UNTUNED = "untuned/"
 Array = np.ndarray[Any, Any]
 Record = Mapping[str, Any]
 
@@ -76,7 +78,7 @@ def _exp_change(old: Array, gain: Array) -> Array:
 VALIDATION_LOSS = Score(
     name="eval_loss",
     title="validation loss",
-    base="base/eval_loss",
+    base="untuned/eval_loss",
     tuned="best/eval_loss",
     form=".4f",
     unit="nats per token",
@@ -89,7 +91,7 @@ SCOREBOARD = (
     Score(
         name="loss",
         title="test loss",
-        base="base/test_loss",
+        base="untuned/test_loss",
         tuned="test/loss",
         form=".4f",
         unit="nats per token",
@@ -101,7 +103,7 @@ SCOREBOARD = (
     Score(
         name="perplexity",
         title="test perplexity",
-        base="base/test_perplexity",
+        base="untuned/test_perplexity",
         tuned="test/perplexity",
         form=".2f",
         unit="",
@@ -116,7 +118,7 @@ SCOREBOARD = (
     Score(
         name="bits_per_byte",
         title="bits per byte",
-        base="base/bits_per_byte",
+        base="untuned/bits_per_byte",
         tuned="test/bits_per_byte",
         form=".4f",
         unit="bits per UTF-8 byte",
@@ -130,7 +132,7 @@ SCOREBOARD = (
     Score(
         name="stopped",
         title="stop rate",
-        base="base/stop_rate",
+        base="untuned/stop_rate",
         tuned="sample/stop_rate",
         form=".1%",
         unit="share of completions",
@@ -143,7 +145,7 @@ SCOREBOARD = (
     Score(
         name="syntax",
         title="syntax rate",
-        base="base/syntax_rate",
+        base="untuned/syntax_rate",
         tuned="sample/syntax_rate",
         form=".1%",
         unit="share of Python rows",
@@ -156,7 +158,7 @@ SCOREBOARD = (
     Score(
         name="chrf",
         title="chrF",
-        base="base/chrf",
+        base="untuned/chrf",
         tuned="sample/chrf",
         form=".2f",
         unit="of 100, mean over rows",
@@ -167,7 +169,7 @@ SCOREBOARD = (
     Score(
         name="exact",
         title="exact match",
-        base="base/exact_match",
+        base="untuned/exact_match",
         tuned="sample/exact_match",
         form=".1%",
         unit="share of completions",
@@ -179,7 +181,7 @@ SCOREBOARD = (
     Score(
         name="repetition",
         title="repetition",
-        base="base/repetition",
+        base="untuned/repetition",
         tuned="sample/repetition",
         form=".1%",
         unit="share of 4-grams",
@@ -190,7 +192,7 @@ SCOREBOARD = (
     Score(
         name="empty",
         title="empty rate",
-        base="base/empty_rate",
+        base="untuned/empty_rate",
         tuned="sample/empty_rate",
         form=".1%",
         unit="share of completions",
@@ -202,7 +204,7 @@ SCOREBOARD = (
     Score(
         name="length",
         title="length",
-        base="base/length",
+        base="untuned/length",
         tuned="sample/length",
         form=".1f",
         unit="characters",
@@ -212,7 +214,7 @@ SCOREBOARD = (
     Score(
         name="passed",
         title="pass rate",
-        base="base/pass_rate",
+        base="untuned/pass_rate",
         tuned="sample/pass_rate",
         form=".1%",
         unit="share of rows with tests",
@@ -227,7 +229,7 @@ HUMANEVAL = (
     Score(
         name="humaneval_pass_at_1",
         title="HumanEval pass@1",
-        base="base/humaneval_pass_at_1",
+        base="untuned/humaneval_pass_at_1",
         tuned="humaneval/pass_at_1",
         form=".2%",
         unit="mean over tasks",
@@ -239,7 +241,7 @@ HUMANEVAL = (
     Score(
         name="humaneval_pass_at_k",
         title="HumanEval pass@k",
-        base="base/humaneval_pass_at_k",
+        base="untuned/humaneval_pass_at_k",
         tuned="humaneval/pass_at_k",
         form=".2%",
         unit="mean over tasks",
@@ -275,7 +277,7 @@ def ratio(score: Score, column: Array, weight: Array) -> float:
 def score_both(records: Sequence[Record], scoreboard: Sequence[Score] = SCOREBOARD) -> dict[str, float]:
     """The scores of both models, under MLflow's names; what cannot be computed is left out.
 
-    Where the references have a value of their own it is there as ``reference/<name>``.
+    Where the references have a value of their own it is there as ``untuned/reference_<name>``.
     """
     metrics: dict[str, float] = {}
     for score in scoreboard:
@@ -293,7 +295,7 @@ def score_both(records: Sequence[Record], scoreboard: Sequence[Score] = SCOREBOA
 
 def ceiling_name(score: Score) -> str:
     """MLflow's name for the references' value of a score."""
-    return score.base.replace("base/", "reference/", 1)
+    return score.base.replace(UNTUNED, f"{UNTUNED}reference_", 1)
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:

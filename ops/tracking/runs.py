@@ -19,6 +19,7 @@ from ops.settings import Settings
 from ops.tracking.flavour import hash_version
 from ops.tracking.once import create_once, environment
 from ops.tracking.provenance import git_sha, installed_packages
+from ops.tracking.views import provide_view, view_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,9 +32,12 @@ FILES_TAG = "files"  # of a version: the sha256 of its files by their paths, as 
 TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
 TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
+REPORT_FILE = "report/report.html"  # of a run
+CHANGED_FILE = "changed.json"  # of a run: the parameters that differ from their defaults
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 _PAGE = 1000  # runs per request
 _PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter's value
+_TAG_CHARACTERS = 1000  # of a tag that is text for people
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
 
@@ -55,6 +59,17 @@ class RunRef:
         server = without_credentials(self.tracking_uri).rstrip("/")  # no password in a link
         page = f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"{page}?workflowType=machine_learning"
+
+    @property
+    def report_url(self) -> str | None:
+        """The page of its report, if the tracking URI is a server's."""
+        page, question, query = (self.url or "").partition("?")
+        return f"{page}/artifacts/{REPORT_FILE}{question}{query}" if page else None
+
+    @property
+    def view_url(self) -> str | None:
+        """The page of all runs in the view of scores, if the tracking URI is a server's."""
+        return view_url(self.tracking_uri, self.experiment_id)
 
     @property
     def link(self) -> str:
@@ -145,7 +160,11 @@ def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = 
 
 @contextmanager
 def tracked_run(
-    settings: Settings, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    settings: Settings,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
 ) -> Iterator[RunRef]:
     """Open the MLflow run of a flow run, and close it with the status in which the flow ends.
 
@@ -154,18 +173,25 @@ def tracked_run(
 
     Args:
         params: logged by name; None is logged as "None".
+        defaults: of the parameters; those that differ are logged as the file and the tag ``changed``.
     """
     mlflow = client(settings.tracking_uri)
     params = {key: redact(value) if isinstance(value, str) else value for key, value in params.items()}
+    changed = {key: [params[key], each] for key, each in (defaults or {}).items() if params.get(key) != each}
     tags = {key: redact(value) for key, value in tags.items()}
+    if defaults is not None:
+        tags["changed"] = brief(", ".join(f"{key}={value}" for key, (value, _) in changed.items()) or "nothing")
     with redacted_errors():
         experiment_id = _experiment_id(mlflow, settings)
+        provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
     run = _create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     status = "KILLED"
     try:
         log_params(ref, params)
         mlflow.log_dict(ref.run_id, dict(params), "config.json")
+        if defaults is not None:
+            mlflow.log_dict(ref.run_id, changed, CHANGED_FILE)
         mlflow.log_text(ref.run_id, installed_packages(), "constraints.txt")
         yield ref
         status = "FINISHED"
@@ -224,6 +250,11 @@ def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
             end = f"... ({len(text):,} characters: the artifact {file} has all of them)"
             texts[key] = text[: _PARAM_CHARACTERS - len(end)] + end
     mlflow.log_batch(run.run_id, params=[Param(key, text) for key, text in texts.items()])
+
+
+def brief(text: str) -> str:
+    """A text for a tag, cut where it is long."""
+    return text if len(text) <= _TAG_CHARACTERS else f"{text[:_TAG_CHARACTERS]}..."
 
 
 def set_tags(run: RunRef, tags: Mapping[str, str]) -> None:

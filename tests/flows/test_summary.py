@@ -7,8 +7,8 @@ from model.evaluation.comparison import Difference
 from model.evaluation.scores import ALL_SCORES
 
 METRICS = {
-    "base/test_loss": 2.5, "test/loss": 1.25,
-    "base/stop_rate": 0.375, "sample/stop_rate": 1.0, "reference/stop_rate": 0.5,
+    "untuned/test_loss": 2.5, "test/loss": 1.25,
+    "untuned/stop_rate": 0.375, "sample/stop_rate": 1.0, "untuned/reference_stop_rate": 0.5,
     "best/step": 4,
 }  # fmt: skip
 DIFFERENCES = [

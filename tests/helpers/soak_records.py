@@ -19,7 +19,14 @@ from ops.tracking.runs import client
 
 MODEL = "gpt2-code-tiny"
 # Metrics that depend on speed, on memory, or on what an interrupted attempt had already done.
-_NOT_COMPARED = ("time/", "train/tokens_per_second", "train/mfu", "train/first_step", "train/peak", "train/trunk_hit")
+_NOT_COMPARED = (
+    "wall_seconds/",
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/first_step",
+    "train/peak",
+    "train/trunk_hit",
+)
 _TAGS = ("subset", "nightly", "nightly.fresh", "nightly.replay", "promotion", "promotion_reason")
 _ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 Points = dict[str, list[tuple[int, float]]]

@@ -49,8 +49,8 @@ def test_both_models_are_scored() -> None:
     ]
     assert score_both(records, HUMANEVAL) == pytest.approx(
         {
-            "base/humaneval_pass_at_1": 0.0, "humaneval/pass_at_1": 0.5,
-            "base/humaneval_pass_at_k": 0.0, "humaneval/pass_at_k": 2 / 3,
+            "untuned/humaneval_pass_at_1": 0.0, "humaneval/pass_at_1": 0.5,
+            "untuned/humaneval_pass_at_k": 0.0, "humaneval/pass_at_k": 2 / 3,
         }
     )  # fmt: skip
     found = {each.score: each for each in compare(records, 0, scoreboard=HUMANEVAL)}

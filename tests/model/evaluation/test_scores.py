@@ -32,17 +32,17 @@ def test_scores_of_both_models() -> None:
     metrics = score_both([_record(4, 8), _record(16, 12, BASE, second)])
     assert metrics == pytest.approx(
         {
-            "base/test_loss": 1.0, "test/loss": 0.5,
-            "base/test_perplexity": math.e, "test/perplexity": math.exp(0.5),
-            "base/bits_per_byte": 1 / math.log(2), "test/bits_per_byte": 0.5 / math.log(2),
-            "base/stop_rate": 0.0, "sample/stop_rate": 0.5, "reference/stop_rate": 1.0,
-            "base/syntax_rate": 0.0, "sample/syntax_rate": 1.0, "reference/syntax_rate": 0.0,
-            "base/chrf": 20.0, "sample/chrf": 60.0,
-            "base/exact_match": 0.0, "sample/exact_match": 1.0,
-            "base/repetition": 0.5, "sample/repetition": 0.05,
-            "base/empty_rate": 1.0, "sample/empty_rate": 0.0,
-            "base/length": 10.0, "sample/length": 30.5,
-            "base/pass_rate": 0.0, "sample/pass_rate": 1.0,
+            "untuned/test_loss": 1.0, "test/loss": 0.5,
+            "untuned/test_perplexity": math.e, "test/perplexity": math.exp(0.5),
+            "untuned/bits_per_byte": 1 / math.log(2), "test/bits_per_byte": 0.5 / math.log(2),
+            "untuned/stop_rate": 0.0, "sample/stop_rate": 0.5, "untuned/reference_stop_rate": 1.0,
+            "untuned/syntax_rate": 0.0, "sample/syntax_rate": 1.0, "untuned/reference_syntax_rate": 0.0,
+            "untuned/chrf": 20.0, "sample/chrf": 60.0,
+            "untuned/exact_match": 0.0, "sample/exact_match": 1.0,
+            "untuned/repetition": 0.5, "sample/repetition": 0.05,
+            "untuned/empty_rate": 1.0, "sample/empty_rate": 0.0,
+            "untuned/length": 10.0, "sample/length": 30.5,
+            "untuned/pass_rate": 0.0, "sample/pass_rate": 1.0,
         }
     )  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_an_entry_is_complete(score: object) -> None:
     names = [name for each in ALL_SCORES for name in (each.base, each.tuned)]
     assert names.count(entry.base) == names.count(entry.tuned) == 1
     assert [each.name for each in ALL_SCORES].count(entry.name) == 1
-    assert entry.base.startswith("base/")
+    assert entry.base.startswith("untuned/")
     assert len(entry.title) <= 16
     assert entry.source
     assert f"{0.5:{entry.form}}"

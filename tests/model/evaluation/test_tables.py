@@ -17,8 +17,8 @@ from model.evaluation.tables import (
 )
 
 METRICS = {
-    "base/eval_loss": 3.0, "best/eval_loss": 1.5, "base/test_loss": 3.0, "test/loss": 0.75,
-    "base/stop_rate": 0.25, "sample/stop_rate": 1.0, "reference/stop_rate": 0.5,
+    "untuned/eval_loss": 3.0, "best/eval_loss": 1.5, "untuned/test_loss": 3.0, "test/loss": 0.75,
+    "untuned/stop_rate": 0.25, "sample/stop_rate": 1.0, "untuned/reference_stop_rate": 0.5,
 }  # fmt: skip
 DIFFERENCES = [
     Difference("loss", 3.0, 0.75, -2.25, -2.5, -2.0, 1e-9, 10, "better", 1e-8),
