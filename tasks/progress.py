@@ -31,6 +31,18 @@ class Progress:
         self.told = ""
         trouble = "Prefect's progress bar was not updated"
         self.courier = Courier(self._draw, "progress-artifact", trouble, log)
+        self.title, self.part, self.parts = "", 0, 1
+
+    def begin_part(self, title: str, part: int, parts: int) -> None:
+        """Show one of several trainings from now on.
+
+        Args:
+            title: begins its lines.
+            part: its number, from 0.
+            parts: number of all trainings.
+        """
+        self.title, self.part, self.parts = f"{title}: ", part, parts
+        self.last_line = -math.inf
 
     def show(self, report: StepReport) -> None:
         now = time.monotonic()
@@ -43,9 +55,10 @@ class Progress:
             parts += [f"{report.eta_seconds:.0f} s to go"]
         if report.eval_loss is not None:
             parts.append(f"validation loss {report.eval_loss:.4f}")
-        line = ", ".join(parts)
+        line = self.title + ", ".join(parts)
         self.log.info(line)
-        self.courier.offer((100 * report.step / max(1, report.total_steps), line))
+        done = self.part + report.step / max(1, report.total_steps)
+        self.courier.offer((100 * done / self.parts, line))
 
     def _draw(self, value: tuple[float, str]) -> None:
         """Write percentage and line into the artifact. One try: Prefect's client would repeat it for a minute."""

@@ -31,6 +31,7 @@ FILES_TAG = "files"  # of a version: its files' sha256, as JSON
 TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
 TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
+PARENT_TAG = "mlflow.parentRunId"  # of a run: the run that it belongs to, beneath which MLflow shows it
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 _PAGE = 1000  # runs per request
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
@@ -159,7 +160,7 @@ def tracked_run(
     tags = {key: redact(value) for key, value in tags.items()}
     with redacted_errors():
         experiment_id = _experiment_id(mlflow, settings)
-    run = _create_run(mlflow, experiment_id, name, tags)
+    run = create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     status = "KILLED"
     try:
@@ -181,7 +182,8 @@ def tracked_run(
             logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", ref.run_id, error)
 
 
-def _create_run(mlflow: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run:
+def create_run(mlflow: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run:
+    """Create a run once, with the tags that every run has: user, commit, process."""
     sha, process = git_sha(), identify_process().to_json()
     all_tags = {
         **_user(),
