@@ -7,7 +7,7 @@ from typing import Any
 
 from model.evaluation.scores import score_table
 from tasks.references import TrialResult
-from tasks.trials import ranked
+from tasks.trial_records import ranked
 
 _SHOWN_LINES = 8  # of a completion
 

@@ -17,7 +17,7 @@ from flows.job import with_parameters
 from flows.plan import announce_sweep
 from flows.run import open_run
 from flows.trials import SweepJob
-from flows.waiting import hold_device
+from flows.waiting import hold_device, other_devices
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.load_weights import load_weights
@@ -63,7 +63,8 @@ def sweep(**parameters: Any) -> SweepResult:
         trials = announce_sweep(run.mlflow, run.settings, trials, device_choice)
         run.hold_sweep(trials)
         with hold_device(run.settings, device_choice) as device:
-            results = train_trials(run.mlflow, trials, device, gigabytes)
+            others = other_devices(device_choice, device)
+            results = train_trials(run.mlflow, trials, device, others, gigabytes)
             best = rank(run.mlflow, trials, results)
             training, checkpoint = best.trial.training, best.checkpoint
             evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, device, gigabytes)

@@ -15,7 +15,7 @@ from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from ops.tracking.trials import BEST_TAG
 from tasks.references import SweepRef, TrialResult
-from tasks.trials import best_of, ranked
+from tasks.trial_records import best_of, ranked
 
 
 class NoTrialFinishedError(RuntimeError):

@@ -231,6 +231,7 @@ class TrialOutcome:
     Attributes:
         outcome: "finished", "ended early" (by the median rule), or "failed" (it diverged, or memory did not hold it).
         reason: why it was not trained to its end; empty if it was.
+        attempt: at the sweep in which it ended, by the id of the sweep's MLflow run.
         steps: optimizer steps done.
         best_step: step of the lowest validation loss.
         best_eval_loss, base_eval_loss: lowest validation loss, and that of the base, in nats per response token; None
@@ -241,12 +242,17 @@ class TrialOutcome:
 
     outcome: Literal["finished", "ended early", "failed"]
     reason: str
+    attempt: str
     steps: int
     best_step: int
     best_eval_loss: float | None
     base_eval_loss: float | None
     resumed_from: int = 0
     micro_batch_tokens: int = 0
+
+    def fits(self, status: str) -> bool:
+        """Whether it is known to an MLflow run of this status: then nothing is left to be logged."""
+        return status == ("FAILED" if self.outcome == "failed" else "FINISHED")
 
     def describe(self) -> str:
         """The outcome with its reason, on one line."""

@@ -93,9 +93,10 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
     place = resolve_device(device)
     network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
-    progress = Progress(get_run_logger())
+    log = get_run_logger()
+    progress = Progress(log)
     with progress.courier:
-        return train_network(network, run, training, cache, progress.show)
+        return train_network(network, run, training, cache, progress.show, log)
 
 
 def train_network(
@@ -104,18 +105,19 @@ def train_network(
     training: TrainingRef,
     cache: TrunkCacheConfig,
     on_step: Callable[[StepReport], None],
+    log: Any,
     should_end: Callable[[], bool] = lambda: False,
 ) -> CheckpointRef:
     """Train a base that is loaded and frozen as planned; its metrics go to an MLflow run.
 
     Args:
+        log: a logger.
         should_end: whether to end before the next step for another reason than a signal.
 
     Raises:
         TrainingStoppedError: ``should_end`` returned true.
         NonFiniteError, NotLoggedError: as ``train``.
     """
-    log = get_run_logger()
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)

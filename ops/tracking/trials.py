@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from model.engine.trainer import TrainingStoppedError
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error
 from ops.tracking.runs import (
@@ -77,6 +78,8 @@ def tracked_trial(parent: RunRef, trial: TrialRun, tags: Mapping[str, str]) -> I
     try:
         yield ref
         status = "FINISHED"
+    except TrainingStoppedError:  # KILLED, as after a signal: another attempt goes on with it
+        raise
     except Exception as error:
         status = "FAILED"
         redact_error(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -267,3 +268,29 @@ def test_unpromising_trials_end_early(
         point.value for point in mlflow.get_metric_history(run.info.run_id, "eval/loss")
     )
     assert mlflow.get_run(result.run.run_id).data.metrics["sweep/ended_early"] == 1
+
+
+def test_helpers_on_other_devices_equal_one_process(
+    prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process for each further device takes trials that nobody has; the results are those of one process.
+
+    A second lock stands for a second device, as there is one CPU.
+    """
+    import flows.sweep as module
+
+    parameters = {**tiny, **SHORT, "max_steps": 60, "eval_freq": 20}
+    parameters["grid"] = {"learning_rate": [0.0005, 0.001, 0.002, 0.003]}
+    alone = module.sweep(**parameters)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "other_devices", lambda device, held: {"cpu 2": device})
+        result = module.sweep(**parameters)
+    pids = [json.loads(run.data.tags["process"])["pid"] for run in _children(result.run)]
+    assert len(pids) == 4
+    assert {os.getpid()} < {*pids}, "the helper trained some trials, and this process others"
+    for one, two in zip(alone.trials, result.trials, strict=True):
+        uri = result.run.tracking_uri
+        assert _curves(uri, one.run.run_id) == _curves(uri, two.run.run_id)
+        assert two.outcome.outcome == "finished"
+    assert _model(alone) == _model(result)
+    assert {run.info.status for run in _children(result.run)} == {"FINISHED"}
