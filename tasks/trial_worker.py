@@ -1,6 +1,6 @@
 """One process's part in a sweep: it takes the next trial that nobody has, trains it, and records how it ended.
 
-``python -m tasks.trial_worker ORDER`` helps on a further GPU. The task ``train_trials`` starts it, writes the ``Order``
+``python -m tasks.trial_worker ORDER`` helps on a further GPU. The task ``train_trials`` starts it, writes the order
 as JSON into that file, and logs what it prints. It ends when no trial is left, or when its stdin is closed: then the
 task is over, or its process has died.
 """
@@ -27,6 +27,7 @@ from model.engine.scoring import perplexity
 from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainingStoppedError
 from model.engine.trunk import TrunkCacheConfig
 from model.engine.trunk_sharing import SharedTrunks
+from model.files import read_bytes, write_json
 from model.net.device import resolve_device, resolve_precision
 from ops.machine.flock import hold_file
 from ops.machine.lock import exclusive_if_free, shared_directory
@@ -45,6 +46,7 @@ from tasks.trial_records import (
     keep_the_best,
     read_curve,
     read_outcome,
+    remove_outcome,
     unfinished,
     write_outcome,
 )
@@ -101,6 +103,7 @@ class TrialWorker:
         self.attempt = order.run.run_id
         self.base = ReusableBase(resolve_device(device))
         self.shared = SharedTrunks()
+        self.ended: dict[str, TrialResult] = {}
         outputs = Settings.load().trunk_outputs
         self.cache = TrunkCacheConfig(outputs, int(order.trunk_cache_gb * 1e9), self.shared)
 
@@ -114,13 +117,20 @@ class TrialWorker:
             TrainingStoppedError: should_stop returned true.
             NotLoggedError: a trial is finished, and MLflow could not take its metrics.
         """
-        results = []
-        for number, trial in enumerate(self.order.sweep.trials):
+        trials = self.order.sweep.trials
+        for number, trial in enumerate(trials):
+            if trial.name in self.ended:
+                continue
             with claimed(trial) as is_mine:
                 if is_mine:
-                    self.progress.begin_part(trial.name, number, len(self.order.sweep.trials))
-                    results.append(self.train(trial))
-        return results
+                    self.progress.begin_part(trial.name, number, len(trials))
+                    self.ended[trial.name] = self.train(trial)
+        return [self.ended[trial.name] for trial in trials if trial.name in self.ended]
+
+    def train_again(self, trial: TrialRef) -> None:
+        """Forget how a trial ended."""
+        remove_outcome(trial)
+        del self.ended[trial.name]
 
     def train(self, trial: TrialRef) -> TrialResult:
         """Train a trial that this process has claimed, or find what an earlier attempt has made of it."""
@@ -129,9 +139,8 @@ class TrialWorker:
         parent = self.order.run
         if recorded and (found := of_mlflow.find(parent.tracking_uri)) and recorded.fits(found.info.status):
             adopt(parent, found, self.order.tags)
-            return TrialResult(
-                trial, RunRef(parent.tracking_uri, found.info.experiment_id, found.info.run_id), recorded
-            )
+            ref = RunRef(parent.tracking_uri, found.info.experiment_id, found.info.run_id)
+            return TrialResult(trial, ref, recorded)
         try:
             with tracked_trial(parent, of_mlflow, self.order.tags) as ref:
                 outcome = recorded or self._train(ref, trial)
@@ -236,6 +245,20 @@ def claimed(trial: TrialRef) -> Iterator[bool]:
         yield stream is not None
 
 
+def write_order(path: Path, order: Order) -> None:
+    """Write an order as JSON."""
+    write_json(path, TypeAdapter(Order).dump_python(order, mode="json"))
+
+
+def read_order(path: Path) -> Order:
+    """What ``write_order`` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return TypeAdapter(Order).validate_json(read_bytes(path))
+
+
 def _has_work(order: Order, log: Any) -> bool:
     """Whether there is a trial that has not ended and that no process has."""
     for trial in order.sweep.trials:
@@ -264,7 +287,7 @@ def main() -> None:
     # They reach the whole process group; the task closes stdin, and the training ends with a checkpoint.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    order = TypeAdapter(Order).validate_json(sys.stdin.buffer.readline())
+    order = read_order(Path(sys.argv[1]))
     closed = _watch_stdin()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

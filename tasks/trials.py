@@ -8,19 +8,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
-from pydantic import TypeAdapter
 
 from model.engine.checkpoint import MODEL_FILE, load_state
 from model.files import sha256_json
 from model.net.config import GPTConfig
 from model.net.freezing import plan_freeze
-from ops.settings import PROJECT_ROOT, Settings
+from ops.settings import Settings
 from ops.threads import in_daemon_thread
 from ops.tracking.runs import RunRef, client
 from ops.tracking.steps import pipeline_step
@@ -28,11 +28,12 @@ from tasks.config import TrialConfig
 from tasks.progress import Progress
 from tasks.references import ModelRef, SweepRef, TokensRef, TrialRef, TrialResult
 from tasks.train import identify_training, is_worth_a_retry
-from tasks.trial_records import best_of, remove_outcome, start_sweep
-from tasks.trial_worker import Order, TrialWorker
+from tasks.trial_records import best_of, start_sweep
+from tasks.trial_worker import Order, TrialWorker, write_order
 
 # Tags of the sweep's MLflow run that its trials have too: hooks and watcher find them by the flow run.
 _INHERITED = ("prefect.", "mlflow.source.", "mlflow.note.content", "data_sha256", "subset")
+_ORDER = "order.json"  # in the sweep's directory
 _POLL_SECONDS = 0.5  # while helpers train the last trials
 _HELPER_SECONDS = 25.0  # in which a helper ends when it is told to
 
@@ -116,6 +117,7 @@ def train_trials(
     with progress.courier, _helpers(order, min(len(others), len(sweep.trials) - 1), log):
         results = _until_all_have_ended(worker, sweep)
         while (best := best_of(results)) and _is_damaged(best, log):
+            worker.train_again(best.trial)
             results = _until_all_have_ended(worker, sweep)
     return results
 
@@ -127,12 +129,11 @@ def _until_all_have_ended(worker: TrialWorker, sweep: SweepRef) -> list[TrialRes
 
 
 def _is_damaged(best: TrialResult, log: Any) -> bool:
-    """Whether the checkpoint of the best trial is damaged; then its record is removed: it is trained again."""
+    """Whether the checkpoint of the best trial is damaged."""
     try:
         load_state(Path(best.checkpoint.best), [MODEL_FILE])
     except ValueError as error:
         log.warning("%s: trial %s is trained again", error, best.trial.name)
-        remove_outcome(best.trial)
         return True
     return False
 
@@ -140,22 +141,21 @@ def _is_damaged(best: TrialResult, log: Any) -> bool:
 @contextmanager
 def _helpers(order: Order, count: int, log: Any) -> Iterator[None]:
     """Processes that help with a sweep on other devices; in the end they stop, with a checkpoint, or are killed."""
-    line = TypeAdapter(Order).dump_json(order) + b"\n"
+    path = Path(order.sweep.directory) / _ORDER
+    if count > 0:
+        write_order(path, order)
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
             process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.trial_worker"],
-                cwd=PROJECT_ROOT,
+                # -P: not a folder "tasks" of the working directory.
+                [sys.executable, "-P", "-m", "tasks.trial_worker", str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
             processes.append(process)
-            in_daemon_thread(lambda process=process: _relay(process, log), "helper-output")
-            assert process.stdin is not None
-            process.stdin.write(line)
-            process.stdin.flush()
+            in_daemon_thread(partial(_relay, process, log), "helper-output")
         yield
     finally:
         _end(processes, log)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from made_up import wait_for
+from world import World
 
 from model.engine.trainer import StepReport
 from model.files import sha256_file
+from ops.machine.lock import read_locks
 from ops.tracking.runs import PARENT_TAG, RunRef, client
 
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
@@ -294,3 +301,79 @@ def test_helpers_on_other_devices_equal_one_process(
         assert two.outcome.outcome == "finished"
     assert _model(alone) == _model(result)
     assert {run.info.status for run in _children(result.run)} == {"FINISHED"}
+
+
+SWEEP = """
+import json, sys
+import flows.sweep as module
+module.other_devices = lambda device, held: {"cpu 2": "cpu"}  # a second lock stands for a second device
+state = module.sweep(**json.loads(sys.argv[1]), return_state=True)
+print(state.name, state.message)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["the flow, kill -9", "the flow's group, SIGTERM", "the helper, kill -9"])
+def test_a_killed_sweep_goes_on(tmp_path: Path, tiny: dict[str, Any], victim: str) -> None:
+    """With one MLflow run a trial, no process and no lock left behind, and the bits of a sweep in one piece."""
+    grid = {"learning_rate": [0.0005, 0.001, 0.002]}
+    parameters = json.dumps({**tiny, **SHORT, "max_steps": 400, "eval_freq": 50, "grid": grid})
+    with World(tmp_path) as world:
+
+        def begin() -> subprocess.Popen[str]:
+            world.processes["run"] = process = subprocess.Popen(
+                [sys.executable, "-c", SWEEP, parameters], cwd=tmp_path, env=world.environment,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+            return process
+
+        process = begin()
+        trials = world.base / "data" / "trainings"
+        wait_for("two trials train", lambda: _steps(trials, 1) > 60 and _steps(trials, 2) > 60, 240)
+        (helper,) = _helpers_of(process.pid)
+        if victim == "the flow's group, SIGTERM":
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            os.kill(process.pid if victim == "the flow, kill -9" else helper.pid, signal.SIGKILL)
+        if victim == "the helper, kill -9":
+            assert world.finish(process).splitlines()[-1].startswith("Completed")
+        else:
+            wait_for("both have ended", lambda: not helper.is_running() and process.poll() is not None, 30)
+            assert [lock.what for lock in read_locks(world.base / "locks") if lock.held] == []
+            if victim == "the flow's group, SIGTERM":
+                for number in (1, 2):  # checkpoints of the last step, and not of the last validation only
+                    newest = max(path.name for path in trials.glob(f"*/trial-{number:03d}/step-*"))
+                    assert int(newest.removeprefix("step-")) == _steps(trials, number)
+            world.kill("run")
+            assert world.finish(begin()).splitlines()[-1].startswith("Completed")
+        assert world.finish(begin()).splitlines()[-1].startswith("Completed")
+        uri = f"sqlite:///{world.database}"
+        mlflow = client(uri)
+        runs = mlflow.search_runs(
+            [mlflow.get_experiment_by_name("finetune").experiment_id], order_by=["attributes.start_time ASC"]
+        )
+        sweeps = [run for run in runs if PARENT_TAG not in run.data.tags]
+        statuses = [run.info.status for run in sweeps]
+        assert statuses == ["FINISHED"] * 2 if victim == "the helper, kill -9" else ["KILLED", "FINISHED", "FINISHED"]
+        curves = []
+        for run in sweeps[-2:]:
+            trials_of = [each for each in runs if each.data.tags.get(PARENT_TAG) == run.info.run_id]
+            assert {each.info.run_name for each in trials_of} == {"lr 0.0005", "lr 0.001", "lr 0.002"}
+            assert [each.info.status for each in trials_of] == ["FINISHED"] * 3
+            curves.append({each.info.run_name: _curves(uri, each.info.run_id) for each in trials_of})
+        assert curves[0] == curves[1]
+        assert [step for step, _ in curves[0]["lr 0.001"]["train/loss"]] == [*range(1, 401)]
+        assert len(runs) == len(sweeps) + 6
+
+
+def _steps(trials: Path, number: int) -> int:
+    """The newest step in the journal of a trial; 0 without one."""
+    journals = list(trials.glob(f"*/trial-{number:03d}/metrics.jsonl"))
+    lines = journals[0].read_bytes().split(b"\n")[:-1] if journals else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def _helpers_of(pid: int) -> list[psutil.Process]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "tasks.trial_worker" in child.cmdline()]
