@@ -19,10 +19,10 @@ from prefect.states import Failed
 from flows.job import unknown_parameters
 from flows.trials import job_kind
 from ops.notify import notify
-from ops.recovery.reaper import REASON_TAG, close_run, complete_flow_run, has_finished, is_retried, runs_of
+from ops.recovery.reaper import close_run, complete_flow_run, has_finished, is_retried, runs_of
 from ops.settings import Settings
 from ops.threads import in_daemon_thread
-from ops.tracking.runs import RunRef
+from ops.tracking.runs import REASON_TAG, RunRef
 
 _MLFLOW_SECONDS = 10.0  # after that the reaper closes the run
 _MESSAGE = 500  # characters

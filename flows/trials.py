@@ -93,7 +93,7 @@ class SweepJob(Job):
     def logged(self) -> dict[str, Any]:
         """What the sweep's MLflow run logs when it begins: the values of the grid's parameters are not known yet."""
         values = {name: value for name, value in self.flat().items() if name not in (self.sweep.grid or {})}
-        return values | {"grid": json.dumps(self.sweep.grid)}
+        return values | {"grid": json.dumps(check_grid(self.sweep.grid))}
 
     @property
     def title(self) -> str:

@@ -60,18 +60,23 @@ class ReusableBase:
         self._loaded: tuple[ModelRef, FreezePlan, torch.dtype] | None = None
         self._trained: dict[str, torch.Tensor] = {}
 
+    def has(self, model: ModelRef, plan: FreezePlan, dtype: torch.dtype) -> bool:
+        """Whether ``get`` would not load it again."""
+        return self._network is not None and self._loaded == (model, plan, dtype)
+
     def get(self, model: ModelRef, plan: FreezePlan, dtype: torch.dtype) -> GPTModel:
         """The base for the next training; the model of the training before is not to be used any more.
 
         Raises:
             ChangedFileError, RuntimeError: as load_frozen.
         """
-        if self._network is None or self._loaded != (model, plan, dtype):
+        if not self.has(model, plan, dtype):
             self._network, self._trained = None, {}
             give_memory_back()
             self._network = load_frozen(model, plan, self.device, dtype)
             self._loaded = model, plan, dtype
             self._trained = {name: p.detach().cpu().clone() for name, p in _trained_parameters(self._network)}
+        assert self._network is not None
         for name, parameter in _trained_parameters(self._network):
             parameter.data.copy_(self._trained[name])
             parameter.grad = None

@@ -160,6 +160,8 @@ class TrialWorker:
     def _train(self, ref: RunRef, trial: TrialRef) -> TrialOutcome:
         training = trial.training
         dtype = resolve_precision(training.config.precision, self.base.device)
+        if not self.base.has(training.model, training.plan, dtype):
+            self.shared.clear()  # it refers to the base that is dropped now
         network = self.base.get(training.model, training.plan, dtype)
         rule = None
         if self.order.sweep.end_early:

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from ops.machine.process import ProcessIdentity
 from ops.notify import notify
-from ops.tracking.runs import EXPERIMENT, PARENT_TAG, PROCESS_TAG, RunRef, client, search_runs
+from ops.tracking.runs import EXPERIMENT, PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, client, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
 ATTEMPT_TAG = "prefect.run_count"  # a retried Prefect run keeps its id, and each attempt is an MLflow run
-REASON_TAG = "ended_by"  # why hooks or reaper closed the run
 _STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CRASHED": "KILLED", "CANCELLED": "KILLED"}
 HOOK_SECONDS = 15.0  # upper bound for the duration of Prefect's hooks on a busy machine
 _CANCEL_SECONDS = 60.0  # twice the time after which Prefect's worker kills a cancelled run

@@ -33,6 +33,7 @@ TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an 
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PARENT_TAG = "mlflow.parentRunId"  # of a run: the run that it belongs to, beneath which MLflow shows it
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
+REASON_TAG = "ended_by"  # of a run: why hooks or reaper closed it
 _PAGE = 1000  # runs per request
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"

@@ -14,6 +14,7 @@ from ops.redaction import redact, redact_error
 from ops.tracking.runs import (
     PARENT_TAG,
     PROCESS_TAG,
+    REASON_TAG,
     RunRef,
     client,
     create_run,
@@ -70,6 +71,8 @@ def tracked_trial(parent: RunRef, trial: TrialRun, tags: Mapping[str, str]) -> I
         found = create_run(mlflow, parent.experiment_id, trial.name, {**now, **own})
     else:
         adopt(parent, found, now)
+        if REASON_TAG in found.data.tags:
+            mlflow.delete_tag(found.info.run_id, REASON_TAG)
         mlflow.update_run(found.info.run_id, status="RUNNING")
     ref = RunRef(parent.tracking_uri, found.info.experiment_id, found.info.run_id)
     # A value cannot be logged twice, and the name of the device may be another one now.

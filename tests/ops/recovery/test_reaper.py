@@ -22,9 +22,9 @@ from flows.finetune import finetune
 from flows.hooks import after_failure
 from ops.machine.process import ProcessIdentity, identify_process
 from ops.recovery import reaper
-from ops.recovery.reaper import ATTEMPT_TAG, REASON_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
+from ops.recovery.reaper import ATTEMPT_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
 from ops.settings import Settings
-from ops.tracking.runs import PARENT_TAG, PROCESS_TAG, RunRef, client, set_tags, tracked_run
+from ops.tracking.runs import PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, client, set_tags, tracked_run
 
 
 @pytest.fixture
