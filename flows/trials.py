@@ -63,11 +63,7 @@ class SweepJob(Job):
                 "set subset_start and subset_count"
             )
         for trial in self.trials():
-            replace(self, freeze=trial.freeze, train=trial.train).check_trial()
-
-    def check_trial(self) -> None:
-        """As ``Job.check``, of one trial."""
-        super().check()
+            Job.check(replace(self, freeze=trial.freeze, train=trial.train))
 
     def trials(self) -> list[TrialConfig]:
         """Each combination of the grid's values.

@@ -50,9 +50,8 @@ def identify_sweep(
         ValueError: a model has fewer blocks than a trial trains.
     """
     shape = GPTConfig(**model.config)
-    trainings = [
-        identify_training(tokens, model, plan_freeze(shape, trial.freeze), trial.train, device) for trial in trials
-    ]
+    plans = {freeze: plan_freeze(shape, freeze) for freeze in {trial.freeze for trial in trials}}
+    trainings = [identify_training(tokens, model, plans[trial.freeze], trial.train, device) for trial in trials]
     identity = sha256_json({"trainings": [each.identity for each in trainings], "end_early": end_early})
     directory = Settings.load().trainings / f"sweep-{identity}"
     refs = tuple(

@@ -319,6 +319,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, tiny: dict[str, Any], victim: st
     grid = {"learning_rate": [0.0005, 0.001, 0.002]}
     parameters = json.dumps({**tiny, **SHORT, "max_steps": 400, "eval_freq": 50, "grid": grid})
     with World(tmp_path) as world:
+        world.start_prefect()  # a run's own server would outlive it, and keep its pipe open
 
         def begin() -> subprocess.Popen[str]:
             world.processes["run"] = process = subprocess.Popen(
