@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow fuzz soak check format parameters bench up down doctor deploy worker watch rollback sample clean
+.PHONY: help install run test test-slow fuzz soak check format parameters bench up down doctor deploy worker watch rollback sample report compare export clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,8 +29,9 @@ install: $(INSTALLED) ## Create or update .venv from the pinned constraints, if 
 run: $(INSTALLED) ## Fine-tune the embedded tiny GPT-2; ARGS="epochs=1" changes parameters
 	@$(BIN)/python -m flows $(ARGS)
 
+# Two to four processes; the tests of a file stay in one, as many share a server.
 test: $(INSTALLED) ## Run the tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -105,6 +106,18 @@ rollback: $(INSTALLED) ## Make the previous champion champion again: SIZE=355m
 sample: override export PROMPT := $(value PROMPT)
 sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."
 	@$(BIN)/python -m ops.tracking.sample $(ARGS) -- "$$PROMPT"
+
+export: $(INSTALLED) ## Take a model out of MLflow: MODEL=models:/NAME@champion DIR=...; ARGS="--push USER/NAME --gguf FILE"
+	@test -n "$(MODEL)" || { echo "which model? make export MODEL=models:/gpt2-code-355m@champion DIR=..."; exit 2; }
+	@$(BIN)/python -m ops.tracking.export $(if $(DIR),--directory "$(DIR)") $(ARGS) -- "$(MODEL)"
+
+report: $(INSTALLED) ## Write the report of a finished run: RUN=<id, models:/NAME/1 or models:/NAME@champion>
+	@test -n "$(RUN)" || { echo "which run? make report RUN=<run id>, RUN=models:/NAME/VERSION or RUN=models:/NAME@ALIAS"; exit 2; }
+	@$(BIN)/python -m ops.tracking.report $(ARGS) -- "$(RUN)"
+
+compare: $(INSTALLED) ## Compare two runs or versions: A=... B=... as RUN of make report; ARGS="--html FILE" also writes a page
+	@test -n "$(A)" -a -n "$(B)" || { echo "which runs? make compare A=<run id> B=<run id>, or models:/NAME/VERSION, models:/NAME@ALIAS"; exit 2; }
+	@$(BIN)/python -m ops.tracking.compare $(ARGS) -- "$(A)" "$(B)"
 
 clean: ## Delete .venv; keeps all results
 	rm -rf $(VENV)

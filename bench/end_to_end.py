@@ -218,6 +218,7 @@ def command(side: str, options: argparse.Namespace, scratch: Path) -> list[str]:
         "max_length": 512,
         "learning_rate": 1e-4,
         "eval_rows": "null",
+        "sample_rows": 16,  # as many as the other side completes
         "pass_rows": 0,
         "max_new_tokens": 128,
         "temperature": 0.7,

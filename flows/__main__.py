@@ -137,7 +137,7 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
         return
     if isinstance(result, SweepResult):
         print(trial_table(result.trials))
-    print(before_and_after(result.metrics, result.samples))
+    print(before_and_after(result.metrics, result.differences, result.samples))
     seconds["prefect"] -= sum(result.seconds.values())
     print(time_table(seconds | result.seconds))
     if result.verdict:

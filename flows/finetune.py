@@ -15,6 +15,7 @@ from flows.job import Job, with_parameters
 from flows.plan import announce
 from flows.run import open_run
 from flows.waiting import hold_device
+from model.evaluation.comparison import Difference
 from ops.tracking.promotion import Verdict
 from ops.tracking.runs import RunRef
 from tasks.download import download
@@ -35,6 +36,7 @@ class FinetuneResult:
         run: the MLflow run.
         model: URI of the registered version.
         metrics: scores of base and tuned model.
+        differences: of these scores, tuned - base.
         samples: the first two prompts with reference and both completions.
         verdict: whether the version became champion, and why; None without ``promote``.
         seconds: what each step took, in order.
@@ -43,6 +45,7 @@ class FinetuneResult:
     run: RunRef
     model: str
     metrics: dict[str, float]
+    differences: tuple[Difference, ...]
     samples: list[dict[str, Any]]
     verdict: Verdict | None
     seconds: dict[str, float]
@@ -75,11 +78,21 @@ def finetune(**parameters: Any) -> FinetuneResult | None:
         with hold_device(run.settings, job.hardware.device) as device:
             checkpoint = train(run.mlflow, training, device, job.hardware.trunk_cache_gb)
             evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, device, job.hardware.trunk_cache_gb)
-            rival = score_champion(training, checkpoint, device) if job.night.promote else None
+            rival = None
+            if job.night.promote:
+                rival = score_champion(training, checkpoint, job.sampling.score_rows, device)
         model_uri = publish(run.mlflow, sources, training, checkpoint, evaluation)
         verdict = None
         if rival:
             verdict = promote(run.mlflow, model_uri, evaluation, rival, job.night.promote_margin, job.train.seed)
         run.remove_when_closed(checkpoint)
         samples = json.loads(Path(evaluation.samples).read_text())[:2]
-        return FinetuneResult(run.mlflow, model_uri, evaluation.metrics, samples, verdict, run.stopwatch.seconds)
+        return FinetuneResult(
+            run=run.mlflow,
+            model=model_uri,
+            metrics=evaluation.metrics,
+            differences=evaluation.differences,
+            samples=samples,
+            verdict=verdict,
+            seconds=run.stopwatch.seconds,
+        )

@@ -100,8 +100,10 @@ class Job:
         Raises:
             ValueError: the message names the parameter.
         """
-        from model.net.device import resolve_device, resolve_precision  # imports torch, which takes seconds
+        from model.evaluation.humaneval import check  # imports torch, which takes seconds
+        from model.net.device import resolve_device, resolve_precision
 
+        check(self.sampling)
         resolve_precision(self.train.precision, resolve_device(self.hardware.device))
         if self.night.subset and self.prepare.subset_start:
             raise ValueError(

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_UI_URL
 
-from flows.job import Job
+from flows.job import Job, defaults
 from flows.nightly import begin_night
 from flows.waiting import hold_training
 from model.data.config import PrepareConfig
@@ -101,7 +101,8 @@ def open_run(job: Job) -> Iterator[Run]:
             run.sources, run.prepare = night.sources, night.prepare
         name = str(flow_run.name)
         size = job.sources.model_size
-        with tracked_run(settings, f"{job.title} {name}", job.logged(), _tags(job)) as run.mlflow:
+        title = f"{job.title} {name}"
+        with tracked_run(settings, title, job.logged(), _tags(job), defaults(type(job))) as run.mlflow:
             url = run.mlflow.url
             log.info("MLflow run %s", url or f"{run.mlflow.run_id} in {run.mlflow.tracking_uri}")
             if url:
@@ -110,7 +111,7 @@ def open_run(job: Job) -> Iterator[Run]:
                 night.record(run.mlflow, size)
             run.stopwatch.end("mlflow")
             yield run
-            log_metrics(run.mlflow, {f"time/{step}_seconds": s for step, s in run.stopwatch.seconds.items()}, step=0)
+            log_metrics(run.mlflow, {f"wall_seconds/{step}": s for step, s in run.stopwatch.seconds.items()}, step=0)
         for directory in run.finished:
             shutil.rmtree(directory, ignore_errors=True)
 

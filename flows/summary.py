@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.evaluation.scores import score_table
+from model.evaluation.comparison import Difference
+from model.evaluation.tables import score_table
 from tasks.references import TrialResult
 from tasks.trial_records import ranked
 
 _SHOWN_LINES = 8  # of a completion
 
 
-def before_and_after(metrics: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> str:
-    """The untouched base beside the tuned model, as a table, and a few samples."""
-    lines = ["", f"{'held-out rows':<18}{'base':>10}{'tuned':>10}"]
-    lines += [
-        f"{title:<18}{base:>10}{tuned:>10}  {unit}".rstrip() for title, base, tuned, unit in score_table(metrics)
-    ]
+def before_and_after(
+    metrics: Mapping[str, float], differences: Sequence[Difference], samples: Sequence[Mapping[str, Any]]
+) -> str:
+    """The untouched base beside the tuned model, as a table of at most 80 columns, and a few samples."""
+    lines = ["", f"{'held-out rows':<16}{'base':>9}{'tuned':>8}{'difference':>11}  95 % interval"]
+    for line in score_table(metrics, differences):
+        shown = (
+            f"{line.title:<16}{line.base:>9}{line.tuned:>8}{line.difference:>11}  {line.interval:<20} {line.verdict}"
+        )
+        lines.append(shown.rstrip())
+    ceilings = [f"{line.title} {line.reference}" for line in score_table(metrics) if line.reference]
+    if ceilings:
+        lines.append(f"the references themselves: {', '.join(ceilings)}")
     for sample in samples:
         lines += ["", sample["prompt"]]
         for title in ("base", "tuned"):

@@ -68,7 +68,9 @@ def sweep(**parameters: Any) -> SweepResult:
             best = rank(run.mlflow, trials, results)
             training, checkpoint = best.trial.training, best.checkpoint
             evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, device, gigabytes)
-            rival = score_champion(training, checkpoint, device) if job.night.promote else None
+            rival = None
+            if job.night.promote:
+                rival = score_champion(training, checkpoint, job.sampling.score_rows, device)
         # After the device is free: who holds this training may wait for the device.
         run.hold_training(training)
         model_uri = publish(run.mlflow, sources, training, checkpoint, evaluation)
@@ -80,6 +82,7 @@ def sweep(**parameters: Any) -> SweepResult:
             run=run.mlflow,
             model=model_uri,
             metrics=evaluation.metrics,
+            differences=evaluation.differences,
             samples=json.loads(Path(evaluation.samples).read_text())[:2],
             verdict=verdict,
             seconds=run.stopwatch.seconds,

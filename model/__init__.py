@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from model.generation.generating import generate
     from model.net.config import GPTConfig
     from model.net.freezing import FreezePlan, freeze_bottom_layers
     from model.net.gpt import GPTModel
     from model.net.loading import load_gpt_model
     from model.net.prompt import format_prompt
-    from model.net.sampling import filter_logits, generate
+    from model.net.sampling import filter_logits
 
 __all__ = [
     "FreezePlan",
@@ -33,7 +34,7 @@ _MODULES = {
     "filter_logits": "model.net.sampling",
     "format_prompt": "model.net.prompt",
     "freeze_bottom_layers": "model.net.freezing",
-    "generate": "model.net.sampling",
+    "generate": "model.generation.generating",
     "load_gpt_model": "model.net.loading",
 }
 

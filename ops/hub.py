@@ -1,6 +1,6 @@
 """Weights and data sets from a Hugging Face hub, pinned to a commit, verified, and with bounded waiting.
 
-This is the only file of the project that talks to a hub, and it does so only through ``huggingface_hub``. A commit
+This file and ``ops/hub_push.py`` are the only ones that talk to a hub, and only through ``huggingface_hub``. A commit
 that is complete in the cache needs no request. Every file is hashed before use, cached or new. The library's own
 waiting is unbounded (a listing has no time limit, a ``Retry-After`` is slept out in full), so each call runs in a
 thread, and is given up when no more bytes arrive.

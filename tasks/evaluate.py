@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,12 @@ from model.engine.checkpoint import load_trained
 from model.engine.engine import Engine
 from model.engine.scoring import perplexity, row_losses
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.evaluation.comparison import Difference, compare
 from model.evaluation.completions import Completion, complete, extract_code
 from model.evaluation.config import SamplingConfig
-from model.evaluation.scores import Outputs, describe_failures, headline, score_both, score_table
-from model.evaluation.tables import pass_table, row_table, sample_table
+from model.evaluation.records import Answers, build_records, references_of
+from model.evaluation.scores import HUMANEVAL, UNTUNED, Record, describe_failures, headline, score_both
+from model.evaluation.tables import common_failures, pass_table, sample_table, score_table
 from model.files import write_json
 from model.net.device import resolve_device, use_precision
 from model.net.gpt import GPTModel
@@ -31,6 +33,7 @@ from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen, load_its_tokenizer
+from tasks.humaneval import complete_tasks, score_tasks
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ def evaluate(
     device: str,
     trunk_cache_gb: float,
 ) -> EvaluationRef:
-    """Compare the best checkpoint with the untouched base on the first ``eval_rows`` rows of test; log the scores.
+    """Compare the best checkpoint with the untouched base on the first ``score_rows`` rows of test; log the scores.
 
     Raises:
         ValueError: the checkpoint is damaged.
@@ -56,102 +59,132 @@ def evaluate(
     log = get_run_logger()
     place = resolve_device(device)
     dtype = use_precision(training.config.precision, place)
-    test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=training.config.eval_rows)
+    test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=sampling.score_rows)
+    log.info("scoring %d rows of the test split; score_rows and sample_rows limit them", len(test))
     network = load_frozen(training.model, training.plan, place, dtype)
     tokenizer = load_its_tokenizer(training.model)
     engine = Engine(network, dtype)
     max_tokens = checkpoint.micro_batch_tokens
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache)
-    base_losses = row_losses(engine, test, max_tokens, trunk)
-    base_answers = _answer(network, tokenizer, test, sampling, dtype)
+    base_losses, tokens = row_losses(engine, test, max_tokens, trunk)
+    base_texts = _complete(network, tokenizer, test, sampling, dtype)
+    base_tasks = complete_tasks(network, tokenizer, sampling, dtype)
     load_trained(Path(checkpoint.best), network)
-    tuned_losses = row_losses(engine, test, max_tokens, trunk)
+    tuned_losses, _ = row_losses(engine, test, max_tokens, trunk)
     del trunk  # the completions need its memory
-    tuned_answers = _answer(network, tokenizer, test, sampling, dtype)
-    base = _outputs(checkpoint.base_eval_loss, base_losses, base_answers, log)
-    tuned = _outputs(checkpoint.best_eval_loss, tuned_losses, tuned_answers, log)
-    metrics = score_both(base, tuned) | _facts(base, tuned, checkpoint)
+    tuned_texts = _complete(network, tokenizer, test, sampling, dtype)
+    tuned_tasks = complete_tasks(network, tokenizer, sampling, dtype)
+    (base, base_refused), (tuned, refused) = (
+        _answers(test, losses, texts, log)
+        for losses, texts in ((base_losses, base_texts), (tuned_losses, tuned_texts))
+    )
+    records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
+    task_records = score_tasks(base_tasks, tuned_tasks, sampling, log)
+    differences = compare(records, sampling.seed) + compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
+    metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
+    if any(passed is not None for passed in tuned.passed):
+        metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}
     with must_be_logged(run.tracking_uri, Path(training.directory)):
-        log_metrics(run, {name: value for name, value in metrics.items() if name not in headline(metrics)}, step=0)
-    for title, before, after, unit in score_table(metrics):
-        log.info("%s: base %s, tuned %s %s", title, before, after, f"({unit})" if unit else "")
-    if tuned.failures:
-        log.info("commonest reasons of failure: %s", describe_failures(tuned.failures))
+        # MLflow's page of a run has metrics in this order.
+        names = sorted(metrics.keys() - headline(metrics).keys(), key=lambda name: (name.startswith(UNTUNED), name))
+        log_metrics(run, {name: metrics[name] for name in names}, step=0)
+    _say(metrics, differences, records, log)
     directory = Path(checkpoint.directory)
-    tables = {
-        "test_rows.json": row_table(test.rows, tuned.row_tokens, base.row_losses, tuned.row_losses),
-        "samples.json": sample_table(base.sampled_rows, base.sampled_completions, tuned.sampled_completions),
-        "pass_rate.json": pass_table(tuned_answers.tested, base.passes, tuned.passes),
-    }
-    for name, records in tables.items():
-        write_json(directory / name, records)
-    rows, samples, passes = (str(directory / name) for name in tables)
-    return EvaluationRef(metrics, rows, samples, passes, tuned.failures)
+
+    def written(name: str, table: list[dict[str, Any]]) -> str:
+        write_json(directory / name, table)
+        return str(directory / name)
+
+    return EvaluationRef(
+        metrics=metrics,
+        differences=tuple(differences),
+        rows=written("rows.json", records),
+        samples=written("samples.json", sample_table(records)),
+        passes=written("pass_rate.json", pass_table(records)),
+        humaneval=written("humaneval.json", task_records),
+        failures=common_failures(records),
+    )
+
+
+def _say(
+    metrics: Mapping[str, float], differences: Sequence[Difference], records: Sequence[Record], log: Any
+) -> None:
+    """Log the scores, and what is wrong with them."""
+    for line in score_table(metrics, differences):
+        change = f", {line.difference} ({line.interval}), {line.verdict}" if line.difference else ""
+        log.info("%s: base %s, tuned %s%s", line.title, line.base, line.tuned, change)
+    if failures := common_failures(records):
+        log.info("commonest reasons of failure: %s", describe_failures(failures))
+    broken = [record["row"] for record in records if math.isinf(record["base_loss"] + record["loss"])]
+    if broken:
+        log.warning(
+            "the loss of %d test rows is not finite, the first is row %d: not compared", len(broken), broken[0]
+        )
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """A model's completions of rows of the test split.
+class _Texts:
+    """A model's completions of rows of the test split, by the rows' position.
 
     Attributes:
-        sampled: the first ``sample_rows`` rows.
-        completions: of them, drawn as the parameters say.
-        tested: the first ``pass_rows`` rows with tests.
-        code: their greedy completions.
+        sampled: of the first ``sample_rows`` rows, drawn as the parameters say.
+        greedy: of the first ``pass_rows`` rows with tests.
     """
 
-    sampled: Sequence[dict[str, Any]]
-    completions: Sequence[Completion]
-    tested: Sequence[dict[str, Any]]
-    code: Sequence[Completion]
+    sampled: dict[int, Completion]
+    greedy: dict[int, Completion]
 
 
-def _answer(
+def _complete(
     network: GPTModel,
     tokenizer: PreTrainedTokenizerBase,
     test: CodeAlpacaDataset,
     sampling: SamplingConfig,
     dtype: torch.dtype,
-) -> _Answers:
-    sampled = test.rows[: sampling.sample_rows]
-    tested = [row for row in test.rows if row.get("tests")][: sampling.pass_rows]
-    greedy = replace(sampling, temperature=0.0)
-    return _Answers(
-        sampled,
-        complete(network, tokenizer, [row["prompt"] for row in sampled], sampling, dtype),
-        tested,
-        complete(network, tokenizer, [row["prompt"] for row in tested], greedy, dtype),
-    )
+) -> _Texts:
+    """Complete the prompts; where sampling is greedy too, each prompt once."""
+    sampled = list(range(len(test)))[: sampling.sample_rows]
+    tested = [index for index, row in enumerate(test.rows) if row.get("tests")][: sampling.pass_rows]
+
+    def draw(indices: list[int], config: SamplingConfig) -> dict[int, Completion]:
+        found = complete(network, tokenizer, [test.rows[index]["prompt"] for index in indices], config, dtype)
+        return dict(zip(indices, found, strict=True))
+
+    if sampling.temperature == 0:
+        found = draw(sorted({*sampled, *tested}), sampling)
+        return _Texts({index: found[index] for index in sampled}, {index: found[index] for index in tested})
+    return _Texts(draw(sampled, sampling), draw(tested, replace(sampling, temperature=0.0)))
 
 
-def _outputs(validation_loss: float, losses: tuple[np.ndarray, np.ndarray], answers: _Answers, log: Any) -> Outputs:
-    """All that a model's scores are computed from. The completions of rows with tests are run in the sandbox."""
-    verdicts = run_tests(
-        [(extract_code(code.text), row["tests"]) for row, code in zip(answers.tested, answers.code, strict=True)]
-    )
-    refused = [verdict for verdict in verdicts if verdict.outcome == "not_executed"]
+def _answers(test: CodeAlpacaDataset, losses: np.ndarray, texts: _Texts, log: Any) -> tuple[Answers, int]:
+    """What a model gave on each row, and how many completions could not be executed.
+
+    The greedy completions of rows with tests are run in the sandbox.
+    """
+    snippets = [(extract_code(found.text), test.rows[index]["tests"]) for index, found in texts.greedy.items()]
+    results = dict(zip(texts.greedy, run_tests(snippets), strict=True))
+    refused = [result for result in results.values() if result.outcome == "not_executed"]
     if refused:
-        log.warning("%d of %d completions were not executed: %s", len(refused), len(verdicts), refused[0].reason)
-    return Outputs(
-        validation_loss=validation_loss,
-        row_losses=losses[0],
-        row_tokens=losses[1],
-        sampled_rows=answers.sampled,
-        sampled_completions=answers.completions,
-        passes=[verdict.outcome == "passed" for verdict in verdicts],
-        not_executed=len(refused),
-        failures=dict(Counter(verdict.reason for verdict in verdicts if verdict.outcome != "passed").most_common(3)),
+        log.warning("%d of %d completions were not executed: %s", len(refused), len(results), refused[0].reason)
+    rows = range(len(test))
+    passed = {index: result.outcome == "passed" for index, result in results.items()}
+    failures = {index: result.reason for index, result in results.items() if not passed[index]}
+    answers = Answers(
+        losses=losses,
+        completions=[texts.sampled.get(index) for index in rows],
+        passed=[passed.get(index) for index in rows],
+        failures=[failures.get(index) for index in rows],
     )
+    return answers, len(refused)
 
 
-def _facts(base: Outputs, tuned: Outputs, checkpoint: CheckpointRef) -> dict[str, float]:
-    """Metrics that are no scores: counts, the best step, the base's perplexity on the validation split."""
-    facts: dict[str, float] = {
-        "base/perplexity": perplexity(checkpoint.base_eval_loss),
+def _facts(records: Sequence[Record], checkpoint: CheckpointRef) -> dict[str, float]:
+    """Metrics that are no scores of test rows."""
+    return {
+        "untuned/eval_loss": checkpoint.base_eval_loss,
+        "best/eval_loss": checkpoint.best_eval_loss,
+        "untuned/perplexity": perplexity(checkpoint.base_eval_loss),
         "best/step": checkpoint.best_step,
-        "test/rows": len(tuned.row_losses),
+        "test/rows": len(records),
     }
-    if tuned.passes:
-        facts |= {"base/not_executed": base.not_executed, "sample/not_executed": tuned.not_executed}
-    return facts

@@ -16,7 +16,7 @@ from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE
 from model.net.tokenizer import VOCABULARY_FILES, load_tokenizer
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_data, log_metrics, log_table, set_tags
+from ops.tracking.runs import RunRef, log_data, log_params, log_table, set_tags
 from ops.tracking.steps import pipeline_step
 from tasks.references import Sources, TokensRef
 
@@ -34,7 +34,7 @@ def prepare(run: RunRef, sources: Sources, config: PrepareConfig) -> TokensRef:
     tokens = find_or_write_tokens(sources, config)
     set_tags(run, {"data_sha256": tokens.data_sha256})
     log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
-    log_metrics(run, _data_metrics(tokens), step=0)
+    log_params(run, _data_facts(tokens))
     log_table(run, list(tokens.sources), "data_files")
     return tokens
 
@@ -79,11 +79,14 @@ def _tokens_key(sources: Sources, config: PrepareConfig) -> str:
     )
 
 
-def _data_metrics(tokens: TokensRef) -> dict[str, float]:
-    """Rows kept, cut and dropped by reason, under the names MLflow shows."""
+def _data_facts(tokens: TokensRef) -> dict[str, float]:
+    """Rows kept, cut and dropped by reason, under the names MLflow shows.
+
+    They are known before the training, and parameters in MLflow: as metrics they would be its first charts.
+    """
     counts = tokens.counts
-    metrics = {f"data/{split}_rows": rows for split, rows in counts["rows"].items()}
-    metrics["data/train_tokens"] = counts["tokens"]["train"]
-    metrics["data/truncated_share"] = counts["truncated"] / sum(counts["rows"].values())
-    metrics["data/dropped_rows"] = sum(counts["dropped"].values())
-    return metrics | {f"data/dropped/{reason}": count for reason, count in counts["dropped"].items()}
+    facts: dict[str, float] = {f"data/{split}_rows": rows for split, rows in counts["rows"].items()}
+    facts["data/train_tokens"] = counts["tokens"]["train"]
+    facts["data/truncated_share"] = counts["truncated"] / sum(counts["rows"].values())
+    facts["data/dropped_rows"] = sum(counts["dropped"].values())
+    return facts | {f"data/dropped/{reason}": count for reason, count in counts["dropped"].items()}

@@ -28,7 +28,7 @@ from tasks.weights import registered_weights
 
 @task(name="score_champion", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
 @pipeline_step
-def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str) -> RivalRef:
+def score_champion(training: TrainingRef, checkpoint: CheckpointRef, score_rows: int | None, device: str) -> RivalRef:
     """Find the model that the new version is compared with, and score it unless the evaluation has done so.
 
     The caller holds the device. A champion that cannot be loaded or compared is no failure: the training is done, and
@@ -46,7 +46,7 @@ def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str
         return rival
     place = resolve_device(device)
     dtype = use_precision(training.config.precision, place)
-    test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=training.config.eval_rows)
+    test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=score_rows)
     try:
         weights = registered_weights(settings, uri, training.model.model_size, None, log.info)
         champion_model = check_weights(weights, training.model.model_size)
@@ -65,7 +65,7 @@ def score_champion(training: TrainingRef, checkpoint: CheckpointRef, device: str
     max_tokens = checkpoint.micro_batch_tokens
     sums, counts = row_losses(Engine(network.eval(), dtype), test, max_tokens)
     rows = Path(checkpoint.directory) / "champion_rows.json"
-    write_json(rows, (sums / counts).tolist())
+    write_json(rows, sums.tolist())
     log.info("the champion %s has a test loss of %.4f over %d rows", uri, sums.sum() / counts.sum(), len(test))
     return RivalRef(rival.name, rival.champion, str(rows))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ from prefect.cache_policies import NO_CACHE
 from model.engine.checkpoint import load_trained
 from model.engine.journal import read_journal
 from model.evaluation.scores import headline
+from model.net.loading import write_with_tokenizer
 from ops.text import storable
+from ops.tracking.flavour import add_flavour
 from ops.tracking.registry import interrupted_version, model_name, take_over, version_uri
+from ops.tracking.report import log_report
 from ops.tracking.runs import RunRef, client, log_model, log_table
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
@@ -44,8 +48,10 @@ def publish(
     with must_be_logged(run.tracking_uri, Path(training.directory)):
         _log_tables(run, checkpoint, evaluation)
         directory = Path(checkpoint.directory) / "model"  # removed with the training
-        export(training, checkpoint, directory, model_card(sources, training, evaluation.metrics))
+        card = model_card(sources, training, evaluation.metrics, evaluation.differences)
+        export(training, checkpoint, directory, card)
         version = _register(run, training, checkpoint, headline(evaluation.metrics), directory)
+        log_report(run.tracking_uri, run.run_id, evaluation.differences)
     uri = version_uri(version)
     samples = json.loads(Path(evaluation.samples).read_text())
     report = storable(sample_report(samples, evaluation, run, uri))
@@ -75,24 +81,25 @@ def _register(
 
 
 def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, card: str) -> None:
-    """Write base plus trained tensors in Hugging Face's layout, in fp32, with tokenizer and model card."""
+    """Write base plus trained tensors in Hugging Face's layout, in fp32, with tokenizer, model card and flavour."""
     network = load_frozen(training.model, training.plan, torch.device("cpu"), torch.float32)
     tokenizer = load_its_tokenizer(training.model)
     load_trained(Path(checkpoint.best), network)
-    network.save_pretrained(directory, tokenizer.eos_token_id)
-    tokenizer.model_max_length = network.config.n_positions
-    tokenizer.save_pretrained(str(directory))
+    write_with_tokenizer(network, tokenizer, directory)
     (directory / "README.md").write_text(storable(card))
+    add_flavour(directory, model_name(training.model.model_size))
 
 
 def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRef) -> None:
-    """Log the tables of the evaluation, the journal and the loss curve; an empty pass rate has no table."""
+    """Log the tables of the evaluation, the journal and the loss curve; no pass rate or HumanEval, no such table."""
     mlflow = client(run.tracking_uri)
-    files = {"test_rows": evaluation.rows, "samples": evaluation.samples, "pass_rate": evaluation.passes}
-    for name, file in files.items():
+    files = {"test_rows": evaluation.rows, "samples": evaluation.samples}
+    optional = {"pass_rate": evaluation.passes, "humaneval": evaluation.humaneval}
+    for name, file in (files | optional).items():
         records = json.loads(Path(file).read_text())
-        if records or name != "pass_rate":
+        if records or name in files:
             log_table(run, records, name)
+    log_table(run, [asdict(difference) for difference in evaluation.differences], "scores")
     mlflow.log_artifact(run.run_id, checkpoint.journal)
     mlflow.log_figure(run.run_id, _loss_curve(Path(checkpoint.journal)), "plots/loss.png")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from model.engine.checkpoint import checkpoint_path
 from model.engine.config import TrainConfig
 from model.engine.trainer import JOURNAL_FILE
+from model.evaluation.comparison import Difference
 from model.files import sha256_file
 from model.net.freezing import FreezePlan
 from ops.tracking.runs import RunRef
@@ -297,16 +298,20 @@ class EvaluationRef:
 
     Attributes:
         metrics: name -> value, under the names MLflow shows.
-        rows: JSON file, one record per scored row.
-        samples: JSON file, one record per prompt with both completions.
+        differences: of each score, tuned - base.
+        rows: JSON file, one record per scored row (``model.evaluation.records``).
+        samples: JSON file, the first completed rows.
         passes: JSON file, one record per task family with the passes of both models; empty without tests.
+        humaneval: JSON file, one record per task of HumanEval; empty without humaneval_samples.
         failures: the commonest reasons why completions of the tuned model did not pass, with their numbers.
     """
 
     metrics: dict[str, float]
+    differences: tuple[Difference, ...]
     rows: str
     samples: str
     passes: str
+    humaneval: str = ""
     failures: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -317,7 +322,7 @@ class RivalRef:
     Attributes:
         name: for messages.
         champion: its version; None if there is no champion.
-        rows: JSON file with its mean loss on each row of the evaluation; None if the run started from it.
+        rows: JSON file with its summed loss on each row of the evaluation; None if the run started from it.
         trouble: why it cannot be compared with; None if it can.
     """
 

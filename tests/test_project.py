@@ -27,8 +27,8 @@ MAY_IMPORT = {
 }
 # From the top to the bottom: a room imports what stands further down only. "*" stands for the package's own files.
 ROOMS = {
-    "model": ["demo", "evaluation", "engine", "data", "net", "*"],
-    "ops": ["stack", "recovery", "tracking", "machine", "sandbox", "*"],
+    "model": ["demo", "evaluation", "generation", "engine", "data", "net", "*"],
+    "ops": ["stack", "recovery", "tracking", "report", "machine", "sandbox", "*"],
 }
 # `from model import GPTModel` and `import ops` are the public face and the environment's defaults.
 FACES = {"model", "ops"}
@@ -114,6 +114,7 @@ THEMES = {
         "engine/test_cuda.py",
         "engine/test_fuzz.py",
         "engine/test_sameness.py",
+        "generation/test_cuda.py",
         "net/test_fuzz.py",
     },
     "ops": {
@@ -168,6 +169,10 @@ def test_every_dependency_says_why() -> None:
     assert [line for line in requirements if "#" not in line and "setuptools" not in line] == []
 
 
+# Imported where one function needs it, which says how to install it. Module and package have the same name.
+OPTIONAL = {"gguf"}
+
+
 def test_every_third_party_import_is_declared_and_pinned() -> None:
     """What the packages import is a dependency in pyproject.toml, and constraints.txt pins every dependency."""
     with (ROOT / "pyproject.toml").open("rb") as stream:
@@ -178,11 +183,14 @@ def test_every_third_party_import_is_declared_and_pinned() -> None:
     distributions = packages_distributions()
     # triton comes with torch's CUDA builds, cryptography and the like only with extras of others.
     foreign = {name for name in imported - {*PACKAGES, "triton"} if name not in sys.stdlib_module_names}
-    for name in foreign:
+    extras = {_distribution(line) for lines in project["optional-dependencies"].values() for line in lines}
+    for name in foreign - OPTIONAL:
         owners = {_distribution(owner) for owner in distributions[name]}
         assert owners & declared, f"{name} is imported, and {owners} not among the dependencies of pyproject.toml"
+    assert extras >= OPTIONAL
+    assert foreign >= OPTIONAL
     pinned = {_distribution(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    assert declared - {"torch"} <= pinned
+    assert (declared | OPTIONAL) - {"torch"} <= pinned
 
 
 def _distribution(requirement: str) -> str:

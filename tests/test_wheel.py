@@ -40,7 +40,12 @@ def test_it_holds_every_package_and_never_mlflow(wheel: Path) -> None:
     }
     held = {name for name in names if ".dist-info/" not in name}
     assert held == sources
-    assert {"flows/prefect.yaml", "ops/stack/supervisord.conf", "model/demo/base/model.safetensors"} <= held
+    assert {
+        "flows/prefect.yaml",
+        "ops/stack/supervisord.conf",
+        "ops/report/templates/page.html",
+        "model/demo/base/model.safetensors",
+    } <= held
 
 
 @pytest.mark.slow

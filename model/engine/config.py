@@ -37,7 +37,7 @@ class TrainConfig(Seeded):
     eval_freq: Count = 100
     """Steps between validations; each also saves a checkpoint."""
     eval_rows: Count | None = 1000
-    """Rows of validation and of test that are used at most, for scores and completions; null uses all."""
+    """Rows of the validation split, from its beginning, that each validation scores; null takes all."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
     """bf16, fp16 (with dynamic loss scaling), fp32, tf32 (fp32 with faster, coarser products on a GPU), or auto: bf16
     where the hardware has it, fp16 on older GPUs, else fp32."""

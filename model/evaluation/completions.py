@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from model.evaluation.config import SamplingConfig
+from model.generation.generating import generate
 from model.net.device import autocast
 from model.net.gpt import GPTModel
 from model.net.prompt import encode_prompts, heading_lengths
-from model.net.sampling import crop, generate
+from model.net.sampling import crop
 from model.net.tokenizer import unknown_ids
 
 if TYPE_CHECKING:
@@ -74,32 +75,32 @@ def complete(
     Args:
         warn: told how many tokens of which prompt were cut.
     """
-    answers: list[Completion] = []
-    never = unknown_ids(tokenizer, model.config.vocab_size)
-    for start in range(0, len(prompts), config.prompts_at_once):
-        ids = encode_prompts(tokenizer, prompts[start : start + config.prompts_at_once])
-        heads = heading_lengths(tokenizer, ids)
-        for row, prompt in enumerate(ids):
-            ids[row], heads[row] = _fit(prompt, heads[row], model.config.n_positions, config.max_new_tokens)
-            if cut := len(prompt) - len(ids[row]):
-                warn(
-                    f"{cut} of the {len(prompt)} tokens of prompt {start + row + 1} were cut, behind the first "
-                    f"{heads[row]}: with the completion they do not fit the context of {model.config.n_positions}"
-                )
-        with autocast(model.wte.weight.device, dtype):
-            new = generate(
-                model,
-                ids,
-                config.max_new_tokens,
-                tokenizer.eos_token_id,
-                config.temperature,
-                config.top_k,
-                config.top_p,
-                config.seed + start,
-                never,
-                heads,
+    ids = encode_prompts(tokenizer, prompts)
+    heads = heading_lengths(tokenizer, ids)
+    for row, prompt in enumerate(ids):
+        ids[row], heads[row] = _fit(prompt, heads[row], model.config.n_positions, config.max_new_tokens)
+        if cut := len(prompt) - len(ids[row]):
+            warn(
+                f"{cut} of the {len(prompt)} tokens of prompt {row + 1} were cut, behind the first {heads[row]}: "
+                f"with the completion they do not fit the context of {model.config.n_positions}"
             )
-        for tokens in new:
-            stopped = bool(tokens) and tokens[-1] == tokenizer.eos_token_id
-            answers.append(Completion(str(tokenizer.decode(tokens[:-1] if stopped else tokens)), stopped))
-    return answers
+    with autocast(model.wte.weight.device, dtype):
+        rows = generate(
+            model,
+            ids,
+            config.max_new_tokens,
+            tokenizer.eos_token_id,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.seed,
+            unknown_ids(tokenizer, model.config.vocab_size),
+            heads,
+            config.repetition_penalty,
+        )
+    return [_completion(tokenizer, row) for row in rows]
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Completion:
+    stopped = ids[-1:] == [tokenizer.eos_token_id]
+    return Completion(str(tokenizer.decode(ids[:-1] if stopped else ids)), stopped)

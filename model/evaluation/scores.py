@@ -1,46 +1,26 @@
 """The scoreboard: every score of a model, in one list that all tables, cards and MLflow's names are made from.
 
-To add a score, write its function and add its entry to SCOREBOARD. docs/architecture.md names the tests and pages
-that list scores.
+Scores are computed from records, one for each row of the test split (``model.evaluation.records``). Each is a ratio
+of two sums over rows, so that rows can be drawn again for intervals (``model.evaluation.comparison``). To add a
+score, fill its column in ``model.evaluation.records`` and add its entry to SCOREBOARD. docs/evaluation.md defines
+each score, and docs/architecture.md names the tests and pages that list scores.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from model.engine.scoring import mean_loss, perplexity
-from model.evaluation.completions import Completion
+from model.engine.scoring import perplexity
 
+# Begins MLflow's names of what a training does not change. MLflow sorts its charts by name, and these come last.
+UNTUNED = "untuned/"
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What one model gave on the held-out rows: all that scores are computed from.
-
-    Attributes:
-        validation_loss: nats per response token on the validation split.
-        row_losses: (R,) nats, summed over the response of each row of the test split.
-        row_tokens: (R,) response tokens of these rows.
-        sampled_rows: the first ``sample_rows`` rows of the test split; ``row["completion"]`` is the reference.
-        sampled_completions: the model's completions of these rows, in the same order.
-        passes: for each of the first ``pass_rows`` rows with tests, whether its greedy completion passed them.
-        not_executed: number of greedy completions that could not be executed, and so did not pass.
-        failures: the commonest reasons why greedy completions did not pass, with their numbers.
-    """
-
-    validation_loss: float
-    row_losses: Array
-    row_tokens: Array
-    sampled_rows: Sequence[Mapping[str, Any]] = ()
-    sampled_completions: Sequence[Completion] = ()
-    passes: Sequence[bool] = ()
-    not_executed: int = 0
-    failures: Mapping[str, int] = field(default_factory=dict)
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,145 +28,279 @@ class Score:
     """An entry of the scoreboard.
 
     Attributes:
-        title: for tables.
+        name: unique; also the column of the records that it is computed from, unless ``column`` says otherwise.
+        title: for tables, 16 characters at most.
         base: MLflow's name for the untouched base's value.
         tuned: MLflow's name for the tuned model's value.
-        compute: from a model's outputs to the value; None where there is nothing to compute it from.
         form: format specification of the value in tables.
         unit: of the value; empty for a plain number.
-        higher_is_better: the direction, shown in Markdown tables.
+        higher_is_better: the direction; None where neither is better.
         source: definition or citation, shown in the model card.
         headline: a score that decides between versions: ``publish`` logs it with the model, and the description of
             the registered version shows it.
+        column: of the records: the tuned model's value of a row; the base's is in ``base_<column>``.
+        per: column of the weights; the score is the sum of ``column`` over the sum of ``per``. None counts rows.
+        finish: turns that ratio into the score.
+        change: turns the ratio under the old model and the difference of the ratios (new - old) into the difference
+            of the scores. It is 0 where the ratios are equal.
+        test: of the difference: "mcnemar" for a column of true and false, else "bootstrap".
+        span: the largest difference that two values can have; intervals end there.
+        ceiling: column with the value of the reference itself; None where there is none.
     """
 
+    name: str
     title: str
     base: str
     tuned: str
-    compute: Callable[[Outputs], float | None]
     form: str
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     source: str
     headline: bool = False
+    column: str = ""
+    per: str | None = None
+    finish: Callable[[float], float] = float
+    change: Callable[[Array, Array], Array] = lambda old, gain: gain
+    test: Literal["mcnemar", "bootstrap"] = "bootstrap"
+    span: float = math.inf
+    ceiling: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.column:
+            object.__setattr__(self, "column", self.name)
 
 
-def validation_loss(outputs: Outputs) -> float:
-    """Nats per response token on the validation split."""
-    return outputs.validation_loss
+def _exp_change(old: Array, gain: Array) -> Array:
+    """exp(old + gain) - exp(old), with the limit of ``perplexity``."""
+    return np.exp(np.minimum(old, 700.0)) * np.expm1(np.minimum(gain, 700.0))
 
 
-def response_loss(outputs: Outputs) -> float:
-    """Nats per response token on the test split."""
-    return mean_loss(outputs.row_losses, outputs.row_tokens)
-
-
-def response_perplexity(outputs: Outputs) -> float:
-    """exp of the test loss."""
-    return perplexity(response_loss(outputs))
-
-
-def stop_rate(outputs: Outputs) -> float | None:
-    """Share of the sampled completions that ended by themselves."""
-    return _share([completion.stopped for completion in outputs.sampled_completions])
-
-
-def pass_rate(outputs: Outputs) -> float | None:
-    """Share of the rows with tests whose greedy completion passes them."""
-    return _share(outputs.passes)
-
-
-def _share(found: Sequence[bool]) -> float | None:
-    return sum(found) / len(found) if found else None
-
+VALIDATION_LOSS = Score(
+    name="eval_loss",
+    title="validation loss",
+    base="untuned/eval_loss",
+    tuned="best/eval_loss",
+    form=".4f",
+    unit="nats per token",
+    higher_is_better=False,
+    source="cross-entropy on response tokens of the validation split; it selects the checkpoint",
+    headline=True,
+)
 
 SCOREBOARD = (
     Score(
-        title="validation loss",
-        base="base/eval_loss",
-        tuned="best/eval_loss",
-        compute=validation_loss,
-        form=".4f",
-        unit="nats per token",
-        higher_is_better=False,
-        source="cross-entropy on response tokens; it selects the checkpoint",
-        headline=True,
-    ),
-    Score(
+        name="loss",
         title="test loss",
-        base="base/test_loss",
+        base="untuned/test_loss",
         tuned="test/loss",
-        compute=response_loss,
         form=".4f",
         unit="nats per token",
         higher_is_better=False,
         source="cross-entropy on response tokens",
         headline=True,
+        per="tokens",
     ),
     Score(
+        name="perplexity",
         title="test perplexity",
-        base="base/test_perplexity",
+        base="untuned/test_perplexity",
         tuned="test/perplexity",
-        compute=response_perplexity,
         form=".2f",
         unit="",
         higher_is_better=False,
         source="exp of the test loss",
         headline=True,
+        column="loss",
+        per="tokens",
+        finish=perplexity,
+        change=_exp_change,
     ),
     Score(
+        name="bits_per_byte",
+        title="bits per byte",
+        base="untuned/bits_per_byte",
+        tuned="test/bits_per_byte",
+        form=".4f",
+        unit="bits per UTF-8 byte",
+        higher_is_better=False,
+        source="loss of the response in bits over its UTF-8 bytes (Gao et al. 2020, The Pile)",
+        column="loss",
+        per="bytes",
+        finish=lambda ratio: ratio / math.log(2),
+        change=lambda old, gain: gain / math.log(2),
+    ),
+    Score(
+        name="stopped",
         title="stop rate",
-        base="base/stop_rate",
+        base="untuned/stop_rate",
         tuned="sample/stop_rate",
-        compute=stop_rate,
         form=".1%",
         unit="share of completions",
         higher_is_better=True,
         source="end-of-text before max_new_tokens",
+        test="mcnemar",
+        ceiling="reference_stopped",
+        span=1.0,
     ),
     Score(
+        name="syntax",
+        title="syntax rate",
+        base="untuned/syntax_rate",
+        tuned="sample/syntax_rate",
+        form=".1%",
+        unit="share of Python rows",
+        higher_is_better=True,
+        source="the completion is parsed as Python code; rows whose reference is Python",
+        test="mcnemar",
+        ceiling="reference_syntax",
+        span=1.0,
+    ),
+    Score(
+        name="chrf",
+        title="chrF",
+        base="untuned/chrf",
+        tuned="sample/chrf",
+        form=".2f",
+        unit="of 100, mean over rows",
+        higher_is_better=True,
+        source="chrF2 of completion and reference (Popović 2015; sacrebleu's sentence level), mean over rows",
+        span=100.0,
+    ),
+    Score(
+        name="exact",
+        title="exact match",
+        base="untuned/exact_match",
+        tuned="sample/exact_match",
+        form=".1%",
+        unit="share of completions",
+        higher_is_better=True,
+        source="equal to the reference, but for a Markdown fence, blank lines and white space at line ends",
+        test="mcnemar",
+        span=1.0,
+    ),
+    Score(
+        name="repetition",
+        title="repetition",
+        base="untuned/repetition",
+        tuned="sample/repetition",
+        form=".1%",
+        unit="share of 4-grams",
+        higher_is_better=False,
+        source="seq-rep-4, the share of 4-grams that occurred before (Welleck et al. 2020), mean over rows",
+        span=1.0,
+    ),
+    Score(
+        name="empty",
+        title="empty rate",
+        base="untuned/empty_rate",
+        tuned="sample/empty_rate",
+        form=".1%",
+        unit="share of completions",
+        higher_is_better=False,
+        source="nothing but white space",
+        test="mcnemar",
+        span=1.0,
+    ),
+    Score(
+        name="length",
+        title="length",
+        base="untuned/length",
+        tuned="sample/length",
+        form=".1f",
+        unit="characters",
+        higher_is_better=None,
+        source="characters of a completion, mean over rows",
+    ),
+    Score(
+        name="passed",
         title="pass rate",
-        base="base/pass_rate",
+        base="untuned/pass_rate",
         tuned="sample/pass_rate",
-        compute=pass_rate,
         form=".1%",
         unit="share of rows with tests",
         higher_is_better=True,
         source="pass@1 of the greedy completion (Chen et al. 2021)",
+        test="mcnemar",
+        span=1.0,
     ),
 )
+# Scores of HumanEval's tasks, computed from records of their own (``model.evaluation.humaneval``).
+HUMANEVAL = (
+    Score(
+        name="humaneval_pass_at_1",
+        title="HumanEval pass@1",
+        base="untuned/humaneval_pass_at_1",
+        tuned="humaneval/pass_at_1",
+        form=".2%",
+        unit="mean over tasks",
+        higher_is_better=True,
+        source="HumanEval, share of the samples that pass (Chen et al. 2021)",
+        column="pass_at_1",
+        span=1.0,
+    ),
+    Score(
+        name="humaneval_pass_at_k",
+        title="HumanEval pass@k",
+        base="untuned/humaneval_pass_at_k",
+        tuned="humaneval/pass_at_k",
+        form=".2%",
+        unit="mean over tasks",
+        higher_is_better=True,
+        source="HumanEval, unbiased estimate of pass@k for humaneval_k (Chen et al. 2021)",
+        column="pass_at_k",
+        span=1.0,
+    ),
+)
+ALL_SCORES = (VALIDATION_LOSS, *SCOREBOARD, *HUMANEVAL)
+SCORE_OF_NAME = {score.name: score for score in ALL_SCORES}
 
 
-def score_both(base: Outputs, tuned: Outputs) -> dict[str, float]:
-    """The scoreboard of both models, under MLflow's names; what cannot be computed is left out."""
+def values(records: Sequence[Record], column: str) -> Array:
+    """A column of records as (R,) float64; NaN where a row has no value (None, NaN, or no such column)."""
+    return np.array([_number(record.get(column)) for record in records], dtype=np.float64)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def weights(records: Sequence[Record], score: Score) -> Array:
+    """(R,) what a score divides by, row by row."""
+    return np.ones(len(records)) if score.per is None else values(records, score.per)
+
+
+def ratio(score: Score, column: Array, weight: Array) -> float:
+    """The score of rows that all have a value: (R,) values, (R,) what they are divided by."""
+    return score.finish(float(column.sum()) / float(weight.sum()))
+
+
+def score_both(records: Sequence[Record], scoreboard: Sequence[Score] = SCOREBOARD) -> dict[str, float]:
+    """The scores of both models, under MLflow's names; what cannot be computed is left out.
+
+    Where the references have a value of their own it is there as ``untuned/reference_<name>``.
+    """
     metrics: dict[str, float] = {}
-    for score in SCOREBOARD:
-        for name, outputs in ((score.base, base), (score.tuned, tuned)):
-            value = score.compute(outputs)
-            if value is not None:
-                metrics[name] = value
+    for score in scoreboard:
+        weight = weights(records, score)
+        columns = {score.base: f"base_{score.column}", score.tuned: score.column}
+        if score.ceiling:
+            columns[ceiling_name(score)] = score.ceiling
+        for name, column in columns.items():
+            found = values(records, column)
+            present = ~np.isnan(found)
+            if weight[present].sum() > 0:
+                metrics[name] = ratio(score, found[present], weight[present])
     return metrics
+
+
+def ceiling_name(score: Score) -> str:
+    """MLflow's name for the references' value of a score."""
+    return score.base.replace(UNTUNED, f"{UNTUNED}reference_", 1)
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     """The tuned model's values of the headline scores."""
-    return {score.tuned: metrics[score.tuned] for score in SCOREBOARD if score.headline}
-
-
-def score_table(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:
-    """A line for each score that was computed: title, the base's value, the tuned model's value, unit."""
-    return [
-        (score.title, format(metrics[score.base], score.form), format(metrics[score.tuned], score.form), score.unit)
-        for score in SCOREBOARD
-        if score.base in metrics and score.tuned in metrics
-    ]
-
-
-def score_table_markdown(metrics: Mapping[str, float]) -> list[str]:
-    """``score_table`` as the lines of a Markdown table, with the direction in which a score is better."""
-    better = {score.title: "higher" if score.higher_is_better else "lower" for score in SCOREBOARD}
-    lines = ["| | base | tuned | unit | better |", "|---|---|---|---|---|"]
-    return lines + [f"| {' | '.join(cells)} | {better[cells[0]]} |" for cells in score_table(metrics)]
+    return {score.tuned: metrics[score.tuned] for score in ALL_SCORES if score.headline}
 
 
 def describe_failures(failures: Mapping[str, int]) -> str:
@@ -196,4 +310,4 @@ def describe_failures(failures: Mapping[str, int]) -> str:
 
 def score_sources(metrics: Mapping[str, float]) -> list[str]:
     """The definition or citation of each score that was computed, as the lines of a Markdown list."""
-    return [f"- {score.title}: {score.source}" for score in SCOREBOARD if score.tuned in metrics]
+    return [f"- {score.title}: {score.source}" for score in ALL_SCORES if score.tuned in metrics]

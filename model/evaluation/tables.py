@@ -1,63 +1,102 @@
-"""Base and tuned model side by side, as records for tables."""
+"""Scores, samples and pass rates of base and tuned model, as lines and records for tables."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+from model.evaluation.comparison import Difference
+from model.evaluation.scores import ALL_SCORES, Record, Score, ceiling_name
 
-from model.evaluation.completions import Completion
+_SAMPLES = 16  # rows of the table of samples
+_COMMONEST = 3  # reasons of failure
 
-Array = np.ndarray[Any, Any]
 
+class Line(NamedTuple):
+    """A line of the table of scores, as text.
 
-def row_table(rows: Sequence[Mapping[str, Any]], tokens: Array, base: Array, tuned: Array) -> list[dict[str, Any]]:
-    """One record per row: its number in the source, prompt, response tokens, loss of both models.
-
-    Args:
-        rows: R rows of the test split.
-        tokens: (R,) response tokens.
-        base: (R,) the base's summed losses in nats; the table has nats per token.
-        tuned: (R,) the tuned model's.
+    Attributes:
+        difference: tuned - base, with its sign; empty where there is none.
+        interval: its 95 % interval; empty where there is none.
+        verdict: better, worse, different or no difference; empty where nothing was compared.
+        better: the direction: higher, lower, or empty.
+        reference: the references' own value; empty where there is none.
     """
+
+    title: str
+    base: str
+    tuned: str
+    difference: str
+    interval: str
+    verdict: str
+    unit: str
+    better: str
+    reference: str
+
+
+def score_table(metrics: Mapping[str, float], differences: Sequence[Difference] = ()) -> list[Line]:
+    """A line for each score that was computed, in the order of the scoreboard."""
+    found = {each.score: each for each in differences}
     return [
-        {
-            "row": row["row"],
-            "prompt": row["prompt"],
-            "tokens": int(count),
-            "base_loss": float(before / count),
-            "loss": float(after / count),
-        }
-        for row, before, after, count in zip(rows, base, tuned, tokens, strict=True)
+        _line(score, metrics, found.get(score.name))
+        for score in ALL_SCORES
+        if score.base in metrics and score.tuned in metrics
     ]
 
 
-def sample_table(
-    rows: Sequence[Mapping[str, Any]], base: Sequence[Completion], tuned: Sequence[Completion]
-) -> list[dict[str, Any]]:
-    """One record per prompt: reference, both completions, and which of them stopped by itself."""
+def _line(score: Score, metrics: Mapping[str, float], difference: Difference | None) -> Line:
+    change = interval = verdict = reference = ""
+    if difference:
+        change, verdict = signed(difference.difference, score.form), difference.verdict
+        if difference.lower is not None and difference.upper is not None:
+            interval = f"{signed(difference.lower, score.form)} to {signed(difference.upper, score.form)}"
+    if score.ceiling and ceiling_name(score) in metrics:
+        reference = format(metrics[ceiling_name(score)], score.form)
+    better = "" if score.higher_is_better is None else "higher" if score.higher_is_better else "lower"
+    base, tuned = (format(metrics[name], score.form) for name in (score.base, score.tuned))
+    return Line(score.title, base, tuned, change, interval, verdict, score.unit, better, reference)
+
+
+def signed(value: float, form: str) -> str:
+    """A difference in the form of its score, with its sign; 0 has none."""
+    text = format(value, f"+{form}")
+    return text[1:] if float(text.strip("%")) == 0 else text
+
+
+def score_table_markdown(metrics: Mapping[str, float], differences: Sequence[Difference] = ()) -> list[str]:
+    """``score_table`` as the lines of a Markdown table."""
+    lines = ["| | base | tuned | difference | 95 % interval | | unit | better |", "|---|---|---|---|---|---|---|---|"]
+    for line in score_table(metrics, differences):
+        title = f"{line.title} (references: {line.reference})" if line.reference else line.title
+        cells = title, line.base, line.tuned, line.difference, line.interval, line.verdict, line.unit, line.better
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def sample_table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The first completed rows: prompt, reference, both completions, and which of them stopped by itself."""
+    completed = [record for record in records if record["text"] is not None and record["stopped"] is not None]
     return [
         {
-            "row": row["row"],
-            "prompt": row["prompt"],
-            "reference": row["completion"],
-            "base": before,
-            "base_stopped": before_stopped,
-            "tuned": after,
-            "tuned_stopped": after_stopped,
+            "row": record["row"],
+            "prompt": record["prompt"],
+            "reference": record["reference"],
+            "base": record["base_text"],
+            "base_stopped": record["base_stopped"],
+            "tuned": record["text"],
+            "tuned_stopped": record["stopped"],
         }
-        for row, (before, before_stopped), (after, after_stopped) in zip(rows, base, tuned, strict=True)
+        for record in completed[:_SAMPLES]
     ]
 
 
-def pass_table(
-    rows: Sequence[Mapping[str, Any]], base: Sequence[bool], tuned: Sequence[bool]
-) -> list[dict[str, Any]]:
-    """One record per task family: rows with tests, and the share of them that each model's completion passes."""
+def pass_table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One record per task family: rows whose tests were run, and the share that each model's completion passes."""
     families: dict[str, list[tuple[bool, bool]]] = {}
-    for row, before, after in zip(rows, base, tuned, strict=True):
-        families.setdefault(row["family"], []).append((before, after))
+    for record in records:
+        if record["passed"] is not None:
+            families.setdefault(record["family"] or "", []).append((record["base_passed"], record["passed"]))
     return [
         {
             "family": family,
@@ -67,3 +106,8 @@ def pass_table(
         }
         for family, passes in sorted(families.items())
     ]
+
+
+def common_failures(records: Sequence[Record]) -> dict[str, int]:
+    """The commonest reasons why the tuned model's completions did not pass their tests, with their numbers."""
+    return dict(Counter(r["failure"] for r in records if r["passed"] is False).most_common(_COMMONEST))

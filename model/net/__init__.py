@@ -1,1 +1,1 @@
-"""GPT-2: architecture, weight files, freezing, prompt format and sampling."""
+"""GPT-2: architecture, weight files, freezing, prompt format and sampling filters."""

@@ -1,6 +1,6 @@
-"""Causal attention for each layout of tokens: padded rows, rows continued from a cache, packed documents.
+"""Causal attention for each layout of tokens: padded rows, packed documents.
 
-Shapes: B rows, T tokens of a row, N tokens of all packed documents, S cached tokens, H heads, K width of a head.
+Shapes: B rows, T tokens of a row, N tokens of all packed documents, H heads, K width of a head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.net.config import GPTConfig
 from model.net.device import send
 from model.net.noise import FIRST_HEAD, Noise
 
@@ -200,44 +199,3 @@ def _attend_with_noise(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, noise: Noi
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     weights = scores.masked_fill(future, -math.inf).softmax(-1)
     return (noise.drop(weights, keys.permute(0, 2, 3, 1)) @ v).transpose(1, 2)
-
-
-class KVCache:
-    """Keys and values of past tokens, one slot per position, each row at its own length.
-
-    Rows are right-padded: row b's next token goes to slot ``lengths[b]``, so prompts of different lengths
-    need neither left padding nor shifted positions.
-    """
-
-    def __init__(self, config: GPTConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, K)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)  # (L, B, H, S, K)
-        self.lengths = torch.zeros(batch, device=device, dtype=torch.long)  # (B,)
-
-    def layer(self, index: int) -> Layer:
-        return _CachedLayer(self, index)
-
-
-class _CachedLayer:
-    """Rows continued from a cache as one block sees them. There is no dropout in generation."""
-
-    def __init__(self, cache: KVCache, index: int):
-        self.cache = cache
-        self.index = index
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        cache, index = self.cache, self.index
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, K)
-        slots = cache.lengths[:, None] + torch.arange(k.size(2), device=k.device)  # (B, T)
-        slots = slots.clamp(max=cache.keys.size(3) - 1)  # rows that are done may grow beyond the cache
-        slot_index = slots[:, None, :, None].expand_as(k)
-        cache.keys[index].scatter_(2, slot_index, k.to(cache.keys.dtype))
-        cache.values[index].scatter_(2, slot_index, v.to(cache.values.dtype))
-        # Row b's t-th new token attends to the slots up to its own.
-        mask = torch.arange(cache.keys.size(3), device=k.device) <= slots[:, None, :, None]  # (B, 1, T, S)
-        keys, values = cache.keys[index].to(q.dtype), cache.values[index].to(q.dtype)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)
-
-    def drop(self, x: Tensor, branch: int, dropout: float) -> Tensor:
-        return x

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.net.attention import KVCache, Layer, Layout, Rows
+from model.net.attention import Layer, Layout, Rows
 from model.net.config import GPTConfig
 from model.net.noise import ATTENTION_BRANCH, MLP_BRANCH
 
@@ -129,25 +129,20 @@ class GPTModel(nn.Module):
             x = block(x, layout.layer(index))
         return self.ln_f(x)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T), right-padded -> final hidden states (B, T, D).
-
-        With a cache, the ids continue each row at its cached length; the caller advances ``cache.lengths`` by
-        the real tokens.
 
         Raises:
             ValueError: T is more than the context.
         """
         if ids.size(1) > self.config.n_positions:
             raise ValueError(f"{ids.size(1)} tokens do not fit the context of {self.config.n_positions}")
-        start = cache.lengths[:, None] if cache is not None else 0
-        positions = start + torch.arange(ids.size(1), device=ids.device)  # (T,) or (B, T)
-        layout = cache if cache is not None else Rows()
-        return self.top(self.trunk(ids, positions, layout), layout)
+        layout = Rows()
+        return self.top(self.trunk(ids, torch.arange(ids.size(1), device=ids.device), layout), layout)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T), right-padded -> logits (B, T, V); logits[:, t] predict ids[:, t + 1]."""
-        return self.lm_head(self.hidden(ids, cache))
+        return self.lm_head(self.hidden(ids))
 
     @classmethod
     def from_pretrained(

@@ -18,6 +18,7 @@ from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
 from model.net.keys import EMBEDDING, HEAD, PREFIX, Match, is_conv1d, match_keys
 from model.net.layout import CONFIG_FILE, WEIGHTS_FILE, weight_files
+from model.net.prompt import CHAT_TEMPLATE
 from model.net.tensor_file import Entry, TensorFile, open_tensors
 from model.net.tokenizer import load_tokenizer
 
@@ -214,6 +215,14 @@ def write_pretrained(model: GPTModel, directory: Path, eos_token_id: int | None 
     config = model.config.to_json(eos_token_id)
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     save_tensors(hf_state_dict(model), directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def write_with_tokenizer(model: GPTModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a directory that transformers' pipeline loads: weights, config, and tokenizer with the prompt format."""
+    write_pretrained(model, directory, tokenizer.eos_token_id)
+    tokenizer.model_max_length = model.config.n_positions
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(str(directory))
 
 
 def check_size(config: GPTConfig, model_size: str, source: Path) -> None:

@@ -14,6 +14,27 @@ if TYPE_CHECKING:
 
 INSTRUCTION = "### Instruction:\n"
 RESPONSE = "\n\n### Response:\n"
+# The same format as a chat template of transformers, for messages with roles; exported tokenizers carry it. A system
+# message stands in front of the question, as in training. Each answer ends with the end-of-text token.
+CHAT_TEMPLATE = (
+    (
+        "{%- set state = namespace(system='') -%}"
+        "{%- for message in messages -%}"
+        "{%- if message['role'] == 'system' -%}"
+        "{%- if message['content'].strip() -%}{%- set state.system = message['content'] + '\\n' -%}{%- endif -%}"
+        "{%- elif message['role'] == 'user' -%}"
+        "{{- INSTRUCTION + state.system + message['content'] -}}{%- set state.system = '' -%}"
+        "{%- elif message['role'] == 'assistant' -%}"
+        "{{- RESPONSE + message['content'] + eos_token -}}"
+        "{%- else -%}"
+        "{{- raise_exception('the role ' + message['role'] + ' is none of system, user and assistant') -}}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- RESPONSE -}}{%- endif -%}"
+    )
+    .replace("INSTRUCTION", repr(INSTRUCTION))
+    .replace("RESPONSE", repr(RESPONSE))
+)
 
 
 def format_prompt(entry: Mapping[str, Any]) -> str:

@@ -54,22 +54,22 @@ def judge(
     """Compare a new version's rows with the rival's by the paired bootstrap.
 
     Args:
-        records: the rows of the test split, as ``model.evaluation.tables.row_table`` gives them.
-        rival: its mean loss on each row; None: the run started from it, so that it is the rows' ``base_loss``.
+        records: the rows of the test split, as ``model.evaluation.records`` gives them.
+        rival: its summed loss on each row; None: the run started from it, so that it is the rows' ``base_loss``.
         rival_name: used in the reason.
         previous: the champion's version; None if there is none.
         margin: nats per token that the lower bound of the gain must exceed.
         seed: of the draws.
     """
     tokens = np.array([record["tokens"] for record in records])
-    new = np.array([record["loss"] for record in records]) * tokens
-    old = np.array([record["base_loss"] for record in records] if rival is None else rival) * tokens
+    new = np.array([record["loss"] for record in records])
+    old = np.array([record["base_loss"] for record in records] if rival is None else rival)
     try:
         gain = paired_improvement(old, new, tokens, seed)
     except ValueError as error:
         return Verdict(False, f"not compared with {rival_name}: {error}", None, previous)
     if gain.rows < MIN_ROWS:
-        reason = f"too few rows to tell: {gain.rows} of test were scored, {MIN_ROWS} are needed; raise eval_rows or "
+        reason = f"too few rows to tell: {gain.rows} of test were scored, {MIN_ROWS} are needed; raise score_rows or "
         return Verdict(False, reason + "test_share", gain, previous)
     measured = (
         f"the loss on {gain.rows} test rows is {abs(gain.mean):.4f} nats per token "

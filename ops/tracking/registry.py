@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.files import atomic_directory, plain_name, sha256_file, write_json
+from model.files import atomic_directory, plain_name, write_json
 from model.records import parse_record, read_record
 from ops.machine.lock import exclusive
 from ops.redaction import redact, without_credentials
 from ops.settings import Settings
+from ops.tracking.flavour import REGISTERED_META, hash_version, plain_part
 from ops.tracking.runs import (
     FILES_TAG,
     MODEL_PREFIX,
@@ -69,8 +70,14 @@ def version_of_alias(mlflow: MlflowClient, name: str, alias: str) -> ModelVersio
     return None if number is None else mlflow.get_model_version(name, str(number))
 
 
-def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
+def find_version(
+    mlflow: MlflowClient, uri: str, what: str = "start_from", others: str = "base, champion, "
+) -> ModelVersion:
     """The version of a ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+
+    Args:
+        what: parameter that has the URI, for messages.
+        others: other values that the parameter takes.
 
     Raises:
         ValueError: the URI has another form.
@@ -80,7 +87,7 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
 
     match = _URI.fullmatch(uri)
     if not match:
-        raise ValueError(f"start_from {uri!r} is none of base, champion, models:/NAME/VERSION and models:/NAME@ALIAS")
+        raise ValueError(f"{what} {uri!r} is none of {others}models:/NAME/VERSION and models:/NAME@ALIAS")
     try:
         if match["alias"]:
             found = version_of_alias(mlflow, match["name"], match["alias"])
@@ -88,7 +95,7 @@ def find_version(mlflow: MlflowClient, uri: str) -> ModelVersion:
             found = mlflow.get_model_version(match["name"], match["version"])
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":  # such as the name ".."
-            raise ValueError(f"start_from {uri!r} cannot be a version: {error}") from error
+            raise ValueError(f"{what} {uri!r} cannot be a version: {error}") from error
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         found = None
@@ -116,14 +123,15 @@ def interrupted_version(run: RunRef, directory: Path, name: str, training: str) 
     The caller holds the training, so that another run of it that is not FINISHED has died or failed.
 
     Args:
-        directory: the version must have the same files.
+        directory: the version must have the same model.
         name: of the registered model.
         training: identity of the training.
     """
     mlflow = client(run.tracking_uri)
     condition = f"name = '{name}' and tags.`{TRAINING_TAG}` = '{training}'"
     for version in mlflow.search_model_versions(condition, order_by=["version_number DESC"]):
-        same = json.loads(version.tags[FILES_TAG]) == _hashes(directory)
+        # Without the flavour, whose files name the versions of Python and MLflow.
+        same = plain_part(json.loads(version.tags[FILES_TAG])) == plain_part(hash_version(directory))
         if same and not _is_finished(mlflow, finishing_run(version)):
             return version
     return None
@@ -206,7 +214,7 @@ def fetch_version(
         remedy: the end of an error message: what to do.
 
     Returns:
-        The directory, and the sha256 of each file in it.
+        The directory, and the sha256 of each file by its path in it.
 
     Raises:
         RuntimeError: the files cannot be had, or are not those that were registered.
@@ -220,12 +228,12 @@ def fetch_version(
     record = directory.with_suffix(".json")
     with exclusive(settings.locks, f"files of {directory.name}", uri, log):
         expected = _recorded(version, record)
-        found = _hashes(directory)
+        found = hash_version(directory)
         if not found or found != expected:
             if found:
                 log(f"{directory} is not {uri} as registered: it is downloaded again")
             _download(uri, directory, remedy)
-            found = _hashes(directory)
+            found = hash_version(directory)
             if not expected:
                 expected = found
                 write_json(record, found)
@@ -256,10 +264,6 @@ def _recorded(version: ModelVersion, record: Path) -> dict[str, str]:
         raise RuntimeError(f"{error}. {remedy}") from error
 
 
-def _hashes(directory: Path) -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in sorted(directory.glob("*")) if path.is_file()}
-
-
 def _download(uri: str, directory: Path, remedy: str) -> None:
     import mlflow
 
@@ -268,7 +272,8 @@ def _download(uri: str, directory: Path, remedy: str) -> None:
     with atomic_directory(directory) as scratch:
         try:
             mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch))
-            if not _hashes(scratch):  # MLflow reports success without a file
+            (scratch / REGISTERED_META).unlink(missing_ok=True)
+            if not hash_version(scratch):  # MLflow reports success without a file
                 raise FileNotFoundError("there are none")
         except Exception as error:  # MLflow, its HTTP client and the disk raise different ones
             raise RuntimeError(

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.files import sha256_file
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.settings import Settings
+from ops.tracking.flavour import hash_version
 from ops.tracking.once import create_once, environment
 from ops.tracking.provenance import git_sha, installed_packages
+from ops.tracking.views import provide_view, view_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,14 +28,18 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
-FILES_TAG = "files"  # of a version: its files' sha256, as JSON
+FILES_TAG = "files"  # of a version: the sha256 of its files by their paths, as JSON
 TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
 TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PARENT_TAG = "mlflow.parentRunId"  # of a run: the run that it belongs to, beneath which MLflow shows it
+REPORT_FILE = "report/report.html"  # of a run
+CHANGED_FILE = "changed.json"  # of a run: the parameters that differ from their defaults
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
 REASON_TAG = "ended_by"  # of a run: why hooks or reaper closed it
 _PAGE = 1000  # runs per request
+_PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter's value
+_TAG_CHARACTERS = 1000  # of a tag that is text for people
 # A server answers an upload only when it has written the file, which takes longer than other requests may.
 _UPLOAD_SECONDS = "1800"
 
@@ -56,6 +61,17 @@ class RunRef:
         server = without_credentials(self.tracking_uri).rstrip("/")  # no password in a link
         page = f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"{page}?workflowType=machine_learning"
+
+    @property
+    def report_url(self) -> str | None:
+        """The page of its report, if the tracking URI is a server's."""
+        page, question, query = (self.url or "").partition("?")
+        return f"{page}/artifacts/{REPORT_FILE}{question}{query}" if page else None
+
+    @property
+    def view_url(self) -> str | None:
+        """The page of all runs in the view of scores, if the tracking URI is a server's."""
+        return view_url(self.tracking_uri, self.experiment_id)
 
     @property
     def link(self) -> str:
@@ -146,7 +162,11 @@ def search_runs(tracking_uri: str, condition: str, order_by: list[str] | None = 
 
 @contextmanager
 def tracked_run(
-    settings: Settings, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    settings: Settings,
+    name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
 ) -> Iterator[RunRef]:
     """Open the MLflow run of a flow run, and close it with the status in which the flow ends.
 
@@ -155,18 +175,27 @@ def tracked_run(
 
     Args:
         params: logged by name; None is logged as "None".
+        defaults: of the parameters; those that differ are logged as the file and the tag ``changed``.
     """
     mlflow = client(settings.tracking_uri)
     params = {key: redact(value) if isinstance(value, str) else value for key, value in params.items()}
+    changed = {
+        key: [params[key], each] for key, each in (defaults or {}).items() if key in params and params[key] != each
+    }
     tags = {key: redact(value) for key, value in tags.items()}
+    if defaults is not None:
+        tags["changed"] = brief(", ".join(f"{key}={value}" for key, (value, _) in changed.items()) or "nothing")
     with redacted_errors():
         experiment_id = _experiment_id(mlflow, settings)
+        provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
     run = create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     status = "KILLED"
     try:
         log_params(ref, params)
         mlflow.log_dict(ref.run_id, dict(params), "config.json")
+        if defaults is not None:
+            mlflow.log_dict(ref.run_id, changed, CHANGED_FILE)
         mlflow.log_text(ref.run_id, installed_packages(), "constraints.txt")
         yield ref
         status = "FINISHED"
@@ -210,10 +239,27 @@ def _user() -> dict[str, str]:
 
 
 def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
-    """Log parameters; they cannot be changed afterwards."""
+    """Log parameters; they cannot be changed afterwards.
+
+    MLflow cuts or refuses a value that is too long (mlflow#6183). It is shortened here, and ends with the name of the
+    artifact that has all of it.
+    """
     from mlflow.entities import Param
 
-    client(run.tracking_uri).log_batch(run.run_id, params=[Param(key, str(value)) for key, value in params.items()])
+    mlflow = client(run.tracking_uri)
+    texts = {key: str(value) for key, value in params.items()}
+    for key, text in texts.items():
+        if len(text) > _PARAM_CHARACTERS:
+            file = f"params/{key}.txt"
+            mlflow.log_text(run.run_id, text, file)
+            end = f"... ({len(text):,} characters: the artifact {file} has all of them)"
+            texts[key] = text[: _PARAM_CHARACTERS - len(end)] + end
+    mlflow.log_batch(run.run_id, params=[Param(key, text) for key, text in texts.items()])
+
+
+def brief(text: str) -> str:
+    """A text for a tag, cut where it is long."""
+    return text if len(text) <= _TAG_CHARACTERS else f"{text[:_TAG_CHARACTERS]}..."
 
 
 def set_tags(run: RunRef, tags: Mapping[str, str]) -> None:
@@ -276,7 +322,7 @@ def log_model(
     The files are logged unchanged, without a pickled module, so that they load without this code (mlflow#9514).
 
     Args:
-        directory: in Hugging Face's layout.
+        directory: in Hugging Face's layout, with MLflow's flavour (``add_flavour``) or without.
         name: of the registered model.
         metrics: logged for the model and for the run, at step 0: MLflow shows single values as bars.
         step: of the training that the model comes from.
@@ -310,7 +356,7 @@ def log_model(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    files = json.dumps({path.name: sha256_file(path) for path in sorted(directory.iterdir())})
+    files = json.dumps(hash_version(directory))
     return create_once(
         lambda: mlflow.create_model_version(
             name,

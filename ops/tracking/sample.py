@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 changes nothing, the default")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if not given.prompt.strip():
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings.load()
     values = {name: value for name, value in vars(given).items() if name not in ("prompt", "model")}
     try:
-        check_sampling(given.temperature, given.top_k, given.top_p)
+        check_sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty)
         sampling = TypeAdapter(SamplingConfig).validate_python(values)
         version = latest_version(client(settings.tracking_uri), given.model)
         directory, files = fetch_version(settings, version, _tell, _REMEDY)

@@ -18,29 +18,39 @@ import torch
 from made_up import wait_for
 
 from model.demo import EMBEDDED_BASE
-from model.evaluation.scores import SCOREBOARD
+from model.evaluation.scores import SCOREBOARD, VALIDATION_LOSS
 from model.net.gpt import GPTModel
 from ops.threads import in_daemon_thread
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
+DATA_PARAMETERS = {
+    "data/train_rows", "data/validation_rows", "data/test_rows", "data/train_tokens", "data/truncated_share",
+    "data/dropped_rows",
+}  # fmt: skip
 METRICS = {
     "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "train/first_step_seconds",
     "train/peak_memory_gib", "train/trunk_hit_share", "eval/loss", "eval/perplexity",
-    "best/step", "base/perplexity",
-    "test/rows",
-    "base/not_executed", "sample/not_executed", "data/train_rows",
-    "data/validation_rows",
-    "data/test_rows", "data/train_tokens", "data/truncated_share", "data/dropped_rows",
-    "time/plan_seconds", "time/mlflow_seconds", "time/download_seconds", "time/prepare_seconds",
-    "time/load_weights_seconds", "time/freeze_seconds", "time/wait_seconds", "time/train_seconds",
-    "time/evaluate_seconds", "time/publish_seconds",
-} | {name for score in SCOREBOARD for name in (score.base, score.tuned)}  # fmt: skip
+    "best/step", "untuned/perplexity",
+    "test/rows", "untuned/reference_stop_rate", "untuned/reference_syntax_rate",
+    "untuned/not_executed", "sample/not_executed",
+    "wall_seconds/plan", "wall_seconds/mlflow", "wall_seconds/download", "wall_seconds/prepare",
+    "wall_seconds/load_weights", "wall_seconds/freeze", "wall_seconds/wait", "wall_seconds/train",
+    "wall_seconds/evaluate", "wall_seconds/publish",
+} | {name for score in (VALIDATION_LOSS, *SCOREBOARD) for name in (score.base, score.tuned)}  # fmt: skip
 ARTIFACTS = {
     "config.json", "constraints.txt", "metrics.jsonl", "plots/loss.png", "tables/test_rows.json",
-    "tables/samples.json", "tables/pass_rate.json", "tables/data_files.json",
+    "tables/samples.json", "tables/pass_rate.json", "tables/data_files.json", "tables/scores.json",
+    "report/report.html", "changed.json",
 }  # fmt: skip
-MODEL_FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES = {
+    "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+}  # fmt: skip
+# MLflow's transformers flavour, of which the directory above is the model.
+FLAVOUR = {
+    "MLmodel", "components", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
+    "serving_input_example.json", "registered_model_meta",
+}  # fmt: skip
 
 
 def _artifacts(mlflow: Any, run_id: str, path: str = "") -> set[str]:
@@ -57,7 +67,9 @@ def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callab
     mlflow = mlflow_of(finished.run)
     run = mlflow.get_run(finished.run.run_id)
     assert run.info.status == "FINISHED"
-    assert set(run.data.params) == {parameter.name for parameter in all_parameters()} | PLAN_PARAMETERS
+    assert (
+        set(run.data.params) == {parameter.name for parameter in all_parameters()} | PLAN_PARAMETERS | DATA_PARAMETERS
+    )
     assert set(run.data.metrics) == METRICS, set(run.data.metrics) ^ METRICS
     assert _artifacts(mlflow, finished.run.run_id) == ARTIFACTS
     own_tags = {tag for tag in run.data.tags if not tag.startswith("mlflow.")}
@@ -68,6 +80,8 @@ def test_the_run_holds_exactly_what_is_promised(finished: Any, mlflow_of: Callab
         "process",
         "data_sha256",
         "subset",
+        "changed",
+        "result",
     }
     assert mlflow.get_experiment(run.info.experiment_id).name == "finetune"
     ((dataset,),) = [run.inputs.dataset_inputs]
@@ -81,6 +95,9 @@ def test_params_and_tags_tell_this_run(finished: Any, tiny: dict[str, Any], mlfl
     run = mlflow_of(finished.run).get_run(finished.run.run_id)
     assert {name: run.data.params[name] for name in tiny} == {name: str(value) for name, value in tiny.items()}
     assert run.data.params["trainable_parameters"] == "890112"
+    assert run.data.tags["result"].startswith("better: test loss ")
+    assert f"max_steps={tiny['max_steps']}" in run.data.tags["changed"]
+    assert f"`max_steps={tiny['max_steps']}`" in run.data.tags["mlflow.note.content"]
     with get_client(sync_client=True) as prefect:
         flow_run = prefect.read_flow_run(run.data.tags["prefect.flow_run_id"])
     assert run.info.run_name == f"tiny {flow_run.name}"
@@ -99,36 +116,76 @@ def test_metrics_follow_the_steps(finished: Any, tiny: dict[str, Any], mlflow_of
     assert steps("eval/loss") == [0, 5, 10, 12]
     metrics = finished.metrics
     history = mlflow.get_metric_history(finished.run.run_id, "eval/loss")
-    assert metrics["base/eval_loss"] == history[0].value
+    assert metrics["untuned/eval_loss"] == history[0].value
     assert metrics["best/eval_loss"] == min(point.value for point in history)
-    assert metrics["test/loss"] < metrics["base/test_loss"] - 1
+    assert metrics["test/loss"] < metrics["untuned/test_loss"] - 1
     assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]))
 
 
 def test_the_time_is_accounted_for(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
     """The seconds of the steps are the run's: what lies between them is in one of them."""
     run = mlflow_of(finished.run).get_run(finished.run.run_id)
-    seconds = {name: value for name, value in run.data.metrics.items() if name.startswith("time/")}
-    assert seconds == {f"time/{step}_seconds": taken for step, taken in finished.seconds.items()}
+    seconds = {name: value for name, value in run.data.metrics.items() if name.startswith("wall_seconds/")}
+    assert seconds == {f"wall_seconds/{step}": taken for step, taken in finished.seconds.items()}
     # The run is opened and closed in the first and last of them.
     between = (run.info.end_time - run.info.start_time) / 1000
-    assert between - 1 <= sum(seconds.values()) <= between + seconds["time/mlflow_seconds"] + 5
-    assert seconds["time/train_seconds"] > seconds["time/freeze_seconds"]
+    assert between - 1 <= sum(seconds.values()) <= between + seconds["wall_seconds/mlflow"] + 5
+    assert seconds["wall_seconds/train"] > seconds["wall_seconds/freeze"]
 
 
 def test_tables_compare_row_by_row(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
-    """One record per test row, whose token-weighted mean is the reported loss; one per sampled prompt."""
+    """One record per row of the whole test split, from which every reported score can be computed again."""
     mlflow = mlflow_of(finished.run)
     rows = mlflow.load_table(finished.run.experiment_id, "tables/test_rows.json", [finished.run.run_id])
-    assert list(rows.columns) == ["row", "prompt", "tokens", "base_loss", "loss"]
-    assert len(rows) == mlflow.get_run(finished.run.run_id).data.metrics["test/rows"]
-    for column, metric in (("loss", "test/loss"), ("base_loss", "base/test_loss")):
-        assert (rows[column] * rows.tokens).sum() / rows.tokens.sum() == pytest.approx(finished.metrics[metric])
+    assert len(rows) == mlflow.get_run(finished.run.run_id).data.metrics["test/rows"] == 324
+    assert rows.key.nunique() == len(rows)
+    for score in SCOREBOARD:
+        for metric, column in ((score.base, f"base_{score.column}"), (score.tuned, score.column)):
+            there = rows[rows[column].notna()]
+            weight = there[score.per].sum() if score.per else len(there)
+            assert score.finish(there[column].sum() / weight) == pytest.approx(finished.metrics[metric]), metric
+    assert rows.chrf.notna().sum() == 3
+    assert rows.passed.notna().sum() == 20
+    assert (rows.bytes == rows.reference.str.encode("utf-8").str.len()).all()
     samples = mlflow.load_table(finished.run.experiment_id, "tables/samples.json", [finished.run.run_id])
     assert len(samples) == 3
     assert set(samples.columns) == {
         "row", "prompt", "reference", "base", "base_stopped", "tuned", "tuned_stopped",
     }  # fmt: skip
+
+
+def test_the_trained_model_is_told_from_the_base(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """Two checkpoints of which one was trained: p below 0.01; the table of scores says so too."""
+    found = {difference.score: difference for difference in finished.differences}
+    assert set(found) == {score.name for score in SCOREBOARD}
+    assert found["loss"].verdict == found["perplexity"].verdict == "better"
+    assert found["loss"].corrected < 0.01
+    assert found["loss"].difference == pytest.approx(
+        finished.metrics["test/loss"] - finished.metrics["untuned/test_loss"]
+    )
+    table = mlflow_of(finished.run).load_table(
+        finished.run.experiment_id, "tables/scores.json", [finished.run.run_id]
+    )
+    assert list(table.score) == list(found)
+    for row in table.itertuples():
+        assert (row.verdict, row.rows) == (found[row.score].verdict, found[row.score].rows)
+        assert (row.lower, row.upper) == pytest.approx((found[row.score].lower, found[row.score].upper))
+
+
+def test_a_run_compared_with_itself_is_no_difference(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
+    """The records that MLflow has can be joined and compared again, whatever pandas made of what they lack."""
+    from model.evaluation.comparison import compare, join
+
+    rows = mlflow_of(finished.run).load_table(
+        finished.run.experiment_id, "tables/test_rows.json", [finished.run.run_id]
+    )
+    records = rows.to_dict("records")
+    joined = join(records, records)
+    assert len(joined) == len(records)
+    for found in compare(joined, seed=0):
+        assert (found.difference, found.lower, found.upper, found.verdict) == (0, 0, 0, "no difference")
+    again = {found.score: found for found in compare(records, seed=42)}  # the seed of the run
+    assert again["loss"].lower == pytest.approx(finished.differences[0].lower)
 
 
 def test_every_file_is_named_with_its_rows_and_split(finished: Any, mlflow_of: Callable[[Any], Any]) -> None:
@@ -154,7 +211,8 @@ def test_registered_model_loads_in_transformers(finished: Any, session_root: Pat
     assert finished.model == "models:/gpt2-code-tiny/1"
     mlflow.set_tracking_uri(finished.run.tracking_uri)
     directory = Path(mlflow.artifacts.download_artifacts(finished.model))
-    assert {path.name for path in directory.iterdir()} == MODEL_FILES
+    assert {path.name for path in directory.iterdir()} == MODEL_FILES | FLAVOUR
+    assert [path.name for path in directory.rglob("*.safetensors")] == ["model.safetensors"]
     reference = AutoModelForCausalLM.from_pretrained(directory).eval()
     own = GPTModel.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -185,7 +243,8 @@ def test_model_card_names_licences(finished: Any) -> None:
     mlflow.set_tracking_uri(finished.run.tracking_uri)
     card = Path(mlflow.artifacts.download_artifacts(f"{finished.model}/README.md")).read_text()
     assert "- Base: embedded" in card
-    assert "licence not known here" in card
+    assert "PSF License 2" in card
+    assert "The demo rows are generated by finetune-gpt2-code, under the Apache License 2.0" in card
     assert "CC BY-NC 4.0" not in card  # these are not CodeAlpaca's rows
 
 
@@ -406,6 +465,6 @@ def test_pass_rate_by_family(finished: Any, mlflow_of: Callable[[Any], Any]) -> 
         finished.run.experiment_id, "tables/pass_rate.json", [finished.run.run_id]
     )
     assert table.rows.sum() == 20
-    for column, metric in (("base", "base/pass_rate"), ("tuned", "sample/pass_rate")):
+    for column, metric in (("base", "untuned/pass_rate"), ("tuned", "sample/pass_rate")):
         assert (table[column] * table.rows).sum() / 20 == pytest.approx(finished.metrics[metric])
-    assert finished.metrics["base/pass_rate"] <= 0.05
+    assert finished.metrics["untuned/pass_rate"] <= 0.05

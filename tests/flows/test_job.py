@@ -56,7 +56,7 @@ def test_values_reach_their_groups() -> None:
     job = Job.from_parameters(given)
     assert {name: job.flat()[name] for name in given} == given
     assert job.train.seed == job.prepare.seed == job.sampling.seed == 7
-    assert job.sampling.prompts_at_once == 64
+    assert job.prepare.subset_keys is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,7 @@ def test_values_reach_their_groups() -> None:
         ({"subset": "next", "subset_start": 4}, "subset_start 4 selects rows by position.*leave one out"),
         ({"num_unfrozen_layers": 13}, "num_unfrozen_layers 13 is not between 0 and 12, the blocks of 124m"),
         ({"device": "cuda:99"}, "cuda:99"),
+        ({"humaneval_samples": 1, "humaneval_k": 2}, "humaneval_samples=1"),
     ],
 )
 def test_contradictions_are_refused(given: dict[str, Any], message: str) -> None:
@@ -132,4 +133,4 @@ def test_no_number_without_bounds() -> None:
         p.name for p in all_parameters() if isinstance(p.default, int | float) and not isinstance(p.default, bool)
     }
     assert defaults <= {parameter.name for parameter in NUMBERS}
-    assert len(NUMBERS) == 29
+    assert len(NUMBERS) == 33

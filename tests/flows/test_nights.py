@@ -159,7 +159,7 @@ def test_the_first_night_starts_from_the_base(world: World) -> None:
     run = world.runs()[0]
     assert world.results["first"].is_completed()
     assert world.fresh(run) == [_key(line) for line in world.pool[:100] if _trains(line)][:60]
-    assert run.data.metrics["data/train_rows"] == 60
+    assert run.data.params["data/train_rows"] == "60"
     version = client(world.tracking).get_model_version(MODEL, "1")
     assert version.tags["previous_champion"] == "none"
     assert "better" in version.tags["reason"]
@@ -174,7 +174,7 @@ def test_rows_are_known_by_content(world: World) -> None:
     assert world.fresh(run) == new + backlog
     replayed = round(len(new + backlog) * 0.2 / 0.8)
     assert int(run.data.tags["nightly.replay"]) == replayed
-    assert run.data.metrics["data/train_rows"] == len(new + backlog) + replayed
+    assert int(run.data.params["data/train_rows"]) == len(new + backlog) + replayed
 
 
 def test_a_night_goes_on_from_the_champion(world: World) -> None:
@@ -183,7 +183,7 @@ def test_a_night_goes_on_from_the_champion(world: World) -> None:
     second = mlflow.get_model_version(MODEL, "2")
     assert mlflow.get_logged_model(second.source.removeprefix("models:/")).params["base"] == f"models:/{MODEL}/1"
     first, run = world.runs()[:2]
-    assert run.data.metrics["base/test_loss"] == pytest.approx(first.data.metrics["test/loss"], abs=1e-5)
+    assert run.data.metrics["untuned/test_loss"] == pytest.approx(first.data.metrics["test/loss"], abs=1e-5)
     assert second.tags["previous_champion"] == "1"
     assert float(second.tags["interval"].split(" to ")[0]) > 0.001
 

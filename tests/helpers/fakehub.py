@@ -2,12 +2,14 @@
 
 Tests must run where no hub can be reached, and a real hub does not send half a file on request. The fake serves the
 routes that huggingface_hub 2.4 uses for `ops.hub`: a revision's info, its tree, and its files (small ones directly,
-LFS ones by a redirect to another host, like the real hub with its CDN, so that the token must not be sent there). The
-hashes of git and LFS are real. There is no Xet and no access control.
+LFS ones by a redirect to another host, like the real hub with its CDN, so that the token must not be sent there); and
+those for `ops.hub_push`: creating a repository, asking how files are sent, LFS uploads, and commits. The hashes of
+git and LFS are real. There is no Xet, and the only access control is that writing needs a token.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -22,6 +24,10 @@ _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree)/([^
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _BODY_FAULTS = ("half", "rewind", "stall", "short", "flip")
 _CDN = re.compile(r"/cdn/([0-9a-f]{64})")
+_PREUPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/preupload/(.+)")
+_BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+_UPLOAD = re.compile(r"/upload/([0-9a-f]{64})")
+_COMMIT = re.compile(r"/api/models/([^/]+/[^/]+)/commit/(.+)")
 
 
 def blob_id(content: bytes) -> str:
@@ -63,6 +69,9 @@ class FakeHub:
         self.ranges: list[str] = []  # the Range headers
         self.commits: dict[tuple[str, str, str], dict[str, bytes]] = {}  # (models, repo, commit) -> files
         self.branches: dict[tuple[str, str, str], str] = {}  # (models, repo, branch) -> commit
+        self.visibility: dict[str, str | None] = {}  # of repositories that were created here, as asked for
+        self.objects: dict[str, bytes] = {}  # LFS objects that were uploaded, by sha256
+        self.messages: list[str] = []  # of commits that were made here
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -85,6 +94,10 @@ class FakeHub:
         """Make the files in ``folder`` the newest commit of ``branch`` and return the commit."""
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+        return self.commit(kind, repo, files, branch)
+
+    def commit(self, kind: str, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Make these files the newest commit of ``branch`` and return the commit."""
         names = json.dumps([repo, {name: blob_id(content) for name, content in files.items()}])
         commit = hashlib.sha1(names.encode()).hexdigest()
         self.commits[kind, repo, commit] = files
@@ -135,6 +148,86 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_info(match[1], match[2], match[3], match[4] or "main")
         else:
             self.answer(404, b"")
+
+    def do_PUT(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        self.hub = self.server.hub  # type: ignore[attr-defined]
+        self.replaced = {}
+        path = unquote(urlsplit(self.path).path)
+        token = self.headers.get("Authorization")
+        self.hub.requests.append((self.command, path, token))
+        body = self.body()
+        fault = self.hub.fault(path, "status")
+        if fault:
+            self.answer(fault.status, b"", fault.headers)
+        elif match := _UPLOAD.fullmatch(path):  # signed, so without a token
+            if hashlib.sha256(body).hexdigest() == match[1]:
+                self.hub.objects[match[1]] = body
+            self.answer(200 if match[1] in self.hub.objects else 400, b"")
+        elif path == "/api/validate-yaml":
+            self.reply({"errors": [], "warnings": []})
+        elif not token:
+            self.answer(401, b"")
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif match := _PREUPLOAD.fullmatch(path):
+            modes = [
+                (file["path"], "lfs" if is_lfs(file["path"]) else "regular") for file in json.loads(body)["files"]
+            ]
+            self.reply({"files": [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes]})
+        elif _BATCH.fullmatch(path):
+            self.reply({"transfer": "basic", "objects": [self.wanted(file) for file in json.loads(body)["objects"]]})
+        elif match := _COMMIT.fullmatch(path):
+            self.accept(match[1], match[2], [json.loads(line) for line in body.splitlines()])
+        else:
+            self.answer(404, b"")
+
+    def body(self) -> bytes:
+        """The content of a request, whole or in chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def reply(self, value: Any, status: int = 200) -> None:
+        self.answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def create(self, asked: dict[str, Any]) -> None:
+        """Create a repository, or answer 409 where there is one."""
+        repo = f"{asked['organization']}/{asked['name']}"
+        known = ("models", repo, "main") in self.hub.branches
+        if not known:
+            self.hub.visibility[repo] = asked.get("visibility")
+            self.hub.commit("models", repo, {})
+        self.reply({"url": f"{self.hub.endpoint}/{repo}"}, 409 if known else 200)
+
+    def wanted(self, file: dict[str, Any]) -> dict[str, Any]:
+        """What to do with an LFS object: upload it, or nothing if it is here."""
+        found = {"oid": file["oid"], "size": file["size"]}
+        if file["oid"] in self.hub.objects:
+            return found
+        return {**found, "actions": {"upload": {"href": f"{self.hub.endpoint}/upload/{file['oid']}"}}}
+
+    def accept(self, repo: str, branch: str, lines: list[dict[str, Any]]) -> None:
+        """Add a commit to a branch: files in its lines, and LFS objects that were uploaded before."""
+        files = dict(self.hub.commits["models", repo, self.hub.branches["models", repo, branch]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.hub.messages.append(value["summary"])
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        commit = self.hub.commit("models", repo, files, branch)
+        url = f"{self.hub.endpoint}/{repo}/commit/{commit}"
+        self.reply({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
     def find(self, kind: str, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return commit and files, or answer 404."""

@@ -13,13 +13,20 @@ import mlflow.artifacts
 import numpy as np
 from made_up import MadeUp
 
-from model.files import sha256_file
 from ops.machine.lock import read_locks
+from ops.tracking.flavour import hash_version
 from ops.tracking.runs import client
 
 MODEL = "gpt2-code-tiny"
 # Metrics that depend on speed, on memory, or on what an interrupted attempt had already done.
-_NOT_COMPARED = ("time/", "train/tokens_per_second", "train/mfu", "train/first_step", "train/peak", "train/trunk_hit")
+_NOT_COMPARED = (
+    "wall_seconds/",
+    "train/tokens_per_second",
+    "train/mfu",
+    "train/first_step",
+    "train/peak",
+    "train/trunk_hit",
+)
 _TAGS = ("subset", "nightly", "nightly.fresh", "nightly.replay", "promotion", "promotion_reason")
 _ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 Points = dict[str, list[tuple[int, float]]]
@@ -96,7 +103,7 @@ def _registry(made: MadeUp) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             uri = f"models:/{MODEL}/{version.version}"
             there = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
-            files = {path.name: sha256_file(path) for path in sorted(there.iterdir()) if path.is_file()}
+            files = hash_version(there)
         facts = {name: version.tags.get(name) for name in ("reason", "interval", "previous_champion")}
         versions[str(version.version)] = {
             "sha256": files,

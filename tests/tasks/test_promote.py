@@ -105,7 +105,7 @@ def _score(data: Path, start_from: str = "base") -> tuple[RivalRef, Any]:
         checkpoint = CheckpointRef(str(data.with_name("training")), "", 0, 0.0, 0.0, 0, 0, 2_048, "")
         plan = plan_freeze(GPTConfig(**model.config), FreezeConfig(num_unfrozen_layers=2))
         training = identify_training(tokens, model, plan, TrainConfig(precision="fp32"), "cpu")
-        rival = score_champion.fn(training, checkpoint, "cpu")
+        rival = score_champion.fn(training, checkpoint, None, "cpu")
     return rival, json.loads(Path(rival.rows).read_text()) if rival.rows else None
 
 
@@ -167,8 +167,8 @@ def test_a_run_from_elsewhere_has_the_champion_scored(data: Path, champion: Call
     ((ids, prompt),) = encode_examples(tokenizer, [first["prompt"]], [first["completion"]])
     with torch.no_grad():
         logits = reference(torch.tensor([ids])).logits[0, prompt - 1 : -1]
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[prompt:])).item()
-    assert rows[0] == pytest.approx(loss, abs=1e-4)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[prompt:]), reduction="sum").item()
+    assert rows[0] == pytest.approx(loss, abs=1e-4 * (len(ids) - prompt))
 
 
 def test_another_tokenizer_cannot_be_compared(data: Path, champion: Callable[..., str]) -> None:
@@ -222,7 +222,7 @@ def test_a_champion_whose_files_are_gone(data: Path, store: Settings, champion: 
         version = log_model(run, EMBEDDED_BASE, NAME, {}, {"test/loss": 1.0}, 1)
     with disable_run_logger():
         verdict = promote.fn(
-            run, f"models:/{NAME}/{version.version}", EvaluationRef({}, "", "", ""), rival, margin=0.0, seed=1
+            run, f"models:/{NAME}/{version.version}", EvaluationRef({}, (), "", "", ""), rival, margin=0.0, seed=1
         )
     assert not verdict.promoted
     assert verdict.reason.startswith(f"not compared with the champion {uri}: the files of {uri} cannot be had")

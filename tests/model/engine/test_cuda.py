@@ -28,7 +28,6 @@ from model.net.device import cast_frozen, device_choices, device_key, resolve_pr
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
 from model.net.noise import FIRST_HEAD, MLP_BRANCH, Noise
-from model.net.sampling import _Decoder, generate
 from ops.machine.lock import exclusive_any
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -190,50 +189,6 @@ def test_chosen_rows_gradients_go_where_they_came_from() -> None:
     got = torch.autograd.grad(chosen, x, upstream)[0]
     assert torch.equal(got, torch.autograd.grad(x[index], x, upstream)[0])
     assert pointwise_kernels.choose(x, index[:0]).shape == (0, 192)
-
-
-def test_generation_by_a_graph_is_the_plain_loop() -> None:
-    """Greedy generation in fp32 equals a loop that computes all tokens again for each next one."""
-    model = small_model().float()
-    prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
-    want = []
-    for prompt in prompts:
-        ids = list(prompt)
-        for _ in range(30):
-            with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids], device="cuda"))[0, -1].argmax()))
-        want.append(ids[len(prompt) :])
-    assert generate(model, prompts, 30, temperature=0) == want
-
-
-def test_ids_without_a_token_are_never_drawn_by_a_graph() -> None:
-    """transformers#24372: greedy and sampled, in bf16 as in the evaluation."""
-    model = small_model()
-    vocabulary = model.config.vocab_size
-    never = range(0, vocabulary, 2)
-    for settings in ({"temperature": 0.0}, {"temperature": 0.8, "top_k": 50, "top_p": 0.95}):
-        with torch.autocast("cuda", torch.bfloat16):
-            rows = generate(model, [[5, 6, 7], list(range(5, 45))], 30, **settings, seed=3, never=never)
-        assert all(token % 2 for row in rows for token in row)
-
-
-def test_sampling_by_a_graph_is_that_by_launched_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling in bf16, as in the evaluation: repeated calls are equal, so no call reads state of the one before."""
-    model = small_model()
-    prompts = [list(range(5, 5 + length)) for length in (3, 40, 11)]
-
-    def sample() -> list[list[int]]:
-        with torch.autocast("cuda", torch.bfloat16):
-            return generate(model, prompts, 30, temperature=0.8, top_k=50, top_p=0.95, seed=3)
-
-    graphs = [sample(), sample()]
-    monkeypatch.setattr(_Decoder, "__call__", lambda self, ids: self._compute(ids))
-    assert graphs == [sample()] * 2
-    with torch.no_grad():
-        model.ln_f.weight.mul_(-1)
-    changed = sample()
-    monkeypatch.undo()
-    assert sample() == changed != graphs[0]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from other_python import python_with
 from transformers import GPT2LMHeadModel
 
 from model import GPTModel
+from model.data.config import PrepareConfig
+from model.data.layout import find_splits
+from model.data.preparing import prepare
 from model.data.tokens import CodeAlpacaDataset
+from model.demo import EMBEDDED_BASE
+from model.demo.grammar import write_rows
 from model.engine.engine import Engine
 from model.engine.scoring import mean_loss, row_losses
+from model.net.loading import write_with_tokenizer
+from model.net.tokenizer import load_tokenizer
+
+LM_EVAL_TASK = Path(__file__).resolve().parents[2] / "helpers" / "lm_eval_rows"
 
 
 def reference_losses(gpt2_dir: Path, dataset: CodeAlpacaDataset) -> list[tuple[float, int]]:
@@ -57,3 +70,33 @@ def test_scoring_restores_the_mode_and_ignores_dropout(tiny_model: GPTModel, tok
     assert torch.equal(torch.get_rng_state(), state)
     assert [block.training for block in tiny_model.h] == [False, False, True]
     assert all(p.grad is None for p in tiny_model.parameters())
+
+
+@pytest.mark.slow
+def test_lm_eval_gives_the_same_log_likelihoods(tmp_path: Path) -> None:
+    """lm-eval loads an exported model and scores the test rows of the demo: each row's loss, and their sum."""
+    python = python_with("lm_eval", "LM_EVAL_PYTHON")
+    model = GPTModel.from_pretrained(EMBEDDED_BASE)
+    tokenizer = load_tokenizer(EMBEDDED_BASE, model.config.vocab_size)
+    write_rows(tmp_path / "rows")
+    prepare(find_splits(tmp_path / "rows"), tokenizer, PrepareConfig(), tmp_path / "tokens")
+    dataset = CodeAlpacaDataset(tmp_path / "tokens", "test")
+    sums, _ = row_losses(Engine(model, torch.float32), dataset, 10_000)
+
+    write_with_tokenizer(model, tokenizer, tmp_path / "model")
+    rows = [json.dumps({name: row[name] for name in ("prompt", "completion")}) for row in dataset.rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    command = [python, "-m", "lm_eval", "--model", "hf", "--model_args", "pretrained=model,dtype=float32"]
+    command += ["--device", "cpu", "--batch_size", "16", "--tasks", "gpt2_code_rows", "--log_samples"]
+    command += ["--include_path", str(LM_EVAL_TASK), "--output_path", "out"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    total = json.loads(results.read_text())["results"]["gpt2_code_rows"]["response_loglikelihood,none"]
+    assert total == pytest.approx(-sums.sum(), rel=1e-3)
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    found = {sample["doc_id"]: sample["response_loglikelihood"] for sample in map(json.loads, samples.open())}
+    assert len(found) == len(dataset) == 324
+    np.testing.assert_allclose([-found[number] for number in range(len(found))], sums, rtol=1e-3)

@@ -20,7 +20,7 @@ PROMPTS = ["Write a function.", "Add 3 to a price, please.", "x"]
 def test_completions_start_where_training_did(gpt2_dir: Path, tokenizer: Any) -> None:
     """axolotl#834: the prompt is rendered as in training, and answered in the order asked, whatever the batches."""
     model = GPTModel.from_pretrained(gpt2_dir)
-    config = SamplingConfig(max_new_tokens=12, temperature=0.0, prompts_at_once=2)
+    config = SamplingConfig(max_new_tokens=12, temperature=0.0)
     want = generate(model, encode_prompts(tokenizer, PROMPTS), 12, tokenizer.eos_token_id, temperature=0.0)
     got = complete(model, tokenizer, PROMPTS, config)
     assert [text for text, _ in got] == [
@@ -47,7 +47,7 @@ def test_stop_is_told_from_the_cut(
 def test_same_seed_same_completions(gpt2_dir: Path, tokenizer: Any) -> None:
     """Base and tuned model draw with the same numbers; batches do not repeat each other's."""
     model = GPTModel.from_pretrained(gpt2_dir)
-    config = SamplingConfig(max_new_tokens=16, temperature=1.0, top_k=None, top_p=None, prompts_at_once=1)
+    config = SamplingConfig(max_new_tokens=16, temperature=1.0, top_k=None, top_p=None)
     first = complete(model, tokenizer, ["same"] * 3, config)
     assert complete(model, tokenizer, ["same"] * 3, config) == first
     assert len(set(first)) == 3
@@ -84,7 +84,7 @@ def test_a_prompt_beyond_the_context_keeps_its_headings(
     told: list[str] = []
     long = "begin " + "adds 3 to a price " * 60 + "end"
     model = GPTModel.from_pretrained(gpt2_dir)
-    config = SamplingConfig(max_new_tokens=12, temperature=0.0, prompts_at_once=1)
+    config = SamplingConfig(max_new_tokens=12, temperature=0.0)
     complete(model, tokenizer, ["Short.", long], config, warn=told.append)
     whole = encode_prompts(tokenizer, [long])[0]
     short, cut = shown

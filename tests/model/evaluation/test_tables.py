@@ -2,31 +2,84 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pytest
 
-from model.data.tokens import CodeAlpacaDataset
-from model.evaluation.completions import Completion
-from model.evaluation.tables import row_table, sample_table
+from model.evaluation.comparison import Difference
+from model.evaluation.tables import (
+    common_failures,
+    pass_table,
+    sample_table,
+    score_table,
+    score_table_markdown,
+    signed,
+)
+
+METRICS = {
+    "untuned/eval_loss": 3.0, "best/eval_loss": 1.5, "untuned/test_loss": 3.0, "test/loss": 0.75,
+    "untuned/stop_rate": 0.25, "sample/stop_rate": 1.0, "untuned/reference_stop_rate": 0.5,
+}  # fmt: skip
+DIFFERENCES = [
+    Difference("loss", 3.0, 0.75, -2.25, -2.5, -2.0, 1e-9, 10, "better", 1e-8),
+    Difference("stopped", 0.25, 1.0, 0.75, None, None, 0.2, 1, "no difference", 0.4),
+]
 
 
-def test_row_table_is_per_token(token_dir: Path) -> None:
-    """Nats per response token, beside the row's number in the source."""
-    dataset = CodeAlpacaDataset(token_dir, "test", limit=2)
-    counts = np.array([10, 4])
-    table = row_table(dataset.rows, counts, np.array([50.0, 8.0]), np.array([20.0, 4.0]))
-    assert [(row["base_loss"], row["loss"], row["tokens"]) for row in table] == [(5.0, 2.0, 10), (2.0, 1.0, 4)]
-    assert [row["prompt"] for row in table] == [row["prompt"] for row in dataset.rows]
-    assert [row["row"] for row in table] == [row["row"] for row in dataset.rows]
+def _record(row: int, **values: Any) -> dict[str, Any]:
+    text = {"prompt": "p", "reference": "c", "base_text": "b", "text": "t", "base_stopped": False, "stopped": True}
+    passed = {"family": None, "base_passed": None, "passed": None, "failure": None}
+    return {"row": row, **text, **passed, **values}
 
 
-def test_sample_table_puts_them_side_by_side() -> None:
-    """Reference, base and tuned, not exchanged."""
-    rows = [{"row": 4, "prompt": "p", "completion": "c"}]
-    assert sample_table(rows, [Completion("b", False)], [Completion("t", True)]) == [
-        {
-            "row": 4, "prompt": "p", "reference": "c",
-            "base": "b", "base_stopped": False, "tuned": "t", "tuned_stopped": True,
-        }
-    ]  # fmt: skip
+def test_scores_and_their_differences_stand_in_one_line() -> None:
+    """In the order and form of the scoreboard; what has no interval shows none."""
+    validation, loss, stopped = score_table(METRICS, DIFFERENCES)
+    assert validation[:6] == ("validation loss", "3.0000", "1.5000", "", "", "")
+    assert loss[:6] == ("test loss", "3.0000", "0.7500", "-2.2500", "-2.5000 to -2.0000", "better")
+    assert stopped[:6] == ("stop rate", "25.0%", "100.0%", "+75.0%", "", "no difference")
+    assert (loss.better, stopped.better, loss.reference, stopped.reference) == ("lower", "higher", "", "50.0%")
+
+
+def test_markdown_names_the_direction_and_the_ceiling() -> None:
+    lines = score_table_markdown(METRICS, DIFFERENCES)
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert lines[3] == (
+        "| test loss | 3.0000 | 0.7500 | -2.2500 | -2.5000 to -2.0000 | better | nats per token | lower |"
+    )
+    assert lines[4].startswith("| stop rate (references: 50.0%) | 25.0% |")
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [(0.5, ".1%", "+50.0%"), (-0.5, ".2f", "-0.50"), (0.0, ".1%", "0.0%"), (-1e-9, ".4f", "0.0000")],
+)
+def test_a_difference_has_its_sign(value: float, form: str, text: str) -> None:
+    """What rounds to nothing has none: "-0.0%" would read as a loss."""
+    assert signed(value, form) == text
+
+
+def test_samples_are_the_first_completed_rows() -> None:
+    """Reference, base and tuned, not exchanged; at most sixteen."""
+    records = [_record(4), _record(5, text=None, stopped=None), *(_record(row) for row in range(6, 40))]
+    table = sample_table(records)
+    assert table[0] == {
+        "row": 4, "prompt": "p", "reference": "c",
+        "base": "b", "base_stopped": False, "tuned": "t", "tuned_stopped": True,
+    }  # fmt: skip
+    assert [record["row"] for record in table] == [4, *range(6, 21)]
+
+
+def test_passes_are_counted_by_family() -> None:
+    """Rows whose tests were not run do not count; rows without a family stand together."""
+    records = [
+        _record(1, family="a", base_passed=False, passed=True),
+        _record(2, family="a", base_passed=True, passed=False, failure="SyntaxError: x"),
+        _record(3, base_passed=False, passed=False, failure="SyntaxError: x"),
+        _record(4, family="a"),
+    ]
+    assert pass_table(records) == [
+        {"family": "", "rows": 1, "base": 0.0, "tuned": 0.0},
+        {"family": "a", "rows": 2, "base": 0.5, "tuned": 0.5},
+    ]
+    assert common_failures(records) == {"SyntaxError: x": 2}

@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model import GPTConfig, GPTModel
-from model.net.attention import KVCache, Rows
+from model.net.attention import Rows
 from model.net.loading import PREFIX, is_conv1d
 
 WIDTHS = [  # n_embd, n_head
@@ -85,22 +85,6 @@ def test_no_token_sees_a_later_one() -> None:
         torch.testing.assert_close(model(ids)[:, :8], model(changed)[:, :8], atol=1e-6, rtol=0)
         torch.testing.assert_close(model(ids)[:, :8], model(ids[:, :8]), atol=1e-6, rtol=0)
         assert not torch.allclose(model(ids)[:, 8:], model(changed)[:, 8:], atol=1e-3)
-
-
-def test_cache_equals_full_pass_for_rows_of_any_length(gpt2_dir: Path) -> None:
-    """A row passed through the cache in two chunks has the logits of the whole row."""
-    model = GPTModel.from_pretrained(gpt2_dir)
-    rows = [torch.randint(1, 300, (n,)) for n in (9, 4, 1)]
-    more = torch.randint(1, 300, (3, 5))
-    cache = KVCache(model.config, 3, 14, torch.device("cpu"), torch.float32)
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    with torch.no_grad():
-        model(padded, cache)
-        cache.lengths += torch.tensor([9, 4, 1])
-        got = model(more, cache)
-        for i, row in enumerate(rows):
-            want = model(torch.cat([row, more[i]])[None])[0, -5:]
-            torch.testing.assert_close(got[i], want, atol=1e-4, rtol=0)
 
 
 def test_text_beyond_the_context_is_refused() -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from jinja2 import TemplateError
+
 from model import format_prompt
-from model.net.prompt import INSTRUCTION, encode, encode_examples, encode_prompts, heading_lengths
+from model.data.schemas import normalize_row
+from model.net.prompt import CHAT_TEMPLATE, INSTRUCTION, encode, encode_examples, encode_prompts, heading_lengths
 
 PROMPTS = ["Write a function that adds 1 to a price.", "Explain\nthis", "  leading and trailing  ", "p"]
 COMPLETIONS = ["def add_1(price):\n    return price + 1", " a space first", "x", "\n\nblank lines first"]
@@ -82,3 +86,31 @@ def test_length_of_the_heading(tokenizer: Any) -> None:
     for length, row in zip(heading_lengths(tokenizer, ids), ids, strict=True):
         assert INSTRUCTION.startswith(tokenizer.decode(row[:length]))
         assert heading - 1 <= length <= heading
+
+
+@pytest.mark.parametrize("system", [None, "You answer in Python.", "  ", "ends with a line break\n"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_chat_template_renders_messages_as_rows_are(tokenizer: Any, prompt: str, system: str | None) -> None:
+    """A conversation is trained on as a row; the template gives the same text, and the same prompt."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    answer = {"role": "assistant", "content": COMPLETIONS[3]}
+    row = normalize_row({"messages": [*messages, answer]})
+    render = {"chat_template": CHAT_TEMPLATE, "tokenize": False}
+    whole = tokenizer.apply_chat_template([*messages, answer], **render)
+    assert whole == format_prompt(row) + tokenizer.eos_token
+    start = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **render)
+    assert start == format_prompt({"prompt": row["prompt"]})
+    assert whole.startswith(start)
+
+
+def test_the_chat_template_knows_three_roles(tokenizer: Any) -> None:
+    """A tool's answer would be rendered in a form that was not trained; a second question is."""
+    render = {"chat_template": CHAT_TEMPLATE, "tokenize": False}
+    with pytest.raises(TemplateError, match="the role tool is none of system, user and assistant"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "1"}], **render)
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert tokenizer.apply_chat_template(messages, **render) == (
+        "### Instruction:\na\n\n### Response:\nb<|endoftext|>### Instruction:\nc"
+    )

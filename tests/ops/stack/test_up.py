@@ -179,7 +179,7 @@ def test_a_run_completes_and_both_sides_have_it(up: MadeUp) -> None:
     assert (artifacts / "config.json").is_file()
     base = up.home.parent.parent
     assert {path.name for path in base.iterdir() if path.is_dir()} == {"elsewhere", up.home.parent.name}
-    computing = found.data.metrics["time/train_seconds"] + found.data.metrics["time/evaluate_seconds"]
+    computing = found.data.metrics["wall_seconds/train"] + found.data.metrics["wall_seconds/evaluate"]
     facts = up.api(f"/flow_runs/{run}")
     submitted, started, ended = (
         datetime.fromisoformat(facts[moment]) for moment in ("expected_start_time", "start_time", "end_time")

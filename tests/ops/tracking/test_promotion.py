@@ -27,7 +27,7 @@ def _records(gain: float, rows: int = 200) -> list[dict[str, float]]:
     new = base - gain - generator.normal(0, 0.05, rows)
     tokens = generator.integers(5, 90, rows)
     return [
-        {"base_loss": before, "loss": after, "tokens": number}
+        {"base_loss": before * number, "loss": after * number, "tokens": number}
         for before, after, number in zip(base, new, tokens, strict=True)
     ]
 
@@ -73,7 +73,7 @@ def test_it_is_compared_with_the_rival() -> None:
     """Far better than what it started from is not enough where the champion is better still."""
     records = _records(0.5)
     assert _judge(records).promoted
-    assert not _judge(records, rival=[record["loss"] - 0.1 for record in records]).promoted
+    assert not _judge(records, rival=[record["loss"] - 0.1 * record["tokens"] for record in records]).promoted
 
 
 def test_few_rows_tell_nothing() -> None:
@@ -82,7 +82,7 @@ def test_few_rows_tell_nothing() -> None:
     assert _judge(records).promoted
     verdict = _judge(records[1:])
     assert not verdict.promoted
-    assert f"{MIN_ROWS - 1} of test were scored, {MIN_ROWS} are needed; raise eval_rows" in verdict.reason
+    assert f"{MIN_ROWS - 1} of test were scored, {MIN_ROWS} are needed; raise score_rows" in verdict.reason
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

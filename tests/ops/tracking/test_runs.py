@@ -80,3 +80,23 @@ def test_two_models_are_two_versions(settings: Settings) -> None:
     for version, content in zip(versions, ("one", "two"), strict=True):
         local = mlflow.artifacts.download_artifacts(f"models:/gpt2-code-test/{version.version}/weights")
         assert Path(local).read_text() == content
+
+
+@pytest.mark.parametrize("truncate", ["true", "false"])
+def test_a_parameter_that_is_too_long_for_mlflow(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, truncate: str
+) -> None:
+    """mlflow#6183: it is neither cut in silence nor refused; it ends with the artifact that has all of it."""
+    import mlflow.artifacts
+
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", truncate)
+    longest, longer = "a" * 6000, "b" * 6000 + "end"
+    with tracked_run(settings, "a run", {"weights_dir": longest, "dataset": longer, "epochs": 1}, {}) as run:
+        pass
+    params = client(settings.tracking_uri).get_run(run.run_id).data.params
+    assert params["weights_dir"] == longest
+    assert params["epochs"] == "1"
+    assert len(params["dataset"]) == 6000
+    assert params["dataset"].endswith("bb... (6,003 characters: the artifact params/dataset.txt has all of them)")
+    artifact = f"runs:/{run.run_id}/params/dataset.txt"
+    assert mlflow.artifacts.load_text(artifact) == longer

@@ -27,6 +27,8 @@ def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.Monk
         ([], r"no version of gpt2-code-\* is registered at sqlite:"),
         (["--model", "gpt2-code-355m"], "no version of gpt2-code-355m is registered"),
         (["--top-p", "1.5"], "top_p 1.5 is not in"),
+        (["--repetition-penalty", "0"], "repetition_penalty 0.0 is not a number above 0"),
+        (["--repetition-penalty", "nan"], "repetition_penalty nan is not a number above 0"),
         (["--temperature", "-1"], "temperature -1.0 is negative"),
         (["--temperature", "inf"], "temperature inf is more than"),
         (["--temperature", "1e300"], "temperature 1e\\+300 is more than"),

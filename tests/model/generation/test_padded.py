@@ -1,0 +1,85 @@
+"""Generation in PyTorch alone: packed weights, passes over prompts, slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import GPTConfig, GPTModel, generate
+from model.generation import padded as by_torch
+from model.generation.padded import _fitting, _parts, packed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(gpt2_dir: Path) -> GPTModel:
+    return GPTModel.from_pretrained(gpt2_dir).eval()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+@torch.no_grad()
+def test_packed_weights_are_the_models(model: GPTModel, dtype: torch.dtype, tolerance: float) -> None:
+    """Within the dtype's error; the model itself is left as it is."""
+    before = list(map(id, model.modules()))
+    ids = torch.arange(1, 41).view(2, 20)
+    copy = packed(model, dtype)
+    assert copy is not model
+    assert copy.wte.weight is model.wte.weight
+    want = model(ids)
+    assert (copy(ids).float() - want).norm() < tolerance * want.norm()
+    assert list(map(id, model.modules())) == before
+
+
+@torch.no_grad()
+def test_an_adapter_is_not_passed_over() -> None:
+    """A layer of a type of its own is called, wherever it stands."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = GPTModel(GPTConfig(50, 16, 32, 2, 2)).eval()
+    model.h[0].mlp.c_fc = Doubled(32, 128)
+    model.h[1].attn.c_attn = Doubled(32, 96)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(packed(model, torch.float32)(ids), model(ids), atol=1e-5, rtol=0)
+
+
+def test_weights_are_read_anew_in_each_call(model: GPTModel) -> None:
+    """A copy of an earlier call would give the texts of a model that has trained since."""
+    prompts = [list(range(1, 41))] * 10
+    before = generate(model, prompts, 10, temperature=0)
+    weight = model.h[2].mlp.c_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.normal_(std=2.0)
+    changed = generate(model, prompts, 10, temperature=0)
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert changed != before == generate(model, prompts, 10, temperature=0)
+
+
+def test_prompts_in_many_passes_are_those_in_one(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(range(1, n)) for n in (5, 60, 33, 90, 2, 20)]
+    want = generate(model, prompts, 10, temperature=0)
+    monkeypatch.setattr(by_torch, "_PASS_TOKENS", 50)
+    assert generate(model, prompts, 10, temperature=0) == want
+
+
+def test_rows_are_cut_into_passes() -> None:
+    """A pass has at most 4,096 tokens with its padding, or one row."""
+    lengths = [2000, 2000, 100, 5000, 1]
+    assert [lengths[part] for part in _parts(lengths)] == [[2000, 2000], [100], [5000], [1]]
+
+
+def test_slots_follow_from_rows_and_memory() -> None:
+    """At most 64 on a CPU; fewer where long rows would take more than 2 GiB; one is always tried."""
+    config = GPTConfig.preset("124m")
+    assert _fitting(config, 100, 5, CPU, torch.float32) == 5
+    assert _fitting(config, 100, 500, CPU, torch.float32) == 64
+    assert _fitting(config, 1024, 500, CPU, torch.float32) == 2**31 // (1024 * 2 * 12 * 768 * 4) == 28
+    assert _fitting(config, 10**6, 500, CPU, torch.float32) == 1
