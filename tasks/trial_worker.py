@@ -191,8 +191,8 @@ class TrialWorker:
             found = {
                 "best/eval_loss": outcome.best_eval_loss,
                 "best/step": outcome.best_step,
-                "base/eval_loss": outcome.base_eval_loss,
-                "base/perplexity": None if outcome.base_eval_loss is None else perplexity(outcome.base_eval_loss),
+                "untuned/eval_loss": outcome.base_eval_loss,
+                "untuned/perplexity": None if outcome.base_eval_loss is None else perplexity(outcome.base_eval_loss),
             }
             log_once(ref, {name: value for name, value in found.items() if value is not None})
             set_tags(ref, {OUTCOME_TAG: outcome.describe()})

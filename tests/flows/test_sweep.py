@@ -71,7 +71,7 @@ def test_each_trial_is_a_run_beneath_the_sweep(swept: Any, finished: Any, tiny: 
         assert run.data.tags["sweep.outcome"] == "finished"
         assert run.data.tags["prefect.flow_run_id"] != alone.data.tags["prefect.flow_run_id"]
         of_training = {name for name in alone.data.metrics if name.startswith(("train/", "eval/"))}
-        of_training |= {"best/eval_loss", "best/step", "base/eval_loss", "base/perplexity"}
+        of_training |= {"best/eval_loss", "best/step", "untuned/eval_loss", "untuned/perplexity"}
         assert set(run.data.metrics) == of_training
         assert run.data.tags["data_sha256"] == alone.data.tags["data_sha256"]
 
