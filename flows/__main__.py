@@ -12,9 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows.commands import UsageError, read_parameters
+from flows.commands import UsageError, read_flow, read_parameters
 from flows.job import refused_values, unknown_parameters
 from flows.local import embed, end_in_order, start
+from flows.trials import SweepJob, job_kind, refused_grid
 from model.yaml_text import parse_yaml
 from ops.settings import Settings
 from ops.text import escape_output, storable, unreadable_argument
@@ -32,10 +33,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         if reason := unreadable_argument(argument):
             raise UsageError(f"{storable(argument)} {reason}")
-    named = [argument for argument in arguments if "=" not in argument]
-    if len(named) > 1:
-        raise UsageError(f"one deployment at a time, not {_brief(', '.join(named))}; parameters are name=value")
-    parameters = read_parameters(named[0] if named else "tiny")
+    parameters = read_parameters(_deployment(arguments))
     changes: dict[str, Any] = {}
     for argument in arguments:
         name, separator, value = argument.partition("=")
@@ -50,20 +48,30 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     return parameters | changes
 
 
+def _deployment(arguments: Sequence[str]) -> str:
+    """The deployment that a command line names."""
+    named = [argument for argument in arguments if "=" not in argument]
+    if len(named) > 1:
+        raise UsageError(f"one deployment at a time, not {_brief(', '.join(named))}; parameters are name=value")
+    return named[0] if named else "tiny"
+
+
 def _brief(typed: str) -> str:
     """What was typed, for a message: on one line, and cut where it is long."""
     line = " ".join(typed.split())
     return line if len(line) < 100 else f"{line[:100]}..."
 
 
-def complaint(parameters: Mapping[str, Any]) -> str | None:
-    """What is wrong with the flow's parameters, by name; None if nothing is."""
-    if unknown := unknown_parameters(parameters):
+def complaint(parameters: Mapping[str, Any], flow: str = "finetune") -> str | None:
+    """What is wrong with a flow's parameters, by name; None if nothing is."""
+    kind = job_kind(flow)
+    if unknown := unknown_parameters(parameters, kind):
         return f"no parameter is called {_brief(', '.join(unknown))}: README.md lists them"
     for name, value in parameters.items():
         if isinstance(value, str) and storable(value) != value:
             return f"{name} has a character that is no text: {_brief(storable(value))}"
-    return "; ".join(refused_values(parameters)) or None
+    refused = "; ".join(refused_values(parameters, kind))
+    return refused or (refused_grid(parameters) if kind is SweepJob else None)
 
 
 def _start() -> None:
@@ -91,17 +99,21 @@ def main(arguments: list[str]) -> int:
         return 0
     try:
         parameters = parse(arguments)
-        if wrong := complaint(parameters):
+        flow = read_flow(_deployment(arguments))
+        if wrong := complaint(parameters, flow):
             raise UsageError(wrong)
         _start()
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
 
-    from flows.finetune import finetune
+    if flow == "sweep":
+        from flows.sweep import sweep as function
+    else:
+        from flows.finetune import finetune as function
 
     started = time.perf_counter()
-    state: State[Any] = finetune(**parameters, return_state=True)  # type: ignore[assignment]
+    state: State[Any] = function(**parameters, return_state=True)  # type: ignore[assignment]
     seconds = {"start": started - begun, "prefect": time.perf_counter() - started}
     if state.is_failed():  # the log has the traceback
         print(f"{state.name}: {state.message}", file=sys.stderr)
@@ -116,12 +128,15 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
     Args:
         seconds: until the flow began, and from there to its end.
     """
-    from flows.summary import before_and_after, time_table
+    from flows.summary import before_and_after, time_table, trial_table
+    from flows.sweep import SweepResult
 
     result = state.result()
     if result is None:  # a night without work
         print(f"{state.name}: {state.message}")
         return
+    if isinstance(result, SweepResult):
+        print(trial_table(result.trials))
     print(before_and_after(result.metrics, result.differences, result.samples))
     seconds["prefect"] -= sum(result.seconds.values())
     print(time_table(seconds | result.seconds))

@@ -28,6 +28,7 @@ class _Deployment(BaseModel):
 
     name: str
     parameters: dict[str, Any]
+    entrypoint: str = "flows.finetune.finetune"
 
 
 class _Deployments(BaseModel):
@@ -40,36 +41,53 @@ def read_parameters(deployment: str) -> dict[str, Any]:
     """The parameters of a deployment in prefect.yaml.
 
     Raises:
+        UsageError: as read_flow.
+    """
+    return dict(_read(deployment).parameters)
+
+
+def read_flow(deployment: str) -> str:
+    """The name of the flow that a deployment in prefect.yaml runs.
+
+    Raises:
         UsageError: there is no deployment of that name, or the file is damaged.
     """
+    return _read(deployment).entrypoint.rpartition(".")[2]
+
+
+def _read(deployment: str) -> _Deployment:
     try:
         read = parse_yaml(read_bytes(DEPLOYMENTS).decode())
         found = check_record(read, _Deployments, "its content").deployments
-        parameters = {each.name: each.parameters for each in found}
-        if len(parameters) < len(found):
+        by_name = {each.name: each for each in found}
+        if len(by_name) < len(found):
             raise ValueError("two deployments have the same name")
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise UsageError(f"{os.path.realpath(DEPLOYMENTS)} is damaged, restore it: {reason}") from error
-    if deployment not in parameters:
-        raise UsageError(f"prefect.yaml has no deployment {shown(deployment)}, only {', '.join(parameters)}")
-    return dict(parameters[deployment])
+    if deployment not in by_name:
+        raise UsageError(f"prefect.yaml has no deployment {shown(deployment)}, only {', '.join(by_name)}")
+    return by_name[deployment]
 
 
-def repeat_command(deployment: str | None, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def repeat_command(
+    deployment: str | None, values: Mapping[str, Any], defaults: Mapping[str, Any], flow: str = "finetune"
+) -> str:
     """The command that starts a run with the same parameters again.
 
     Args:
         deployment: that the run is of; None for a run without servers.
         values: all parameters of the run.
         defaults: the flow's own.
+        flow: its name.
     """
+    unnamed = {"sweep": ["sweep-tiny"]}.get(flow, [])  # what stands for a run of this flow without servers
     try:
-        known = {**defaults, **read_parameters(deployment or "tiny")}
+        known = {**defaults, **read_parameters(deployment or (unnamed or ["tiny"])[0])}
     except UsageError:  # a deployment that somebody made by hand
         known = dict(defaults)
     changes = [f"{name}={json.dumps(value)}" for name, value in values.items() if value != known[name]]
     if deployment:
         options = [word for change in changes for word in ("-p", change)]
-        return shlex.join(["prefect", "deployment", "run", f"finetune/{deployment}", *options])
-    return shlex.join(["python", "-m", "flows", *changes])
+        return shlex.join(["prefect", "deployment", "run", f"{flow}/{deployment}", *options])
+    return shlex.join(["python", "-m", "flows", *unnamed, *changes])

@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from prefect.runtime import deployment
+from prefect.runtime import deployment, flow_run
 from prefect.states import Failed
 
 from flows.commands import repeat_command
 from flows.full_disk import naming_the_disk
-from flows.job import Job, defaults
+from flows.job import defaults
+from flows.trials import job_kind
 from ops.redaction import redacted_errors
 from ops.settings import Settings
 from ops.text import storable_errors
@@ -34,7 +35,9 @@ def with_ending(function: Callable[..., Any]) -> Callable[..., Any]:
             with storable_errors(), redacted_errors(), naming_the_disk(Settings.load().data_root):
                 return function(**parameters)
         except NotLoggedError as error:
-            command = repeat_command(deployment.name, Job.from_parameters(parameters).flat(), defaults())
+            flow = str(flow_run.flow_name)
+            kind = job_kind(flow)
+            command = repeat_command(deployment.name, kind.from_parameters(parameters).flat(), defaults(kind), flow)
             message = f"{error}. This command logs it, without training again: {command}"
             return Failed(name=NOT_LOGGED, message=message, data=NotLoggedError(message))
 

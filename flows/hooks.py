@@ -17,11 +17,12 @@ from prefect.runtime import deployment
 from prefect.states import Failed
 
 from flows.job import unknown_parameters
+from flows.trials import job_kind
 from ops.notify import notify
-from ops.recovery.reaper import REASON_TAG, close_run, complete_flow_run, has_finished, is_retried, runs_of
+from ops.recovery.reaper import close_run, complete_flow_run, has_finished, is_retried, runs_of
 from ops.settings import Settings
 from ops.threads import in_daemon_thread
-from ops.tracking.runs import RunRef
+from ops.tracking.runs import REASON_TAG, RunRef
 
 _MLFLOW_SECONDS = 10.0  # after that the reaper closes the run
 _MESSAGE = 500  # characters
@@ -34,16 +35,16 @@ def after_failure(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) ->
 
 def after_crash(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A signal, or a process that died: KILLED, and a notice; unless all was done. A wrong parameter is named."""
-    state = _explain_parameters(flow_run) or state
+    state = _explain_parameters(flow, flow_run) or state
     _end(flow, flow_run, state, "KILLED", "crashed")
 
 
-def _explain_parameters(flow_run: FlowRun) -> State[Any] | None:
+def _explain_parameters(flow: Flow[Any, Any], flow_run: FlowRun) -> State[Any] | None:
     """Set the state of a run with an unknown parameter to Failed, by name: Prefect says "exit code 1" only.
 
     Its server lets unknown parameters pass, and its engine fails with them before the flow begins.
     """
-    unknown = unknown_parameters(flow_run.parameters)
+    unknown = unknown_parameters(flow_run.parameters, job_kind(flow.name))
     if not unknown:
         return None
     state: State[Any] = Failed(message=f"no parameter is called {', '.join(unknown)}: README.md lists them")

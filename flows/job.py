@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
@@ -74,12 +73,26 @@ class Job:
             TypeError: there is no parameter of that name.
             ValueError: they contradict each other, or this machine.
         """
-        if unknown := unknown_parameters(values):
+        if unknown := unknown_parameters(values, cls):
             raise TypeError(f"there is no parameter {', '.join(unknown)}")
-        groups: dict[str, Any] = {name: group.take(values) for name, group in _groups().items()}
+        groups: dict[str, Any] = {name: group.take(values) for name, group in cls.groups().items()}
         job = cls(**groups)
         job.check()
         return job
+
+    @classmethod
+    def groups(cls) -> dict[str, type[Parameters]]:
+        """The groups of parameters, by the name of their field."""
+        return get_type_hints(cls)
+
+    @property
+    def title(self) -> str:
+        """Begins the name of the MLflow run."""
+        return self.sources.model_size
+
+    def logged(self) -> dict[str, Any]:
+        """What the MLflow run logs when it begins."""
+        return self.flat()
 
     def check(self) -> None:
         """Refuse what can be refused before anything is fetched.
@@ -88,10 +101,10 @@ class Job:
             ValueError: the message names the parameter.
         """
         from model.evaluation.humaneval import check  # imports torch, which takes seconds
-        from model.net.device import resolve_device
+        from model.net.device import resolve_device, resolve_precision
 
         check(self.sampling)
-        resolve_device(self.hardware.device)
+        resolve_precision(self.train.precision, resolve_device(self.hardware.device))
         if self.night.subset and self.prepare.subset_start:
             raise ValueError(
                 f"subset_start {self.prepare.subset_start} selects rows by position, and subset={self.night.subset} "
@@ -105,34 +118,29 @@ class Job:
         return {parameter.name: getattr(group, parameter.name) for group in groups for parameter in group.declared()}
 
 
-def _groups() -> dict[str, type[Parameters]]:
-    return get_type_hints(Job)
-
-
-@cache
-def all_parameters() -> tuple[Parameter, ...]:
-    """All parameters of the flow, group by group; one that several groups have stands once."""
+def all_parameters(kind: type[Job] = Job) -> tuple[Parameter, ...]:
+    """All parameters of a flow, group by group; one that several groups have stands once."""
     found: dict[str, Parameter] = {}
-    for group in _groups().values():
+    for group in kind.groups().values():
         for parameter in group.declared():
             if found.setdefault(parameter.name, parameter) != parameter:
                 raise TypeError(f"{group.__name__} declares {parameter.name} unlike another group")
     # A parameter that several groups share (the seed) comes last.
-    names = Counter(parameter.name for group in _groups().values() for parameter in group.declared())
+    names = Counter(parameter.name for group in kind.groups().values() for parameter in group.declared())
     return tuple(sorted(found.values(), key=lambda parameter: names[parameter.name] > 1))
 
 
-def unknown_parameters(values: Mapping[str, Any]) -> list[str]:
+def unknown_parameters(values: Mapping[str, Any], kind: type[Job] = Job) -> list[str]:
     """The names that no parameter has, sorted."""
-    return sorted(values.keys() - {parameter.name for parameter in all_parameters()})
+    return sorted(values.keys() - {parameter.name for parameter in all_parameters(kind)})
 
 
-def refused_values(values: Mapping[str, Any]) -> list[str]:
+def refused_values(values: Mapping[str, Any], kind: type[Job] = Job) -> list[str]:
     """For each parameter whose value does not fit its type and bounds: ``name: reason``.
 
     Prefect checks the same when the flow begins; here nothing has to be imported or started for it.
     """
-    declared = {each.name: (each.annotation, each.default) for each in all_parameters()}
+    declared = {each.name: (each.annotation, each.default) for each in all_parameters(kind)}
     try:
         create_model("parameters", **declared).model_validate(dict(values))  # type: ignore[call-overload]
     except ValidationError as error:
@@ -140,22 +148,22 @@ def refused_values(values: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def defaults() -> dict[str, Any]:
+def defaults(kind: type[Job] = Job) -> dict[str, Any]:
     """The default of each parameter, by name."""
-    return {parameter.name: parameter.default for parameter in all_parameters()}
+    return {parameter.name: parameter.default for parameter in all_parameters(kind)}
 
 
-def with_parameters(function: F) -> F:
-    """Give a function of ``**parameters`` the job's parameters as its signature and its docstring.
+def with_parameters(function: F, kind: type[Job] = Job) -> F:
+    """Give a function of ``**parameters`` a job's parameters as its signature and its docstring.
 
     Prefect reads both: the signature for checks, the docstring for the descriptions on its server.
     """
     declared = [
         inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.annotation)
-        for each in all_parameters()
+        for each in all_parameters(kind)
     ]
     function.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
-    meanings = "".join(f"    {each.name}: {each.meaning}\n" for each in all_parameters())
+    meanings = "".join(f"    {each.name}: {each.meaning}\n" for each in all_parameters(kind))
     function.__doc__ = f"{function.__doc__}\n\nArgs:\n{meanings}"
     return function
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from model.net.device import resolve_device, resolve_precision
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_params
 from ops.tracking.stopwatch import end_step
-from tasks.references import TrainingRef
+from tasks.references import SweepRef, TrainingRef
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,29 @@ def announce(run: RunRef, settings: Settings, training: TrainingRef, device: str
     print(plan.text)
     check_disk(settings.data_root, plan.disk_bytes)
     end_step("plan")
+
+
+def announce_sweep(run: RunRef, settings: Settings, sweep: SweepRef, device: str) -> SweepRef:
+    """Print what a sweep is going to do, and refuse what would end in a full disk.
+
+    Returns:
+        The sweep, with what follows from the parameters of each trial among them.
+
+    Raises:
+        OSError: as check_disk.
+    """
+    plans = [describe_plan(trial.training, device) for trial in sweep.trials]
+    print(f"sweep      {len(sweep.trials)} trials: {'; '.join(trial.name for trial in sweep.trials)}")
+    for text in dict.fromkeys(plan.text for plan in plans):
+        print(text)
+    # Besides the trial that trains, the best one so far keeps its checkpoints.
+    check_disk(settings.data_root, 2 * max(plan.disk_bytes for plan in plans))
+    end_step("plan")
+    trials = tuple(
+        replace(trial, params={**trial.params, **plan.params})
+        for trial, plan in zip(sweep.trials, plans, strict=True)
+    )
+    return replace(sweep, trials=trials, planned=tuple(plans[0].params))
 
 
 def describe_plan(training: TrainingRef, device: str) -> Plan:

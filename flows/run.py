@@ -27,7 +27,7 @@ from ops.servers import gpu_count
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics, tracked_run
 from ops.tracking.stopwatch import Stopwatch, start_stopwatch
-from tasks.references import CheckpointRef, Sources, TrainingRef
+from tasks.references import CheckpointRef, Sources, SweepRef, TrainingRef
 
 
 @dataclass
@@ -58,12 +58,20 @@ class Run:
         """Hold a training until everything of this run is over: another run of it would overwrite its checkpoints."""
         self.held.enter_context(hold_training(self.settings, training.identity))
 
+    def hold_sweep(self, sweep: SweepRef) -> None:
+        """Hold a sweep until everything of this run is over: another run of it would train the same trials."""
+        self.held.enter_context(hold_training(self.settings, f"sweep {sweep.identity}"))
+
     def remove_when_closed(self, checkpoint: CheckpointRef) -> None:
         """Delete a training once this run's MLflow run is closed: MLflow has all of it then.
 
         A later run of equal settings trains afresh. After a failure the training stays, to go on from.
         """
         self.finished.append(Path(checkpoint.directory))
+
+    def remove_sweep_when_closed(self, sweep: SweepRef) -> None:
+        """The same for a sweep: a later run of equal settings trains all trials afresh."""
+        self.finished.append(Path(sweep.directory))
 
 
 @contextmanager
@@ -93,7 +101,8 @@ def open_run(job: Job) -> Iterator[Run]:
             run.sources, run.prepare = night.sources, night.prepare
         name = str(flow_run.name)
         size = job.sources.model_size
-        with tracked_run(settings, f"{size} {name}", job.flat(), _tags(job), defaults()) as run.mlflow:
+        title = f"{job.title} {name}"
+        with tracked_run(settings, title, job.logged(), _tags(job), defaults(type(job))) as run.mlflow:
             url = run.mlflow.url
             log.info("MLflow run %s", url or f"{run.mlflow.run_id} in {run.mlflow.tracking_uri}")
             if url:
@@ -139,5 +148,5 @@ def _tags(job: Job) -> dict[str, str]:
         tags["prefect.flow_run_url"] = flow_run.ui_url
         tags["mlflow.note.content"] = f"Prefect: [{flow_run.name}]({flow_run.ui_url})"
     if deployment.name:
-        tags |= {"mlflow.source.name": f"finetune/{deployment.name}", "mlflow.source.type": "JOB"}
+        tags |= {"mlflow.source.name": f"{flow_run.flow_name}/{deployment.name}", "mlflow.source.type": "JOB"}
     return tags

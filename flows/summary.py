@@ -7,6 +7,8 @@ from typing import Any
 
 from model.evaluation.comparison import Difference
 from model.evaluation.tables import score_table
+from tasks.references import TrialResult
+from tasks.trial_records import ranked
 
 _SHOWN_LINES = 8  # of a completion
 
@@ -28,6 +30,17 @@ def before_and_after(
         lines += ["", sample["prompt"]]
         for title in ("base", "tuned"):
             lines += [f"  {title}:", *(f"    {line}" for line in sample[title].splitlines()[:_SHOWN_LINES])]
+    return "\n".join(lines) + "\n"
+
+
+def trial_table(results: Sequence[TrialResult]) -> str:
+    """The trials of a sweep, best first, as a table."""
+    width = max(len("trial"), *(len(each.trial.name) for each in results))
+    lines = [f"{'trial':<{width}}{'validation loss':>18}{'at step':>10}  outcome"]
+    for each in ranked(results):
+        found = each.outcome
+        loss = "none" if found.best_eval_loss is None else f"{found.best_eval_loss:.4f}"
+        lines.append(f"{each.trial.name:<{width}}{loss:>18}{found.best_step:>10}  {found.describe()}")
     return "\n".join(lines) + "\n"
 
 

@@ -49,6 +49,11 @@ def hold_device(settings: Settings, device: str) -> Iterator[str]:
         yield str(places[held.what])
 
 
+def other_devices(device: str, held: str) -> dict[str, str]:
+    """The devices that satisfy ``device`` besides the one that is held, by the names of their locks."""
+    return {device_key(place): str(place) for place in device_choices(device) if str(place) != held}
+
+
 @contextmanager
 def hold_training(settings: Settings, identity: str) -> Iterator[None]:
     """Hold a training: two runs of one training would overwrite each other's checkpoints."""

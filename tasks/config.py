@@ -1,13 +1,14 @@
-"""Where rows and weights come from."""
+"""Where rows and weights come from, and what a trial of a sweep is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from model.net.config import PRESETS, normalize_size
+from model.engine.config import TrainConfig
+from model.net.config import PRESETS, FreezeConfig, normalize_size
 from model.parameters import Parameters
 from ops.hub import DEFAULT_DATASET
 
@@ -20,6 +21,24 @@ Size = Annotated[
     AfterValidator(normalize_size),
     Field(json_schema_extra={"pattern": f"^({'|'.join([*PRESETS, *(name.upper() for name in PRESETS)])})$"}),
 ]
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """A trial of a sweep as its parameters say.
+
+    Attributes:
+        name: what differs from the other trials, such as "lr 0.0003".
+        changes: the values that the grid gives it, by parameter.
+        params: all parameters of a run of this training alone.
+        freeze, train: what trains, and how.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    params: dict[str, Any]
+    freeze: FreezeConfig
+    train: TrainConfig
 
 
 _Given = Annotated[str, Field(min_length=1)]  # an empty text is a mistake, not "none"

@@ -20,19 +20,27 @@ from ops.courier import Courier
 _LOG_SECONDS = 10.0
 
 
-class Progress:
-    """Log lines and Prefect's progress bar, one at most every ten seconds; the training never waits for Prefect."""
+class ProgressLines:
+    """Log lines of one training, or of several in turn, one at most every ten seconds."""
 
     def __init__(self, log: Any):
         self.log = log
         self.last_line = -math.inf
-        self.artifact: UUID | None = None
-        self.flow_run = UUID(str(flow_run.id)) if flow_run.id else None
-        self.told = ""
-        trouble = "Prefect's progress bar was not updated"
-        self.courier = Courier(self._draw, "progress-artifact", trouble, log)
+        self.title, self.part, self.parts = "", 0, 1
+
+    def begin_part(self, title: str, part: int, parts: int) -> None:
+        """Show one of several trainings from now on.
+
+        Args:
+            title: begins its lines.
+            part: its number, from 0.
+            parts: number of all trainings.
+        """
+        self.title, self.part, self.parts = f"{title}: ", part, parts
+        self.last_line = -math.inf
 
     def show(self, report: StepReport) -> None:
+        """Show a step, unless the last line is too young; validations are always shown."""
         now = time.monotonic()
         if report.eval_loss is None and now - self.last_line < _LOG_SECONDS:
             return
@@ -43,9 +51,28 @@ class Progress:
             parts += [f"{report.eta_seconds:.0f} s to go"]
         if report.eval_loss is not None:
             parts.append(f"validation loss {report.eval_loss:.4f}")
-        line = ", ".join(parts)
+        line = self.title + ", ".join(parts)
         self.log.info(line)
-        self.courier.offer((100 * report.step / max(1, report.total_steps), line))
+        done = self.part + report.step / max(1, report.total_steps)
+        self.on_line(100 * done / self.parts, line)
+
+    def on_line(self, percent: float, line: str) -> None:
+        """Called with each line that was logged."""
+
+
+class Progress(ProgressLines):
+    """The same, and Prefect's progress bar; the training never waits for Prefect."""
+
+    def __init__(self, log: Any):
+        super().__init__(log)
+        self.artifact: UUID | None = None
+        self.flow_run = UUID(str(flow_run.id)) if flow_run.id else None
+        self.told = ""
+        trouble = "Prefect's progress bar was not updated"
+        self.courier = Courier(self._draw, "progress-artifact", trouble, log)
+
+    def on_line(self, percent: float, line: str) -> None:
+        self.courier.offer((percent, line))
 
     def _draw(self, value: tuple[float, str]) -> None:
         """Write percentage and line into the artifact. One try: Prefect's client would repeat it for a minute."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from model.engine.checkpoint import checkpoint_path
 from model.engine.config import TrainConfig
+from model.engine.trainer import JOURNAL_FILE
 from model.evaluation.comparison import Difference
 from model.files import sha256_file
 from model.net.freezing import FreezePlan
+from ops.tracking.runs import RunRef
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,109 @@ class CheckpointRef:
     resumed_from: int
     micro_batch_tokens: int
     journal: str
+
+
+@dataclass(frozen=True)
+class TrialRef:
+    """A trial of a sweep that is about to begin.
+
+    Attributes:
+        name: what differs from the other trials, such as "lr 0.0003".
+        changes: the values that the grid gives it, by parameter.
+        params: all parameters, as a run of this training alone would log them.
+        training: it lies in the sweep's directory, not where the same training alone would lie.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    params: dict[str, Any]
+    training: TrainingRef
+
+
+@dataclass(frozen=True)
+class SweepRef:
+    """A sweep that is about to begin.
+
+    Attributes:
+        identity: sha256 over the identities of its trainings; a sweep of the same identity goes on with this one.
+        directory: of its trials.
+        trials: in the order in which they are trained.
+        end_early: whether the median rule ends trials.
+        planned: names of the parameters that follow from a trial's, such as the number of its steps.
+    """
+
+    identity: str
+    directory: str
+    trials: tuple[TrialRef, ...]
+    end_early: bool
+    planned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """How a trial ended, as it is recorded beside its checkpoints.
+
+    Attributes:
+        outcome: "finished", "ended early" (by the median rule), or "failed" (it diverged, or memory did not hold it).
+        reason: why it was not trained to its end; empty if it was.
+        attempt: at the sweep in which it ended, by the id of the sweep's MLflow run.
+        steps: optimizer steps done.
+        best_step: step of the lowest validation loss.
+        best_eval_loss, base_eval_loss: lowest validation loss, and that of the base, in nats per response token; None
+            where there was no validation.
+        resumed_from: step at which the last attempt resumed it; 0 for none.
+        micro_batch_tokens: tokens that one pass of it took in the end.
+    """
+
+    outcome: Literal["finished", "ended early", "failed"]
+    reason: str
+    attempt: str
+    steps: int
+    best_step: int
+    best_eval_loss: float | None
+    base_eval_loss: float | None
+    resumed_from: int = 0
+    micro_batch_tokens: int = 0
+
+    def fits(self, status: str) -> bool:
+        """Whether it is known to an MLflow run of this status: then nothing is left to be logged."""
+        return status == ("FAILED" if self.outcome == "failed" else "FINISHED")
+
+    def describe(self) -> str:
+        """The outcome with its reason, on one line."""
+        return f"{self.outcome}: {self.reason}" if self.reason else self.outcome
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A trial that has ended, and its MLflow run."""
+
+    trial: TrialRef
+    run: RunRef
+    outcome: TrialOutcome
+
+    @property
+    def directory(self) -> Path:
+        """Of its journal and its checkpoints."""
+        return Path(self.trial.training.directory)
+
+    @property
+    def checkpoint(self) -> CheckpointRef:
+        """The finished training; only the best trial of a sweep keeps its checkpoints."""
+        found, directory = self.outcome, self.directory
+        assert found.best_eval_loss is not None
+        assert found.base_eval_loss is not None
+        return CheckpointRef(
+            directory=str(directory),
+            best=str(checkpoint_path(directory, found.best_step)),
+            best_step=found.best_step,
+            best_eval_loss=found.best_eval_loss,
+            base_eval_loss=found.base_eval_loss,
+            steps=found.steps,
+            resumed_from=found.resumed_from,
+            micro_batch_tokens=found.micro_batch_tokens,
+            journal=str(directory / JOURNAL_FILE),
+        )
 
 
 @dataclass(frozen=True)

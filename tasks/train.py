@@ -19,6 +19,7 @@ from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_json, write_json
 from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
+from model.net.gpt import GPTModel
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _CODE_VERSION = 4  # raise it when equal inputs would train another model
 
 
-def _is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+def is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     """Whether a second try may succeed: a wrong setting, a diverged training or too small a GPU fails again."""
     try:
         state.result(raise_on_failure=True)
@@ -73,7 +74,7 @@ def identify_training(
     tags=["gpu"],
     retries=1,
     retry_delay_seconds=10,
-    retry_condition_fn=_is_worth_a_retry,
+    retry_condition_fn=is_worth_a_retry,
     cache_policy=NO_CACHE,
 )
 @pipeline_step
@@ -89,18 +90,42 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
         RuntimeError: the loaded model trains other parameters than planned.
         NotLoggedError: the training is finished, and MLflow could not take its metrics.
     """
-    log = get_run_logger()
     place = resolve_device(device)
+    network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
+    cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
+    log = get_run_logger()
+    progress = Progress(log)
+    with progress.courier:
+        return train_network(network, run, training, cache, progress.show, log)
+
+
+def train_network(
+    network: GPTModel,
+    run: RunRef,
+    training: TrainingRef,
+    cache: TrunkCacheConfig,
+    on_step: Callable[[StepReport], None],
+    log: Any,
+    should_end: Callable[[], bool] = lambda: False,
+) -> CheckpointRef:
+    """Train a base that is loaded and frozen as planned; its metrics go to an MLflow run.
+
+    Args:
+        log: a logger.
+        should_end: whether to end before the next step for another reason than a signal.
+
+    Raises:
+        TrainingStoppedError: ``should_end`` returned true.
+        NonFiniteError, NotLoggedError: as ``train``.
+    """
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)
-    network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
-    progress = Progress(log)
     shipping = shipper.in_background()
 
-    def on_step(report: StepReport) -> None:
-        progress.show(report)
+    def show_and_ship(report: StepReport) -> None:
+        on_step(report)
         shipping.offer(report.step)
 
     def work(should_stop: Callable[[], bool]) -> TrainResult:
@@ -110,13 +135,13 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
             training.config,
             directory,
             training.identity,
-            on_step=on_step,
+            on_step=show_and_ship,
             warn=log.warning,
-            cache=TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9)),
-            should_stop=should_stop,
+            cache=cache,
+            should_stop=lambda: should_stop() or should_end(),
         )
 
-    with progress.courier, shipping:
+    with shipping:
         result = run_stoppable(work)
     with must_be_logged(run.tracking_uri, directory):
         shipper.finish()

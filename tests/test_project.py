@@ -205,17 +205,19 @@ def _deployments() -> dict[str, dict]:  # type: ignore[type-arg]
 def test_deployments_fit_the_flow() -> None:
     """The names that users type, each with parameters that the flow accepts and a description."""
     from flows.finetune import finetune
+    from flows.sweep import sweep
 
     deployments = _deployments()
-    assert list(deployments) == ["tiny", "124m", "355m", "774m", "1558m", "nightly"]
+    sweeps = ["sweep-tiny", "sweep-124m", "sweep-355m"]
+    assert list(deployments) == ["tiny", "124m", "355m", "774m", "1558m", *sweeps, "nightly"]
     for name, deployment in deployments.items():
-        assert deployment["entrypoint"] == "flows.finetune.finetune"
+        assert deployment["entrypoint"] == ("flows.sweep.sweep" if name in sweeps else "flows.finetune.finetune")
         assert deployment["work_pool"]["name"] == "gpu"
         assert deployment["work_pool"]["job_variables"]["stream_output"] is False
         assert deployment["description"]
-        finetune.validate_parameters(deployment["parameters"])
+        (sweep if name in sweeps else finetune).validate_parameters(deployment["parameters"])
         if name != "nightly":
-            assert deployment["parameters"]["model_size"] == name
+            assert deployment["parameters"]["model_size"] == name.removeprefix("sweep-")
     (schedule,) = deployments["nightly"]["schedules"]
     assert schedule["timezone"] == "UTC"
 

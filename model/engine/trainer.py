@@ -24,6 +24,7 @@ from model.engine.speed import Speed
 from model.engine.state import TrainingState
 from model.engine.stepper import PendingStep, Stepper, build_optimizer, learning_rate_at
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.engine.trunk_sharing import trunk_outputs
 from model.net.device import peak_memory
 
 JOURNAL_FILE = "metrics.jsonl"
@@ -149,9 +150,9 @@ class Trainer:
         validations = 2 + self.total_steps // self.config.eval_freq
         order = epoch_order(len(self.rows), self.config.seed, 0)
         engine, size, cache = self.engine, self.micro_batch_tokens, self.call.cache
-        training = TrunkOutputs(engine, self.rows, order, size, epochs, cache)
+        training = trunk_outputs(engine, self.rows, order, size, epochs, cache)
         order = np.arange(len(self.validation_rows))
-        return training, TrunkOutputs(
+        return training, trunk_outputs(
             engine, self.validation_rows, order, size, validations, cache, reserved_bytes=training.bytes_kept
         )
 

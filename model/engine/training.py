@@ -147,6 +147,8 @@ def _train_in_passes_that_fit(
         tokens_per_pass = fewer
         has_trained = trainer is not None and trainer.state.step > 0
         del engine, trainer
+        if call.cache.shared is not None:
+            call.cache.shared.clear()
         _free_memory(model)
         found = _find_checkpoint(call)
         if has_trained and not found:  # the model is the base no longer, and must not be taken for it

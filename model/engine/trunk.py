@@ -13,7 +13,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
 from model.files import sha256_file, sha256_json
 from model.net.device import uses_tf32
+
+if TYPE_CHECKING:
+    from model.engine.trunk_sharing import SharedTrunks
 
 _CODE_VERSION = 3  # increase it when the same inputs give other outputs
 _VALUES, _CHECKSUMS = "values.bin", "checksums.bin"
@@ -39,10 +42,12 @@ class TrunkCacheConfig:
     Attributes:
         directory: directory of files that later runs use again; None keeps no files.
         max_bytes: limit for the outputs in memory, and for all files together, in bytes; 0 keeps nothing.
+        shared: outputs of earlier trainings in this process, to use again; None makes new ones.
     """
 
     directory: Path | None = None
     max_bytes: int = 32 * 10**9
+    shared: SharedTrunks | None = None
 
 
 class TrunkOutputs:
@@ -124,6 +129,11 @@ class TrunkOutputs:
         if config.directory is None or not reads_faster:
             return None
         return _open_file(config, _key(engine, self.dataset), self.shape, len(self.dataset), engine.dtype)
+
+    def hand_on(self, engine: Engine, dataset: CodeAlpacaDataset) -> None:
+        """Serve another training from now on: its engine has the same trunk, its data set the same rows."""
+        self.engine, self.dataset = engine, dataset
+        self.requested = self.computed = 0
 
     def __call__(self, batch: Pack) -> Tensor:
         """Outputs (N, D) on the device for the tokens of a pack."""

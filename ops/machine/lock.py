@@ -123,6 +123,37 @@ def exclusive_any(
         taken = _take_first(directory, whats)
     waited = taken is None
     what, descriptor = taken or _wait_for_first(directory, whats, log, show)
+    with _holding(what, descriptor, holder, flow_run_id) as held:
+        if waited:
+            log(f"{what} is free: going on")
+            show(None)
+        yield held
+
+
+@contextmanager
+def exclusive_if_free(
+    directory: Path, whats: Sequence[str], holder: str, flow_run_id: str = ""
+) -> Iterator[Held | None]:
+    """Hold the first of several devices that is free, or none; the arguments are those of ``exclusive_any``.
+
+    Yields:
+        None if none is free now.
+
+    Raises:
+        PermissionError: as exclusive_any.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    taken = _take_first(directory, whats)
+    if taken is None:
+        yield None
+        return
+    with _holding(*taken, holder, flow_run_id) as held:
+        yield held
+
+
+@contextmanager
+def _holding(what: str, descriptor: int, holder: str, flow_run_id: str) -> Iterator[Held]:
+    """Write the holder into a lock file that was taken, and close it in the end."""
     try:
         content = {
             "what": what,
@@ -133,9 +164,6 @@ def exclusive_any(
         }
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(content).encode(), 0)
-        if waited:
-            log(f"{what} is free: going on")
-            show(None)
         yield Held(what, descriptor)
     finally:
         # Closed, not unlocked: a child that inherited the descriptor may still be at work and then keeps the lock.

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from ops.machine.process import ProcessIdentity
 from ops.notify import notify
-from ops.tracking.runs import EXPERIMENT, PROCESS_TAG, RunRef, client, search_runs
+from ops.tracking.runs import EXPERIMENT, PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, client, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
 ATTEMPT_TAG = "prefect.run_count"  # a retried Prefect run keeps its id, and each attempt is an MLflow run
-REASON_TAG = "ended_by"  # why hooks or reaper closed the run
 _STATUS = {"COMPLETED": "FINISHED", "FAILED": "FAILED", "CRASHED": "KILLED", "CANCELLED": "KILLED"}
 HOOK_SECONDS = 15.0  # upper bound for the duration of Prefect's hooks on a busy machine
 _CANCEL_SECONDS = 60.0  # twice the time after which Prefect's worker kills a cancelled run
@@ -96,6 +95,8 @@ def stale_runs(
         else:
             continue
         ref = RunRef(tracking_uri, run.info.experiment_id, run.info.run_id)
+        if PARENT_TAG in tags:  # a trial: the sweep's own run speaks for the flow run
+            state, crashed = None, False
         goes_on = state is not None and not retried and not state.is_final()
         name = run.info.run_name or run.info.run_id
         found.append(StaleRun(ref, name, flow_run_id, status, reason, goes_on, crashed))
@@ -119,14 +120,15 @@ def close_run(run: RunRef, status: str, reason: str) -> bool:
 
 
 def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
-    """The MLflow runs of a Prefect run, newest first; a retried Prefect run has several."""
+    """The MLflow runs of a Prefect run: those of its attempts, newest first, then those of a sweep's trials."""
     if _is_absent(tracking_uri):
         return []
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return []
-    return list(mlflow.search_runs([experiment.experiment_id], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'"))
+    found = mlflow.search_runs([experiment.experiment_id], f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}'")
+    return sorted(found, key=lambda run: PARENT_TAG in run.data.tags)
 
 
 def reap(tracking_uri: str, prefect: SyncPrefectClient | None, grace_seconds: float = 0) -> list[str]:
@@ -164,6 +166,8 @@ def end_cancelled(tracking_uri: str, prefect: SyncPrefectClient, seconds: float 
         process = ProcessIdentity.from_json(run.data.tags.get(PROCESS_TAG, ""))
         found = read_flow_run(prefect, run.data.tags.get(FLOW_RUN_TAG, ""))
         if not (process and found and found.state and found.state.is_cancelling() and process.is_alive):
+            continue
+        if PARENT_TAG in run.data.tags:  # its process gets the signal for the sweep's own run
             continue
         if (datetime.now(UTC) - found.state.timestamp).total_seconds() > seconds:
             line = f"no worker delivered the cancellation of {run.info.run_name}: its process {process.pid} "
@@ -218,8 +222,11 @@ def crash_flow_run(prefect: SyncPrefectClient, flow_run_id: str, reason: str) ->
 
 
 def has_finished(run: Run, prefect: FlowRun) -> bool:
-    """Whether an MLflow run of the present attempt of a Prefect run is FINISHED: then all its work is done."""
-    return run.info.status == "FINISHED" and not is_retried(run, prefect)
+    """Whether an MLflow run of the present attempt of a Prefect run is FINISHED: then all its work is done.
+
+    The run of a trial beneath a sweep's says nothing of the kind.
+    """
+    return run.info.status == "FINISHED" and PARENT_TAG not in run.data.tags and not is_retried(run, prefect)
 
 
 def complete_flow_run(prefect: SyncPrefectClient, flow_run_id: UUID) -> None:

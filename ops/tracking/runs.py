@@ -32,9 +32,11 @@ FILES_TAG = "files"  # of a version: the sha256 of its files by their paths, as 
 TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
 TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
+PARENT_TAG = "mlflow.parentRunId"  # of a run: the run that it belongs to, beneath which MLflow shows it
 REPORT_FILE = "report/report.html"  # of a run
 CHANGED_FILE = "changed.json"  # of a run: the parameters that differ from their defaults
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
+REASON_TAG = "ended_by"  # of a run: why hooks or reaper closed it
 _PAGE = 1000  # runs per request
 _PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter's value
 _TAG_CHARACTERS = 1000  # of a tag that is text for people
@@ -177,14 +179,16 @@ def tracked_run(
     """
     mlflow = client(settings.tracking_uri)
     params = {key: redact(value) if isinstance(value, str) else value for key, value in params.items()}
-    changed = {key: [params[key], each] for key, each in (defaults or {}).items() if params.get(key) != each}
+    changed = {
+        key: [params[key], each] for key, each in (defaults or {}).items() if key in params and params[key] != each
+    }
     tags = {key: redact(value) for key, value in tags.items()}
     if defaults is not None:
         tags["changed"] = brief(", ".join(f"{key}={value}" for key, (value, _) in changed.items()) or "nothing")
     with redacted_errors():
         experiment_id = _experiment_id(mlflow, settings)
         provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
-    run = _create_run(mlflow, experiment_id, name, tags)
+    run = create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     status = "KILLED"
     try:
@@ -208,7 +212,8 @@ def tracked_run(
             logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", ref.run_id, error)
 
 
-def _create_run(mlflow: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run:
+def create_run(mlflow: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run:
+    """Create a run once, with the tags that every run has: user, commit, process."""
     sha, process = git_sha(), identify_process().to_json()
     all_tags = {
         **_user(),

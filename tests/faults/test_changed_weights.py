@@ -13,6 +13,7 @@ from prefect.logging import disable_run_logger
 
 from model.data.config import PrepareConfig
 from model.engine.config import TrainConfig
+from model.evaluation.config import SamplingConfig
 from model.files import ChangedFileError
 from model.net.config import FreezeConfig, GPTConfig
 from model.net.freezing import plan_freeze
@@ -55,7 +56,7 @@ LOADINGS: dict[str, Callable[[Sources, TrainingRef], object]] = {
     "choose": lambda sources, _: choose.fn(sources, "tiny", "rows", PREPARE, None, 0.2),
     "load_weights": lambda sources, _: check_weights(sources.weights, "tiny"),
     "train": lambda _, training: train.fn(None, training, "cpu", 0.0),  # type: ignore[arg-type]
-    "evaluate": lambda _, training: evaluate.fn(None, training, CHECKPOINT, None, "cpu", 0.0),  # type: ignore[arg-type]
+    "evaluate": lambda _, training: evaluate.fn(None, training, CHECKPOINT, SamplingConfig(), "cpu", 0.0),  # type: ignore[arg-type]
     "publish": lambda _, training: export(training, CHECKPOINT, Path("no"), ""),
 }
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {

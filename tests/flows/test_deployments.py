@@ -38,13 +38,15 @@ def deployments(platform: MadeUp) -> dict[str, dict[str, Any]]:
 def test_deployments_are_those_of_prefect_yaml(deployments: dict[str, dict[str, Any]]) -> None:
     written = {d["name"]: d for d in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
 
-    assert set(deployments) == set(written) == {"tiny", "124m", "355m", "774m", "1558m", "nightly"}
+    assert set(deployments) == set(written) == {
+        "tiny", "124m", "355m", "774m", "1558m", "sweep-tiny", "sweep-124m", "sweep-355m", "nightly",
+    }  # fmt: skip
     for name, deployment in deployments.items():
         assert deployment["parameters"] == written[name]["parameters"]
         assert deployment["description"] == written[name]["description"]
         assert deployment["job_variables"] == {"stream_output": False}
         assert deployment["work_pool_name"] == "gpu"
-        assert deployment["entrypoint"] == "flows.finetune.finetune"
+        assert deployment["entrypoint"] == written[name]["entrypoint"]
         assert all(field["description"] for field in deployment["parameter_openapi_schema"]["properties"].values())
 
 

@@ -410,10 +410,12 @@ def test_every_gpu_task_holds_the_tag() -> None:
     from tasks.prepare import prepare
     from tasks.promote import promote, score_champion
     from tasks.publish import publish
+    from tasks.rank import rank
     from tasks.train import train
+    from tasks.trials import train_trials
 
-    assert train.tags == evaluate.tags == score_champion.tags == {"gpu"}
-    without = (download, choose, prepare, load_weights, freeze, publish, promote)
+    assert train.tags == train_trials.tags == evaluate.tags == score_champion.tags == {"gpu"}
+    without = (download, choose, prepare, load_weights, freeze, rank, publish, promote)
     assert not set().union(*(task.tags for task in without))
 
 

@@ -13,15 +13,16 @@ from flows.finetune import finetune
 from flows.hooks import after_crash
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG
 from ops.settings import Settings
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import PARENT_TAG, client, tracked_run
 
 
 @pytest.mark.parametrize(
-    ("attempt", "error", "end", "status", "notices"),
+    ("attempt", "error", "further", "end", "status", "notices"),
     [
-        ("1", None, "COMPLETED", "FINISHED", 0),
-        ("0", None, "CRASHED", "FINISHED", 1),
-        ("1", OSError, "CRASHED", "FAILED", 1),
+        ("1", None, {}, "COMPLETED", "FINISHED", 0),
+        ("0", None, {}, "CRASHED", "FINISHED", 1),
+        ("1", OSError, {}, "CRASHED", "FAILED", 1),
+        ("1", None, {PARENT_TAG: "of a sweep"}, "CRASHED", "FINISHED", 1),  # a trial has finished, and not the sweep
     ],
 )
 def test_a_process_that_dies_after_its_work(
@@ -30,6 +31,7 @@ def test_a_process_that_dies_after_its_work(
     monkeypatch: pytest.MonkeyPatch,
     attempt: str,
     error: type[Exception] | None,
+    further: dict[str, str],
     end: str,
     status: str,
     notices: int,
@@ -43,7 +45,7 @@ def test_a_process_that_dies_after_its_work(
         prefect.set_flow_run_state(made.id, crashed, force=True)
         flow_run = prefect.read_flow_run(made.id)
         assert flow_run.run_count == 1
-        tags = {FLOW_RUN_TAG: str(made.id), ATTEMPT_TAG: attempt}
+        tags = {FLOW_RUN_TAG: str(made.id), ATTEMPT_TAG: attempt, **further}
         try:
             with tracked_run(Settings.load(), "a run", {}, tags) as run:
                 if error:

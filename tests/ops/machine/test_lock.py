@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.machine.lock import exclusive, exclusive_any, read_locks, shared_directory
+from ops.machine.lock import exclusive, exclusive_any, exclusive_if_free, read_locks, shared_directory
 from ops.settings import Settings
 
 # Holds the first free one of the named devices, prints which, and starts a child that inherits the lock if told to.
@@ -74,6 +74,22 @@ def test_a_killed_holder_frees_the_device(tmp_path: Path, hold: Hold) -> None:
     assert f"pid {process.pid}" in said[0]
     assert said[-1] == "cuda:0 is free: going on"
     assert shown == [said[0], None]
+
+
+def test_a_device_is_taken_only_if_it_is_free(tmp_path: Path, hold: Hold) -> None:
+    """Without waiting: the second device while the first is held, and none while both are."""
+    process = hold("the holder", "cuda:0")
+    assert _line(process) == "held cuda:0 0"
+    with exclusive_if_free(tmp_path, ["cuda:0", "cuda:1"], "a helper", "a flow run") as held:
+        assert held is not None
+        assert held.what == "cuda:1"
+        (lock,) = [lock for lock in read_locks(tmp_path) if lock.what == "cuda:1"]
+        assert (lock.held, lock.holder, lock.flow_run_id) == (True, "a helper", "a flow run")
+        assert lock.pids == [os.getpid()]
+        with exclusive_if_free(tmp_path, ["cuda:0", "cuda:1"], "another") as none:
+            assert none is None
+    with exclusive_if_free(tmp_path, ["cuda:1"], "another") as held:
+        assert held is not None
 
 
 def test_a_living_child_keeps_the_device(tmp_path: Path, hold: Hold) -> None:

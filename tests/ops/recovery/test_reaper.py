@@ -22,9 +22,9 @@ from flows.finetune import finetune
 from flows.hooks import after_failure
 from ops.machine.process import ProcessIdentity, identify_process
 from ops.recovery import reaper
-from ops.recovery.reaper import ATTEMPT_TAG, REASON_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
+from ops.recovery.reaper import ATTEMPT_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
 from ops.settings import Settings
-from ops.tracking.runs import PROCESS_TAG, RunRef, client, set_tags, tracked_run
+from ops.tracking.runs import PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, client, set_tags, tracked_run
 
 
 @pytest.fixture
@@ -103,6 +103,27 @@ def test_a_dead_process_is_enough(
     run = opened(dead, "one")
     (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind) if kind else None)
     assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", True, kind is not None)
+
+
+@pytest.mark.parametrize("kind", ["RUNNING", "CANCELLING"])
+def test_a_trial_of_a_sweep_is_closed_and_says_nothing_about_the_flow_run(
+    opened: Callable[..., RunRef], settings: Settings, dead: ProcessIdentity, kind: str
+) -> None:
+    """A helper may have died while the sweep goes on; a crash of the sweep is one notice, by its own run."""
+    run = opened(dead, "one")
+    set_tags(run, {PARENT_TAG: "of a sweep"})
+    (stale,) = stale_runs(settings.tracking_uri, lambda flow_run_id: _flow_run(kind))
+    assert (stale.run, stale.status, stale.crashed, stale.prefect_goes_on) == (run, "KILLED", False, False)
+
+
+def test_the_run_of_a_sweep_comes_before_those_of_its_trials(
+    opened: Callable[..., RunRef], settings: Settings
+) -> None:
+    """Though they are newer: a notice links to the first."""
+    sweep, trial = opened(identify_process(), "one"), opened(identify_process(), "one")
+    assert [run.info.run_id for run in runs_of(settings.tracking_uri, "one")] == [trial.run_id, sweep.run_id]
+    set_tags(trial, {PARENT_TAG: sweep.run_id})
+    assert [run.info.run_id for run in runs_of(settings.tracking_uri, "one")] == [sweep.run_id, trial.run_id]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,314 @@
+"""One process's part in a sweep: it takes the next trial that nobody has, trains it, and records how it ended.
+
+``python -m tasks.trial_worker ORDER`` helps on a further GPU. The task ``train_trials`` starts it, writes the order
+as JSON into that file, and logs what it prints. It ends when no trial is left, or when its stdin is closed: then the
+task is over, or its process has died.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from model.engine.median import Curve, is_unpromising, median_of_others
+from model.engine.scoring import perplexity
+from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainingStoppedError
+from model.engine.trunk import TrunkCacheConfig
+from model.engine.trunk_sharing import SharedTrunks
+from model.files import read_bytes, write_json
+from model.net.device import resolve_device, resolve_precision
+from ops.machine.flock import hold_file
+from ops.machine.lock import exclusive_if_free, shared_directory
+from ops.settings import Settings
+from ops.text import one_line
+from ops.tracking.runs import RunRef, set_tags
+from ops.tracking.shipping import JournalShipper, must_be_logged
+from ops.tracking.trials import OUTCOME_TAG, TrialRun, adopt, log_once, tracked_trial
+from tasks.frozen import ReusableBase
+from tasks.progress import ProgressLines
+from tasks.references import SweepRef, TrialOutcome, TrialRef, TrialResult
+from tasks.train import train_network
+from tasks.trial_records import (
+    curves_of_others,
+    finished,
+    keep_the_best,
+    read_curve,
+    read_outcome,
+    remove_outcome,
+    unfinished,
+    write_outcome,
+)
+
+_REASON = 300  # characters of an error's message
+_POLL_SECONDS = 2.0  # of a helper, for a free device
+_END_SECONDS = 20.0  # in which a helper ends by itself when its stdin is closed
+
+
+@dataclass(frozen=True)
+class Order:
+    """What all processes of a sweep are told.
+
+    Attributes:
+        run: the sweep's MLflow run.
+        sweep: the trials.
+        id: of the sweep, from its first start to its end.
+        tags: of the MLflow run of each trial.
+        holder, flow_run_id: name and id of the flow run, for those who wait for a device.
+        trunk_cache_gb: limit of the frozen blocks' outputs, for each process.
+        places: devices by the names of their locks, any of which a helper may take.
+    """
+
+    run: RunRef
+    sweep: SweepRef
+    id: str
+    tags: dict[str, str]
+    holder: str
+    flow_run_id: str
+    trunk_cache_gb: float
+    places: dict[str, str]
+
+
+class TrialWorker:
+    """Trains trials on one device. The base stays loaded, and the outputs of its frozen blocks are kept.
+
+    Args:
+        order: of the sweep.
+        device: that this process holds.
+        progress: shows the steps of each trial.
+        log: a logger.
+        should_stop: whether to end before the next step.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        device: str,
+        progress: ProgressLines,
+        log: Any,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self.order, self.progress, self.log, self.should_stop = order, progress, log, should_stop
+        self.attempt = order.run.run_id
+        self.base = ReusableBase(resolve_device(device))
+        self.shared = SharedTrunks()
+        self.ended: dict[str, TrialResult] = {}
+        outputs = Settings.load().trunk_outputs
+        self.cache = TrunkCacheConfig(outputs, int(order.trunk_cache_gb * 1e9), self.shared)
+
+    def work(self) -> list[TrialResult]:
+        """Train every trial that no other process has, in their order.
+
+        Returns:
+            The results of all trials that have ended by then.
+
+        Raises:
+            TrainingStoppedError: should_stop returned true.
+            NotLoggedError: a trial is finished, and MLflow could not take its metrics.
+        """
+        trials = self.order.sweep.trials
+        for number, trial in enumerate(trials):
+            if trial.name in self.ended:
+                continue
+            with claimed(trial) as is_mine:
+                if is_mine:
+                    self.progress.begin_part(trial.name, number, len(trials))
+                    self.ended[trial.name] = self.train(trial)
+        return [self.ended[trial.name] for trial in trials if trial.name in self.ended]
+
+    def train_again(self, trial: TrialRef) -> None:
+        """Forget how a trial ended."""
+        remove_outcome(trial)
+        del self.ended[trial.name]
+
+    def train(self, trial: TrialRef) -> TrialResult:
+        """Train a trial that this process has claimed, or find what an earlier attempt has made of it."""
+        recorded = read_outcome(trial, self.attempt, self.log)
+        of_mlflow = TrialRun(self.order.id, trial.training.identity, trial.name, trial.params)
+        parent = self.order.run
+        if recorded and (found := of_mlflow.find(parent.tracking_uri)) and recorded.fits(found.info.status):
+            adopt(parent, found, self.order.tags)
+            ref = RunRef(parent.tracking_uri, found.info.experiment_id, found.info.run_id)
+            return TrialResult(trial, ref, recorded)
+        try:
+            with tracked_trial(parent, of_mlflow, self.order.tags) as ref:
+                outcome = recorded or self._train(ref, trial)
+                write_outcome(trial, outcome)
+                self._log_outcome(ref, trial, outcome)
+        except (NonFiniteError, torch.OutOfMemoryError) as error:
+            self.shared.clear()
+            outcome = unfinished(trial, False, one_line(error)[:_REASON], self.attempt)
+            write_outcome(trial, outcome)
+            set_tags(ref, {OUTCOME_TAG: outcome.describe()})
+        keep_the_best(self.order.sweep, self.attempt, self.log)
+        loss = outcome.best_eval_loss
+        shown = "" if loss is None else f", best validation loss {loss:.4f} at step {outcome.best_step}"
+        self.log.info("trial %s %s%s", trial.name, outcome.describe(), shown)
+        return TrialResult(trial, ref, outcome)
+
+    def _train(self, ref: RunRef, trial: TrialRef) -> TrialOutcome:
+        training = trial.training
+        dtype = resolve_precision(training.config.precision, self.base.device)
+        if not self.base.has(training.model, training.plan, dtype):
+            self.shared.clear()  # it refers to the base that is dropped now
+        network = self.base.get(training.model, training.plan, dtype)
+        rule = None
+        if self.order.sweep.end_early:
+            sweep = self.order.sweep
+            rule = MedianRule(read_curve(trial), lambda: curves_of_others(sweep, trial, self.attempt, self.log))
+
+        def on_step(report: StepReport) -> None:
+            self.progress.show(report)
+            if rule and report.eval_loss is not None:
+                rule.add(report.step / max(1, report.total_steps), report.eval_loss)
+
+        def should_end() -> bool:
+            return self.should_stop() or (rule is not None and rule.ends)
+
+        try:
+            checkpoint = train_network(network, ref, training, self.cache, on_step, self.log, should_end)
+        except TrainingStoppedError:
+            if rule is None or not rule.ends:
+                raise
+            return unfinished(trial, True, rule.reason, self.attempt)
+        return finished(checkpoint, self.attempt)
+
+    def _log_outcome(self, ref: RunRef, trial: TrialRef, outcome: TrialOutcome) -> None:
+        """Log what a run of this training alone would log about it, and how it ended."""
+        with must_be_logged(ref.tracking_uri, Path(trial.training.directory)):
+            JournalShipper(ref, Path(trial.training.directory) / JOURNAL_FILE).finish()
+            found = {
+                "best/eval_loss": outcome.best_eval_loss,
+                "best/step": outcome.best_step,
+                "untuned/eval_loss": outcome.base_eval_loss,
+                "untuned/perplexity": None if outcome.base_eval_loss is None else perplexity(outcome.base_eval_loss),
+            }
+            log_once(ref, {name: value for name, value in found.items() if value is not None})
+            set_tags(ref, {OUTCOME_TAG: outcome.describe()})
+
+
+class MedianRule:
+    """The median rule for one trial.
+
+    Args:
+        curve: its validations so far, of an interrupted attempt.
+        others: reads those of the trials that have ended.
+    """
+
+    def __init__(self, curve: Curve, others: Callable[[], Sequence[Curve]]):
+        self.curve, self.others = list(curve), others
+        self.reason = ""
+        self._look()
+
+    @property
+    def ends(self) -> bool:
+        """Whether the trial is to end now."""
+        return bool(self.reason)
+
+    def add(self, share: float, loss: float) -> None:
+        """Take a validation into account.
+
+        Args:
+            share: of the trial's steps that are done.
+            loss: in nats per response token.
+        """
+        self.curve.append((share, loss))
+        self._look()
+
+    def _look(self) -> None:
+        if not self.curve or self.curve[-1][0] >= 1:
+            return
+        others = self.others()
+        if is_unpromising(self.curve, others):
+            best = min(loss for _, loss in self.curve)
+            self.reason = (
+                f"after {self.curve[-1][0]:.0%} of its steps the best validation loss, {best:.4f}, was worse than "
+                f"the median of the others, {median_of_others(self.curve, others):.4f}"
+            )
+
+
+@contextmanager
+def claimed(trial: TrialRef) -> Iterator[bool]:
+    """Hold a trial against the other processes of its sweep. Yields whether this process has it."""
+    directory = Path(trial.training.directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with hold_file(directory.with_suffix(".lock"), wait=False) as stream:
+        yield stream is not None
+
+
+def write_order(path: Path, order: Order) -> None:
+    """Write an order as JSON."""
+    write_json(path, TypeAdapter(Order).dump_python(order, mode="json"))
+
+
+def read_order(path: Path) -> Order:
+    """What ``write_order`` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return TypeAdapter(Order).validate_json(read_bytes(path))
+
+
+def _has_work(order: Order, log: Any) -> bool:
+    """Whether there is a trial that has not ended and that no process has."""
+    for trial in order.sweep.trials:
+        with claimed(trial) as is_free:
+            if is_free and read_outcome(trial, order.run.run_id, log) is None:
+                return True
+    return False
+
+
+def _watch_stdin() -> threading.Event:
+    """An event that is set when stdin is closed; soon after that the process ends, whatever it does."""
+    closed = threading.Event()
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        closed.set()
+        time.sleep(_END_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-stdin", daemon=True).start()
+    return closed
+
+
+def main() -> None:
+    """Help with a sweep on any of the order's devices that is free, until no trial is left."""
+    # They reach the whole process group; the task closes stdin, and the training ends with a checkpoint.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    order = read_order(Path(sys.argv[1]))
+    closed = _watch_stdin()
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log = logging.getLogger("sweep")
+    settings = Settings.load()
+    settings.claim_caches()
+    directory = shared_directory(settings.device_locks)
+    while _has_work(order, log) and not closed.is_set():
+        with exclusive_if_free(directory, list(order.places), order.holder, order.flow_run_id) as held:
+            if held is not None:
+                device = order.places[held.what]
+                log.info("helps on %s", device)
+                try:
+                    TrialWorker(order, device, ProgressLines(log), log, closed.is_set).work()
+                except TrainingStoppedError as error:
+                    log.info("%s", error)
+                return
+        closed.wait(_POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    main()
