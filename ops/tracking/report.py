@@ -129,7 +129,7 @@ def _validation(run: FinishedRun) -> str:
 
 def _metric_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
     return [
-        (score.title, *(formatted(run.metrics[name], score.form) for name in (score.base, score.tuned)))
+        (score.title, formatted(run.metrics[score.base], score.form), formatted(run.metrics[score.tuned], score.form))
         for score in ALL_SCORES
         if score.base in run.metrics and score.tuned in run.metrics
     ]
