@@ -14,6 +14,11 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
+def printable(text: str) -> str:
+    """A text for a line of a terminal: what moves the cursor, colours or reorders text is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks and runs of white space."""
     return " ".join(str(error).split())

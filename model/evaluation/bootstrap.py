@@ -117,8 +117,11 @@ class Spread:
         """Of resampled differences (B,). The bootstrap's variance is too small by (units - 1) / units."""
         if units < 2:
             return cls(0.0, units, families)
-        error = float(changes.std() * np.sqrt(units / (units - 1)))
-        rounding = 1e-12 * float(np.abs(changes).max())
+        largest = float(np.abs(changes).max())
+        if largest == 0:
+            return cls(0.0, units, families)
+        error = float((changes / largest).std() * largest * np.sqrt(units / (units - 1)))  # no square overflows
+        rounding = 1e-12 * largest
         return cls(error if error > rounding else 0.0, units, families)
 
     def interval(self, difference: float) -> tuple[float, float] | None:

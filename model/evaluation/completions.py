@@ -36,13 +36,25 @@ class Completion(NamedTuple):
     stopped: bool
 
 
-_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
+_OPENING, _CLOSING = re.compile(r"[ \t]*```[^`]*"), re.compile(r"[ \t]*```[ \t]*")  # lines of a fence
 
 
 def extract_code(text: str) -> str:
-    """The code of a completion: what stands in its Markdown fence, if it has exactly one; else all of it."""
-    blocks = _FENCE.findall(text)
-    return str(blocks[0]) if len(blocks) == 1 else text
+    """The code of a completion: what stands in its Markdown fence, if it has exactly one; else all of it.
+
+    Lines are read once: one expression for the whole fence takes minutes for a text of many open fences.
+    """
+    blocks: list[list[str]] = []
+    block: list[str] | None = None
+    for line in text.split("\n"):
+        if block is None:
+            block = [] if _OPENING.fullmatch(line) else None
+        elif _CLOSING.fullmatch(line):
+            blocks.append(block)
+            block = None
+        else:
+            block.append(line)
+    return "".join(f"{line}\n" for line in blocks[0]) if len(blocks) == 1 else text
 
 
 def _fit(prompt: list[int], head: int, context: int, new_tokens: int) -> tuple[list[int], int]:

@@ -32,5 +32,5 @@ class SamplingConfig(Seeded):
     """Sample among this many most probable tokens; null sets no limit."""
     top_p: Annotated[WholeShare, Field(gt=0)] | None = 0.95
     """Sample within this probability mass; null sets no limit."""
-    repetition_penalty: Positive = 1.0
+    repetition_penalty: Annotated[Positive, Field(ge=1e-6)] = 1.0
     """Divides positive logits of tokens that the text has, and multiplies negative ones; 1 changes nothing."""

@@ -71,8 +71,9 @@ class Score:
 
 
 def _exp_change(old: Array, gain: Array) -> Array:
-    """exp(old + gain) - exp(old), with the limit of ``perplexity``."""
-    return np.exp(np.minimum(old, 700.0)) * np.expm1(np.minimum(gain, 700.0))
+    """exp(old + gain) - exp(old), both with the limit of ``perplexity``, so that it is finite."""
+    limited = np.where(old < 700.0, np.minimum(gain, 700.0 - old), np.minimum(old + gain, 700.0) - 700.0)
+    return np.exp(np.minimum(old, 700.0)) * np.expm1(limited)
 
 
 VALIDATION_LOSS = Score(

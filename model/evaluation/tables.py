@@ -10,6 +10,7 @@ from model.evaluation.comparison import Difference
 from model.evaluation.scores import ALL_SCORES, Record, Score, ceiling_name
 
 _SAMPLES = 16  # rows of the table of samples
+_LONGEST = 1e12  # numbers from there on have an exponent
 _COMMONEST = 3  # reasons of failure
 
 
@@ -52,15 +53,24 @@ def _line(score: Score, metrics: Mapping[str, float], difference: Difference | N
         if difference.lower is not None and difference.upper is not None:
             interval = f"{signed(difference.lower, score.form)} to {signed(difference.upper, score.form)}"
     if score.ceiling and ceiling_name(score) in metrics:
-        reference = format(metrics[ceiling_name(score)], score.form)
+        reference = formatted(metrics[ceiling_name(score)], score.form)
     better = "" if score.higher_is_better is None else "higher" if score.higher_is_better else "lower"
-    base, tuned = (format(metrics[name], score.form) for name in (score.base, score.tuned))
+    base, tuned = (formatted(metrics[name], score.form) for name in (score.base, score.tuned))
     return Line(score.title, base, tuned, change, interval, verdict, score.unit, better, reference)
 
 
+def formatted(value: float, form: str) -> str:
+    """A value in the form of its score; the perplexity of a diverged model would fill a page with its 300 digits."""
+    return format(value, _form(value, form))
+
+
+def _form(value: float, form: str) -> str:
+    return form if abs(value) < _LONGEST else ".4g"
+
+
 def signed(value: float, form: str) -> str:
-    """A difference in the form of its score, with its sign; 0 has none."""
-    text = format(value, f"+{form}")
+    """A difference as ``formatted``, with its sign; 0 has none."""
+    text = format(value, f"+{_form(value, form)}")
     return text[1:] if float(text.strip("%")) == 0 else text
 
 

@@ -19,6 +19,7 @@ from model.generation.fused import FusedDecoder, can_decode
 from model.generation.padded import PaddedDecoder
 from model.generation.slots import Row, Slots, seen_tokens
 from model.generation.streams import stream_keys, uniforms
+from model.net.config import GPTConfig
 from model.net.gpt import GPTModel
 from model.net.sampling import crop
 
@@ -81,19 +82,18 @@ def generate(
         seed: of this call's random numbers; the global generator is left alone.
         never: ids that are not drawn, whatever their logits.
         kept: for each prompt, the number of its first tokens that are not cropped; fewer than n_positions.
-        repetition_penalty: above 0. A positive logit of a token that the row's text has, prompt included, is divided
-            by it, a negative one multiplied (Keskar et al. 2019; as in transformers). 1 changes nothing.
+        repetition_penalty: from 1e-6 to 1e6. A positive logit of a token that the row's text has, prompt included, is
+            divided by it, a negative one multiplied (Keskar et al. 2019; as in transformers). 1 changes nothing.
 
     Returns:
         B lists of new ids, ending with ``eos_token_id`` where the model produced it.
 
     Raises:
-        ValueError: an empty prompt, or a setting out of range.
+        ValueError: an empty prompt, an id that the model has not, or a setting out of range.
     """
     config, device = model.config, model.wte.weight.device
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, config.vocab_size, never, device)
-    if any(not prompt for prompt in prompts):
-        raise ValueError("a prompt is empty: generation needs at least one token to start from")
+    _check_prompts(prompts, kept, config)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     context = config.n_positions
@@ -118,6 +118,21 @@ def generate(
     finally:
         model.train(training)
     return [row.new for row in rows]
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], kept: Sequence[int], config: GPTConfig) -> None:
+    """Raise ValueError, naming the prompt, unless all can be continued: a GPU that meets a wrong id is lost."""
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt is empty: generation needs at least one token to start from")
+    for number, prompt in enumerate(prompts, 1):
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"prompt {number} has the id {wrong}: the model's ids are 0 to {config.vocab_size - 1}")
+    if kept and len(kept) != len(prompts):
+        raise ValueError(f"kept has {len(kept)} numbers for {len(prompts)} prompts: it needs one for each")
+    if any(not 0 <= head < config.n_positions for head in kept):
+        raise ValueError(f"kept is {[*kept]}: each must be from 0 to {config.n_positions - 1}, below the context")
 
 
 def _continue_apart(model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots]) -> Decoder:

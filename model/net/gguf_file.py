@@ -46,6 +46,7 @@ def write_gguf(
 
     Raises:
         ModuleNotFoundError: the library gguf is not installed.
+        FileExistsError: ``file`` is a directory, a device or the like, which is not replaced.
         FileNotFoundError, ValueError: as read_pretrained and load_tokenizer; the embedding has rows without a token;
             llama.cpp has no such tokenizer; a weight is too large for f16.
         DiskFullError: the disk is full.
@@ -54,6 +55,8 @@ def write_gguf(
         import gguf
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_INSTALL) from error
+    if file.exists() and not file.is_file():  # a rename would put the model in the place of /dev/null
+        raise FileExistsError(f"{file} exists and is no plain file: name another file for the GGUF")
 
     model = read_pretrained(directory, torch.device("cpu"), torch.float32, files)
     hashes = None if files is None else tokenizer_hashes(files)

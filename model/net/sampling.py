@@ -5,7 +5,6 @@ A sampling filter is one function that checks its setting and returns the filter
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,12 +16,15 @@ Filter = Callable[[Tensor], Tensor]
 
 
 LARGEST_TEMPERATURE = 1e6  # all tokens are equally probable long before
+LARGEST_PENALTY = 1e6  # no token comes twice long before; a logit times 1e300 is infinite
 
 
 def scale(temperature: float) -> Filter:
     """Divide by a temperature above 0; the result may be shifted by a constant, which changes no probability."""
     if not temperature >= 0:
-        raise ValueError(f"temperature {temperature} is negative: 0 is greedy, 1 leaves the model as it is")
+        raise ValueError(
+            f"temperature {temperature} is not a number of 0 or more: 0 is greedy, 1 leaves the model as it is"
+        )
     if temperature > LARGEST_TEMPERATURE:
         raise ValueError(
             f"temperature {temperature} is more than {LARGEST_TEMPERATURE:g}: 1 leaves the model as it is"
@@ -92,9 +94,10 @@ def check_sampling(
 ) -> None:
     """Raise ValueError, naming the setting, unless the settings can be sampled with."""
     build_filters(temperature, top_k, top_p)
-    if not 0 < repetition_penalty < math.inf:
+    if not 1 / LARGEST_PENALTY <= repetition_penalty <= LARGEST_PENALTY:
         raise ValueError(
-            f"repetition_penalty {repetition_penalty} is not a number above 0: 1 leaves the model as it is"
+            f"repetition_penalty {repetition_penalty} is not between {1 / LARGEST_PENALTY:g} and "
+            f"{LARGEST_PENALTY:g}: 1 leaves the model as it is"
         )
 
 

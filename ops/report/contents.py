@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from model.evaluation.comparison import Difference
 from model.evaluation.scores import ALL_SCORES, SCOREBOARD, Score, ceiling_name
-from model.evaluation.tables import signed
+from model.evaluation.tables import formatted, signed
 from ops.report.differences import plain, shortened, side_by_side
 from ops.report.pictures import histogram, sorted_gains
 
@@ -22,6 +22,7 @@ EXTREMES = 5  # best rows, and worst rows
 _REASONS, _REASON_CHARACTERS = 6, 200  # of failure
 _PLACE = re.compile(r" \((?:detected at|<unknown>,) line \d+\)")  # in messages of SyntaxError
 # Characters of a row's texts on a page. Ten rows of signs that HTML must escape are then below 300 KB.
+_NAME_CHARACTERS = 100
 _PROMPT_CHARACTERS = 600
 _REFERENCE_CHARACTERS = 800
 _COMPLETION_CHARACTERS = 1_000
@@ -75,9 +76,9 @@ def _line(score: Score, found: Difference, ceiling: float | None) -> ScoreLine:
         title=score.title,
         unit=score.unit,
         direction=direction(score),
-        old=format(found.old, score.form),
-        new=format(found.new, score.form),
-        ceiling="" if ceiling is None else format(ceiling, score.form),
+        old=formatted(found.old, score.form),
+        new=formatted(found.new, score.form),
+        ceiling="" if ceiling is None else formatted(ceiling, score.form),
         difference=signed(found.difference, score.form),
         interval=interval,
         p=_p(found.corrected),
@@ -168,8 +169,8 @@ def _card(record: Record) -> RowCard:
         old, new = side_by_side(str(old_text), str(new_text), _COMPLETION_CHARACTERS)
     return RowCard(
         row=str(record.get("row")),
-        key=str(record.get("key")),
-        family=str(record.get("family") or ""),
+        key=shortened(str(record.get("key")), _NAME_CHARACTERS),
+        family=shortened(str(record.get("family") or ""), _NAME_CHARACTERS),
         gain=f"{gain_of(record):+.2f}",
         facts=_facts(record),
         prompt=plain(str(record["prompt"]), _PROMPT_CHARACTERS),

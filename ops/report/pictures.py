@@ -74,7 +74,7 @@ class _Axes:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from low to high, some five of them; low alone where both are equal."""
-    if not high > low:
+    if not 1e-300 < high - low < math.inf:
         return [low]
     rough = (high - low) / about
     size = 10.0 ** math.floor(math.log10(rough))

@@ -17,9 +17,9 @@ from model.evaluation.comparison import Difference, compare, join
 from model.evaluation.scores import HUMANEVAL
 from ops.redaction import without_credentials
 from ops.report.contents import ScoreLine, extreme_rows, failures, gains, score_lines, summary
-from ops.report.render import render
+from ops.report.render import render, write_page
 from ops.settings import Settings
-from ops.text import escape_output, storable
+from ops.text import escape_output, printable, storable
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.report import data_rows, definitions, dropped_rows, loss_curves
 from ops.tracking.runs import refusal
@@ -175,6 +175,7 @@ def comparison_text(compared: Comparison) -> str:
 
 def _columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows in aligned columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip_longest(*rows, fillvalue="")]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
@@ -199,7 +200,7 @@ def show(compared: Comparison) -> None:
             made.add_column(title, overflow="fold")
         for row in rows:
             # Text, not markup: values of parameters may hold square brackets.
-            made.add_row(*(Text(cell, style=colours.get(cell, "")) for cell in row))
+            made.add_row(*(Text(printable(cell), style=colours.get(cell, "")) for cell in row))
         console.print(made)
         console.print()
 
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         compared = compare_runs(uri, given.first, given.second)
         if given.html:
-            given.html.write_text(comparison_page(compared), encoding="utf-8")
+            write_page(given.html, comparison_page(compared))
     except (LookupError, OSError, ValueError) as error:
         print(storable(str(error)), file=sys.stderr)
         return 1

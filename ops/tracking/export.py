@@ -63,7 +63,7 @@ def write_directory(model: Exported, target: Path) -> None:
         FileExistsError: the target holds something already.
         OSError: it cannot be written, or what was written cannot be read back.
     """
-    if target.is_symlink() or target.is_file() or (target.is_dir() and any(target.iterdir())):
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise FileExistsError(f"{target} exists already: name a directory that does not, or is empty")
     wanted = plain_part(model.files)
     with atomic_directory(target) as scratch:

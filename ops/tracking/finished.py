@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_LARGEST = 1e30  # score of a row
 TASKS_TABLE = "tables/humaneval.json"
 ROWS_TABLE, FILES_TABLE, JOURNAL_FILE = "tables/test_rows.json", "tables/data_files.json", "metrics.jsonl"
 
@@ -224,7 +226,7 @@ def _tasks(path: Path | None, what: str) -> list[dict[str, Any]]:
 
 
 def _check_scores(records: Sequence[dict[str, Any]], scoreboard: Sequence[Score], what: str) -> None:
-    """Refuse scores that are neither numbers nor null.
+    """Refuse scores that are neither numbers nor null, and finite ones whose sum may be infinite.
 
     Raises:
         ValueError: the message names the row.
@@ -232,8 +234,11 @@ def _check_scores(records: Sequence[dict[str, Any]], scoreboard: Sequence[Score]
     names = {f"{side}{score.column}" for score in scoreboard for side in ("base_", "")}
     for record in records:
         for name in names & record.keys():
-            if record[name] is not None and not isinstance(record[name], int | float):
+            value = record[name]
+            if value is not None and not isinstance(value, int | float):
                 raise ValueError(f"{what} is damaged: {name} of row {record['row']} is no number")
+            if value is not None and _LARGEST < abs(value) < math.inf:
+                raise ValueError(f"{what} is damaged: {name} of row {record['row']} is larger than {_LARGEST:g}")
 
 
 def _changed(path: Path | None, what: str) -> dict[str, tuple[Any, Any]] | None:

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))")
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[\w-]+))")
+_VERSION_DIGITS = 9  # more do not fit a database's integer, and its error says neither what nor where
 _KEPT_SECONDS = 7 * 86_400.0  # then an unused copy of a version is deleted on this machine; MLflow keeps it
 _REMEDY = "Restore its artifacts, give the alias back (`make rollback SIZE=...`), or set start_from=base"
 
@@ -91,6 +92,8 @@ def find_version(
     try:
         if match["alias"]:
             found = version_of_alias(mlflow, match["name"], match["alias"])
+        elif len(match["version"]) > _VERSION_DIGITS:
+            found = None
         else:
             found = mlflow.get_model_version(match["name"], match["version"])
     except MlflowException as error:

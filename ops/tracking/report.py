@@ -10,10 +10,11 @@ from typing import Any
 
 from model.evaluation.comparison import Difference, compare
 from model.evaluation.scores import ALL_SCORES, HUMANEVAL
+from model.evaluation.tables import formatted
 from ops.report.contents import ScoreLine, extreme_rows, failures, gains, lengths, score_lines, summary
 from ops.report.differences import shortened
 from ops.report.pictures import Curve, curves
-from ops.report.render import render
+from ops.report.render import render, write_page
 from ops.settings import Settings
 from ops.text import escape_output, storable
 from ops.tracking.finished import FinishedRun, read_run
@@ -128,7 +129,7 @@ def _validation(run: FinishedRun) -> str:
 
 def _metric_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
     return [
-        (score.title, format(run.metrics[score.base], score.form), format(run.metrics[score.tuned], score.form))
+        (score.title, formatted(run.metrics[score.base], score.form), formatted(run.metrics[score.tuned], score.form))
         for score in ALL_SCORES
         if score.base in run.metrics and score.tuned in run.metrics
     ]
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     uri = Settings.load().tracking_uri
     try:
         run = read_run(uri, given.run)
-        given.html.write_text(report_page(run, run_lines(run)), encoding="utf-8")
+        write_page(given.html, report_page(run, run_lines(run)))
     except (LookupError, OSError, ValueError) as error:
         print(storable(str(error)), file=sys.stderr)
         return 1

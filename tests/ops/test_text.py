@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
-from ops.text import storable, storable_errors, unreadable_argument
+from ops.text import printable, storable, storable_errors, unreadable_argument
+
+
+def test_nothing_moves_the_cursor() -> None:
+    assert printable("a → b… 日本") == "a → b… 日本"
+    assert printable("\x1b[2J\n\t\u202e\ud800") == "\\x1b[2J\\n\\t\\u202e\\ud800"
 
 
 @pytest.mark.parametrize(

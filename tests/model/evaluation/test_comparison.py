@@ -219,6 +219,17 @@ def test_an_infinite_loss_is_not_compared() -> None:
     assert set(found) == {"chrf"}
 
 
+@pytest.mark.parametrize(("old", "new"), [(3.0, 9_000.0), (9_000.0, 3.0), (2_100.0, 9_000.0)])
+def test_a_diverged_model_has_finite_differences(old: float, new: float) -> None:
+    """Both perplexities are limited to e^700, and so is their difference; its square would overflow."""
+    found = _by_name(_records(base_loss=[old, 1.0, 2.0], loss=[new, 1.5, 2.5], tokens=[2, 1, 1]))["perplexity"]
+    assert found.difference == pytest.approx(found.new - found.old, rel=1e-9)
+    assert found.lower is not None
+    assert found.upper is not None
+    assert math.isfinite(found.lower)
+    assert math.isfinite(found.upper)
+
+
 def test_one_row_has_no_interval() -> None:
     found = _by_name(_records(base_loss=[2.0], loss=[1.0]))["loss"]
     assert (found.difference, found.lower, found.upper, found.p) == (-1.0, None, None, None)

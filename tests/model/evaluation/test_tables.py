@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from model.evaluation.comparison import Difference
 from model.evaluation.tables import (
     common_failures,
+    formatted,
     pass_table,
     sample_table,
     score_table,
@@ -57,6 +59,13 @@ def test_markdown_names_the_direction_and_the_ceiling() -> None:
 def test_a_difference_has_its_sign(value: float, form: str, text: str) -> None:
     """What rounds to nothing has none: "-0.0%" would read as a loss."""
     assert signed(value, form) == text
+
+
+def test_huge_numbers_have_an_exponent() -> None:
+    """A perplexity is limited to e^700, which has 305 digits."""
+    assert formatted(math.exp(700), ".2f") == "1.014e+304"
+    assert formatted(123456.789, ".2f") == "123456.79"
+    assert signed(-math.exp(700), ".2f") == "-1.014e+304"
 
 
 def test_samples_are_the_first_completed_rows() -> None:

@@ -207,10 +207,41 @@ def test_repetition_penalty_is_transformers(model: GPTModel, reference: GPT2LMHe
     assert got != generate(model, prompts, 40, temperature=0)
 
 
-@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf"), 1e300, 1e-300])
 def test_bad_repetition_penalty_is_refused(model: GPTModel, penalty: float) -> None:
+    """A huge one makes logits infinite, and then forbidden ids are drawn."""
     with pytest.raises(ValueError, match="repetition_penalty"):
         generate(model, [[1]], 3, repetition_penalty=penalty)
+
+
+@pytest.mark.parametrize("penalty", [1e6, 1e-6])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e6])
+def test_forbidden_ids_are_not_drawn_at_the_limits_of_settings(
+    model: GPTModel, penalty: float, temperature: float
+) -> None:
+    size = model.config.vocab_size
+    settings = {"temperature": temperature, "top_k": 50, "top_p": 0.9, "repetition_penalty": penalty}
+    for allowed in ({size // 2}, {0, size - 1}):
+        rows = generate(model, prompts_of(5, 60), 8, never=sorted(set(range(size)) - allowed), **settings)
+        assert all(set(row) <= allowed and len(row) == 8 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kept", "sentence"),
+    [
+        ([[1], [2, 10_000]], (), "prompt 2 has the id 10000: the model's ids are 0 to"),
+        ([[-1]], (), "prompt 1 has the id -1"),
+        ([[1], [2]], (1,), "kept has 1 numbers for 2 prompts"),
+        ([[1]], (10_000,), "kept is"),
+        ([[1]], (-1,), "kept is"),
+    ],
+)
+def test_wrong_prompts_are_refused(
+    model: GPTModel, prompts: list[list[int]], kept: tuple[int, ...], sentence: str
+) -> None:
+    """Before the device sees them: an index beyond the embedding ends a GPU's process."""
+    with pytest.raises(ValueError, match=sentence):
+        generate(model, prompts, 3, kept=kept)
 
 
 def test_a_text_beyond_the_context_is_penalised_as_a_whole(model: GPTModel) -> None:

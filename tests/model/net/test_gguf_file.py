@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -205,6 +206,16 @@ def test_what_gguf_cannot_hold_is_named(
         write_gguf(path, target, dtype)
     assert [file.name for file in target.parent.iterdir()] == ["model.gguf"]
     assert target.read_text() == "an older one"
+
+
+def test_only_plain_files_are_replaced(directory: Path, tmp_path: Path) -> None:
+    """By root, a rename to /dev/null replaces the device by the model."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", tmp_path / "link", tmp_path):
+        with pytest.raises(FileExistsError, match=f"{target} exists and is no plain file"):
+            write_gguf(directory, target)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_changed_files_are_refused(directory: Path, tmp_path: Path) -> None:

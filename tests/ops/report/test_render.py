@@ -100,6 +100,14 @@ def test_a_page_of_2003_rows_is_small(texts: tuple[str, ...]) -> None:
     assert 20_000 < size < MOST_BYTES
 
 
+def test_a_long_family_is_cut() -> None:
+    """It is a column of the data like the others."""
+    run = hostile_run(20)
+    for record in run.records or []:
+        record["family"] = "&" * 100_000
+    assert len(page_of(run).encode()) < MOST_BYTES
+
+
 def test_a_page_needs_nothing_from_elsewhere() -> None:
     for template in (Path(__file__).parents[3] / "ops" / "report" / "templates").iterdir():
         text = template.read_text()

@@ -103,6 +103,16 @@ def test_text_and_page_say_the_same(settings: Settings, two: tuple[str, str]) ->
     assert page.count("<polyline") == 4, "training and validation of both runs"
 
 
+def test_a_name_moves_no_cursor(settings: Settings) -> None:
+    """Anyone can name a run in MLflow; a parameter on several lines would break the columns."""
+    names = "wipe\x1b[2J", "turn\u202e"
+    runs = [log_finished(settings, name, make_records(10), {"dataset": f"{name}\n"}).run_id for name in names]
+    for text in (comparison_text(compare_runs(settings.tracking_uri, *runs)), _at_a_terminal(runs)):
+        assert "\x1b[2J" not in text
+        assert "\u202e" not in text
+        assert "wipe\\x1b[2J\\n" in text
+
+
 def test_hostile_names_stay_text(settings: Settings) -> None:
     evil = HOSTILE[0]
     texts = [text for text in HOSTILE if text.isascii()]  # no table holds a lone surrogate

@@ -81,7 +81,7 @@ def test_a_version_of_an_older_release(tmp_path: Path) -> None:
     assert _hashes(tmp_path / "model") == _hashes(EMBEDDED_BASE)
 
 
-@pytest.fixture(params=["a full directory", "a file", "a link"])
+@pytest.fixture(params=["a full directory", "a file", "a link", "a pipe"])
 def occupied(request: Any, tmp_path: Path) -> Iterator[Path]:
     """A target that holds something."""
     target = tmp_path / "occupied"
@@ -92,6 +92,11 @@ def occupied(request: Any, tmp_path: Path) -> Iterator[Path]:
         shutil.move(other / "work.txt", target)
     elif request.param == "a link":
         target.symlink_to(other)
+    elif request.param == "a pipe":
+        os.mkfifo(target)
+        yield target
+        assert target.is_fifo()
+        return
     yield target
     assert (target if target.is_file() else target / "work.txt").read_text() == "of someone"
 

@@ -71,6 +71,8 @@ def _with(**changed: Any) -> str:
         ("tables/test_rows.json", _with(text=5)),
         ("tables/test_rows.json", _with(chrf="high")),
         ("tables/test_rows.json", _with(base_loss=[1])),
+        ("tables/test_rows.json", _with(loss=1e308)),
+        ("tables/test_rows.json", _with(length=10**400)),
         ("tables/data_files.json", json.dumps({"columns": 1})),
         ("changed.json", json.dumps({"epochs": 1})),
     ],

@@ -92,7 +92,10 @@ def test_who_is_champion(store: Settings) -> None:
     assert version_of_alias(mlflow, NAME, "challenger") is None
 
 
-@pytest.mark.parametrize("uri", [f"models:/{NAME}/3", f"models:/{NAME}@best", "models:/gpt2-code-124m/1"])
+@pytest.mark.parametrize(
+    "uri",
+    [f"models:/{NAME}/3", f"models:/{NAME}@best", "models:/gpt2-code-124m/1", f"models:/{NAME}/{'9' * 23}"],
+)
 def test_a_version_that_is_not_there(store: Settings, uri: str) -> None:
     """The sentence names the server that was asked."""
     with pytest.raises(LookupError, match=r"is not registered at sqlite:.*MLFLOW_TRACKING_URI"):
