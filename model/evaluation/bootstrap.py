@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 _DRAWN = 4_000_000  # row numbers drawn at a time, about 64 MB with what is looked up for them
 
@@ -128,6 +127,8 @@ class Spread:
         """The two-sided 95 % interval around a difference; None for a single unit."""
         if self.units < 2:
             return None
+        from scipy import special  # here: each run imports this file at its start
+
         width = float(special.stdtrit(self.units - 1, 0.975)) * self.error
         return difference - width, difference + width
 
@@ -142,6 +143,8 @@ class Spread:
             return 1.0
         if self.error == 0:
             return float(0.5 ** (self.units - 1))
+        from scipy import special
+
         return float(2 * special.stdtr(self.units - 1, -abs(difference) / self.error))
 
 
@@ -154,6 +157,8 @@ def mcnemar_p(old: Array, new: Array) -> float:
         old: (R,) 0 or 1.
         new: (R,) likewise.
     """
+    from scipy import special
+
     gained, lost = int(np.count_nonzero(new > old)), int(np.count_nonzero(new < old))
     return float(min(1.0, 2 * special.bdtr(min(gained, lost), gained + lost, 0.5))) if gained + lost else 1.0
 
