@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from model.evaluation.scores import ALL_SCORES, Record, Score, ceiling_name
 _SAMPLES = 16  # rows of the table of samples
 _LONGEST = 1e12  # numbers from there on have an exponent
 _COMMONEST = 3  # reasons of failure
+_PLACE = re.compile(r" \((?:detected at|<unknown>,) line \d+\)")  # in messages of SyntaxError
 
 
 class Line(NamedTuple):
@@ -119,5 +121,13 @@ def pass_table(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def common_failures(records: Sequence[Record]) -> dict[str, int]:
-    """The commonest reasons why the tuned model's completions did not pass their tests, with their numbers."""
-    return dict(Counter(r["failure"] for r in records if r["passed"] is False).most_common(_COMMONEST))
+    """The commonest kinds of reasons why the tuned model's completions failed their tests, with their numbers."""
+    failed = (failure_kind(r["failure"]) for r in records if r["passed"] is False)
+    return dict(Counter(failed).most_common(_COMMONEST))
+
+
+def failure_kind(reason: str | None) -> str:
+    """A reason without what differs from row to row: the assertion that failed, and numbers of lines."""
+    if not reason:
+        return "no reason"
+    return "an assertion failed" if reason.startswith("assert ") else _PLACE.sub("", reason)

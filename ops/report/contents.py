@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,12 @@ from markupsafe import Markup
 
 from model.evaluation.comparison import Difference
 from model.evaluation.scores import ALL_SCORES, SCOREBOARD, Score, ceiling_name
-from model.evaluation.tables import formatted, signed
+from model.evaluation.tables import failure_kind, formatted, signed
 from ops.report.differences import plain, shortened, side_by_side
 from ops.report.pictures import histogram, sorted_gains
 
 EXTREMES = 5  # best rows, and worst rows
 _REASONS, _REASON_CHARACTERS = 6, 200  # of failure
-_PLACE = re.compile(r" \((?:detected at|<unknown>,) line \d+\)")  # in messages of SyntaxError
 # Characters of a row's texts on a page. Ten rows of signs that HTML must escape are then below 300 KB.
 _NAME_CHARACTERS = 100
 _PROMPT_CHARACTERS = 600
@@ -247,14 +245,11 @@ def lengths(records: Sequence[Record]) -> Lengths | None:
 
 
 def failures(records: Sequence[Record]) -> list[tuple[str, str, str]]:
-    """The commonest reasons why completions did not pass their tests: reason, its number under each model.
-
-    Reasons that differ by line numbers alone are one.
-    """
+    """The commonest kinds of reasons why completions did not pass their tests: its number under each model."""
 
     def count(prefix: str) -> Counter[str]:
         failed = (record for record in records if record.get(f"{prefix}passed") is False)
-        return Counter(_PLACE.sub("", str(record.get(f"{prefix}failure") or "no reason")) for record in failed)
+        return Counter(failure_kind(record.get(f"{prefix}failure")) for record in failed)
 
     old, new = count("base_"), count("")
     return [

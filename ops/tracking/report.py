@@ -149,7 +149,11 @@ def data_rows(run: FinishedRun) -> list[tuple[str, str]]:
     """What a run's data were: name, rows, tokens and hash, as far as they were logged."""
     facts = {"data set": _cell(run.params.get("dataset", ""))}
     facts |= {title: run.fact(name) for title, name in _DATA_FACTS.items()}
-    facts |= {"rows used": run.tags.get("subset", ""), "sha256 of all rows used": run.tags.get("data_sha256", "")}
+    window = run.tags.get("subset", "")
+    facts |= {
+        "rows used": "all" if window == "0:" else window,
+        "sha256 of all rows used": run.tags.get("data_sha256", ""),
+    }
     return [(title, value) for title, value in facts.items() if value]
 
 

@@ -99,7 +99,7 @@ def test_text_and_page_say_the_same(settings: Settings, two: tuple[str, str]) ->
     ):
         assert part in text, part
         assert part in page, part
-    assert "Largest gains of B" in page
+    assert "Largest gains or smallest losses of B" in page
     assert page.count("<polyline") == 4, "training and validation of both runs"
 
 

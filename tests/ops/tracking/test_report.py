@@ -35,7 +35,7 @@ def test_the_page_has_what_a_reader_asks_for(settings: Settings) -> None:
         "The tuned model is better than the base: test loss",
         "Of 60 rows, 60 have a lower loss under the tuned model than under the base, and 0 a higher one.",
         "The result is the checkpoint of step 20. Its validation loss is 1.5000 nats per token.",
-        "Largest gains of tuned",
+        "Largest gains or smallest losses of tuned",
         '<th scope="row">training rows</th><td>60</td>',
         '<th scope="row">empty prompt</th><td>2</td>',
         '<th scope="row">rows.jsonl</th><td>train</td><td>60</td>',
