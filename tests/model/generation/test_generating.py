@@ -182,7 +182,8 @@ def test_rows_in_several_threads_have_the_same_texts(
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
-    assert len({thread for thread, _ in dtypes} - {threading.get_ident()}) == 3
+    # Not always 3: a thread that is done early may take the rows of another.
+    assert len({thread for thread, _ in dtypes} - {threading.get_ident()}) >= 2
     assert {dtype for _, dtype in dtypes} == {torch.bfloat16 if mixed else torch.float32}
     if not mixed:  # in bf16, rounding decides between tokens
         assert got == want
