@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from model.data.packing import Pack, choose
 from model.engine.fused import can_fuse, run_blocks
 from model.net.attention import Documents
-from model.net.device import capture_stream, give_memory_back
+from model.net.device import give_memory_back, on_capture_stream
 from model.net.gpt import GPTModel
 from model.net.noise import Noise
 
@@ -192,16 +193,7 @@ class _Buffers:
         self.bounds = torch.arange(tokens + 1, dtype=torch.int32, device=example.device)
         self.begins, self.ends = self.bounds[:-1].clone(), self.bounds[1:].clone()
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = capture_stream(example.device)
         self.warmed_up = False
-
-    @contextmanager
-    def on_capture_stream(self) -> Iterator[None]:
-        """Run the body on a stream other than the current one, as CUDA requires for a capture."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 class _Graph:
@@ -262,10 +254,10 @@ class _Graph:
                 backward(*forward(min(size, _WARM_UP_TOKENS), min(predictors, _WARM_UP_TOKENS)))
             buffers.warmed_up = True
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with buffers.on_capture_stream(), deterministic():
-            with _capturing(self.forward, buffers):
+        with on_capture_stream(buffers.x.device), deterministic():
+            with capturing(self.forward, buffers.pool):
                 copies, hidden = forward(size, predictors)
-            with _capturing(self.backward, buffers):
+            with capturing(self.backward, buffers.pool):
                 backward(copies, hidden)
 
     def run(self, x: Tensor, batch: Pack, noise: Noise | None, loss: Loss) -> Tensor:
@@ -292,9 +284,13 @@ class _Graph:
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, buffers: _Buffers) -> Iterator[None]:
-    """Capture the body; torch.cuda.graph would wait for the device and empty the allocator's cache at every graph."""
-    graph.capture_begin(buffers.pool, "relaxed")
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """Capture the body; torch.cuda.graph would wait for the device and empty the allocator's cache at every graph.
+
+    Args:
+        pool: of memory, as ``torch.cuda.graph_pool_handle`` gives it.
+    """
+    graph.capture_begin(pool, "relaxed")
     try:
         yield
     except BaseException:

@@ -9,19 +9,18 @@ Shapes: B slots, N tokens of packed prompts, H heads, K width of a head, P place
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.engine.engine import capturing
 from model.engine.fused import has_kernels, has_plain_layers
 from model.engine.loss import padded_head
 from model.generation.slots import Row, Slots
 from model.net.config import GPTConfig
-from model.net.device import capture_stream
+from model.net.device import on_capture_stream
 from model.net.gpt import GPTModel
 
 _MOST_SLOTS = 2048  # with more rows, a step takes longer in proportion
@@ -85,7 +84,7 @@ class FusedDecoder:
         graph = self.graphs[size]
         if graph is None:
             self.graphs[size] = graph = torch.cuda.CUDAGraph()
-            with _capturing(graph, self.pool, self.device):
+            with on_capture_stream(self.device), capturing(graph, self.pool):
                 self._step(size)
         graph.replay()
 
@@ -205,20 +204,3 @@ def _parts(lengths: Sequence[int], most: int) -> Iterator[slice]:
         total += length
     if lengths:
         yield slice(begin, len(lengths))
-
-
-@contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
-    """Capture the body; torch.cuda.graph would wait for the device and empty the allocator's cache."""
-    stream, current = capture_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool, "relaxed")
-        try:
-            yield
-        except BaseException:
-            with suppress(RuntimeError):  # the body's error is the one to raise: most often memory ran out
-                graph.capture_end()  # else the capture would go on with everything queued on the stream later
-            raise
-        graph.capture_end()
-    current.wait_stream(stream)

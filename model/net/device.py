@@ -6,7 +6,8 @@ import functools
 import os
 import resource
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -105,12 +106,22 @@ def let_memory_grow(device: torch.device) -> None:
 
 
 @functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which all graphs of a process are captured.
 
     One stream, because cuBLAS keeps 32 MiB for each stream that it ever ran on, twice with autograd.
     """
     return torch.cuda.Stream(device)
+
+
+@contextmanager
+def on_capture_stream(device: torch.device) -> Iterator[None]:
+    """Run the body on a stream other than the current one, as CUDA requires for a capture."""
+    stream, current = _capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:
