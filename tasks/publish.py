@@ -19,7 +19,6 @@ from model.net.loading import write_with_tokenizer
 from ops.text import storable
 from ops.tracking.flavour import add_flavour
 from ops.tracking.registry import interrupted_version, model_name, take_over, version_uri
-from ops.tracking.report import log_report
 from ops.tracking.runs import RunRef, client, log_model, log_table
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
@@ -45,6 +44,8 @@ def publish(
     Raises:
         NotLoggedError: MLflow could not take all of it.
     """
+    from ops.tracking.report import log_report  # here, as it imports the pages and their library
+
     with must_be_logged(run.tracking_uri, Path(training.directory)):
         _log_tables(run, checkpoint, evaluation)
         directory = Path(checkpoint.directory) / "model"  # removed with the training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def trunk_outputs(
     reserved_bytes: int = 0,
 ) -> TrunkOutputs:
     """``TrunkOutputs`` with these arguments, or those of an earlier training if ``config.shared`` has them."""
+    make = partial(TrunkOutputs, engine, dataset, order, chunk_tokens, uses, config, reserved_bytes)
     if config.shared is None:
-        return TrunkOutputs(engine, dataset, order, chunk_tokens, uses, config, reserved_bytes)
+        return make()
     key = (
         engine.model,
         engine.model.num_frozen,
@@ -67,7 +69,7 @@ def trunk_outputs(
     )
     outputs = config.shared.take(key, dataset)
     if outputs is None:
-        outputs = TrunkOutputs(engine, dataset, order, chunk_tokens, uses, config, reserved_bytes)
+        outputs = make()
         config.shared.keep(key, outputs)
     outputs.hand_on(engine, dataset)
     return outputs

@@ -52,13 +52,26 @@ def _line(score: Score, metrics: Mapping[str, float], difference: Difference | N
     change = interval = verdict = reference = ""
     if difference:
         change, verdict = signed(difference.difference, score.form), difference.verdict
-        if difference.lower is not None and difference.upper is not None:
-            interval = f"{signed(difference.lower, score.form)} to {signed(difference.upper, score.form)}"
+        interval = interval_text(difference)
     if score.ceiling and ceiling_name(score) in metrics:
         reference = formatted(metrics[ceiling_name(score)], score.form)
-    better = "" if score.higher_is_better is None else "higher" if score.higher_is_better else "lower"
     base, tuned = (formatted(metrics[name], score.form) for name in (score.base, score.tuned))
-    return Line(score.title, base, tuned, change, interval, verdict, score.unit, better, reference)
+    return Line(score.title, base, tuned, change, interval, verdict, score.unit, better(score), reference)
+
+
+def interval_text(difference: Difference) -> str:
+    """The 95 % interval of a difference; empty where there is none."""
+    if difference.lower is None or difference.upper is None:
+        return ""
+    form = difference.entry.form
+    return f"{signed(difference.lower, form)} to {signed(difference.upper, form)}"
+
+
+def better(score: Score) -> str:
+    """Which values of a score are better: higher, lower, or empty where neither is."""
+    if score.higher_is_better is None:
+        return ""
+    return "higher" if score.higher_is_better else "lower"
 
 
 def formatted(value: float, form: str) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 from markupsafe import Markup
 
 from model.evaluation.comparison import Difference
-from model.evaluation.scores import ALL_SCORES, SCOREBOARD, Score, ceiling_name
-from model.evaluation.tables import failure_kind, formatted, signed
+from model.evaluation.scores import ALL_SCORES, SCOREBOARD, Record, Score, ceiling_name
+from model.evaluation.tables import better, failure_kind, formatted, interval_text, signed
 from ops.report.differences import plain, shortened, side_by_side
 from ops.report.pictures import histogram, sorted_gains
 
@@ -24,8 +24,6 @@ _NAME_CHARACTERS = 100
 _PROMPT_CHARACTERS = 600
 _REFERENCE_CHARACTERS = 800
 _COMPLETION_CHARACTERS = 1_000
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,6 @@ def score_lines(differences: Sequence[Difference], metrics: Mapping[str, float] 
 
 
 def _line(score: Score, found: Difference, ceiling: float | None) -> ScoreLine:
-    interval = ""
-    if found.lower is not None and found.upper is not None:
-        interval = f"{signed(found.lower, score.form)} to {signed(found.upper, score.form)}"
     return ScoreLine(
         title=score.title,
         unit=score.unit,
@@ -78,7 +73,7 @@ def _line(score: Score, found: Difference, ceiling: float | None) -> ScoreLine:
         new=formatted(found.new, score.form),
         ceiling="" if ceiling is None else formatted(ceiling, score.form),
         difference=signed(found.difference, score.form),
-        interval=interval,
+        interval=interval_text(found),
         p=_p(found.corrected),
         rows=f"{found.rows:,}",
         verdict=found.verdict,
@@ -87,9 +82,8 @@ def _line(score: Score, found: Difference, ceiling: float | None) -> ScoreLine:
 
 def direction(score: Score) -> str:
     """Which values of a score are better, in words; empty where neither is."""
-    if score.higher_is_better is None:
-        return ""
-    return "higher is better" if score.higher_is_better else "lower is better"
+    found = better(score)
+    return f"{found} is better" if found else ""
 
 
 def _p(p: float | None) -> str:
@@ -114,8 +108,8 @@ def summary(lines: Sequence[ScoreLine], old: str, new: str) -> str:
     for verdict in ("better", "worse"):
         titles = [line.title for line in others if line.verdict == verdict]
         if titles:
-            sentence += f"; {verdict} too: {', '.join(titles)}" if first.verdict == verdict else ""
-            sentence += f"; {verdict}: {', '.join(titles)}" if first.verdict != verdict else ""
+            too = " too" if first.verdict == verdict else ""
+            sentence += f"; {verdict}{too}: {', '.join(titles)}"
     return sentence + "."
 
 
@@ -203,14 +197,14 @@ def _fact(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Gains:
-    """The per-row gains of a page: a picture, and what it shows in words."""
+class Captioned:
+    """A picture, and what it shows in words."""
 
     picture: Markup
     sentence: str
 
 
-def gains(records: Sequence[Record], old: str, new: str) -> Gains | None:
+def gains(records: Sequence[Record], old: str, new: str) -> Captioned | None:
     """The gain of each row in nats per token, the largest first; None without losses."""
     found = [gain_of(r) / r["tokens"] for r in records if math.isfinite(gain_of(r)) and r.get("tokens")]
     better, worse = (sum(sign * gain > 0 for gain in found) for sign in (1, -1))
@@ -219,18 +213,10 @@ def gains(records: Sequence[Record], old: str, new: str) -> Gains | None:
         "one."
     )
     picture = sorted_gains(found, "rows, the largest gain first", "gain, nats per token", sentence)
-    return Gains(picture, sentence) if picture else None
+    return Captioned(picture, sentence) if picture else None
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Lengths of the test rows' responses: a picture, and what it shows in words."""
-
-    picture: Markup
-    sentence: str
-
-
-def lengths(records: Sequence[Record]) -> Lengths | None:
+def lengths(records: Sequence[Record]) -> Captioned | None:
     """Response tokens of the test rows; None without records."""
     tokens = [int(record["tokens"]) for record in records if record.get("tokens")]
     if not tokens:
@@ -241,7 +227,7 @@ def lengths(records: Sequence[Record]) -> Lengths | None:
         f"the 90th percentile and {max(tokens):,} at most."
     )
     picture = histogram([float(count) for count in tokens], "response tokens", "test rows", sentence)
-    return Lengths(picture, sentence) if picture else None
+    return Captioned(picture, sentence) if picture else None
 
 
 def failures(records: Sequence[Record]) -> list[tuple[str, str, str]]:

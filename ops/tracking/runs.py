@@ -19,7 +19,7 @@ from ops.settings import Settings
 from ops.tracking.flavour import hash_version
 from ops.tracking.once import create_once, environment
 from ops.tracking.provenance import git_sha, installed_packages
-from ops.tracking.views import provide_view, view_url
+from ops.tracking.views import provide_view, server_of, view_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -55,12 +55,10 @@ class RunRef:
     @property
     def url(self) -> str | None:
         """Its page, if the tracking URI is a server's."""
-        if not self.tracking_uri.startswith("http"):
-            return None
+        server = server_of(self.tracking_uri)
         # Without the type MLflow 3 opens its pages for language-model traces.
-        server = without_credentials(self.tracking_uri).rstrip("/")  # no password in a link
-        page = f"{server}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"{page}?workflowType=machine_learning"
+        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+        return server and server + page
 
     @property
     def report_url(self) -> str | None:
@@ -190,26 +188,39 @@ def tracked_run(
         provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
     run = create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
-    status = "KILLED"
-    try:
+    with closed_at_end(mlflow, ref.run_id):
         log_params(ref, params)
         mlflow.log_dict(ref.run_id, dict(params), "config.json")
         if defaults is not None:
             mlflow.log_dict(ref.run_id, changed, CHANGED_FILE)
         mlflow.log_text(ref.run_id, installed_packages(), "constraints.txt")
         yield ref
+
+
+@contextmanager
+def closed_at_end(mlflow: MlflowClient, run_id: str, stops: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Close a run with the status in which the body ends, as ``tracked_run`` says.
+
+    Args:
+        stops: exceptions that make it KILLED, as a signal does: another attempt goes on with it.
+    """
+    status = "KILLED"
+    try:
+        yield
         status = "FINISHED"
+    except stops:
+        raise
     except Exception as error:
         status = "FAILED"
         redact_error(error)  # Prefect stores its text as the message of the flow run's state
         raise
     finally:
         try:
-            mlflow.set_terminated(ref.run_id, status)
+            mlflow.set_terminated(run_id, status)
         except Exception as error:
             if status == "FINISHED":
                 raise
-            logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", ref.run_id, error)
+            logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", run_id, error)
 
 
 def create_run(mlflow: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run:

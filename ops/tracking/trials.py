@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from model.engine.trainer import TrainingStoppedError
 from ops.machine.process import identify_process
-from ops.redaction import redact, redact_error
+from ops.redaction import redact
 from ops.tracking.runs import (
     PARENT_TAG,
     PROCESS_TAG,
     REASON_TAG,
     RunRef,
     client,
+    closed_at_end,
     create_run,
     log_metrics,
     log_params,
@@ -77,23 +77,8 @@ def tracked_trial(parent: RunRef, trial: TrialRun, tags: Mapping[str, str]) -> I
     ref = RunRef(parent.tracking_uri, found.info.experiment_id, found.info.run_id)
     # A value cannot be logged twice, and the name of the device may be another one now.
     log_params(ref, {name: value for name, value in trial.params.items() if name not in found.data.params})
-    status = "KILLED"
-    try:
+    with closed_at_end(mlflow, ref.run_id, stops=(TrainingStoppedError,)):
         yield ref
-        status = "FINISHED"
-    except TrainingStoppedError:  # KILLED, as after a signal: another attempt goes on with it
-        raise
-    except Exception as error:
-        status = "FAILED"
-        redact_error(error)
-        raise
-    finally:
-        try:
-            mlflow.set_terminated(ref.run_id, status)
-        except Exception as error:
-            if status == "FINISHED":
-                raise
-            logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", ref.run_id, error)
 
 
 def adopt(parent: RunRef, run: Run, tags: Mapping[str, str]) -> None:

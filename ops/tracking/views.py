@@ -47,12 +47,15 @@ _SECTIONS = {
 _CURVES = ("eval/loss", "train/loss")
 
 
+def server_of(tracking_uri: str) -> str | None:
+    """What the addresses of MLflow's pages begin with, without a password; None if the URI is no server's."""
+    return without_credentials(tracking_uri).rstrip("/") if tracking_uri.startswith("http") else None
+
+
 def view_url(tracking_uri: str, experiment_id: str) -> str | None:
     """The page of runs in the ready-made view, if the tracking URI is a server's."""
-    if not tracking_uri.startswith("http"):
-        return None
-    server = without_credentials(tracking_uri).rstrip("/")
-    return (
+    server = server_of(tracking_uri)
+    return server and (
         f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&compareRunsMode=TABLE"
         "&workflowType=machine_learning"
     )
