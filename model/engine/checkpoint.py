@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +31,9 @@ MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.safetensors"
 STATE_FILE = "state.json"
 _FURTHER = "further"  # first part of the names of tensors that belong to no parameter
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 _NAME = re.compile(r"step-(\d{8})$")
+CPU = torch.device("cpu")
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -44,7 +43,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The tensors of a checkpoint, on the CPU.
+    """The tensors of a checkpoint.
 
     Attributes:
         model: trained tensors by name.
@@ -58,10 +57,11 @@ class Snapshot:
 def take_snapshot(
     model: GPTModel,
     optimizer: torch.optim.Optimizer,
-    copy: bool = False,
     further: Mapping[str, Tensor] | None = None,
+    copy: bool = False,
+    device: torch.device = CPU,
 ) -> Snapshot:
-    """The current tensors of a training.
+    """The current tensors of a training, on ``device``.
 
     Args:
         copy: copy all tensors, so that later steps do not change them; without it, tensors that are on the CPU
@@ -70,14 +70,14 @@ def take_snapshot(
     """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
 
-    def on_cpu(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=copy).contiguous()
+    def on_device(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, copy=copy).contiguous()
 
-    trainer = {f"{_FURTHER}.{name}": on_cpu(tensor) for name, tensor in (further or {}).items()}
+    trainer = {f"{_FURTHER}.{name}": on_device(tensor) for name, tensor in (further or {}).items()}
     for parameter, moments in optimizer.state.items():
         for key, value in moments.items():
-            trainer[f"{key}.{names[parameter]}"] = on_cpu(value)
-    return Snapshot({name: on_cpu(p) for p, name in names.items()}, trainer)
+            trainer[f"{key}.{names[parameter]}"] = on_device(value)
+    return Snapshot({name: on_device(p) for p, name in names.items()}, trainer)
 
 
 def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict[str, Any]) -> Path:
@@ -104,74 +104,6 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict
         files = {name: sha256_file(scratch / name) for name in (MODEL_FILE, TRAINER_FILE)}
         write_json(scratch / STATE_FILE, {**state, "step": step, "files": files})
     return target
-
-
-class CheckpointWriter:
-    """Context manager that writes a training's checkpoints, one at a time, while the training goes on.
-
-    Copying a checkpoint from a GPU takes a fraction of a second; writing it takes seconds. A training that is killed
-    during a write resumes from the checkpoint before, which is deleted only after the write. An error of a write is
-    raised by the next ``save`` or ``wait``, or at the end of the context.
-
-    Args:
-        directory: directory of the training.
-        in_background: write in a thread. The default is to do so only for a model on a GPU: on a CPU the copy
-            would take memory that the training needs.
-        further: as for ``take_snapshot``.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        model: GPTModel,
-        optimizer: torch.optim.Optimizer,
-        in_background: bool | None = None,
-        further: Mapping[str, Tensor] | None = None,
-    ):
-        self.directory = directory
-        self.model = model
-        self.optimizer = optimizer
-        self.further = further
-        self.in_background = model.wte.weight.is_cuda if in_background is None else in_background
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.pending: Future[None] | None = None
-
-    def save(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
-        """Write a checkpoint of the current state, then delete the checkpoints of all steps that ``keep`` lacks.
-
-        Raises:
-            OSError: this checkpoint, or the one before it, could not be written.
-        """
-        self.wait()
-        snapshot = take_snapshot(self.model, self.optimizer, self.in_background, self.further)
-        if self.in_background:
-            self.pending = self.thread.submit(self._write, snapshot, step, state, set(keep))
-        else:
-            self._write(snapshot, step, state, set(keep))
-
-    def wait(self) -> None:
-        """Return when the last checkpoint is on disk.
-
-        Raises:
-            OSError: the checkpoint could not be written.
-        """
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
-
-    def _write(self, snapshot: Snapshot, step: int, state: dict[str, Any], keep: set[int]) -> None:
-        write_checkpoint(self.directory, snapshot, step, state)
-        prune_checkpoints(self.directory, keep)
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.thread.shutdown()  # waits for the write, after a failed training too: a retry resumes from it
-        if kind is None:
-            self.wait()
 
 
 def load_state(path: Path, names: Collection[str] = (MODEL_FILE, TRAINER_FILE)) -> dict[str, Any]:
@@ -248,7 +180,7 @@ def load_checkpoint(
         tensor.copy_(found)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     device = model.wte.weight.device
-    moments = {f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
+    moments = {f"{kind}.{name}": p.shape for name, p in parameters.items() for kind in MOMENTS}
     moments |= {f"step.{name}": torch.Size() for name in parameters}
     if trainer and (
         {key: value.shape for key, value in trainer.items()} != moments

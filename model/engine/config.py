@@ -35,7 +35,7 @@ class TrainConfig(Seeded):
     dropout: Share = 0.0
     """Dropout rate in the trained blocks."""
     eval_freq: Count = 100
-    """Steps between validations; each also saves a checkpoint."""
+    """Steps between validations. Each also saves a checkpoint; on a GPU one is written every 15 seconds at most."""
     eval_rows: Count | None = 1000
     """Rows of the validation split, from its beginning, that each validation scores; null takes all."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from model.data.tokens import CodeAlpacaDataset, epoch_order
-from model.engine.checkpoint import CheckpointWriter, FoundCheckpoint, checkpoint_path, load_checkpoint
+from model.engine.checkpoint import FoundCheckpoint, checkpoint_path, load_checkpoint
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import matmul_ceiling
 from model.engine.journal import MetricsJournal
+from model.engine.saving import CheckpointWriter
 from model.engine.scoring import mean_loss, perplexity, row_losses
 from model.engine.speed import Speed
 from model.engine.state import TrainingState

@@ -32,7 +32,7 @@ from torch import Tensor
 import model as package
 from model import GPTModel, freeze_bottom_layers
 from model.engine.checkpoint import (
-    CheckpointWriter,
+    Snapshot,
     checkpoint_path,
     load_checkpoint,
     load_state,
@@ -43,6 +43,7 @@ from model.engine.checkpoint import (
     write_checkpoint,
 )
 from model.engine.journal import read_journal
+from model.engine.saving import CheckpointWriter
 from model.engine.state import TrainingState
 from model.engine.stepper import build_optimizer
 from model.engine.trainer import StepReport, TrainingStoppedError, TrainResult
@@ -346,6 +347,7 @@ def test_background_write_has_the_state_at_the_save(
         writer.save(4, {"identity": "me"}, keep=[4])
         writer.wait()
         monkeypatch.setattr("model.engine.checkpoint.save_tensors", slow)
+        monkeypatch.setattr("model.engine.saving._SECONDS_BETWEEN", 0.0)
         writer.save(8, {"identity": "me"}, keep=[8])
         with torch.no_grad():
             for parameter in model.parameters():
@@ -367,22 +369,82 @@ def test_background_write_has_the_state_at_the_save(
 
 @pytest.mark.parametrize("in_background", [True, False])
 def test_a_failed_write_is_raised_later(fresh: Callable[[], GPTModel], tmp_path: Path, in_background: bool) -> None:
-    """A failed write is raised by the next save or at the end; the checkpoint before it is complete."""
+    """A failed write is raised when it is waited for, or at the end; the checkpoint before it is complete."""
     model = fresh()
     optimizer = trained_optimizer(model)
     with CheckpointWriter(tmp_path, model, optimizer, in_background) as writer:
         writer.save(4, {"identity": "me"}, keep=[4])
 
-    def save(times: int) -> None:
+    def save(wait: bool) -> None:
         with CheckpointWriter(tmp_path, model, optimizer, in_background) as writer:
-            for step in range(8, 8 + times):
-                writer.save(step, {"identity": "me"}, keep=[step])
-                assert step == 8  # the second save raises the error of the first
+            writer.save(8, {"identity": "me"}, keep=[8])
+            if wait:
+                writer.wait()
+                pytest.fail("the error was not raised")
 
-    for times in (1, 2):
+    for wait in (False, True):
         with pytest.raises(OSError, match="too large"), full_disk():
-            save(times)
+            save(wait)
         assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_failed_write_is_raised_by_a_later_save(
+    fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training does not go on for hours without a checkpoint because the disk is full."""
+    monkeypatch.setattr("model.engine.saving._SECONDS_BETWEEN", 0.0)
+    model = fresh()
+    optimizer = trained_optimizer(model)
+
+    def save() -> None:
+        with CheckpointWriter(tmp_path, model, optimizer, in_background=True) as writer:
+            for step in range(1, 100):
+                writer.save(step, {"identity": "me"}, keep=[step])
+                time.sleep(0.1)
+            pytest.fail("the error was not raised")
+
+    with pytest.raises(OSError, match="too large"), full_disk():
+        save()
+
+
+def test_a_fast_training_does_not_wait_for_the_disk(
+    fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While no checkpoint is due, those that a newer one makes superfluous are dropped, and the best stays."""
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    written = []
+
+    def note(directory: Path, snapshot: Snapshot, step: int, state: dict[str, Any]) -> Path:
+        written.append(step)
+        return write_checkpoint(directory, snapshot, step, state)
+
+    monkeypatch.setattr("model.engine.saving.write_checkpoint", note)
+    with CheckpointWriter(tmp_path, model, optimizer, in_background=True) as writer:
+        for step, best in ((0, 0), (4, 4), (8, 4), (12, 12), (16, 12)):
+            model.ln_f.bias.data.fill_(step)
+            writer.save(step, {"identity": "me"}, keep=[best, step])
+        assert not written
+        writer.wait()
+        assert written == [12, 16]
+        writer.save(20, {"identity": "me"}, keep=[12, 20])
+    assert written == [12, 16, 20]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000012", "step-00000020"]
+    assert (load_file(tmp_path / "step-00000012" / "model.safetensors")["ln_f.bias"] == 12).all()
+
+
+def test_a_checkpoint_is_written_when_it_is_due(
+    fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training whose next validation is far away is not without a checkpoint until then."""
+    monkeypatch.setattr("model.engine.saving._SECONDS_BETWEEN", 0.5)
+    model = fresh()
+    with CheckpointWriter(tmp_path, model, trained_optimizer(model), in_background=True) as writer:
+        writer.save(4, {"identity": "me"}, keep=[4])
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob("step-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def save_for_ever(model: GPTModel, directory: Path) -> None:
