@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,10 +99,15 @@ def write_checkpoint(directory: Path, snapshot: Snapshot, step: int, state: dict
         OSError: the checkpoint could not be written; an older checkpoint of this step is unchanged.
     """
     target = checkpoint_path(directory, step)
+    parts = {MODEL_FILE: snapshot.model, TRAINER_FILE: snapshot.trainer}
     with atomic_directory(target) as scratch:
-        save_tensors(snapshot.model, scratch / MODEL_FILE)
-        save_tensors(snapshot.trainer, scratch / TRAINER_FILE)
-        files = {name: sha256_file(scratch / name) for name in (MODEL_FILE, TRAINER_FILE)}
+
+        def write(name: str) -> str:
+            save_tensors(parts[name], scratch / name)
+            return sha256_file(scratch / name)
+
+        with ThreadPoolExecutor(len(parts)) as threads:  # most of the time is hashing, which needs no GIL
+            files = dict(zip(parts, threads.map(write, parts), strict=True))
         write_json(scratch / STATE_FILE, {**state, "step": step, "files": files})
     return target
 
