@@ -27,12 +27,12 @@ _WARM_UP_TOKENS = 512  # enough for a warm-up: a Triton kernel compiled for one 
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _graph_size(tokens: int) -> int:
-    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 or of some 1 % of ``tokens``.
+def _graph_size(tokens: int, steps: int) -> int:
+    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 or of about ``tokens / steps``.
 
     So there are few graphs, and little of each is unused.
     """
-    quantum = max(128, 1 << max(0, tokens.bit_length() - 7))
+    quantum = max(128, (1 << tokens.bit_length()) // steps)
     return (tokens // quantum + 1) * quantum
 
 
@@ -61,9 +61,11 @@ class Engine:
         model: on its device, frozen parameters already in ``dtype``.
         dtype: computing dtype.
         seed: of the noise of dropout.
+        graph_steps: power of two; the sizes of CUDA graphs are multiples of about ``tokens / graph_steps``. With few,
+            fewer graphs are captured, and more of each is unused.
     """
 
-    def __init__(self, model: GPTModel, dtype: torch.dtype, seed: int = 0):
+    def __init__(self, model: GPTModel, dtype: torch.dtype, seed: int = 0, graph_steps: int = 128):
         self.model = model
         self.dtype = dtype
         self.device = model.wte.weight.device
@@ -73,6 +75,7 @@ class Engine:
         used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
         self._origin = torch.tensor([seed, 0], device=self.device)
+        self._graph_steps = graph_steps
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._buffers: _Buffers | None = None
         self.latest_tokens = 0  # tokens of the pass that was started last
@@ -152,7 +155,7 @@ class Engine:
     def _replay(self, x: Tensor, batch: Pack, loss: Loss, first: bool) -> Tensor:
         # The shapes of a graph follow from its pack alone. They decide how a matrix product rounds, and a resumed
         # training, whose first pack is another, must repeat the original bit for bit.
-        size = _graph_size(x.size(0))
+        size = _graph_size(x.size(0), self._graph_steps)
         predictors = -(-4 * len(batch.predictors) // size) * size // 4  # rounded up to a quarter of the size
         if self._buffers is None or size > len(self._buffers.x):
             self._allocate_buffers(size, x)
