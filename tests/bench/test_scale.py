@@ -47,7 +47,7 @@ def test_options_that_cannot_be_measured_are_refused(capsys: pytest.CaptureFixtu
 
 def test_processes_on_a_cpu_are_measured(tmp_path: Path) -> None:
     """One and two ranks train the embedded rows; every line and the file have what was measured."""
-    options = ["--device", "cpu", "--size", "tiny", "--rows", "40", "--batch-size", "16", "--epochs", "2"]
+    options = ["--device", "cpu", "--size", "tiny", "--rows", "32", "--batch-size", "16", "--epochs", "2"]
     command = [sys.executable, "-m", "bench.scale", *options, "--gpus", "2", "1", "--quick", "--profile"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = tmp_path / "scale.json"
