@@ -52,7 +52,7 @@ def test_processes_on_a_cpu_are_measured(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = tmp_path / "scale.json"
     done = subprocess.run(
-        [*command, "--json", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--json", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
