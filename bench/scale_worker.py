@@ -10,7 +10,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from bench.engine import step_loads
 from model.data.tokens import CodeAlpacaDataset
+from model.engine import engine
 from model.engine.config import TrainConfig
 from model.engine.ranks import Ranks, join_ranks
 from model.engine.trainer import StepReport
@@ -81,6 +83,8 @@ class Timing:
         exchange_ms: with ``profile``, median over these steps of the shortest time that a rank spent summing
             gradients: none of it is waiting for other ranks.
         waiting_ms: with ``profile``, median of what the ranks spent longer than that, on average.
+        graphs: with ``profile``, CUDA graphs that rank 0 captured in the whole training.
+        capture_ms: with ``profile``, time of the host for each of them, on average.
     """
 
     world: int
@@ -93,6 +97,8 @@ class Timing:
     slowest_step_ms: float
     exchange_ms: float | None = None
     waiting_ms: float | None = None
+    graphs: int | None = None
+    capture_ms: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +129,25 @@ class TimedRanks(Ranks):
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+@contextmanager
+def timing_captures() -> Iterator[list[float]]:
+    """Seconds of each capture in the body; a pass is captured as two graphs."""
+    plain, found = engine.capturing, list[float]()
+
+    @contextmanager
+    def timed(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+        begin = time.perf_counter()
+        with plain(graph, pool):
+            yield
+        found.append(time.perf_counter() - begin)
+
+    engine.capturing = timed
+    try:
+        yield found
+    finally:
+        engine.capturing = plain
 
 
 def build_model(job: ScaleJob, device: torch.device) -> GPTModel:
@@ -176,7 +201,8 @@ def run_training(
 def measure(job: ScaleJob, batch_size: int, repeat: int, ranks: Ranks) -> Timing | None:
     """Train once; the timing on rank 0, None on the others."""
     timed = TimedRanks(**vars(ranks)) if job.profile else ranks
-    reports, config, trunk = run_training(job, batch_size, timed)
+    with timing_captures() as captures:
+        reports, config, trunk = run_training(job, batch_size, timed)
     rows = CodeAlpacaDataset(Path(job.tokens), "train")
     epoch = math.ceil(len(rows) / batch_size)
     spans = ranks.gather(timed.milliseconds() if isinstance(timed, TimedRanks) else [])
@@ -185,12 +211,14 @@ def measure(job: ScaleJob, batch_size: int, repeat: int, ranks: Ranks) -> Timing
     tokens = [tokens for tokens, _ in step_loads(rows, config)]
     last = len(reports) - 2  # without the last step, which a validation follows
     steps = [1e3 * (reports[step] - reports[step - 1]) for step in range(epoch + 1, last + 1)]
-    parts: dict[str, float] = {}
+    parts: dict[str, Any] = {}
+    if job.profile:
+        parts = {"graphs": len(captures), "capture_ms": 1e3 * sum(captures) / max(1, len(captures))}
     if spans[0]:
         cached = [some[epoch:last] for some in spans]
         shortest = [min(some) for some in zip(*cached, strict=True)]
         waits = [statistics.mean(some) - min(some) for some in zip(*cached, strict=True)]
-        parts = {"exchange_ms": statistics.median(shortest), "waiting_ms": statistics.median(waits)}
+        parts |= {"exchange_ms": statistics.median(shortest), "waiting_ms": statistics.median(waits)}
     return Timing(
         ranks.world,
         batch_size,
@@ -224,6 +252,8 @@ def describe(timing: Timing) -> str:
     parts = ""
     if timing.exchange_ms is not None:
         parts = f", of it {timing.exchange_ms:.2f} ms exchange and {timing.waiting_ms:.2f} ms waiting"
+    if timing.graphs:
+        parts += f"; {timing.graphs} graphs, {timing.capture_ms:.1f} ms each"
     return (
         f"{timing.world} ranks, {timing.batch_size} rows, training {timing.repeat}: first epoch "
         f"{timing.first_epoch:,.0f}, cached {timing.cached_epochs:,.0f} useful tokens/s; step {timing.step_ms:.2f} "

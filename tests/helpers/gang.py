@@ -28,7 +28,7 @@ from model.engine.trainer import TrainResult
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.engine.trunk_filling import fill_together
-from model.net.device import cast_frozen
+from model.net.device import cast_frozen, resolve_precision
 
 TIMEOUT = 60.0  # seconds that an exchange, or a call, may take
 
@@ -83,11 +83,15 @@ class Gang:
             raise GangError("\n".join(failed))
         return [answer for _, answer in answers]
 
-    def answers_of_survivors(self) -> list[Any]:
-        """What the call returned where no process died; then all processes are ended, as a launcher does."""
+    def wait_for_death(self) -> list[bool]:
+        """Wait until a process has ended; whether each has."""
         ended = connection.wait([process.sentinel for process in self.processes], TIMEOUT)
         assert ended
-        dead = [process.sentinel in ended for process in self.processes]
+        return [process.sentinel in ended for process in self.processes]
+
+    def answers_of_survivors(self) -> list[Any]:
+        """What the call returned where no process died; then all processes are ended, as a launcher does."""
+        dead = self.wait_for_death()
         pipes = [pipe for pipe, is_dead in zip(self.pipes, dead, strict=True) if not is_dead]
         assert all(pipe.poll(TIMEOUT) for pipe in pipes)
         answers = [pipe.recv() for pipe in pipes]
@@ -182,7 +186,7 @@ def build(training: Training, device: torch.device) -> GPTModel:
         freeze_bottom_layers(model, training.unfrozen, training.train_head)
     if training.double:
         return model.double()
-    cast_frozen(model, torch.bfloat16)
+    cast_frozen(model, resolve_precision(training.config.get("precision", "fp32"), device))
     return model
 
 
@@ -262,21 +266,23 @@ def outputs_of(
 
 
 def fill(
-    ranks: Ranks, training: Training, config: TrunkCacheConfig, rows: int
+    ranks: Ranks, training: Training, config: TrunkCacheConfig, rows: int, dtype: torch.dtype = torch.float32
 ) -> tuple[str, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Fill the outputs of the first rows together: place, tokens computed here, rows that are ready, outputs."""
     outputs = outputs_of(
-        Engine(build(training, ranks.device), torch.float32), training.tokens, config, ranks, training.from_files
+        Engine(build(training, ranks.device), dtype), training.tokens, config, ranks, training.from_files
     )
     fill_together(outputs, np.arange(rows))
     assert outputs.values is not None
-    return outputs.place, outputs.computed, outputs.ready, outputs.values.cpu().numpy().copy()
+    return outputs.place, outputs.computed, outputs.ready, outputs.values.cpu().float().numpy()
 
 
-def scores(ranks: Ranks, training: Training, max_tokens: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def scores(
+    ranks: Ranks, training: Training, max_tokens: int, dtype: torch.dtype = torch.float64
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Losses and tokens of the validation rows."""
     dataset = CodeAlpacaDataset(training.tokens, "validation")
-    return row_losses(Engine(build(training, ranks.device), torch.float64), dataset, max_tokens, ranks=ranks)
+    return row_losses(Engine(build(training, ranks.device), dtype), dataset, max_tokens, ranks=ranks)
 
 
 def addends(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
