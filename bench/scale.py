@@ -116,11 +116,13 @@ def run_ranks(world: int, job: ScaleJob, timeout: float) -> None:
     Raises:
         ChildError: they failed, or were not done in time.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    # The address: a host's own name may not lead to it.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={world}", "-m", "bench.scale_worker"]
     file = Path(job.out).with_suffix(f".{world}.json")
     file.write_text(json.dumps(asdict(job)))
     try:
-        done = subprocess.run([*command, "-m", "bench.scale_worker", str(file)], cwd=ROOT, timeout=timeout)
+        done = subprocess.run([*command, str(file)], cwd=ROOT, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise ChildError(f"{world} ranks: not done after {timeout:.0f} s") from error
     if done.returncode:
