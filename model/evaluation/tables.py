@@ -89,6 +89,13 @@ def signed(value: float, form: str) -> str:
     return text[1:] if float(text.strip("%")) == 0 else text
 
 
+def row_value(score: Score, value: float) -> str:
+    """A score of a single row: yes or no, or a number with its unit."""
+    if score.test == "mcnemar":
+        return "yes" if value else "no"
+    return f"{formatted(value, score.row_form or score.form)} {score.row_unit}".strip()
+
+
 def score_table_markdown(metrics: Mapping[str, float], differences: Sequence[Difference] = ()) -> list[str]:
     """``score_table`` as the lines of a Markdown table."""
     lines = ["| | base | tuned | difference | 95 % interval | | unit | better |", "|---|---|---|---|---|---|---|---|"]
