@@ -18,7 +18,7 @@ from model.engine.checkpoint import load_trained
 from model.engine.engine import Engine
 from model.engine.scoring import perplexity, row_losses
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
-from model.evaluation.comparison import Difference, compare
+from model.evaluation.comparison import Difference, compare, judge
 from model.evaluation.completions import Completion, complete, extract_code
 from model.evaluation.config import SamplingConfig
 from model.evaluation.records import Answers, build_records, references_of
@@ -81,7 +81,8 @@ def evaluate(
     )
     records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
     task_records = score_tasks(base_tasks, tuned_tasks, sampling, log)
-    differences = compare(records, sampling.seed) + compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
+    tasks = compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
+    differences = judge([*compare(records, sampling.seed), *tasks])
     metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
     if any(passed is not None for passed in tuned.passed):
         metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.comparison import Difference, compare, join
+from model.evaluation.comparison import Difference, compare, join, judge
 from model.evaluation.scores import HUMANEVAL
 from ops.redaction import without_credentials
 from ops.report.contents import SCORE_NOTES, ScoreLine, extreme_rows, failures, gains, score_lines, summary
@@ -102,7 +102,7 @@ def compare_runs(tracking_uri: str, first: str, second: str) -> Comparison:
         a,
         b,
         records,
-        score_lines(compare(records, b.seed) + _task_differences(a, b)),
+        score_lines(judge([*compare(records, b.seed), *_task_differences(a, b)])),
         len(a.records) - len(records),
         len(b.records) - len(records),
         _differing(_parameters(a), _parameters(b)),

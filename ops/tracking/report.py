@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.comparison import Difference, compare
+from model.evaluation.comparison import Difference, compare, judge
 from model.evaluation.scores import ALL_SCORES, HUMANEVAL, Record
 from model.evaluation.tables import formatted
 from ops.report.contents import (
@@ -49,7 +49,7 @@ def run_lines(run: FinishedRun, differences: Sequence[Difference] | None = None)
         return []
     if differences is None:
         tasks = compare(run.tasks, run.seed, scoreboard=HUMANEVAL) if run.tasks else []
-        differences = compare(run.records, run.seed) + tasks
+        differences = judge([*compare(run.records, run.seed), *tasks])
     return score_lines(differences, run.metrics)
 
 
