@@ -124,10 +124,10 @@ def sample_table(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def pass_table(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One record per task family: rows whose tests were run, and the share that each model's completion passes."""
+    """One record per task family: rows whose tests were run for both models, and the share that each one passes."""
     families: dict[str, list[tuple[bool, bool]]] = {}
     for record in records:
-        if record["passed"] is not None:
+        if record["passed"] is not None and record["base_passed"] is not None:
             families.setdefault(record["family"] or "", []).append((record["base_passed"], record["passed"]))
     return [
         {

@@ -86,6 +86,7 @@ def test_passes_are_counted_by_family() -> None:
         _record(2, family="a", base_passed=True, passed=False, failure="SyntaxError: x"),
         _record(3, base_passed=False, passed=False, failure="SyntaxError: x"),
         _record(4, family="a"),
+        _record(5, family="a", passed=True),  # the base is broken and has no completion
     ]
     assert pass_table(records) == [
         {"family": "", "rows": 1, "base": 0.0, "tuned": 0.0},
