@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from model.evaluation.bootstrap import holm, mcnemar_p, paired_improvement
+from model.evaluation.bootstrap import Spread, holm, mcnemar_p, paired_improvement
 
 
 def _rows(generator: np.random.Generator, rows: int, gain: float) -> tuple[Any, Any, Any]:
@@ -125,3 +125,12 @@ def test_mcnemars_test_is_the_exact_binomial_one(gained: int, lost: int) -> None
     new = np.array([1] * gained + [0] * lost + [0, 1, 1])
     want = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     assert mcnemar_p(old, new) == pytest.approx(want)
+
+
+def test_units_that_all_differ_by_the_same_have_the_sign_tests_p() -> None:
+    """No spread is seen in them, and six of six in one direction are 2 / 2**6 by chance."""
+    spread = Spread.of(np.full(100, 0.3), units=6)
+    assert spread.error == 0
+    assert spread.p(0.3) == pytest.approx(2 / 2**6)
+    assert spread.interval(0.3) == (0.3, 0.3)
+    assert (spread.p(0.0), Spread.of(np.full(100, 0.3), units=1).p(0.3)) == (1.0, None)
