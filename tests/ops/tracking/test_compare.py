@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 from finished_runs import HOSTILE, log_finished, make_records, own_settings
 
+from model.evaluation.comparison import compare
+from model.evaluation.scores import HUMANEVAL
 from ops.settings import Settings
 from ops.tracking.compare import compare_runs, comparison_page, comparison_text, main
+from ops.tracking.finished import read_run
+from ops.tracking.report import run_lines
 from ops.tracking.runs import client, log_table, tracked_run
 
 
@@ -71,6 +75,29 @@ def test_tasks_of_humaneval_are_compared_if_both_have_them(settings: Settings, k
     plain = log_finished(settings, "plain", make_records(40)).run_id
     lines = compare_runs(settings.tracking_uri, runs[0], plain).lines
     assert not [line for line in lines if line.title.startswith("HumanEval")]
+
+
+def test_tasks_and_rows_are_corrected_together(settings: Settings) -> None:
+    """A difference that would count alone is none among nine, in a comparison and in a report."""
+    gains = [0.0] * 5 + [0.1, 0.2, 0.3, 0.2, 0.1, 0.2, 0.3]
+    runs = []
+    for name in ("one", "two"):
+        run = log_finished(settings, name, make_records(40, gain=0.0))
+        runs.append(run.run_id)
+        tasks = [
+            {
+                "key": f"HumanEval/{index}", "row": index, "prompt": "p", "reference": "r", "base_text": "",
+                "text": "", "base_pass_at_1": 0.0, "pass_at_1": gain if name == "two" else 0.0,
+            }
+            for index, gain in enumerate(gains)
+        ]  # fmt: skip
+        log_table(run, tasks, "humaneval")
+    second = read_run(settings.tracking_uri, runs[1])
+    (alone,) = compare(second.tasks, second.seed, scoreboard=HUMANEVAL)
+    assert alone.verdict == "better"
+    for lines in (compare_runs(settings.tracking_uri, *runs).lines, run_lines(second)):
+        (line,) = [line for line in lines if line.title == "HumanEval pass@1"]
+        assert line.verdict == "no difference"
 
 
 def test_a_run_like_another_is_no_difference(settings: Settings) -> None:
