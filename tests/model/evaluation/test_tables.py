@@ -93,3 +93,8 @@ def test_passes_are_counted_by_family() -> None:
         {"family": "a", "rows": 2, "base": 0.5, "tuned": 0.5},
     ]
     assert common_failures(records) == {"SyntaxError: x": 2}
+
+
+def test_a_number_of_many_digits_has_an_exponent() -> None:
+    assert (formatted(1e13, ".2f"), formatted(1e11, ".2f")) == ("1e+13", "100000000000.00")
+    assert signed(-1e13, ".2f") == "-1e+13"
