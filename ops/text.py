@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def storable(text: str) -> str:
@@ -17,6 +19,11 @@ def storable(text: str) -> str:
 def printable(text: str) -> str:
     """A text for a line of a terminal: what moves the cursor, colours or reorders text is written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_setting(value: Any) -> str:
+    """A parameter's value as a user writes it, in ``name=value`` and in prefect.yaml: null, true, false."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def one_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from model.engine.checkpoint import load_trained
 from model.engine.engine import Engine
 from model.engine.scoring import perplexity, row_losses
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
-from model.evaluation.comparison import Difference, compare
+from model.evaluation.comparison import Difference, compare, judge
 from model.evaluation.completions import Completion, complete, extract_code
 from model.evaluation.config import SamplingConfig
 from model.evaluation.records import Answers, build_records, references_of
@@ -68,20 +68,19 @@ def evaluate(
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache)
     base_losses, tokens = row_losses(engine, test, max_tokens, trunk)
-    base_texts = _complete(network, tokenizer, test, sampling, dtype)
-    base_tasks = complete_tasks(network, tokenizer, sampling, dtype)
+    base_texts, base_tasks = completions_of("base", network, tokenizer, test, sampling, dtype, log)
     load_trained(Path(checkpoint.best), network)
     tuned_losses, _ = row_losses(engine, test, max_tokens, trunk)
     del trunk  # the completions need its memory
-    tuned_texts = _complete(network, tokenizer, test, sampling, dtype)
-    tuned_tasks = complete_tasks(network, tokenizer, sampling, dtype)
+    tuned_texts, tuned_tasks = completions_of("tuned model", network, tokenizer, test, sampling, dtype, log)
     (base, base_refused), (tuned, refused) = (
         _answers(test, losses, texts, log)
         for losses, texts in ((base_losses, base_texts), (tuned_losses, tuned_texts))
     )
     records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
     task_records = score_tasks(base_tasks, tuned_tasks, sampling, log)
-    differences = compare(records, sampling.seed) + compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
+    tasks = compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
+    differences = judge([*compare(records, sampling.seed), *tasks])
     metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
     if any(passed is not None for passed in tuned.passed):
         metrics |= {"untuned/not_executed": base_refused, "sample/not_executed": refused}
@@ -134,6 +133,27 @@ class _Texts:
 
     sampled: dict[int, Completion]
     greedy: dict[int, Completion]
+
+
+def completions_of(
+    name: str,
+    network: GPTModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test: CodeAlpacaDataset,
+    sampling: SamplingConfig,
+    dtype: torch.dtype,
+    log: Any,
+) -> tuple[_Texts, list[list[Completion]]]:
+    """A model's completions of the test rows and of HumanEval's tasks; none if its logits are not finite.
+
+    Such a model is a result, as its losses are, and the training it comes from is worth a report.
+    """
+    try:
+        texts = _complete(network, tokenizer, test, sampling, dtype)
+        return texts, complete_tasks(network, tokenizer, sampling, dtype)
+    except ArithmeticError as error:
+        log.warning("the %s has no completions: %s", name, error)
+        return _Texts({}, {}), []
 
 
 def _complete(

@@ -29,8 +29,8 @@ def complete_tasks(
 def score_tasks(
     base: list[list[Completion]], tuned: list[list[Completion]], sampling: SamplingConfig, log: Any
 ) -> list[dict[str, Any]]:
-    """Run all completions against the tasks' tests: one record per task; empty without completions."""
-    if not base:
+    """Run all completions against the tasks' tests: one record per task; empty if a model has no completions."""
+    if not base or not tuned:
         return []
     both = (base, _passes(base, log)), (tuned, _passes(tuned, log))
     return task_records(tasks(), *both, sampling.humaneval_k)

@@ -20,6 +20,7 @@ from model.files import sha256_json, write_json
 from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
 from model.net.gpt import GPTModel
+from model.net.tokenizer import import_ahead
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics
@@ -92,6 +93,7 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
     """
     place = resolve_device(device)
     network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
+    import_ahead()  # for the evaluation
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     log = get_run_logger()
     progress = Progress(log)

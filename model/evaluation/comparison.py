@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -131,7 +131,8 @@ def compare(
         records: of one run, or as ``join`` gives them.
         seed: of the draws.
         resamples: how often rows or families are drawn.
-        scoreboard: the scores to compare; p values are corrected for their number.
+        scoreboard: the scores to compare; p values are corrected for their number. For the results of two calls that
+            are shown together, see ``judge``.
     """
     compared = [pairs for score in scoreboard if (pairs := _pairs(score, records))]
     families = _families(records)
@@ -141,17 +142,32 @@ def compare(
         same_rows.setdefault(pairs.present.tobytes(), []).append(pairs)
     for group in same_rows.values():
         spreads |= _spreads(group, families, seed, resamples)
-    ps = {pairs.score.name: _p(pairs, spreads[pairs.score.name]) for pairs in compared}
-    # Scores of one column (loss, perplexity, bits per byte) are one hypothesis, that of the first.
+    return judge([_difference(pairs, spreads[pairs.score.name]) for pairs in compared])
+
+
+def judge(differences: Sequence[Difference]) -> list[Difference]:
+    """The same differences with p values corrected for the number of all of them, and the verdicts that follow.
+
+    So differences of two comparisons that are shown together, those of test rows and of HumanEval's tasks, name a
+    score of two equal models in at most 5 % of cases together. Scores of one column (loss, perplexity, bits per byte)
+    are one hypothesis, that of the first.
+    """
     columns: dict[str, float] = {}
-    for pairs in compared:
-        if (p := ps[pairs.score.name]) is not None:
-            columns.setdefault(pairs.score.column, p)
+    for found in differences:
+        if found.p is not None:
+            columns.setdefault(found.entry.column, found.p)
     corrected = dict(zip(columns, holm(list(columns.values())), strict=True))
-    return [
-        _difference(pairs, spreads[pairs.score.name], ps[pairs.score.name], corrected.get(pairs.score.column))
-        for pairs in compared
-    ]
+    return [_judged(found, corrected.get(found.entry.column)) for found in differences]
+
+
+def _judged(found: Difference, corrected: float | None) -> Difference:
+    verdict: Verdict = "no difference"
+    excluded = found.lower is not None and found.upper is not None and not found.lower <= 0 <= found.upper
+    if corrected is not None and corrected < LEVEL and excluded:
+        verdict = "different"
+        if found.entry.higher_is_better is not None:
+            verdict = "better" if (found.difference > 0) == found.entry.higher_is_better else "worse"
+    return replace(found, corrected=corrected, verdict=verdict)
 
 
 def _families(records: Sequence[Record]) -> Array | None:
@@ -210,14 +226,10 @@ def _change(pairs: _Pairs) -> float:
     return float(pairs.score.change(np.array(old), np.array(gain)))
 
 
-def _difference(pairs: _Pairs, spread: Spread, p: float | None, corrected: float | None) -> Difference:
+def _difference(pairs: _Pairs, spread: Spread) -> Difference:
+    """A difference that is not yet judged."""
     score, difference = pairs.score, _change(pairs)
     interval = spread.interval(difference)
-    verdict: Verdict = "no difference"
-    if corrected is not None and corrected < LEVEL and interval and not interval[0] <= 0 <= interval[1]:
-        verdict = "different"
-        if score.higher_is_better is not None:
-            verdict = "better" if (difference > 0) == score.higher_is_better else "worse"
     return Difference(
         score=score.name,
         old=ratio(score, pairs.old, pairs.weight),
@@ -225,9 +237,8 @@ def _difference(pairs: _Pairs, spread: Spread, p: float | None, corrected: float
         difference=difference,
         lower=max(interval[0], -score.span) if interval else None,
         upper=min(interval[1], score.span) if interval else None,
-        p=p,
+        p=_p(pairs, spread),
         rows=len(pairs.old),
-        verdict=verdict,
-        corrected=corrected,
+        verdict="no difference",
         families=spread.families,
     )

@@ -45,6 +45,8 @@ class Score:
             of the scores. It is 0 where the ratios are equal.
         test: of the difference: "mcnemar" for a column of true and false, else "bootstrap".
         span: the largest difference that two values can have; intervals end there.
+        row_title, row_form, row_unit: of the value of a single row. Without them the title is the name for true and
+            false, else ``title``; the form is ``form``, and there is no unit.
         ceiling: column with the value of the reference itself; None where there is none.
     """
 
@@ -63,11 +65,16 @@ class Score:
     change: Callable[[Array, Array], Array] = lambda old, gain: gain
     test: Literal["mcnemar", "bootstrap"] = "bootstrap"
     span: float = math.inf
+    row_title: str = ""
+    row_form: str = ""
+    row_unit: str = ""
     ceiling: str | None = None
 
     def __post_init__(self) -> None:
         if not self.column:
             object.__setattr__(self, "column", self.name)
+        if not self.row_title:
+            object.__setattr__(self, "row_title", self.name if self.test == "mcnemar" else self.title)
 
 
 def _exp_change(old: Array, gain: Array) -> Array:
@@ -100,6 +107,9 @@ SCOREBOARD = (
         source="cross-entropy on response tokens",
         headline=True,
         per="tokens",
+        row_title="summed loss",
+        row_form=".2f",
+        row_unit="nats",
     ),
     Score(
         name="perplexity",
@@ -211,6 +221,8 @@ SCOREBOARD = (
         unit="characters",
         higher_is_better=None,
         source="characters of a completion, mean over rows",
+        row_form=",.0f",
+        row_unit="characters",
     ),
     Score(
         name="passed",

@@ -89,6 +89,13 @@ def signed(value: float, form: str) -> str:
     return text[1:] if float(text.strip("%")) == 0 else text
 
 
+def row_value(score: Score, value: float) -> str:
+    """A score of a single row: yes or no, or a number with its unit."""
+    if score.test == "mcnemar":
+        return "yes" if value else "no"
+    return f"{formatted(value, score.row_form or score.form)} {score.row_unit}".strip()
+
+
 def score_table_markdown(metrics: Mapping[str, float], differences: Sequence[Difference] = ()) -> list[str]:
     """``score_table`` as the lines of a Markdown table."""
     lines = ["| | base | tuned | difference | 95 % interval | | unit | better |", "|---|---|---|---|---|---|---|---|"]
@@ -117,10 +124,10 @@ def sample_table(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def pass_table(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One record per task family: rows whose tests were run, and the share that each model's completion passes."""
+    """One record per task family: rows whose tests were run for both models, and the share that each one passes."""
     families: dict[str, list[tuple[bool, bool]]] = {}
     for record in records:
-        if record["passed"] is not None:
+        if record["passed"] is not None and record["base_passed"] is not None:
             families.setdefault(record["family"] or "", []).append((record["base_passed"], record["passed"]))
     return [
         {

@@ -43,7 +43,8 @@ class FusedDecoder:
     """Continues rows in slots; for the methods, see ``model.generation.padded.PaddedDecoder``.
 
     Args:
-        model: on a GPU, in eval mode.
+        model: on a GPU, which is torch's current device meanwhile: Triton launches kernels, and graphs are captured,
+            on that one. In eval mode.
         rows: all rows that are to be continued, those that need most of the cache first.
         slots: makes the state of so many slots.
         dtype: in which the model computes.
@@ -54,7 +55,6 @@ class FusedDecoder:
     def __init__(self, model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots], dtype: torch.dtype):
         config, self.device, self.dtype = model.config, model.wte.weight.device, dtype
         self.vocab_size, self.heads = config.vocab_size, config.n_head
-        torch.cuda.set_device(self.device)  # Triton launches kernels, and graphs are captured, on this device
         self.network = _Network(model, dtype)
         needs = [-(-row.need // _ALIGNED) * _ALIGNED for row in rows]
         free = torch.cuda.mem_get_info(self.device)[0] + _unused(self.device)

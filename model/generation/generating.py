@@ -6,10 +6,13 @@ slot. Rows that need most of the cache come first, so that each row has room whe
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from torch import Tensor
 from model.generation.drawing import Sampler
 from model.generation.fused import FusedDecoder, can_decode
 from model.generation.padded import PaddedDecoder
-from model.generation.slots import Row, Slots, seen_tokens
+from model.generation.slots import BROKEN, Row, Slots, has_finite_logits, seen_tokens
 from model.generation.streams import stream_keys, uniforms
 from model.net.config import GPTConfig
 from model.net.gpt import GPTModel
@@ -90,6 +93,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, an id that the model has not, or a setting out of range.
+        ArithmeticError: the model's logits are not finite.
     """
     config, device = model.config, model.wte.weight.device
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, config.vocab_size, never, device)
@@ -107,17 +111,33 @@ def generate(
     def slots(count: int) -> Slots:
         return Slots(count, steps, sampler, config.vocab_size, eos_token_id, seed, device)
 
-    training = model.training
-    model.eval()
-    try:
+    with _in_eval_mode(model), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         decoder = _continue_apart(model, fitting, slots)
         going = [row for row in rows if len(row.new) < max_new_tokens and row.new[-1:] != [eos_token_id]]
         for begin in range(0, len(going), _WINDOWS):
             part = going[begin : begin + _WINDOWS]
             _continue_beyond(decoder, part, sampler, context, max_new_tokens, eos_token_id, seed)
-    finally:
-        model.train(training)
     return [row.new for row in rows]
+
+
+_modes: WeakKeyDictionary[GPTModel, list[bool]] = WeakKeyDictionary()  # of models that generate: one entry a call
+_modes_lock = threading.Lock()
+
+
+@contextmanager
+def _in_eval_mode(model: GPTModel) -> Iterator[None]:
+    """Eval mode until the last of all calls that use the model at the same time has ended; then its mode before."""
+    with _modes_lock:
+        modes = _modes.setdefault(model, [])
+        modes.append(model.training if not modes else modes[0])
+        model.eval()
+    try:
+        yield
+    finally:
+        with _modes_lock:
+            before = modes.pop()
+            if not modes:
+                model.train(before)
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], kept: Sequence[int], config: GPTConfig) -> None:
@@ -151,36 +171,47 @@ def _continue_apart(model: GPTModel, rows: Sequence[Row], slots: Callable[[int],
         decoder = _decoder(model, rows, slots)
         _continue(decoder, rows)
         return decoder
+    stop = threading.Event()
     mixed, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def work(part: Sequence[Row]) -> Decoder:
         with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=mixed):  # both are settings of a thread
-            decoder = _decoder(model, part, slots)
-            _continue(decoder, part)
+            try:
+                decoder = _decoder(model, part, slots, workers)
+                _continue(decoder, part, stop)
+            except BaseException:
+                stop.set()
+                raise
         return decoder
 
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers) as pool:
-            decoders = [*pool.map(work, [rows[number::workers] for number in range(workers)])]
+            try:
+                decoders = [*pool.map(work, [rows[number::workers] for number in range(workers)])]
+            except BaseException:  # Ctrl-C; the pool's end waits for all threads
+                stop.set()
+                raise
         return decoders[0]
     finally:
         torch.set_num_threads(threads)
 
 
-def _decoder(model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots]) -> Decoder:
+def _decoder(model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots], sharers: int = 1) -> Decoder:
     device = model.wte.weight.device
     mixed = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if mixed else model.ln_f.weight.dtype
-    kind = FusedDecoder if can_decode(model, dtype) else PaddedDecoder
-    return kind(model, rows, slots, dtype)
+    if can_decode(model, dtype):
+        return FusedDecoder(model, rows, slots, dtype)
+    return PaddedDecoder(model, rows, slots, dtype, sharers)
 
 
-def _continue(decoder: Decoder, rows: Sequence[Row]) -> None:
+def _continue(decoder: Decoder, rows: Sequence[Row], stop: threading.Event | None = None) -> None:
     """Continue rows up to their limits, with the cache.
 
     Args:
         rows: those that need most of the cache first.
+        stop: when it is set, no further token is drawn.
     """
     waiting = deque(rows)
     running: list[Row | None] = [None] * len(decoder.slots.numbers)
@@ -198,6 +229,8 @@ def _continue(decoder: Decoder, rows: Sequence[Row]) -> None:
             if not running:
                 break
             for _ in range(steps):
+                if stop and stop.is_set():
+                    return
                 decoder.step(len(running))
         steps = _collect(decoder, running)
 
@@ -244,6 +277,8 @@ def _continue_beyond(
     while rows:
         texts = [[*row.prompt, *row.new] for row in rows]
         logits = decoder.last_logits([crop(text, context, row.head) for text, row in zip(texts, rows, strict=True)])
+        if not bool(has_finite_logits(logits).all()):
+            raise ArithmeticError(BROKEN)
         seen = None if sampler.penalty == 1 else seen_tokens(texts, decoder.vocab_size, logits.device)
         drawn = [uniforms(torch.tensor([row.key]), seed, len(row.new), 1) for row in rows]
         new = sampler(logits, torch.cat(drawn)[:, 0].to(logits.device), seen).tolist()

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from model.engine.trunk import available_memory
 from model.generation.slots import Row, Slots
 from model.net.attention import Layer, Rows
 from model.net.config import GPTConfig
 from model.net.gpt import MLP, GPTModel
 
-_SLOTS = {"cpu": 64, "cuda": 256}  # with more rows, a step of a CPU no longer fits its cache memory
-_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
+_SLOTS = {"cpu": 64}  # with more rows, a step of a CPU no longer fits its cache memory
+_CACHE_BYTES = {"cpu": 2 << 30}
+_OTHER_SLOTS, _OTHER_CACHE_BYTES = 256, 8 << 30  # of any other device
+_SHARE = 0.5  # of the free memory that the cache may take
 _PASS_TOKENS = 4096  # padded tokens of the prompts that one pass computes
 _PACK_BYTES = 2 << 30  # weights, at most, of which a CPU gets a second copy in the layout of its fast kernels
 _PACK_TOKENS = 256  # and tokens, at least, for which making the copy pays
@@ -35,18 +38,27 @@ class PaddedDecoder:
             slot of another needs no more than that one.
         slots: makes the state of so many slots.
         dtype: in which the model computes.
+        sharers: decoders that run at the same time, and share the device's memory.
     """
 
     look_every = 1  # steps between two looks at which rows have ended: a CPU waits for nothing
 
-    def __init__(self, model: GPTModel, rows: Sequence[Row], slots: Callable[[int], Slots], dtype: torch.dtype):
+    def __init__(
+        self,
+        model: GPTModel,
+        rows: Sequence[Row],
+        slots: Callable[[int], Slots],
+        dtype: torch.dtype,
+        sharers: int = 1,
+    ):
         device = model.wte.weight.device
         self.device, self.dtype, self.vocab_size = device, dtype, model.config.vocab_size
         work = sum(row.need for row in rows)
         self.model = packed(model, dtype) if device.type == "cpu" and work > _PACK_TOKENS else model
         kept = torch.float32 if device.type == "cpu" else dtype  # the CPU's products of a row are slow in bf16
         capacity = rows[0].need if rows else 0
-        size = _fitting(model.config, capacity, len(rows), device, kept)
+        memory = min(_CACHE_BYTES.get(device.type, _OTHER_CACHE_BYTES), int(_SHARE * _free_bytes(device))) // sharers
+        size = _fitting(model.config, capacity, len(rows), device, kept, memory)
         self.slots = slots(size)
         self.cache = PaddedCache(model.config, size, capacity, device, kept)
 
@@ -93,10 +105,20 @@ class PaddedDecoder:
         return model.lm_head(hidden)
 
 
-def _fitting(config: GPTConfig, capacity: int, rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Slots: as many as there are rows, as pay on the device, and as its share of the memory holds; at least one."""
+def _fitting(
+    config: GPTConfig, capacity: int, rows: int, device: torch.device, dtype: torch.dtype, memory: int
+) -> int:
+    """Slots: as many as there are rows, as pay on the device, and as so many bytes hold; at least one."""
     row_bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize * max(capacity, 1)
-    return min(rows, _SLOTS[device.type], max(1, _CACHE_BYTES[device.type] // row_bytes))
+    return min(rows, _SLOTS.get(device.type, _OTHER_SLOTS), max(1, memory // row_bytes))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that can be allocated now."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, and not used
+        return torch.cuda.mem_get_info(device)[0] + held
+    return available_memory()  # a GPU of Apple shares the main memory
 
 
 def _parts(lengths: Sequence[int]) -> Iterator[slice]:

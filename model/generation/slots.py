@@ -14,6 +14,11 @@ from torch import Tensor
 from model.generation.drawing import Sampler
 from model.generation.streams import uniforms
 
+BROKEN = (
+    "the model's logits are not finite, so that no token can be drawn: its weights have NaN or infinite values, or "
+    "its precision is too low (use fp32 or bf16 in place of fp16)"
+)
+
 
 @dataclass(eq=False)
 class Row:
@@ -52,6 +57,7 @@ class Slots:
         ids: last token of each slot, (B,).
         alive: whether the slot's row is still being continued, (B,).
         counts: new tokens so far, (B,).
+        broken: whether a logit of a living row was NaN or infinite, (B,).
     """
 
     def __init__(
@@ -72,7 +78,7 @@ class Slots:
         self.eos = -1 if eos_token_id is None else eos_token_id
         self.numbers = torch.arange(count, device=device)
         self.ids, self.counts, self.limits, self.prompts = (zeros(count) for _ in range(4))
-        self.alive = zeros(count, dtype=torch.bool)
+        self.alive, self.broken = (zeros(count, dtype=torch.bool) for _ in range(2))
         self.out = zeros(count, steps + 1)  # behind its tokens, an ended row has one without a meaning
         self.uniforms = zeros(count, steps, dtype=torch.float32)
         self.seen = zeros(count, vocab_size, dtype=torch.bool) if sampler.penalty != 1 else None
@@ -98,6 +104,7 @@ class Slots:
     def advance(self, logits: Tensor, chosen: slice | Tensor) -> None:
         """Draw the next token of the chosen slots from their logits (b, W), and end the rows that it ends."""
         numbers, counts, alive = self.numbers[chosen], self.counts[chosen], self.alive[chosen]
+        self.broken[chosen] |= alive & ~has_finite_logits(logits)
         drawn = self.uniforms[numbers, counts.clamp(max=self.steps - 1)]
         new = self.sampler(logits, drawn, None if self.seen is None else self.seen[chosen])
         self.ids[chosen] = new
@@ -109,8 +116,15 @@ class Slots:
         self.alive[chosen] = alive & (new != self.eos) & (counts < self.limits[chosen])
 
     def look(self, size: int) -> tuple[list[bool], list[int]]:
-        """Whether each of the first ``size`` rows goes on, and its new tokens so far. Waits for the device."""
-        alive, counts = torch.stack([self.alive[:size].long(), self.counts[:size]]).tolist()
+        """Whether each of the first ``size`` rows goes on, and its new tokens so far. Waits for the device.
+
+        Raises:
+            ArithmeticError: the model gave logits that are not finite.
+        """
+        found = torch.stack([self.alive[:size].long(), self.counts[:size], self.broken[:size].long()])
+        alive, counts, broken = found.tolist()
+        if any(broken):
+            raise ArithmeticError(BROKEN)
         return [bool(each) for each in alive], counts
 
     def tokens(self, slots: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
@@ -121,11 +135,17 @@ class Slots:
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Continue the rows of some slots in others, whose rows have ended."""
         for each in (
-            self.ids, self.counts, self.limits, self.prompts, self.alive, self.out, self.uniforms, self.seen,
+            self.ids, self.counts, self.limits, self.prompts, self.alive, self.broken, self.out, self.uniforms,
+            self.seen,
         ):  # fmt: skip
             if each is not None:
                 each[targets] = each[sources]
         self.alive[sources] = False
+
+
+def has_finite_logits(logits: Tensor) -> Tensor:
+    """Whether the largest of each row's logits (B, W) is finite, (B,): NaN counts as larger than any number."""
+    return logits.amax(-1).isfinite()
 
 
 def seen_tokens(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -119,6 +122,24 @@ def tokenizer_hashes(files: Mapping[str, str]) -> dict[str, str]:
 def unknown_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int]:
     """The rows of an embedding that no token belongs to, such as those that pad it to a round number."""
     return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))
+
+
+def import_ahead() -> threading.Thread:
+    """Import transformers' tokenizers in a thread, while other work goes on; returns the thread.
+
+    With files that are not in the system's cache the import takes seconds, and a run that finds its tokens on disk
+    needs it in the evaluation alone. Python locks each module while it is imported, so another thread that needs one
+    waits for it. Two threads could wait for one another only over modules that import each other in a circle: of the
+    modules imported here none is torch's or Triton's, which a training may import meanwhile.
+    """
+
+    def work() -> None:
+        with suppress(Exception):  # it is raised where the tokenizer is loaded
+            import_module("transformers.models.auto.tokenization_auto")
+
+    thread = threading.Thread(target=work, name="import-transformers", daemon=True)
+    thread.start()
+    return thread
 
 
 def _load(directory: Path, files: Mapping[str, str] | None) -> PreTrainedTokenizerBase:

@@ -12,11 +12,15 @@ import numpy as np
 from markupsafe import Markup
 
 from model.evaluation.comparison import Difference
-from model.evaluation.scores import ALL_SCORES, SCOREBOARD, Record, Score, ceiling_name
-from model.evaluation.tables import better, failure_kind, formatted, interval_text, signed
+from model.evaluation.scores import ALL_SCORES, SCOREBOARD, Record, Score, ceiling_name, values
+from model.evaluation.tables import better, failure_kind, formatted, interval_text, row_value, signed
 from ops.report.differences import plain, shortened, side_by_side
 from ops.report.pictures import histogram, sorted_gains
 
+SCORE_NOTES = (
+    "Intervals are for one score at a time. A score is called better or worse if its p, corrected for the number of "
+    "scores (Holm), is below 0.05. Differences of shares are in percentage points."
+)
 EXTREMES = 5  # best rows, and worst rows
 _REASONS, _REASON_CHARACTERS = 6, 200  # of failure
 # Characters of a row's texts on a page. Ten rows of signs that HTML must escape are then below 300 KB.
@@ -92,25 +96,45 @@ def _p(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def summary(lines: Sequence[ScoreLine], old: str, new: str) -> str:
+def summary(lines: Sequence[ScoreLine], old: str, new: str, records: Sequence[Record] = ()) -> str:
     """The result in a sentence: the test loss, and which other scores are better or worse beyond chance.
 
     Args:
         lines: as ``score_lines`` gives them.
         old, new: what the two models are called.
+        records: of their rows; where a loss is not finite, the result is that a model is broken.
     """
+    if said := broken(records, old, new):
+        found = {
+            verdict: [line.title for line in lines if line.verdict == verdict] for verdict in ("better", "worse")
+        }
+        others = [f"{verdict}: {', '.join(titles)}" for verdict, titles in found.items() if titles]
+        return f"{'; '.join([_capitalised(said), *others])}."
     if not lines:
-        return f"{new} and {old} have no score in common."
-    first, *others = lines
+        return _capitalised(f"{new} and {old} have no score in common.")
+    first, *rest = lines
     sentence = f"{_judged(first, old, new)}: {first.title} {first.old} → {first.new}"
     if first.interval:
         sentence += f" ({first.difference}, 95 % interval {first.interval})"
     for verdict in ("better", "worse"):
-        titles = [line.title for line in others if line.verdict == verdict]
+        titles = [line.title for line in rest if line.verdict == verdict]
         if titles:
             too = " too" if first.verdict == verdict else ""
             sentence += f"; {verdict}{too}: {', '.join(titles)}"
-    return sentence + "."
+    return _capitalised(sentence + ".")
+
+
+def broken(records: Sequence[Record], old: str, new: str) -> str:
+    """Which of two models has a loss that is infinite or NaN, and on how many rows; empty if none has."""
+    said = []
+    for name, column in ((old, "base_loss"), (new, "loss")):
+        if count := sum(math.isinf(value) for value in values(records, column)):
+            said.append(f"{name} is broken, its loss is infinite on {count:,} of {len(records):,} rows")
+    return f"{' and '.join(said)}: losses are not compared" if said else ""
+
+
+def _capitalised(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _judged(line: ScoreLine, old: str, new: str) -> str:
@@ -177,10 +201,11 @@ def _facts(record: Record) -> list[tuple[str, str, str]]:
     found = []
     for score in SCOREBOARD:
         old, new = record.get(f"base_{score.name}"), record.get(score.name)
-        if old is None or new is None or _fact(old) == _fact(new):
+        if old is None or new is None:
             continue
-        title = score.name if isinstance(new, bool) else score.title
-        found.append((f"{title}, summed" if score.name == "loss" else title, _fact(old), _fact(new)))
+        before, after = (row_value(score, float(value)) for value in (old, new))
+        if before != after:
+            found.append((score.row_title, before, after))
     return found
 
 
@@ -188,12 +213,6 @@ def _completion(text: Any) -> Markup:
     if text is None:
         return Markup('<span class="remark">not completed</span>')
     return plain(str(text), _COMPLETION_CHARACTERS)
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{float(value):.2f}"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ forks a child for each row, and only this child handles the generated text, pars
 
 Covered, by both guards:
 
-- Time: a row is killed after ``timeout_seconds`` of wall clock, and its CPU seconds are limited too. All processes
-  are killed when the call ends, when it is interrupted, and (Linux) when the calling process dies.
+- Time: a row is killed after ``timeout_seconds`` of processor time, where the system tells it (Linux), and after four
+  times as many by the wall clock; elsewhere after ``timeout_seconds`` by the wall clock. All processes are killed
+  when the call ends, when it is interrupted, and (Linux) when the calling process dies.
 - Memory: the address space is limited to ``memory_bytes``; one row runs at a time, and no core is dumped.
 - Files: behind guard 1 none can be opened. In bubblewrap only /usr, the libraries, the interpreter and its
   site-packages can be read, nothing can be created, and no file can grow.
@@ -45,7 +46,8 @@ Not covered:
   more for root, because the user that bubblewrap shows as nobody is root outside: run as another user if possible.
 - Other systems than Linux: they have no guard 2, no filter, and only the limits that the system provides. On Linux
   machines other than x86_64 and aarch64 there is no filter either, so bubblewrap counts as not working.
-- A row keeps one CPU core busy for up to ``timeout_seconds``. Under heavy load a correct but slow row can time out.
+- A row keeps one CPU core busy for up to ``timeout_seconds``. Where other processes leave it less than a quarter of a
+  core, a correct but slow row can time out.
 - Whether passing tests mean that the code is correct.
 """
 
@@ -64,6 +66,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from ops.sandbox.child import PATIENCE
 
 Outcome = Literal["passed", "failed", "error", "timeout", "not_executed"]
 Snippet = tuple[str, Sequence[str]]
@@ -124,7 +128,7 @@ def run_tests(
 
     Args:
         snippets: generated code with its tests; neither is trusted.
-        timeout_seconds: wall-clock limit of each row.
+        timeout_seconds: processor time of each row.
         memory_bytes: limit of the address space of each row; an interpreter alone takes about 30 MiB.
 
     Returns:
@@ -194,7 +198,7 @@ def _run_once(
                 start_new_session=True,
             )
         try:
-            deadline = _SECONDS_TO_START + len(rows) * (seconds + _SECONDS_PER_ROW)
+            deadline = _SECONDS_TO_START + len(rows) * (PATIENCE * seconds + _SECONDS_PER_ROW)
             output, _ = process.communicate(json.dumps(request).encode(), timeout=deadline)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

@@ -13,10 +13,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.comparison import Difference, compare, join
+from model.evaluation.comparison import Difference, compare, join, judge
 from model.evaluation.scores import HUMANEVAL
 from ops.redaction import without_credentials
-from ops.report.contents import ScoreLine, extreme_rows, failures, gains, score_lines, summary
+from ops.report.contents import SCORE_NOTES, ScoreLine, extreme_rows, failures, gains, score_lines, summary
 from ops.report.render import render, write_page
 from ops.settings import Settings
 from ops.text import escape_output, printable, storable
@@ -24,6 +24,7 @@ from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.report import data_rows, definitions, dropped_rows, loss_curves
 from ops.tracking.runs import refusal
 
+_SCORE_TITLES = ("score", "A", "B", "difference", "95 % interval", "result", "p, corrected", "rows")
 _LEGEND = [("first", "A, validation"), ("second", "B, validation"), ("faint", "training, thin")]
 
 
@@ -52,7 +53,7 @@ class Comparison:
     @property
     def result(self) -> str:
         """The result in a sentence."""
-        return summary(self.lines, "A", "B")
+        return summary(self.lines, "A", "B", self.records)
 
     @property
     def common(self) -> str:
@@ -101,7 +102,7 @@ def compare_runs(tracking_uri: str, first: str, second: str) -> Comparison:
         a,
         b,
         records,
-        score_lines(compare(records, b.seed) + _task_differences(a, b)),
+        score_lines(judge([*compare(records, b.seed), *_task_differences(a, b)])),
         len(a.records) - len(records),
         len(b.records) - len(records),
         _differing(_parameters(a), _parameters(b)),
@@ -141,6 +142,7 @@ def comparison_page(compared: Comparison) -> str:
         result=compared.result,
         identity=compared.identity,
         lines=compared.lines,
+        notes=SCORE_NOTES,
         common=compared.common,
         parameters=compared.parameters,
         data_rows=compared.data,
@@ -156,14 +158,12 @@ def comparison_page(compared: Comparison) -> str:
 
 def comparison_text(compared: Comparison) -> str:
     """The comparison as plain text."""
-    scores = [
-        (x.title, x.old, x.new, x.difference, x.interval, x.verdict, ", ".join(filter(None, (x.p, f"{x.rows} rows"))))
-        for x in compared.lines
-    ]
+    scores = [(x.title, x.old, x.new, x.difference, x.interval, x.verdict, x.p, x.rows) for x in compared.lines]
     blocks = [
         compared.result,
         _columns([("", "A", "B"), *compared.identity]),
-        _columns([("score", "A", "B", "difference", "95 % interval", "result", ""), *scores]),
+        _columns([_SCORE_TITLES, *scores]),
+        SCORE_NOTES,
         compared.common,
         _columns([("parameter", "A", "B"), *compared.parameters])
         if compared.parameters
@@ -208,7 +208,9 @@ def show(compared: Comparison) -> None:
     console.print()
     table(compared.identity, "", "A", "B")
     scores = [(x.title, x.old, x.new, x.difference, x.interval, x.verdict, x.p, x.rows) for x in compared.lines]
-    table(scores, "score", "A", "B", "difference", "95 % interval", "result", "", "rows")
+    table(scores, *_SCORE_TITLES)
+    console.print(Text(SCORE_NOTES))
+    console.print()
     console.print(Text(compared.common))
     console.print()
     for rows, title, nothing in (

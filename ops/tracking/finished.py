@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _LARGEST = 1e30  # score of a row
+_AS_SETTINGS = {"None": "null", "True": "true", "False": "false"}  # MLflow has the texts of Python
+_INFINITE = ("Infinity", "NaN")  # how ``log_table`` writes losses that are not finite
 TASKS_TABLE = "tables/humaneval.json"
 ROWS_TABLE, FILES_TABLE, JOURNAL_FILE = "tables/test_rows.json", "tables/data_files.json", "metrics.jsonl"
 
@@ -42,7 +44,7 @@ class FinishedRun:
         asked: how the user named it: an id or a ``models:/`` URI.
         status: as MLflow has it.
         started: in UTC.
-        params, metrics, tags: as logged; parameters are texts.
+        params, metrics, tags: as logged; parameters are texts, as ``as_setting`` writes them.
         journal: the training's metrics, a line for each step that has some.
         records: one for each test row; None where the run has none with content keys.
         tasks: one record for each task of HumanEval; empty where it was not run.
@@ -145,7 +147,7 @@ def _finished(mlflow: MlflowClient, run: Run, tracking_uri: str, asked: str, fil
         asked=asked,
         status=run.info.status,
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
-        params=dict(data.params),
+        params={name: _AS_SETTINGS.get(value, value) for name, value in data.params.items()},
         metrics={_today(name): value for name, value in data.metrics.items()},
         tags=dict(data.tags),
         journal=read_journal(files[JOURNAL_FILE]) if JOURNAL_FILE in files else [],
@@ -208,6 +210,11 @@ def _records(path: Path | None, what: str) -> list[dict[str, Any]] | None:
     if not found or "key" not in found[0]:
         return None
     check_record(found, list[_Record], what)
+    for record in found:
+        for name in ("base_loss", "loss"):
+            # Every row has a loss. Earlier runs have null for one that is not finite.
+            if name in record and record[name] in (None, *_INFINITE):
+                record[name] = math.inf
     _check_scores(found, SCOREBOARD, what)
     return found
 

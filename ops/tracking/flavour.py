@@ -37,8 +37,10 @@ FLAVOUR_FILES = (
     "serving_input_example.json",
 )
 
+CODE = "code"
+SERVED_MODEL = "served_model"  # module of this package that answers requests; it stands in the folder CODE
 REGISTERED_META = "registered_model_meta"  # MLflow adds it to a version's files when they are downloaded
-FLAVOUR_PATTERNS = (*FLAVOUR_FILES, REGISTERED_META, f"{COMPONENTS}/*")
+FLAVOUR_PATTERNS = (*FLAVOUR_FILES, REGISTERED_META, f"{COMPONENTS}/*", f"{CODE}/*")
 _EXAMPLE = "Write a Python function that adds two numbers."
 # What a request may set, with what it is otherwise: the names and neutral values of transformers' generate.
 _PARAMETERS: tuple[tuple[str, str, Any], ...] = (
@@ -55,7 +57,7 @@ _REQUIREMENTS = ("mlflow", "torch", "transformers")
 
 def is_of_flavour(name: str) -> bool:
     """Whether a file of a model, by its path in the directory, belongs to the flavour and not to the plain model."""
-    return name in (*FLAVOUR_FILES, REGISTERED_META) or name.startswith(f"{COMPONENTS}/")
+    return name in (*FLAVOUR_FILES, REGISTERED_META) or name.startswith((f"{COMPONENTS}/", f"{CODE}/"))
 
 
 def hash_version(directory: Path) -> dict[str, str]:
@@ -99,6 +101,8 @@ def add_flavour(directory: Path, name: str) -> None:
         for file in FLAVOUR_FILES:
             shutil.copyfile(saved / file, directory / file)
         shutil.copytree(saved / COMPONENTS, directory / COMPONENTS, dirs_exist_ok=True)
+    (directory / CODE).mkdir(exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name(f"{SERVED_MODEL}.py"), directory / CODE / f"{SERVED_MODEL}.py")
 
 
 def _stand_in(directory: Path) -> Pipeline:
@@ -134,6 +138,7 @@ def _point_at_directory(path: Path, name: str, size: int) -> None:
         size: bytes of the plain model.
     """
     content = yaml.safe_load(path.read_text())
+    content["flavors"]["python_function"] |= {"loader_module": SERVED_MODEL, "code": CODE}
     content["flavors"]["transformers"] |= {"model_binary": ".", "source_model_name": name}
     content["model_size_bytes"] = size
     for moment in ("model_uuid", "utc_time_created"):

@@ -8,15 +8,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model.evaluation.comparison import Difference, compare
-from model.evaluation.scores import ALL_SCORES, HUMANEVAL
+from model.evaluation.comparison import Difference, compare, judge
+from model.evaluation.scores import ALL_SCORES, HUMANEVAL, Record
 from model.evaluation.tables import formatted
-from ops.report.contents import ScoreLine, extreme_rows, failures, gains, lengths, score_lines, summary
+from ops.report.contents import (
+    SCORE_NOTES,
+    ScoreLine,
+    broken,
+    extreme_rows,
+    failures,
+    gains,
+    lengths,
+    score_lines,
+    summary,
+)
 from ops.report.differences import shortened
 from ops.report.pictures import Curve, curves
 from ops.report.render import render, write_page
 from ops.settings import Settings
-from ops.text import escape_output, storable
+from ops.text import as_setting, escape_output, storable
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.runs import REPORT_FILE, brief, client, refusal, set_tags
 
@@ -39,7 +49,7 @@ def run_lines(run: FinishedRun, differences: Sequence[Difference] | None = None)
         return []
     if differences is None:
         tasks = compare(run.tasks, run.seed, scoreboard=HUMANEVAL) if run.tasks else []
-        differences = compare(run.records, run.seed) + tasks
+        differences = judge([*compare(run.records, run.seed), *tasks])
     return score_lines(differences, run.metrics)
 
 
@@ -55,9 +65,10 @@ def report_page(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
         "report.html",
         title=run.name,
         subtitle=subtitle(run),
-        result=summary(lines, "the base", "The tuned model") if lines else NO_ROWS,
+        result=summary(lines, "the base", "the tuned model", records) if lines else NO_ROWS,
         links=_links(run),
         lines=lines,
+        notes=SCORE_NOTES,
         no_rows=NO_ROWS,
         metric_rows=_metric_rows(run),
         curves=loss_curves([("second", "", run)]),
@@ -112,7 +123,9 @@ def _file_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
 def _changed_rows(run: FinishedRun) -> list[tuple[str, str, str]] | None:
     if run.changed is None:
         return None
-    return [(name, _cell(value), _cell(default)) for name, (value, default) in run.changed.items()]
+    return [
+        (name, _cell(as_setting(value)), _cell(as_setting(default))) for name, (value, default) in run.changed.items()
+    ]
 
 
 def _cell(value: Any) -> str:
@@ -140,15 +153,17 @@ _DATA_FACTS = {
     "validation rows": "data/validation_rows",
     "test rows": "data/test_rows",
     "training tokens": "data/train_tokens",
-    "share of rows cut at max_length": "data/truncated_share",
     "dropped rows": "data/dropped_rows",
 }
+_CUT_SHARE = "data/truncated_share"
 
 
 def data_rows(run: FinishedRun) -> list[tuple[str, str]]:
     """What a run's data were: name, rows, tokens and hash, as far as they were logged."""
     facts = {"data set": _cell(run.params.get("dataset", ""))}
-    facts |= {title: run.fact(name) for title, name in _DATA_FACTS.items()}
+    facts |= {title: _counted(run.fact(name)) for title, name in _DATA_FACTS.items()}
+    if share := run.fact(_CUT_SHARE):
+        facts["rows cut at max_length"] = f"{float(share):.1%}"
     window = run.tags.get("subset", "")
     facts |= {
         "rows used": "all" if window == "0:" else window,
@@ -157,11 +172,16 @@ def data_rows(run: FinishedRun) -> list[tuple[str, str]]:
     return [(title, value) for title, value in facts.items() if value]
 
 
+def _counted(number: str) -> str:
+    """A number of rows or tokens with its thousands apart."""
+    return f"{int(number):,}" if number.isdecimal() else number
+
+
 def dropped_rows(run: FinishedRun) -> list[tuple[str, str]]:
     """Dropped rows by reason."""
     prefix = "data/dropped/"
     names = sorted(name for name in {*run.params, *run.metrics} if name.startswith(prefix))
-    return [(name.removeprefix(prefix).replace("_", " "), run.fact(name)) for name in names]
+    return [(name.removeprefix(prefix).replace("_", " "), _counted(run.fact(name))) for name in names]
 
 
 def definitions(lines: Sequence[ScoreLine]) -> list[tuple[str, str]]:
@@ -170,8 +190,10 @@ def definitions(lines: Sequence[ScoreLine]) -> list[tuple[str, str]]:
     return [(s.title, s.source) for s in ALL_SCORES if s.title in shown or (not shown and s.headline)]
 
 
-def short_result(lines: Sequence[ScoreLine]) -> str:
+def short_result(lines: Sequence[ScoreLine], records: Sequence[Record] = ()) -> str:
     """The result for a narrow column: the verdict comes first."""
+    if said := broken(records, "the base", "the tuned model"):
+        return f"broken: {said}"
     first, *others = lines
     same = [line.title for line in others if line.verdict == "worse"]
     text = f"{first.verdict}: {first.title} {first.old} → {first.new} ({first.difference})"
@@ -180,7 +202,8 @@ def short_result(lines: Sequence[ScoreLine]) -> str:
 
 def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     """A run in Markdown, for its description in MLflow: result, links, data, changed parameters."""
-    paragraphs = [f"**{summary(lines[:1], 'the base', 'The tuned model')}**"] if lines else []
+    said = summary(lines[:1], "the base", "the tuned model", run.records or ())
+    paragraphs = [f"**{said}**"] if lines else []
     links = [f"[Report]({run.ref.report_url})"] if run.ref.report_url else []
     links += [f"[{text}]({url})" for text, url in _links(run) if text != "MLflow run"]
     links += [f"[All runs]({run.ref.view_url})"] if run.ref.view_url else []
@@ -192,7 +215,7 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     rows = ", ".join(f"{run.fact(f'data/{split}_rows')} {split}" for split in ("train", "validation", "test"))
     paragraphs.append(f"Data: `{_cell(run.params.get('dataset'))}`, rows: {rows}.")
     if run.changed is not None:
-        changed = ", ".join(f"`{name}={shortened(str(v), 80)}`" for name, (v, _) in run.changed.items())
+        changed = ", ".join(f"`{name}={shortened(as_setting(v), 80)}`" for name, (v, _) in run.changed.items())
         paragraphs.append(f"Parameters that differ from their defaults: {changed or 'none'}.")
     return "\n\n".join(paragraphs)
 
@@ -212,7 +235,7 @@ def log_report(tracking_uri: str, run_id: str, differences: Sequence[Difference]
     client(tracking_uri).log_text(run_id, report_page(run, lines), REPORT_FILE)
     tags = {"mlflow.note.content": storable(describe(run, lines))}
     if lines:
-        tags["result"] = brief(short_result(lines))
+        tags["result"] = brief(short_result(lines, run.records or ()))
     set_tags(run.ref, tags)
 
 

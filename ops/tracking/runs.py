@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import math
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.settings import Settings
+from ops.text import as_setting
 from ops.tracking.flavour import hash_version
 from ops.tracking.once import create_once, environment
 from ops.tracking.provenance import git_sha, installed_packages
@@ -182,7 +184,7 @@ def tracked_run(
     }
     tags = {key: redact(value) for key, value in tags.items()}
     if defaults is not None:
-        tags["changed"] = brief(", ".join(f"{key}={value}" for key, (value, _) in changed.items()) or "nothing")
+        tags["changed"] = _changes(changed)
     with redacted_errors():
         experiment_id = _experiment_id(mlflow, settings)
         provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
@@ -268,6 +270,11 @@ def log_params(run: RunRef, params: Mapping[str, Any]) -> None:
     mlflow.log_batch(run.run_id, params=[Param(key, text) for key, text in texts.items()])
 
 
+def _changes(changed: Mapping[str, Sequence[Any]]) -> str:
+    """Parameters that differ from their defaults, for a tag."""
+    return brief(", ".join(f"{name}={as_setting(value)}" for name, (value, _) in changed.items()) or "nothing")
+
+
 def brief(text: str) -> str:
     """A text for a tag, cut where it is long."""
     return text if len(text) <= _TAG_CHARACTERS else f"{text[:_TAG_CHARACTERS]}..."
@@ -293,11 +300,20 @@ def log_metrics(run: RunRef, metrics: Mapping[str, float], step: int, model_id: 
 
 
 def log_table(run: RunRef, records: Sequence[Mapping[str, Any]], name: str) -> None:
-    """Log records as the artifact ``tables/<name>.json``, which MLflow shows as a table."""
+    """Log records as the artifact ``tables/<name>.json``, which MLflow shows as a table.
+
+    JSON has no infinity and no NaN, and pandas writes null for both: here they are the texts that Python's json
+    module and JavaScript have for them (Infinity, -Infinity, NaN). None is null.
+    """
     import pandas as pd
 
-    table = pd.DataFrame.from_records(records) if records else pd.DataFrame({"row": []})
+    rows = [{name: _infinite_as_text(value) for name, value in record.items()} for record in records]
+    table = pd.DataFrame.from_records(rows) if rows else pd.DataFrame({"row": []})
     client(run.tracking_uri).log_table(run.run_id, table, f"tables/{name}.json")
+
+
+def _infinite_as_text(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> None:

@@ -29,7 +29,7 @@ def latest_version(mlflow: MlflowClient, name: str | None) -> ModelVersion:
         LookupError: there is none.
     """
     names = [name] if name else [m.name for m in mlflow.search_registered_models(f"name LIKE '{MODEL_PREFIX}%'")]
-    versions = [v for each in names for v in mlflow.search_model_versions(f"name = '{each}'")]
+    versions = [v for each in names for v in mlflow.search_model_versions(f"name = {_quoted(each)}")]
     if not versions:
         raise LookupError(
             f"no version of {name or MODEL_PREFIX + '*'} is registered at "
@@ -37,6 +37,18 @@ def latest_version(mlflow: MlflowClient, name: str | None) -> ModelVersion:
             "server of your runs"
         )
     return max(versions, key=lambda version: version.creation_timestamp)
+
+
+def _quoted(name: str) -> str:
+    """A name in a filter of MLflow, which has two kinds of quotes and no escapes.
+
+    Raises:
+        LookupError: the name has both kinds.
+    """
+    if "'" in name and '"' in name:
+        raise LookupError(f"{name} is no name of a registered model: it has both kinds of quotes")
+    quote = '"' if "'" in name else "'"
+    return f"{quote}{name}{quote}"
 
 
 def main(arguments: list[str] | None = None) -> int:

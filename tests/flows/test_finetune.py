@@ -48,7 +48,7 @@ MODEL_FILES = {
 }  # fmt: skip
 # MLflow's transformers flavour, of which the directory above is the model.
 FLAVOUR = {
-    "MLmodel", "components", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
+    "MLmodel", "code", "components", "conda.yaml", "python_env.yaml", "requirements.txt", "input_example.json",
     "serving_input_example.json", "registered_model_meta",
 }  # fmt: skip
 

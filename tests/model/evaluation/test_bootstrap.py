@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from model.evaluation.bootstrap import paired_improvement
+from model.evaluation.bootstrap import Spread, holm, mcnemar_p, paired_improvement
 
 
 def _rows(generator: np.random.Generator, rows: int, gain: float) -> tuple[Any, Any, Any]:
@@ -100,3 +101,36 @@ def test_what_cannot_be_compared_is_refused(
     """A NaN must not pass for a verdict: every comparison with it is false."""
     with pytest.raises(ValueError, match=complaint):
         paired_improvement(np.array(old), np.array(new), np.array(tokens), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("ps", "corrected"),
+    [
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),  # 3 x 0.01; 2 x 0.03; 1 x 0.04, which is not below the one before
+        ([0.02, 0.02], [0.04, 0.04]),
+        ([0.6, 0.001, 0.7], [1.0, 0.003, 1.0]),
+        ([0.2], [0.2]),
+        ([], []),
+    ],
+)
+def test_holms_correction_is_that_of_the_paper(ps: list[float], corrected: list[float]) -> None:
+    """Step down: the smallest p by the number of all, the next by one less; Bonferroni's would be larger."""
+    assert holm(ps) == pytest.approx(corrected)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (0, 5), (3, 1), (10, 10), (2, 30)])
+def test_mcnemars_test_is_the_exact_binomial_one(gained: int, lost: int) -> None:
+    """Rows that do not change have no part in it."""
+    old = np.array([0] * gained + [1] * lost + [0, 1, 1])
+    new = np.array([1] * gained + [0] * lost + [0, 1, 1])
+    want = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert mcnemar_p(old, new) == pytest.approx(want)
+
+
+def test_units_that_all_differ_by_the_same_have_the_sign_tests_p() -> None:
+    """No spread is seen in them, and six of six in one direction are 2 / 2**6 by chance."""
+    spread = Spread.of(np.full(100, 0.3), units=6)
+    assert spread.error == 0
+    assert spread.p(0.3) == pytest.approx(2 / 2**6)
+    assert spread.interval(0.3) == (0.3, 0.3)
+    assert (spread.p(0.0), Spread.of(np.full(100, 0.3), units=1).p(0.3)) == (1.0, None)

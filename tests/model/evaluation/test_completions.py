@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model import GPTModel, generate
-from model.evaluation.completions import complete, extract_code
+from model.evaluation.completions import _fit, complete, extract_code
 from model.evaluation.config import SamplingConfig
 from model.net.prompt import encode_prompts
 
@@ -128,3 +128,10 @@ def test_rows_of_a_padded_embedding_are_never_drawn(gpt2_dir: Path, tokenizer: A
     alone = complete(small, tokenizer, PROMPTS, drawn)
     if temperature == 0:
         assert complete(model, tokenizer, PROMPTS, drawn) == alone
+
+
+def test_a_heading_has_half_of_the_room_at_most() -> None:
+    """Of 20 tokens 5 are for the completion: 7 of the heading and the last 8 of the prompt are left."""
+    assert _fit(list(range(100)), 50, 20, 5) == ([*range(7), *range(92, 100)], 7)
+    assert _fit(list(range(100)), 3, 20, 5) == ([*range(3), *range(88, 100)], 3)
+    assert _fit(list(range(20)), 50, 20, 5) == (list(range(20)), 7)

@@ -22,8 +22,6 @@ ROWS = [
 ]
 REFERENCES = References(ROWS, np.array([4, 2]), ["x = 1", "Héllo"], ["x =", "Hello"], [False, True])
 
-LIMIT = 25  # tokens
-
 
 def _answers(texts: list[str | None], losses: list[float], passed: list[bool | None]) -> Answers:
     completions = [None if text is None else Completion(text, text.startswith("x")) for text in texts]
@@ -71,7 +69,9 @@ def test_references_are_what_was_scored(max_length: int, tmp_path: Path, data_di
     config = PrepareConfig(max_length=max_length, test_share=0.4, validation_share=0.2)
     prepare(find_splits(data_dir), tokenizer, config, tmp_path / "tokens")
     test = CodeAlpacaDataset(tmp_path / "tokens", "test")
-    found = references_of(test, tokenizer, test.lengths[:, 0] - test.lengths[:, 1], max_new_tokens=LIMIT)
+    sizes = [len(tokenizer.encode(row["completion"])) for row in test.rows]
+    limit = sorted(sizes)[len(sizes) // 2]  # of one row at least there is no room for its end-of-text token alone
+    found = references_of(test, tokenizer, test.lengths[:, 0] - test.lengths[:, 1], max_new_tokens=limit)
     cut = 0
     for index, row in enumerate(test.rows):
         whole = tokenizer.encode(row["completion"])
@@ -81,7 +81,7 @@ def test_references_are_what_was_scored(max_length: int, tmp_path: Path, data_di
         cut += not ended
         assert found.texts[index] == tokenizer.decode(whole[: length - prompt])
         assert (found.texts[index] == row["completion"]) is ended
-        assert found.stopped[index] == (len(whole) + 1 <= LIMIT)
-        assert found.within_limit[index] == tokenizer.decode(whole[:LIMIT])
+        assert found.stopped[index] == (len(whole) + 1 <= limit)
+        assert found.within_limit[index] == tokenizer.decode(whole[:limit])
     assert (cut > 0) is (max_length == 40), "both cases were seen"
     assert len(set(found.stopped)) == 2

@@ -86,9 +86,15 @@ def test_passes_are_counted_by_family() -> None:
         _record(2, family="a", base_passed=True, passed=False, failure="SyntaxError: x"),
         _record(3, base_passed=False, passed=False, failure="SyntaxError: x"),
         _record(4, family="a"),
+        _record(5, family="a", passed=True),  # the base is broken and has no completion
     ]
     assert pass_table(records) == [
         {"family": "", "rows": 1, "base": 0.0, "tuned": 0.0},
         {"family": "a", "rows": 2, "base": 0.5, "tuned": 0.5},
     ]
     assert common_failures(records) == {"SyntaxError: x": 2}
+
+
+def test_a_number_of_many_digits_has_an_exponent() -> None:
+    assert (formatted(1e13, ".2f"), formatted(1e11, ".2f")) == ("1e+13", "100000000000.00")
+    assert signed(-1e13, ".2f") == "-1e+13"

@@ -21,6 +21,17 @@ from model.evaluation.texts import is_exact, is_python, repetition
         "Here it is:\n```python\nx = 1\n```\nDone.",
         "async def f():\n    pass",
         "1\nx += 1",
+        "async def f():\n    return 1",
+        "class A:\n    pass",
+        "from os import path",
+        "while x:\n    x -= 1",
+        "if x:\n    pass",
+        "with f:\n    pass",
+        "async for x in y:\n    pass",
+        "async with x:\n    pass",
+        "try:\n    f()\nexcept E:\n    pass",
+        "match x:\n    case 1:\n        pass",
+        "return x",  # the body of a function, as HumanEval's prompts ask for
     ],
 )
 def test_code_is_python(text: str) -> None:

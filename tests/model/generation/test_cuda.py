@@ -165,3 +165,26 @@ def test_the_largest_logits_are_found_in_chunks(dtype: torch.dtype) -> None:
     assert torch.equal(values, torch.topk(logits, 50).values)
     assert torch.equal(logits.gather(1, ids), values)
     assert all(len(set(row)) == 50 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"top_k": 50, "top_p": 0.95}, {"top_p": 0.9}, {}])
+@pytest.mark.parametrize("length", [3, 120])
+def test_logits_that_are_not_finite_are_an_error(sampling: dict[str, Any], length: int) -> None:
+    """With the cache, and beyond the context; rows that have ended beside living ones are no error."""
+    model = small_model()
+    with torch.autocast("cuda", torch.bfloat16):
+        free = generate(model, prompts_of(length, 3, 40), 30, seed=3, **sampling)
+        eos = free[0][2]
+        generate(model, prompts_of(length, 3, 40), 30, eos, seed=3, **sampling)
+        with torch.no_grad():
+            model.h[3].mlp.c_fc.bias[3] = float("nan")
+        with pytest.raises(ArithmeticError, match="logits are not finite"):
+            generate(model, prompts_of(length, 3, 40), 30, seed=3, **sampling)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_current_device_is_restored() -> None:
+    model = small_model().to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    generate(model, prompts_of(3, 5), 5, temperature=0)
+    assert torch.cuda.current_device() == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,6 +190,89 @@ def test_rows_in_several_threads_have_the_same_texts(
     assert {dtype for _, dtype in dtypes} == {torch.bfloat16 if mixed else torch.float32}
     if not mixed:  # in bf16, rounding decides between tokens
         assert got == want
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_an_interrupt_ends_all_threads_at_their_next_token(
+    lively: GPTModel, monkeypatch: pytest.MonkeyPatch, by_signal: bool
+) -> None:
+    """Ctrl-C, or an error of one thread, at the third token of 90."""
+    monkeypatch.setattr(generating, "_ROWS_APART", 2)
+    drawn: Counter[int] = Counter()
+    failed, main = threading.Event(), threading.get_ident()
+    draw = Sampler.__call__
+
+    def spy(self: Sampler, logits: Tensor, *rest: Any) -> Tensor:
+        drawn[threading.get_ident()] += 1
+        if drawn[threading.get_ident()] == 3:
+            if not failed.is_set():
+                failed.set()
+                if not by_signal:
+                    raise KeyboardInterrupt
+                signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(1)  # until the other threads know
+        return draw(self, logits, *rest)
+
+    monkeypatch.setattr(Sampler, "__call__", spy)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate(lively, prompts_of(3, 3, 3, 3), 90)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert len(drawn) == 2
+    assert max(drawn.values()) <= 4
+
+
+def test_two_calls_at_a_time_leave_the_models_mode(tiny_model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ends while the second draws: still without dropout, and the training mode comes back at the end."""
+    want = generate(tiny_model.eval(), prompts_of(4), 10, temperature=0)
+    tiny_model.set_dropout(0.9)
+    tiny_model.train()
+    begun, ended = threading.Event(), threading.Event()
+    draw = Sampler.__call__
+    main = threading.get_ident()
+
+    def spy(self: Sampler, logits: Tensor, *rest: Any) -> Tensor:
+        if threading.get_ident() == main:
+            assert begun.wait(30)
+        else:
+            begun.set()
+            assert ended.wait(30)
+        return draw(self, logits, *rest)
+
+    monkeypatch.setattr(Sampler, "__call__", spy)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(generate, tiny_model, prompts_of(4), 10, temperature=0)
+        assert begun.wait(30)
+        assert generate(tiny_model, prompts_of(4), 10, temperature=0) == want
+        ended.set()
+        assert second.result() == want
+    assert tiny_model.training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.9}])
+@pytest.mark.parametrize("length", [5, 120])
+def test_logits_that_are_not_finite_are_an_error(
+    gpt2_dir: Path, value: float, sampling: dict[str, Any], length: int
+) -> None:
+    """Not a text: with the cache, and beyond the context."""
+    model = GPTModel.from_pretrained(gpt2_dir)
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight[3, 3] = value
+    with pytest.raises(ArithmeticError, match="the model's logits are not finite, so that no token can be drawn"):
+        generate(model, prompts_of(length), 3, **sampling)
+
+
+def test_one_id_that_is_not_finite_is_an_error(gpt2_dir: Path) -> None:
+    """An embedding with a NaN that no prompt has: no hidden state shows it."""
+    model = GPTModel.from_pretrained(gpt2_dir)
+    with torch.no_grad():
+        model.wte.weight[310, 0] = float("nan")
+    with pytest.raises(ArithmeticError, match="not finite"):
+        generate(model, [[1, 2]], 1, seed=1)
 
 
 def test_equal_prompts_have_different_texts(lively: GPTModel) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from model import GPTConfig, GPTModel, generate
 from model.generation import padded as by_torch
-from model.generation.padded import _fitting, _parts, packed
+from model.generation.drawing import Sampler
+from model.generation.padded import PaddedDecoder, _fitting, _parts, packed
+from model.generation.slots import Row, Slots
 
 CPU = torch.device("cpu")
 
@@ -79,7 +81,28 @@ def test_rows_are_cut_into_passes() -> None:
 def test_slots_follow_from_rows_and_memory() -> None:
     """At most 64 on a CPU; fewer where long rows would take more than 2 GiB; one is always tried."""
     config = GPTConfig.preset("124m")
-    assert _fitting(config, 100, 5, CPU, torch.float32) == 5
-    assert _fitting(config, 100, 500, CPU, torch.float32) == 64
-    assert _fitting(config, 1024, 500, CPU, torch.float32) == 2**31 // (1024 * 2 * 12 * 768 * 4) == 28
-    assert _fitting(config, 10**6, 500, CPU, torch.float32) == 1
+    assert _fitting(config, 100, 5, CPU, torch.float32, 2**31) == 5
+    assert _fitting(config, 100, 500, CPU, torch.float32, 2**31) == 64
+    assert _fitting(config, 1024, 500, CPU, torch.float32, 2**31) == 2**31 // (1024 * 2 * 12 * 768 * 4) == 28
+    assert _fitting(config, 10**6, 500, CPU, torch.float32, 2**31) == 1
+    for device in ("cuda", "mps", "xpu"):
+        assert _fitting(config, 100, 500, torch.device(device), torch.float16, 2**33) == 256
+
+
+@pytest.mark.parametrize(
+    ("free", "sharers", "slots"), [(2**40, 1, 4), (2**40, 2, 2), (2**24, 1, 2), (2**24, 2, 1), (0, 1, 1)]
+)
+def test_the_cache_takes_a_share_of_what_is_free(
+    free: int, sharers: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of it, or the limit, whatever is less, for all threads together; a row of this model takes 4 MiB."""
+    monkeypatch.setattr(by_torch, "available_memory", lambda: free)
+    monkeypatch.setitem(by_torch._CACHE_BYTES, "cpu", 2**24)
+    model = GPTModel(GPTConfig(50, 1024, 256, 2, 2)).eval()
+    rows = [Row([1] * 1024, (0, 0, number), 0, 1) for number in range(9)]
+    sampler = Sampler(0.0, None, None, 1.0, 50, [], CPU)
+    found = PaddedDecoder(
+        model, rows, lambda count: Slots(count, 1, sampler, 50, None, 0, CPU), torch.float32, sharers
+    )
+    assert len(found.slots.numbers) == slots
+    assert found.cache.keys.nbytes + found.cache.values.nbytes == slots * 2**22

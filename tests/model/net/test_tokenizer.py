@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,3 +293,24 @@ def test_a_file_that_came_later_has_no_effect(tokenizer_dir: Path, tmp_path: Pat
     files = hash_tokenizer(tmp_path / "t")
     (tmp_path / "t" / "added_tokens.json").write_text(json.dumps({"<late>": 320}))
     assert len(load_tokenizer(tmp_path / "t", 400, files)) == 320
+
+
+_AHEAD = """
+import sys, threading
+from model.net.tokenizer import import_ahead, load_tokenizer
+assert "transformers" not in sys.modules
+thread = import_ahead()
+if sys.argv[2] == "later":
+    thread.join()
+    before = len(sys.modules)
+tokenizer = load_tokenizer(sys.argv[1], 320)
+assert tokenizer.decode(tokenizer.encode("print(1)")) == "print(1)"
+if sys.argv[2] == "later":
+    assert len(sys.modules) - before < 30, len(sys.modules) - before
+"""
+
+
+@pytest.mark.parametrize("moment", ["later", "at once"])
+def test_transformers_is_imported_ahead(tokenizer_dir: Path, moment: str) -> None:
+    """What loads a tokenizer then imports next to nothing; while the import goes on, it waits for it."""
+    subprocess.run([sys.executable, "-c", _AHEAD, str(tokenizer_dir), moment], check=True, timeout=120)

@@ -54,13 +54,52 @@ LOSS = "loss 1.00 → 2.00 (+1.00, 95 % interval +0.50 to +1.50)"
     [
         (("better", "better"), f"B is better than A: {LOSS}; better too: chrF."),
         (("worse", "better"), f"B is worse than A: {LOSS}; better: chrF."),
-        (("no difference", "worse"), f"no difference between B and A is shown: {LOSS}; worse: chrF."),
+        (("no difference", "worse"), f"No difference between B and A is shown: {LOSS}; worse: chrF."),
         (("better", "no difference"), f"B is better than A: {LOSS}."),
     ],
 )
 def test_the_summary_names_what_is_beyond_chance(verdicts: tuple[str, str], sentence: str) -> None:
     assert summary([_line("loss", verdicts[0]), _line("chrF", verdicts[1])], "A", "B") == sentence
     assert summary([], "A", "B") == "B and A have no score in common."
+
+
+def test_a_sentence_begins_with_a_capital() -> None:
+    line = _line("loss", "no difference")
+    assert summary([line], "the base", "the tuned model").startswith("No difference between the tuned model and the ")
+    assert summary([], "the base", "the tuned model") == "The tuned model and the base have no score in common."
+
+
+def test_a_broken_model_is_the_result() -> None:
+    """Whatever its other scores are; a base can be broken as well."""
+    records = [
+        {"base_loss": 1.0, "loss": math.inf},
+        {"base_loss": 1.0, "loss": 2.0},
+        {"base_loss": 1.0, "loss": None},
+    ]
+    lines = [_line("stop rate", "better"), _line("chrF", "worse"), _line("length", "no difference")]
+    said = "B is broken, its loss is infinite on 1 of 3 rows: losses are not compared"
+    assert summary(lines, "A", "B", records) == f"{said}; better: stop rate; worse: chrF."
+    assert summary([], "A", "B", records) == f"{said}."
+    both = [{"base_loss": math.inf, "loss": math.inf}]
+    assert summary([], "the base", "the tuned model", both) == (
+        "The base is broken, its loss is infinite on 1 of 1 rows and the tuned model is broken, its loss is infinite "
+        "on 1 of 1 rows: losses are not compared."
+    )
+
+
+def test_a_row_has_its_units_and_digits() -> None:
+    """Also where a table has made floats of its lengths."""
+    (record,) = make_records(1)
+    record |= {"base_length": 65.0, "length": 1234, "base_chrf": 1.0, "chrf": 50.456, "base_repetition": 0.25,
+               "base_stopped": False, "stopped": 1.0, "base_loss": 20.0, "loss": 3.5}  # fmt: skip
+    _, (card, *_) = extreme_rows([record, *make_records(3, gain=2.0, first=1)])
+    assert card.facts == [
+        ("summed loss", "20.00 nats", "3.50 nats"),
+        ("stopped", "no", "yes"),
+        ("chrF", "1.00", "50.46"),
+        ("repetition", "25.0%", "0.0%"),
+        ("length", "65 characters", "1,234 characters"),
+    ]
 
 
 def test_a_score_without_interval_has_none_in_the_sentence() -> None:

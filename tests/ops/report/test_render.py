@@ -87,6 +87,7 @@ def test_hostile_rows_add_no_element() -> None:
         assert not {name for name in attributes if name.startswith("on") or name in ("src", "srcset", "style")}
         if tag == "a":
             assert str(attributes["href"]).startswith("http://127.0.0.1:5000/")
+    assert "a" in {tag for tag, _ in page.seen}, "an address was checked"
     policies = [a["content"] for tag, a in page.seen if tag == "meta" and a.get("http-equiv")]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,28 @@ def test_hostile_source_does_no_harm(code: str, without_bubblewrap: None) -> Non
     first, second = run_tests([(code, ["assert True"]), ("x = 1", ["assert x == 1"])])
     assert first.outcome in {"error", "not_executed"}
     assert second == RowResult("passed")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process's time")
+@pytest.mark.parametrize(
+    ("work", "in_time", "elapsed"),
+    [
+        ("time.sleep(0.8)", True, (0.8, 2.0)),  # as where other processes have the processor for a while
+        ("time.sleep(60)", False, (2.0, 10.0)),
+        ("while True: pass", False, (0.5, 10.0)),
+    ],
+)
+def test_a_row_has_its_seconds_of_processor_time(work: str, in_time: bool, elapsed: tuple[float, float]) -> None:
+    """Half a second of it, and four times as long by the wall clock."""
+    code = f"import os, time\n{work}\nos.write(1, b'done')"
+    process = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout
+    begun = time.monotonic()
+    try:
+        answer, ended = sandbox_child._read(process.stdout.fileno(), process.pid, 0.5)
+        taken = time.monotonic() - begun
+    finally:
+        process.kill()
+        process.wait()
+    assert (answer, ended) == ((b"done", True) if in_time else (b"", False))
+    assert elapsed[0] <= taken < elapsed[1]

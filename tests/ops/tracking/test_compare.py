@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pty
 import subprocess
@@ -12,8 +13,12 @@ from pathlib import Path
 import pytest
 from finished_runs import HOSTILE, log_finished, make_records, own_settings
 
+from model.evaluation.comparison import compare
+from model.evaluation.scores import HUMANEVAL
 from ops.settings import Settings
 from ops.tracking.compare import compare_runs, comparison_page, comparison_text, main
+from ops.tracking.finished import read_run
+from ops.tracking.report import run_lines
 from ops.tracking.runs import client, log_table, tracked_run
 
 
@@ -72,16 +77,92 @@ def test_tasks_of_humaneval_are_compared_if_both_have_them(settings: Settings, k
     assert not [line for line in lines if line.title.startswith("HumanEval")]
 
 
+def test_tasks_and_rows_are_corrected_together(settings: Settings) -> None:
+    """A difference that would count alone is none among nine, in a comparison and in a report."""
+    gains = [0.0] * 5 + [0.1, 0.2, 0.3, 0.2, 0.1, 0.2, 0.3]
+    runs = []
+    for name in ("one", "two"):
+        run = log_finished(settings, name, make_records(40, gain=0.0))
+        runs.append(run.run_id)
+        tasks = [
+            {
+                "key": f"HumanEval/{index}", "row": index, "prompt": "p", "reference": "r", "base_text": "",
+                "text": "", "base_pass_at_1": 0.0, "pass_at_1": gain if name == "two" else 0.0,
+            }
+            for index, gain in enumerate(gains)
+        ]  # fmt: skip
+        log_table(run, tasks, "humaneval")
+    second = read_run(settings.tracking_uri, runs[1])
+    (alone,) = compare(second.tasks, second.seed, scoreboard=HUMANEVAL)
+    assert alone.verdict == "better"
+    for lines in (compare_runs(settings.tracking_uri, *runs).lines, run_lines(second)):
+        (line,) = [line for line in lines if line.title == "HumanEval pass@1"]
+        assert line.verdict == "no difference"
+
+
 def test_a_run_like_another_is_no_difference(settings: Settings) -> None:
     """Equal records: every score is equal, and so are parameters and data."""
     runs = [log_finished(settings, name, make_records(60)).run_id for name in ("one", "two")]
     compared = compare_runs(settings.tracking_uri, *runs)
     assert {line.verdict for line in compared.lines} == {"no difference"}
     text = comparison_text(compared)
-    assert "no difference between B and A is shown" in text
+    assert "No difference between B and A is shown" in text
     assert "60 test rows are in both runs, and no other." in text
     assert "All parameters are equal." in text
     assert "The data are equal." in text
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_broken_model_is_named(settings: Settings, two: tuple[str, str], loss: float) -> None:
+    """JSON has no infinity: the row of a broken model is kept, and the result says that the model is broken."""
+    records = make_records(60)
+    for row in (3, 7):
+        records[row]["loss"] = loss
+    run = log_finished(settings, "broken", records)
+    said = "B is broken, its loss is infinite on 2 of 60 rows: losses are not compared"
+    compared = compare_runs(settings.tracking_uri, two[0], run.run_id)
+    assert len(compared.records) == 60
+    assert "test loss" not in {line.title for line in compared.lines}
+    assert compared.result.startswith(said)
+    for shown in (
+        comparison_text(compared),
+        unescape(comparison_page(compared)),
+        _at_a_terminal([two[0], run.run_id]),
+    ):
+        assert said in " ".join(shown.split())
+    other = compare_runs(settings.tracking_uri, run.run_id, two[0])
+    assert other.result.startswith("A is broken, its loss is infinite on 2 of 60 rows")
+
+
+def test_an_infinite_loss_of_an_earlier_version_is_read(settings: Settings, two: tuple[str, str]) -> None:
+    """It logged null; a row whose other scores are null has none."""
+    records = make_records(60)
+    records[3] |= {"loss": None, "chrf": None}
+    run = log_finished(settings, "broken", records)
+    compared = compare_runs(settings.tracking_uri, two[0], run.run_id)
+    assert compared.result.startswith("B is broken, its loss is infinite on 1 of 60 rows")
+    assert {line.rows for line in compared.lines if line.title == "chrF"} == {"59"}
+
+
+def test_null_is_written_as_users_write_it(settings: Settings) -> None:
+    runs = [
+        log_finished(settings, name, make_records(20), {"max_steps": steps, "train_head": steps is None})
+        for name, steps in (("one", None), ("two", 5))
+    ]
+    compared = compare_runs(settings.tracking_uri, *(run.run_id for run in runs))
+    assert compared.parameters == [("max_steps", "null", "5"), ("train_head", "true", "false")]
+
+
+def test_the_correction_is_said(settings: Settings, two: tuple[str, str]) -> None:
+    """On the page, in plain text and on a terminal; and all of them say difference."""
+    compared = compare_runs(settings.tracking_uri, *two)
+    page = unescape(comparison_page(compared))
+    for shown in (comparison_text(compared), page, _at_a_terminal(list(two))):
+        words = " ".join(shown.split())
+        assert "its p, corrected for the number of scores (Holm), is below 0.05" in words
+        assert "difference" in words
+    assert ">change<" not in page
+    assert "p, corrected" in comparison_text(compared)
 
 
 def test_text_and_page_say_the_same(settings: Settings, two: tuple[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -120,6 +121,74 @@ def test_pyfunc_takes_an_instruction_and_gives_the_answer(directory: Path, answe
     assert len(model.predict("Write a function.", params={"max_new_tokens": 3, "do_sample": True})) == 1
 
 
+@pytest.mark.parametrize("new_tokens", [NEW_TOKENS, 400])
+def test_an_instruction_beyond_the_context_is_cut_as_in_the_evaluation(
+    directory: Path, new_tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its end and the headings stay; the server's log says what was cut. The answer ends where the context does."""
+    import mlflow
+
+    network = read_pretrained(EMBEDDED_BASE, torch.device("cpu"), torch.float32)
+    tokenizer = load_tokenizer(EMBEDDED_BASE, network.config.vocab_size)
+    greedy = SamplingConfig(temperature=0.0, top_k=None, top_p=None, max_new_tokens=min(new_tokens, 256))
+    instruction = "x = 1; " * 1400 + "Write a Python function that adds two numbers."
+    (want,) = complete(network, tokenizer, [instruction], greedy)
+    with caplog.at_level("WARNING"):
+        answer = mlflow.pyfunc.load_model(str(directory)).predict(
+            [instruction], params={"max_new_tokens": new_tokens}
+        )
+    assert [text.strip() for text in answer] == [want.text.strip()]
+    assert "its first ones were cut and" in caplog.text
+    assert ("has 256 tokens at most: the context ends" in caplog.text) == (new_tokens == 400)
+
+
+@pytest.mark.parametrize(
+    ("data", "params", "sentence"),
+    [
+        ([""], {}, "instruction 1 is empty"),
+        (["x", " \n"], {}, "instruction 2 is empty"),
+        (["x"], {"max_new_tokens": 0}, "max_new_tokens is 0: it must be from 1 to 511"),
+        (["x"], {"max_new_tokens": 512}, "max_new_tokens is 512: it must be from 1 to 511"),
+        (
+            ["x"],
+            {"do_sample": True, "temperature": 0.0},
+            "temperature is 0.0: it must be from 1e-06 to 1e+06, or do_",
+        ),
+        (["x"], {"do_sample": True, "top_k": -1}, "top_k is -1: it must be 0 or more"),
+        (["x"], {"do_sample": True, "top_p": 7.0}, "top_p is 7.0: it must be from 1e-06 to 1"),
+        (["x"], {"top_p": float("nan")}, "top_p is nan: it must be from 1e-06 to 1"),
+        (["x"], {"repetition_penalty": 0.0}, "repetition_penalty is 0.0: it must be from 1e-06 to 1e+06"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence(
+    directory: Path, data: list[str], params: dict[str, Any], sentence: str
+) -> None:
+    import mlflow
+
+    model = mlflow.pyfunc.load_model(str(directory))
+    with pytest.raises(mlflow.exceptions.MlflowException, match=re.escape(sentence)) as refused:
+        model.predict(data, params=params)
+    assert refused.value.get_http_status_code() == 400
+
+
+def test_what_a_server_hands_on_is_one_instruction_a_row(directory: Path) -> None:
+    """A table of one column; other tables and other values are refused by name."""
+    import mlflow
+    import pandas as pd
+
+    served = mlflow.pyfunc.load_model(str(directory))._model_impl
+    greedy = {"max_new_tokens": 2, "do_sample": False}
+    assert served.predict(pd.DataFrame({"any": PROMPTS}), greedy) == served.predict(PROMPTS, greedy)
+    for data, sentence in (
+        (pd.DataFrame({"a": ["x"], "b": ["y"]}), "the request has 2 columns: it needs one, of instructions"),
+        ([None], "instruction 1 is None: it must be a text"),
+        (["x", 5], "instruction 2 is 5: it must be a text"),
+        ([], "the request has no instruction"),
+    ):
+        with pytest.raises(mlflow.exceptions.MlflowException, match=sentence):
+            served.predict(data, greedy)
+
+
 def test_pipelines_render_messages_as_the_training_did(directory: Path, answers: list[str]) -> None:
     """mlflow.transformers.load_model and transformers.pipeline give the same, with the tokenizer's chat template."""
     import mlflow
@@ -193,3 +262,18 @@ def test_mlflow_models_serve_answers_a_prompt(server: str, answers: list[str]) -
     refused = requests.post(f"{server}/invocations", json=wrong, timeout=120)
     assert refused.status_code == 400
     assert "max_new_tokens" in refused.text
+    few = {"max_new_tokens": 2}
+    for body, part in (
+        ({"inputs": []}, "missing inputs"),
+        ({"inputs": None}, "NoneType"),
+        ({"inputs": {"prompt": "x"}}, "dict"),
+        ({"inputs": [""]}, "instruction 1 is empty"),
+        ({"inputs": ["x"], "params": {"max_new_tokens": 10_000}}, "it must be from 1 to 511"),
+        ({"inputs": ["x"], "params": {"do_sample": True, "temperature": 0.0}}, "temperature is 0.0"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "instruction 1 is {"),
+    ):
+        refused = requests.post(f"{server}/invocations", json=body, timeout=120)
+        assert (refused.status_code, part in refused.text) == (400, True), (body, refused.text)
+        assert "stack_trace" not in refused.text
+    for body in ({"inputs": ["x" * 10_000], "params": few}, {"inputs": ["x"], "params": few | {"unknown": 1}}):
+        assert requests.post(f"{server}/invocations", json=body, timeout=120).status_code == 200, body

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import unescape
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from model.evaluation.comparison import compare
 from ops.settings import Settings
 from ops.tracking.finished import read_run
 from ops.tracking.report import describe, log_report, main, report_page, run_lines
-from ops.tracking.runs import RunRef, client
+from ops.tracking.runs import RunRef, client, tracked_run
 
 
 @pytest.fixture
@@ -51,6 +52,40 @@ def test_differences_of_the_evaluation_give_the_same_page(settings: Settings) ->
     records = make_records(60)
     run = read_run(settings.tracking_uri, log_finished(settings, "a run", records).run_id)
     assert run_lines(run) == run_lines(run, compare(records, 42))
+
+
+def test_a_broken_model_is_the_result(settings: Settings) -> None:
+    """On the page, in the description and in the tag; other rows keep their cards."""
+    records = make_records(60)
+    records[3]["loss"] = math.inf
+    ref = log_finished(settings, "broken", records)
+    log_report(settings.tracking_uri, ref.run_id)
+    said = "he tuned model is broken, its loss is infinite on 1 of 60 rows: losses are not compared"
+    tags = client(settings.tracking_uri).get_run(ref.run_id).data.tags
+    assert tags["result"] == f"broken: t{said}"
+    assert tags["mlflow.note.content"].startswith(f"**T{said}")
+    page = _page(settings, ref)
+    assert f"T{said}" in page
+    assert "Of 59 rows, " in page
+
+
+def test_facts_have_their_digits(settings: Settings) -> None:
+    data = {"data/train_rows": 3600, "data/truncated_share": 0.0, "data/dropped/multi_turn": 1200}
+    ref = log_finished(settings, "a run", make_records(20), {"max_steps": 1234}, data)
+    page = _page(settings, ref)
+    assert '<th scope="row">training rows</th><td>3,600</td>' in page
+    assert '<th scope="row">rows cut at max_length</th><td>0.0%</td>' in page
+    assert '<th scope="row">multi turn</th><td>1,200</td>' in page
+
+
+def test_defaults_are_written_as_users_write_them(settings: Settings) -> None:
+    defaults = {"max_steps": None, "promote": False}
+    with tracked_run(settings, "a run", {"max_steps": 5, "promote": True}, {}, defaults) as ref:
+        pass
+    page = _page(settings, ref)
+    assert '<th scope="row">max_steps</th><td>5</td><td>null</td>' in page
+    assert '<th scope="row">promote</th><td>true</td><td>false</td>' in page
+    assert client(settings.tracking_uri).get_run(ref.run_id).data.tags["changed"] == "max_steps=5, promote=true"
 
 
 def test_a_run_without_records_says_so(settings: Settings) -> None:

@@ -26,6 +26,10 @@ def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.Monk
     [
         ([], r"no version of gpt2-code-\* is registered at sqlite:"),
         (["--model", "gpt2-code-355m"], "no version of gpt2-code-355m is registered"),
+        (["--model", "a'b"], "no version of a'b is registered"),
+        (["--model", "a' or name like '%"], "no version of a' or name like '% is registered"),
+        (["--model", 'a"b'], 'no version of a"b is registered'),
+        (["--model", "a'b\"c"], "a'b\"c is no name of a registered model: it has both kinds of quotes"),
         (["--top-p", "1.5"], "top_p 1.5 is not in"),
         (["--repetition-penalty", "0"], "repetition_penalty 0.0 is not between 1e-06 and"),
         (["--repetition-penalty", "nan"], "repetition_penalty nan is not between 1e-06 and"),

@@ -40,9 +40,9 @@ def test_a_run_provides_the_view_once(settings: Settings) -> None:
     state = json.loads(zlib.decompress(base64.b64decode(stored["state"].removeprefix("deflate;"))))
     metrics = {chart["metricKey"] for chart in state["compareRunCharts"]}
     known = {score.tuned for score in (VALIDATION_LOSS, *SCOREBOARD)} | {"eval/loss", "train/loss"}
-    assert metrics <= known
+    assert {"test/loss", "best/eval_loss", "eval/loss", "train/loss"} <= metrics <= known
     columns = {column for column in state["selectedColumns"] if column.startswith("metrics.")}
-    assert columns <= {f"metrics.`{name}`" for name in known}
+    assert {"metrics.`test/loss`", "metrics.`best/eval_loss`"} <= columns <= {f"metrics.`{name}`" for name in known}
     sections = {section["uuid"] for section in state["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == sections
     assert len(view) < 20_000, "MLflow's limit for a tag of an experiment"
