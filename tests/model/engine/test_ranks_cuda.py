@@ -105,7 +105,8 @@ def test_two_gpus_agree_with_one(
     for (step, some), (its, others) in zip(two, one, strict=True):
         assert step == its
         assert some == pytest.approx(others, rel=3e-2)
-    if options.get("unfrozen", 2) is not None and "cache" not in options:
+    # 20 steps of one row are less than an epoch: no output is needed twice, and none is kept.
+    if options.get("unfrozen", 2) is not None and "cache" not in options and training.config["batch_size"] > 1:
         assert all("on the device" in outcome.result.trunk for outcome in outcomes)
 
 
