@@ -15,7 +15,8 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 
 from model.net.device import device_choices, device_key
-from ops.machine.lock import exclusive, exclusive_any, shared_directory
+from ops.machine.lock import exclusive, exclusive_any
+from ops.machine.lock_file import shared_directory
 from ops.recovery.limits import is_temporary, read_slots, release_all
 from ops.settings import Settings
 from ops.text import storable

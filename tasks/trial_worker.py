@@ -30,7 +30,8 @@ from model.engine.trunk_sharing import SharedTrunks
 from model.files import read_bytes, write_json
 from model.net.device import resolve_device, resolve_precision
 from ops.machine.flock import hold_file
-from ops.machine.lock import exclusive_if_free, shared_directory
+from ops.machine.lock import exclusive_if_free
+from ops.machine.lock_file import shared_directory
 from ops.settings import Settings
 from ops.text import one_line
 from ops.tracking.runs import RunRef, set_tags
