@@ -33,6 +33,7 @@ from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen, load_its_tokenizer
+from tasks.gang import Devices
 from tasks.humaneval import complete_tasks, score_tasks
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
 
@@ -47,7 +48,7 @@ def evaluate(
     training: TrainingRef,
     checkpoint: CheckpointRef,
     sampling: SamplingConfig,
-    device: str,
+    devices: Devices,
     trunk_cache_gb: float,
 ) -> EvaluationRef:
     """Compare the best checkpoint with the untouched base on the first ``score_rows`` rows of test; log the scores.
@@ -57,7 +58,7 @@ def evaluate(
         NotLoggedError: MLflow could not take the scores.
     """
     log = get_run_logger()
-    place = resolve_device(device)
+    place = resolve_device(devices.first)
     dtype = use_precision(training.config.precision, place)
     test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=sampling.score_rows)
     log.info("scoring %d rows of the test split; score_rows and sample_rows limit them", len(test))

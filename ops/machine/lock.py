@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ops.machine.lock_file import lock_path, read_lock, take_lock, write_holder
 
+TURN = "several devices"  # name of the lock of the run that waits for more than one device
 _POLL_SECONDS = 0.5  # between two attempts to take a lock
 _DESCRIBE_SECONDS = 5.0  # between two looks at who holds it: finding a dead holder's children reads all of /proc
 _REMIND_SECONDS = 60.0  # between two log lines of the same content
