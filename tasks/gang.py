@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from pydantic import TypeAdapter
 
 from model.engine.trainer import NonFiniteError, StepReport, TrainingStoppedError, TrainResult
+from model.engine.training import PassesTooLongError
 from model.net.device import count_processes, device_choices, device_key
 from ops.machine.gang import Gang, GangError, Node, Seat
 from ops.machine.lock import TURN, exclusive_several
@@ -22,7 +23,7 @@ from tasks.nodes import Nodes, announce_job
 
 # Errors that a rank raises by itself, and which mean the same when the task raises them.
 _RAISED = (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError)
-_KNOWN = frozenset(kind.__name__ for kind in _RAISED)
+_KNOWN = frozenset(kind.__name__ for kind in (*_RAISED, PassesTooLongError))
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,13 @@ def train_on(
         elif kind == "result":
             results.append(TypeAdapter(TrainResult).validate_python(content["value"]))
 
-    run_job(devices, job, hear, should_stop, announce_job(job, len(devices.names)))
+    while True:
+        try:
+            run_job(devices, job, hear, should_stop, announce_job(job, len(devices.names)))
+            break
+        except PassesTooLongError as error:
+            log.warning("%s: all ranks begin again from the last checkpoint, and steps stay the same", error)
+            job = replace(job, micro_batch_tokens=error.micro_batch_tokens)
     if stopped:
         raise TrainingStoppedError(stopped[0])
     if not results:
@@ -126,7 +133,12 @@ def run_job(
     should_stop: Callable[[], bool],
     node: Node = Node(),  # noqa: B008
 ) -> None:
-    """Run this machine's part of a gang, and raise its error as if it had been raised here."""
+    """Run this machine's part of a gang, and raise its error as if it had been raised here.
+
+    Raises:
+        PassesTooLongError, NonFiniteError, ValueError, torch.OutOfMemoryError: a rank did.
+        GangError: a rank died, hung, or failed otherwise.
+    """
     directory = Path(job.training.directory)
     path = directory / f"gang-{node.number}.json"
     write_job(path, job)
@@ -134,6 +146,8 @@ def run_job(
     try:
         gang.run(hear, should_stop)
     except GangError as error:
+        if PassesTooLongError.__name__ in error.kinds:
+            raise PassesTooLongError(str(error), error.facts["micro_batch_tokens"]) from error
         for kind in _RAISED:
             if kind.__name__ in error.kinds:
                 raise kind(str(error)) from error

@@ -21,7 +21,8 @@ def main(arguments: list[str]) -> int:
     except BaseException as error:
         traceback.print_exc()
         kinds = [kind.__name__ for kind in type(error).__mro__]
-        member.send("error", kinds=kinds, text=" ".join(str(error).split()))
+        passes = getattr(error, "micro_batch_tokens", None)  # of a PassesTooLongError
+        member.send("error", kinds=kinds, text=" ".join(str(error).split()), micro_batch_tokens=passes)
         return 1
     member.send("end")
     return 0
