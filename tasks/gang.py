@@ -1,4 +1,4 @@
-"""A training on several devices: the ranks do it, and this process has the run's log, metrics and signals."""
+"""Work on several devices: the ranks do it, and this process has the run's log, metrics and signals."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from pydantic import TypeAdapter
 
 from model.engine.trainer import NonFiniteError, StepReport, TrainingStoppedError, TrainResult
 from model.engine.training import PassesTooLongError
-from model.net.device import count_processes, device_choices, device_key
+from model.engine.trunk import TrunkCacheConfig
+from model.net.device import count_processes, device_choices, device_key, resolve_device
 from ops.machine.gang import Gang, GangError, Node, Seat
 from ops.machine.lock import TURN, exclusive_several
 from ops.machine.lock_file import shared_directory
 from ops.settings import Settings
 from tasks.gang_job import GangJob, write_job
 from tasks.nodes import Nodes, announce_job
+from tasks.scoring import BothGiven, Scoring, give, read_given
 
+# Per process. A gang starts in the time in which one process completes some thousand prompts; with fewer there is
+# nothing to gain. Not measured on several GPUs yet.
+_FEWEST_COMPLETIONS = 2_000
+WORKER = "tasks.rank_worker"  # the module that each rank runs
 # Errors that a rank raises by itself, and which mean the same when the task raises them.
 _RAISED = (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError)
 _KNOWN = frozenset(kind.__name__ for kind in (*_RAISED, PassesTooLongError))
@@ -126,6 +132,27 @@ def train_on(
     return results[0]
 
 
+def score(scoring: Scoring, devices: Devices, trunk_cache_gb: float, log: Any) -> BothGiven:
+    """Score base and tuned model: on all devices if it pays, else on the first one.
+
+    Raises:
+        GangError: a rank died, hung, or failed otherwise.
+    """
+    few = scoring.completions() < _FEWEST_COMPLETIONS * len(devices.names)
+    if len(devices.names) == 1 or few:
+        cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
+        return give(scoring, resolve_device(devices.first), cache)
+    log.info("%d processes share the test rows", len(devices.names))
+    paths: list[Path] = []
+
+    def hear(kind: str, content: dict[str, Any]) -> None:
+        if kind == "given":
+            paths.append(Path(content["path"]))
+
+    run_job(devices, GangJob(scoring.training, trunk_cache_gb, scoring=scoring), hear, lambda: False)
+    return read_given(paths[0])
+
+
 def run_job(
     devices: Devices,
     job: GangJob,
@@ -142,7 +169,7 @@ def run_job(
     directory = Path(job.training.directory)
     path = directory / f"gang-{node.number}.json"
     write_job(path, job)
-    gang = Gang("tasks.rank_worker", [str(path)], devices.seats, directory, _KNOWN, node)
+    gang = Gang(WORKER, [str(path)], devices.seats, directory, _KNOWN, node)
     try:
         gang.run(hear, should_stop)
     except GangError as error:

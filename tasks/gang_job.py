@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from model.evaluation.config import SamplingConfig
 from model.files import write_json
 from model.records import read_record
 from tasks.references import TrainingRef
+from tasks.scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,13 @@ class GangJob:
         training: what is trained, or was.
         trunk_cache_gb: limit of the frozen blocks' outputs, for each process.
         micro_batch_tokens: tokens per pass, if other than the training's own: memory may not have held those.
-        checkpoint: to be scored beside the base; None to train.
-        sampling: how it is scored.
-        answers: directory for each rank's part of the scores.
+        scoring: what to score; None to train.
     """
 
     training: TrainingRef
     trunk_cache_gb: float
     micro_batch_tokens: int | None = None
-    checkpoint: str | None = None
-    sampling: SamplingConfig | None = None
-    answers: str | None = None
+    scoring: Scoring | None = None
 
 
 def write_job(path: Path, job: GangJob) -> None:

@@ -1,11 +1,12 @@
-"""What a rank of a gang does: its part of a training."""
+"""What a rank of a gang does: its part of a training, or of the evaluation."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from ops.settings import Settings
 from tasks.frozen import load_frozen
 from tasks.gang_job import GangJob
 from tasks.progress import ProgressLines
+from tasks.scoring import Scoring, give, write_given
 
 TIMEOUT_VARIABLE = "FINETUNE_GANG_TIMEOUT"  # seconds that a rank waits for the others, in a step or at the start
 _TIMEOUT_SECONDS = 600.0  # other ranks may load, capture graphs and write checkpoints meanwhile
@@ -28,35 +30,52 @@ _TIMEOUT_SECONDS = 600.0  # other ranks may load, capture graphs and write check
 
 def train_rank(job: GangJob, member: Member) -> None:
     """Train on this rank; the first rank tells the host steps, warnings and the result."""
-    settings = Settings.load()
-    settings.claim_caches()
     training = job.training
-    place = rank_device(member, training.determinants["device"])
-    with join_ranks(place, float(os.environ.get(TIMEOUT_VARIABLE) or _TIMEOUT_SECONDS)) as ranks:
-        network = load_frozen(
-            training.model, training.plan, place, resolve_precision(training.config.precision, place)
-        )
+    config = replace(training.config, micro_batch_tokens=job.micro_batch_tokens or training.config.micro_batch_tokens)
+    with _joined(job, member) as ranks:
+        place = ranks.device
+        network = load_frozen(training.model, training.plan, place, resolve_precision(config.precision, place))
         try:
             result = run_training(
                 network,
                 Path(training.tokens.directory),
-                replace(
-                    training.config, micro_batch_tokens=job.micro_batch_tokens or training.config.micro_batch_tokens
-                ),
+                config,
                 Path(training.directory),
                 training.identity,
                 on_step=_step_listener(member, ranks),
                 warn=lambda text: member.send("warning", text=text),
-                cache=TrunkCacheConfig(settings.trunk_outputs, int(job.trunk_cache_gb * 1e9)),
+                cache=_cache(job),
                 should_stop=member.stopping.is_set,
                 ranks=ranks,
             )
-        except TrainingStoppedError as error:
-            if ranks.rank == 0:
+        except TrainingStoppedError as error:  # on all ranks
+            if ranks.leads:
                 member.send("stopped", text=str(error))
             return
-        if ranks.rank == 0:
+        if ranks.leads:
             member.send("result", value={**asdict(result), "best": str(result.best)})
+
+
+def score_rank(job: GangJob, scoring: Scoring, member: Member) -> None:
+    """Score test rows on this rank; the first rank writes what all of them found beside the checkpoints."""
+    with _joined(job, member) as ranks:
+        given = give(scoring, ranks.device, _cache(job), ranks)
+        if ranks.leads:
+            path = Path(job.training.directory) / "given.json"
+            write_given(path, given)
+            member.send("given", path=str(path))
+
+
+@contextmanager
+def _joined(job: GangJob, member: Member) -> Iterator[Ranks]:
+    Settings.load().claim_caches()
+    place = rank_device(member, job.training.determinants["device"])
+    with join_ranks(place, float(os.environ.get(TIMEOUT_VARIABLE) or _TIMEOUT_SECONDS)) as ranks:
+        yield ranks
+
+
+def _cache(job: GangJob) -> TrunkCacheConfig:
+    return TrunkCacheConfig(Settings.load().trunk_outputs, int(job.trunk_cache_gb * 1e9))
 
 
 def rank_device(member: Member, kind: str) -> torch.device:
@@ -70,8 +89,6 @@ def rank_device(member: Member, kind: str) -> torch.device:
     """
     by_hand = f"cuda:{member.local_rank}" if kind == "cuda" else kind
     place = resolve_device(member.device or by_hand)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
     return place
 
 

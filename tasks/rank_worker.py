@@ -30,9 +30,13 @@ def main(arguments: list[str]) -> int:
 
 def _work(member: Member, path: Path) -> None:
     from tasks.gang_job import read_job
-    from tasks.rank_work import train_rank
+    from tasks.rank_work import score_rank, train_rank
 
-    train_rank(read_job(path), member)
+    job = read_job(path)
+    if job.scoring is None:
+        train_rank(job, member)
+    else:
+        score_rank(job, job.scoring, member)
 
 
 if __name__ == "__main__":
