@@ -73,8 +73,9 @@ def count_processes(device: str, gpus: int | str) -> int:
     if gpus == "all":
         return len(choices)
     if choices[0].type == "cuda" and int(gpus) > len(choices):
-        seen = "is one GPU" if device.startswith("cuda:") else f"satisfies {len(choices)} GPUs that torch sees"
-        raise ValueError(f"gpus {gpus} is too many: device {device!r} {seen}; use fewer, or gpus=all and device=auto")
+        if device.startswith("cuda:"):
+            raise ValueError(f"gpus {gpus} is too many: device {device!r} is one GPU: use device=cuda")
+        raise ValueError(f"gpus {gpus} is too many: torch sees {len(choices)} GPUs: use fewer, or gpus=all")
     return int(gpus)
 
 
