@@ -10,8 +10,10 @@ import logging
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+from model.engine.training import PassesTooLongError
 from ops.machine.gang import GangError, Node
 from ops.machine.torchrun import ASKING
 from tasks.gang import held_devices, run_job
@@ -36,7 +38,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(each, lambda signum, frame: stopping.set())
     store = find_store(address, port)
     _log.info("machine %d has found the flow run at %s", place, text)
-    jobs = 1
+    jobs, fitting = 1, None
     while not stopping.wait(_POLL_SECONDS):
         try:
             announcement = read_announcement(store, jobs)
@@ -48,10 +50,21 @@ def main(arguments: list[str]) -> int:
         jobs += 1
         node = Node(announcement.count, place, address, port + 1)
         try:
-            _take_part(announcement, node, stopping)
+            _take_part(_with_passes(announcement, fitting), node, stopping)
+        except PassesTooLongError as error:
+            _log.error("%s", error)
+            fitting = error.micro_batch_tokens  # all ranks take the shortest passes that one of them has
         except (GangError, ArithmeticError, RuntimeError, ValueError, OSError) as error:
             _log.error("%s", error)  # the flow's own gang fails too, and announces the job again or ends
     return 0
+
+
+def _with_passes(announcement: Announcement, tokens: int | None) -> Announcement:
+    """The same job in passes that this machine's memory has been found to hold; None if it has held all so far."""
+    if tokens is None:
+        return announcement
+    fewer = min(tokens, announcement.job.micro_batch_tokens or tokens)
+    return replace(announcement, job=replace(announcement.job, micro_batch_tokens=fewer))
 
 
 def _take_part(announcement: Announcement, node: Node, stopping: threading.Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 from made_up import free_ports
 
 from flows.job import Job
+from flows.trials import SweepJob
 from model.engine.config import TrainConfig
 from model.net.config import FreezeConfig, GPTConfig
 from model.net.freezing import plan_freeze
 from ops.machine.gang import Node
 from tasks.gang_job import GangJob, read_job, write_job
-from tasks.nodes import Nodes, announce_job, find_store, read_announcement
+from tasks.join import _with_passes
+from tasks.nodes import Announcement, Nodes, announce_job, find_store, read_announcement
 from tasks.references import ModelRef, TokensRef, TrainingRef
 
 
@@ -95,6 +98,25 @@ def test_a_job_is_announced(job: GangJob, monkeypatch: pytest.MonkeyPatch) -> No
     assert read_announcement(store, 2) is None
     announce_job(job, 2)
     assert read_announcement(store, 2) == found
+
+
+def test_a_sweep_trains_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting is refused by name."""
+    monkeypatch.setenv("FINETUNE_NODES", "2")
+    monkeypatch.setenv("FINETUNE_RENDEZVOUS", "host:4711")
+    with pytest.raises(ValueError, match=r"^FINETUNE_NODES is for runs of finetune: .*: unset it$"):
+        SweepJob.from_parameters({"model_size": "tiny", "device": "cpu", "grid": {"dropout": [0.0]}})
+
+
+def test_shorter_passes_of_one_machine(job: GangJob) -> None:
+    """What this machine's memory holds goes into the next job; a job with shorter ones stays as it is."""
+    announced = Announcement(2, 1, job)
+    assert _with_passes(announced, None) is announced
+    assert _with_passes(announced, 1024).job.micro_batch_tokens == 1024
+    assert _with_passes(announced, 4096).job.micro_batch_tokens == 2048
+    assert _with_passes(replace(announced, job=replace(job, micro_batch_tokens=None)), 1024).job == replace(
+        job, micro_batch_tokens=1024
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["host", "1"], ["host:1", "one"], ["host:1", "1", "2"]])
