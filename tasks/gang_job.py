@@ -17,7 +17,7 @@ class GangJob:
 
     Attributes:
         training: what is trained, or was.
-        trunk_cache_gb: limit of the frozen blocks' outputs, for each process.
+        trunk_cache_gb: limit of the frozen blocks' outputs; in memory, of all ranks of a machine together.
         micro_batch_tokens: tokens per pass, if other than the training's own: memory may not have held those.
         scoring: what to score; None to train.
     """

@@ -113,6 +113,7 @@ THEMES = {
         "data/test_fuzz.py",
         "engine/test_cuda.py",
         "engine/test_fuzz.py",
+        "engine/test_ranks_cuda.py",
         "engine/test_sameness.py",
         "generation/test_cuda.py",
         "net/test_fuzz.py",

@@ -23,6 +23,9 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # set by torchrun
 
+# The same function under its name since torch 2.13, and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 T = TypeVar("T")
 
 
@@ -70,12 +73,12 @@ class Ranks:
             flat = tensor.view(-1)
             if flat.numel() % self.world:  # short: every rank gets all numbers and adds them up
                 received = flat.new_empty(self.world, flat.numel())
-                dist.all_gather_into_tensor(received.view(-1), flat)
+                _all_gather(received.view(-1), flat)
                 flat.copy_(_sum_of_rows(received))
             else:
                 received = torch.empty_like(flat).view(self.world, -1)
                 dist.all_to_all_single(received.view(-1), flat)
-                dist.all_gather_into_tensor(flat, _sum_of_rows(received))
+                _all_gather(flat, _sum_of_rows(received))
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors on the device by those of rank 0."""
@@ -94,7 +97,7 @@ class Ranks:
         gathered = tensor.new_empty(self.local_world, *tensor.shape)
         # As bytes: gloo does not know every dtype.
         source, target = tensor.view(-1).view(torch.uint8), gathered.view(-1).view(torch.uint8)
-        dist.all_gather_into_tensor(target, source, group=self.local_group)
+        _all_gather(target, source, group=self.local_group)
         return gathered
 
     def agree(self, flag: bool, local: bool = False) -> bool:

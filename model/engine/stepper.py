@@ -220,7 +220,7 @@ class Stepper:
             The rows' part of the loss, a float64 scalar on the device.
         """
         engine = self.engine
-        if self.gradients is not None:
+        if self.gradients is not None and not self._overwrites_gradients(rows):
             self.gradients.zero()
         head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
         head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
@@ -244,6 +244,11 @@ class Stepper:
             head_gradient /= divisor
             self.head.grad = head_gradient if self.head.grad is None else self.head.grad.add_(head_gradient)
         return loss
+
+    def _overwrites_gradients(self, rows: np.ndarray[Any, Any]) -> bool:
+        """Whether the first pass over the rows overwrites all gradients: a graph does, and it knows no head."""
+        has_pass = bool(self.dataset.target_counts(rows).any())
+        return has_pass and self.engine.keeps_gradients and self.frozen_head is not None
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to the largest norm allowed, and in fp16 back by the loss scale.

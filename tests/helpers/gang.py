@@ -9,6 +9,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ import numpy as np
 import torch
 
 from model import GPTModel, freeze_bottom_layers
+from model.data.tokens import CodeAlpacaDataset
+from model.engine import trunk
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.ranks import ALONE, Ranks, join_ranks
+from model.engine.scoring import row_losses
 from model.engine.trainer import TrainResult
 from model.engine.training import train
-from model.engine.trunk import TrunkCacheConfig
-from model.net.device import cast_frozen
+from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.engine.trunk_filling import fill_together
+from model.net.device import cast_frozen, resolve_precision
 
 TIMEOUT = 60.0  # seconds that an exchange, or a call, may take
 
@@ -39,9 +44,10 @@ class Gang:
         world: number of ranks.
         device: cpu or cuda.
         hosts: number of hosts that the ranks pretend to be on.
+        timeout: seconds that an exchange may take.
     """
 
-    def __init__(self, world: int, device: str = "cpu", hosts: int = 1):
+    def __init__(self, world: int, device: str = "cpu", hosts: int = 1, timeout: float = TIMEOUT):
         context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -51,7 +57,7 @@ class Gang:
         for rank in range(world):
             ours, theirs = context.Pipe()
             numbers = (rank, world, rank % (world // hosts), world // hosts)
-            process = context.Process(target=_serve, args=(theirs, numbers, port, device), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, numbers, port, device, timeout), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -77,11 +83,20 @@ class Gang:
             raise GangError("\n".join(failed))
         return [answer for _, answer in answers]
 
-    def wait_for_death(self) -> None:
-        """Wait until the first process has died, then end the others, as a launcher does."""
-        multiprocessing.connection.wait([process.sentinel for process in self.processes], TIMEOUT)
-        assert not all(process.is_alive() for process in self.processes)
+    def wait_for_death(self) -> list[bool]:
+        """Wait until a process has ended; whether each has."""
+        ended = connection.wait([process.sentinel for process in self.processes], TIMEOUT)
+        assert ended
+        return [process.sentinel in ended for process in self.processes]
+
+    def answers_of_survivors(self) -> list[Any]:
+        """What the call returned where no process died; then all processes are ended, as a launcher does."""
+        dead = self.wait_for_death()
+        pipes = [pipe for pipe, is_dead in zip(self.pipes, dead, strict=True) if not is_dead]
+        assert all(pipe.poll(TIMEOUT) for pipe in pipes)
+        answers = [pipe.recv() for pipe in pipes]
         self.end()
+        return [answer for _, answer in answers]
 
     def end(self) -> None:
         """Kill all processes."""
@@ -90,13 +105,13 @@ class Gang:
             process.join()
 
 
-def _serve(pipe: Connection, numbers: tuple[int, ...], port: int, device: str) -> None:
+def _serve(pipe: Connection, numbers: tuple[int, ...], port: int, device: str, timeout: float) -> None:
     """In a process: become a rank and answer calls until the pipe is closed."""
     torch.set_num_threads(1)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     os.environ.update({name: str(number) for name, number in zip(names, numbers, strict=True)})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    with join_ranks(torch.device(device), TIMEOUT) as ranks:
+    with join_ranks(torch.device(device), timeout) as ranks:
         while True:
             try:
                 function, arguments, options = pipe.recv()
@@ -124,7 +139,9 @@ class Training:
         kill: (rank, step): this rank is killed when it has queued this step.
         spoil: (rank, step, value): before this step this rank adds the value to a weight.
         poison: (rank, step): in this step this rank's gradient is not finite.
-        hold: outputs must be kept in this place.
+        starve: (rank, step): in this step this rank's memory is full.
+        odd: this rank starts with another frozen weight.
+        from_files: outputs of the trunk are read from files, where there are any.
     """
 
     base: Path
@@ -138,6 +155,9 @@ class Training:
     kill: tuple[int, int] | None = None
     spoil: tuple[int, int, float] | None = None
     poison: tuple[int, int] | None = None
+    starve: tuple[int, int] | None = None
+    odd: int | None = None
+    from_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,13 +186,16 @@ def build(training: Training, device: torch.device) -> GPTModel:
         freeze_bottom_layers(model, training.unfrozen, training.train_head)
     if training.double:
         return model.double()
-    cast_frozen(model, torch.bfloat16)
+    cast_frozen(model, resolve_precision(training.config.get("precision", "fp32"), device))
     return model
 
 
 def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
     """Train on this rank; what a ``Training`` says may happen does."""
     model = build(training, ranks.device)
+    trunk._READ_BYTES = 1e30 if training.from_files else 1e9
+    if training.odd == ranks.rank:
+        model.wte.weight.data[5, 7] += 1e-3
     asked, warnings = 0, list[str]()
 
     def should_stop() -> bool:
@@ -183,7 +206,9 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
         if training.spoil is not None and training.spoil[:2] == (ranks.rank, step):
             model.ln_f.bias.data[3] += training.spoil[2]
         if training.poison == (ranks.rank, step):
-            _poison_next_pass()
+            _replace_next_pass(lambda loss: loss * float("nan"))
+        if training.starve == (ranks.rank, step):
+            _replace_next_pass(_run_out_of_memory)
         return training.stop == (ranks.rank, step)
 
     result, error = None, ""
@@ -215,12 +240,78 @@ def run_alone(training: Training, directory: Path) -> Outcome:
     return run_training(ALONE, training, directory)
 
 
-def _poison_next_pass() -> None:
-    """Let the loss of this process's next pass be not a number."""
+def _replace_next_pass(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the loss of this process's next pass."""
     plain = Engine.forward_backward
 
-    def poisoned(self: Engine, *arguments: Any) -> torch.Tensor:
+    def changed(self: Engine, *arguments: Any) -> torch.Tensor:
         Engine.forward_backward = plain  # type: ignore[method-assign]
-        return plain(self, *arguments) * float("nan")
+        return change(plain(self, *arguments))
 
-    Engine.forward_backward = poisoned  # type: ignore[method-assign]
+    Engine.forward_backward = changed  # type: ignore[method-assign]
+
+
+def _run_out_of_memory(loss: torch.Tensor) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. And so on.")
+
+
+def outputs_of(
+    engine: Engine, tokens: Path, config: TrunkCacheConfig, ranks: Ranks, from_files: bool = False
+) -> TrunkOutputs:
+    """Outputs of a training data set's trunk, none of them computed yet."""
+    trunk._READ_BYTES = 1e30 if from_files else 1e9
+    dataset = CodeAlpacaDataset(tokens, "train")
+    order = np.random.default_rng(0).permutation(len(dataset))
+    return TrunkOutputs(engine, dataset, order, 200, 3, config, ranks=ranks)
+
+
+def fill(
+    ranks: Ranks, training: Training, config: TrunkCacheConfig, rows: int, dtype: torch.dtype = torch.float32
+) -> tuple[str, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Fill the outputs of the first rows together: place, tokens computed here, rows that are ready, outputs."""
+    outputs = outputs_of(
+        Engine(build(training, ranks.device), dtype), training.tokens, config, ranks, training.from_files
+    )
+    fill_together(outputs, np.arange(rows))
+    assert outputs.values is not None
+    return outputs.place, outputs.computed, outputs.ready, outputs.values.cpu().float().numpy()
+
+
+def scores(
+    ranks: Ranks, training: Training, max_tokens: int, dtype: torch.dtype = torch.float64
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Losses and tokens of the validation rows."""
+    dataset = CodeAlpacaDataset(training.tokens, "validation")
+    return row_losses(Engine(build(training, ranks.device), dtype), dataset, max_tokens, ranks=ranks)
+
+
+def addends(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of very different sizes, whose sum depends on the order."""
+    generator = torch.Generator().manual_seed(rank)
+    numbers = torch.randn(size, generator=generator, dtype=torch.float64)
+    return (numbers * 10.0 ** torch.randint(-6, 6, (size,), generator=generator)).to(dtype)
+
+
+def sums(ranks: Ranks, sizes: list[int], dtype: torch.dtype) -> list[np.ndarray[Any, Any]]:
+    """Sums over the ranks of ``addends`` of these sizes."""
+    tensors = [addends(ranks.rank, size, dtype).to(ranks.device) for size in sizes]
+    ranks.sum_in_order(tensors)
+    return [tensor.cpu().numpy() for tensor in tensors]
+
+
+def agreements(ranks: Ranks) -> dict[str, Any]:
+    """What the ranks say to small questions about their numbers."""
+    return {
+        "third": ranks.agree(ranks.rank == 2),
+        "none": ranks.agree(False),
+        "later": ranks.agree_later(ranks.rank == 0)(),
+        "local": ranks.agree(ranks.rank == 0, local=True),
+        "lowest": ranks.lowest(10 - ranks.rank),
+        "lowest of host": ranks.lowest(10 - ranks.rank, local=True),
+        "highest": ranks.highest(ranks.rank - 10),
+        "gathered": ranks.gather(f"rank {ranks.rank}"),
+        "first": ranks.from_first(lambda: ranks.rank),
+        "first of host": ranks.from_first(lambda: ranks.rank, local=True),
+        "host": ranks.gather_on_host(torch.full((2,), float(ranks.rank), dtype=torch.bfloat16)).tolist(),
+        "merged": ranks.merge(np.where(np.arange(4) == ranks.rank, 0.1 + ranks.rank, 0.0)).tolist(),
+    }

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.data.packing import pack, split_evenly
+from model.data.packing import deal, pack, split_evenly
 from model.data.tokens import CodeAlpacaDataset, write_meta
 from model.net.attention import Documents, Rows
 
@@ -161,3 +161,38 @@ def test_split_evenly_keeps_order_and_every_row(limit: int) -> None:
 def test_single_long_row_is_a_group() -> None:
     """A row longer than the limit is neither cut nor dropped."""
     assert [part.tolist() for part in split_evenly(np.array([5]), np.array([900]), 100)] == [[5]]
+
+
+@pytest.mark.parametrize(("items", "parts"), [(128, 4), (7, 3), (2, 4), (0, 2), (5, 1)])
+def test_dealt_parts_cost_about_the_same(items: int, parts: int) -> None:
+    """Every item is in one part, each part is ascending, and no part costs more than another by more than an item."""
+    costs = np.random.default_rng(items).integers(1, 500, items)
+    dealt = deal(costs, parts)
+    assert len(dealt) == parts
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(items))
+    assert all((np.diff(part) > 0).all() for part in dealt)
+    loads = [int(costs[part].sum()) for part in dealt]
+    assert max(loads) - min(loads) <= costs.max(initial=0)
+    if items == 128:
+        assert max(loads) < 1.01 * sum(loads) / parts
+
+
+def test_deal_breaks_ties_by_order() -> None:
+    """Equal costs go to the parts in turn."""
+    assert [part.tolist() for part in deal(np.array([3, 3, 3, 3, 3]), 2)] == [[0, 2, 4], [1, 3]]
+    assert [part.tolist() for part in deal(np.array([1, 9, 2, 7]), 2)] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_target_counts_are_those_of_packs(token_dir: Path, weight: float) -> None:
+    """For each row, and for rows cut to their prompt or to one token."""
+    dataset = CodeAlpacaDataset(token_dir, "train", prompt_loss_weight=weight)
+    dataset.lengths = dataset.lengths.copy()
+    dataset.lengths[3] = dataset.lengths[3, 1]
+    dataset.lengths[5] = 1
+    rows = np.arange(len(dataset))
+    counts = dataset.target_counts(rows)
+    packs = [pack(dataset, rows[i : i + 1], torch.device("cpu")) for i in rows]
+    assert counts.tolist() == [len(batch.targets) for batch in packs]
+    assert dataset.with_targets(rows).tolist() == [row for batch in packs for row in batch.rows.tolist()]
+    assert counts[5] == 0

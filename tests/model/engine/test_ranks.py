@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gang import Gang, Outcome, Training, run_alone, run_training
+import torch
+from gang import Gang, Outcome, Training, addends, agreements, run_alone, run_training, scores, sums
 
+from model.data.tokens import CodeAlpacaDataset
+from model.engine.checkpoint import checkpoint_path
 from model.engine.journal import read_journal
+from model.engine.ranks import ALONE, join_ranks
 
+ALL_BUT_ONE = -1  # rows of a step: the last step of an epoch has one row
 CONFIG = {
     "epochs": 50,
     "max_steps": 100,
@@ -34,6 +42,14 @@ def gangs() -> Iterator[dict[int, Gang]]:
         gang.end()
 
 
+@pytest.fixture(scope="module")
+def two_hosts() -> Iterator[Gang]:
+    """Four ranks that pretend to be on two hosts."""
+    gang = Gang(4, hosts=2)
+    yield gang
+    gang.end()
+
+
 def metrics_of(directory: Path) -> list[tuple[int, dict[str, float]]]:
     """Steps and metrics of a journal, but for those that depend on the clock."""
     clocked = ("train/tokens_per_second", "train/mfu")
@@ -51,11 +67,20 @@ def assert_close(got: Path, want: Path, outcome: Outcome, wanted: Outcome) -> No
         np.testing.assert_allclose(outcome.weights[name], weight, rtol=1e-10, atol=1e-10, err_msg=name)
 
 
+def assert_equal(got: Path, want: Path, outcomes: list[Outcome], wanted: list[Outcome]) -> None:
+    """Journals, and weights of all ranks, are equal bit for bit."""
+    assert metrics_of(got) == metrics_of(want)
+    for outcome in outcomes:
+        for name, weight in wanted[0].weights.items():
+            assert np.array_equal(outcome.weights[name], weight), name
+
+
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
         pytest.param({}, {}, id="plain"),
         pytest.param({"batch_size": 1}, {}, id="ranks without rows"),
+        pytest.param({"batch_size": ALL_BUT_ONE, "max_steps": 20}, {}, id="ranks without rows at times"),
         pytest.param({"dropout": 0.2, "batch_size": 7}, {}, id="dropout"),
         pytest.param({"prompt_loss_weight": 0.3}, {"train_head": True}, id="prompts and head"),
         pytest.param({"dropout": 0.1}, {"unfrozen": None}, id="everything"),
@@ -71,6 +96,8 @@ def test_ranks_agree_with_one_process(
     options: dict[str, Any],
 ) -> None:
     """One, two and three ranks agree to 1e-10 over 100 steps; the ranks of a gang have equal weights."""
+    if settings.get("batch_size") == ALL_BUT_ONE:
+        settings = {**settings, "batch_size": len(CodeAlpacaDataset(token_dir, "train")) - 1}
     training = Training(gpt2_dir, token_dir, {**CONFIG, **settings}, **options)
     want = run_alone(training, tmp_path / "1")
     assert want.result is not None
@@ -80,3 +107,191 @@ def test_ranks_agree_with_one_process(
         for outcome in outcomes:
             assert outcome.error == ""
             assert all(np.array_equal(outcome.weights[name], weight) for name, weight in outcomes[0].weights.items())
+
+
+@pytest.mark.parametrize(
+    ("world", "killed"), [pytest.param(2, 1, id="second of two"), pytest.param(3, 0, id="first of three")]
+)
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, world: int, killed: int
+) -> None:
+    """SIGKILL of one rank between two checkpoints: the others end with an error; new ranks repeat the original."""
+    training = Training(gpt2_dir, token_dir, {**CONFIG, "max_steps": 23, "eval_freq": 5, "dropout": 0.1})
+    whole = gangs[world].call(run_training, training, tmp_path / "whole")
+    cut = Gang(world)
+    cut.start(run_training, replace(training, kill=(killed, 13)), tmp_path / "cut")
+    survivors = cut.answers_of_survivors()
+    assert len(survivors) == world - 1
+    assert all(outcome.error and outcome.result is None for outcome in survivors)
+    again = gangs[world].call(run_training, training, tmp_path / "cut")
+    assert [outcome.result.resumed_from for outcome in again] == [10] * world
+    assert_equal(tmp_path / "cut", tmp_path / "whole", again, whole)
+
+
+@pytest.mark.parametrize("asking", [0, 1, 2])
+def test_one_rank_stops_all(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, asking: int
+) -> None:
+    """Whoever is asked to stop, all ranks stop at one step, with a checkpoint of it, and resume bit for bit."""
+    training = Training(gpt2_dir, token_dir, {**CONFIG, "max_steps": 13, "eval_freq": 50, "dropout": 0.1})
+    whole = gangs[3].call(run_training, training, tmp_path / "whole")
+    cut = gangs[3].call(run_training, replace(training, stop=(asking, 6)), tmp_path / "cut")
+    assert {outcome.error for outcome in cut} == {"TrainingStoppedError: stopped on request after step 7 of 13"}
+    assert {outcome.asked for outcome in cut} == {8}
+    assert checkpoint_path(tmp_path / "cut", 7).is_dir()
+    again = gangs[3].call(run_training, training, tmp_path / "cut")
+    assert [outcome.result.resumed_from for outcome in again] == [7] * 3
+    assert [outcome.warnings for outcome in again] == [[]] * 3
+    assert_equal(tmp_path / "cut", tmp_path / "whole", again, whole)
+
+
+def test_checkpoint_is_read_at_any_number_of_ranks(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path
+) -> None:
+    """One written by two ranks, at one and three: the rest of the training agrees to 1e-10, and a warning says so."""
+    training = Training(gpt2_dir, token_dir, {**CONFIG, "max_steps": 40, "dropout": 0.1})
+    whole = run_alone(training, tmp_path / "whole")
+    cut = gangs[2].call(run_training, replace(training, stop=(0, 16)), tmp_path / "cut")
+    assert "after step 17" in cut[0].error
+    shutil.copytree(tmp_path / "cut", tmp_path / "3")
+    resumed = {
+        "cut": [run_alone(training, tmp_path / "cut")],
+        "3": gangs[3].call(run_training, training, tmp_path / "3"),
+    }
+    for name, outcomes in resumed.items():
+        assert outcomes[0].result is not None
+        assert outcomes[0].result.resumed_from == 17
+        (warning,) = outcomes[0].warnings
+        assert f"is of a training on 2 ranks, and it goes on with {len(outcomes)}" in warning
+        assert [outcome.warnings for outcome in outcomes[1:]] == [[]] * (len(outcomes) - 1)
+        assert_close(tmp_path / name, tmp_path / "whole", outcomes[0], whole)
+
+
+def test_changed_parameter_is_found_at_the_next_save(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path
+) -> None:
+    """A parameter that changed on one rank by its last bits ends all ranks, which name it; nothing is saved."""
+    training = Training(gpt2_dir, token_dir, {**CONFIG, "eval_freq": 10}, spoil=(1, 12, 1e-12))
+    outcomes = gangs[3].call(run_training, training, tmp_path / "spoilt")
+    (error,) = {outcome.error for outcome in outcomes}
+    assert error.startswith("RanksDifferError: the parameters of rank 1 differ from those of rank 0 at step 20 (")
+    assert "(1 tensors, first ln_f.bias)" in error
+    assert [path.name for path in sorted((tmp_path / "spoilt").glob("step-*"))][-1] == "step-00000010"
+
+
+def test_ranks_must_start_alike(gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
+    """A frozen weight that differs on a rank is found before the first step."""
+    outcomes = gangs[3].call(run_training, Training(gpt2_dir, token_dir, CONFIG, odd=2), tmp_path)
+    (error,) = {outcome.error for outcome in outcomes}
+    assert "rank 2 differ from those of rank 0 at the start (1 tensors, first wte.weight)" in error
+    assert {outcome.asked for outcome in outcomes} == {0}
+
+
+def test_all_ranks_end_where_a_loss_is_not_finite(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path
+) -> None:
+    """A loss that is not a number on one rank ends all of them at that step, with the weights of the step before."""
+    training = Training(gpt2_dir, token_dir, CONFIG)
+    outcomes = gangs[2].call(run_training, replace(training, poison=(1, 5)), tmp_path / "poisoned")
+    (error,) = {outcome.error for outcome in outcomes}
+    assert error.startswith("NonFiniteError: loss nan with gradient norm")
+    assert "at step 6" in error
+    before = gangs[2].call(run_training, replace(training, stop=(0, 4)), tmp_path / "before")
+    for outcome in outcomes:
+        assert all(np.array_equal(outcome.weights[name], weight) for name, weight in before[0].weights.items())
+
+
+def test_full_memory_of_one_rank_ends_within_the_timeout(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
+    """That rank says how long passes should be; the other one gives up when an exchange takes too long."""
+    gang = Gang(2, timeout=6)
+    try:
+        config = {**CONFIG, "micro_batch_tokens": 4096}
+        begin = time.monotonic()
+        outcomes = gang.call(run_training, Training(gpt2_dir, token_dir, config, starve=(1, 3)), tmp_path)
+        assert time.monotonic() - begin < 50
+        assert "PassesTooLongError: memory of rank 1 does not hold passes of" in outcomes[1].error
+        assert outcomes[0].error
+        assert "PassesTooLong" not in outcomes[0].error
+    finally:
+        gang.end()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("world", [2, 3])
+def test_sums_are_serial_sums(gangs: dict[int, Gang], world: int, dtype: torch.dtype) -> None:
+    """Bit for bit the sum in the order of the ranks, on every rank, for any number of elements."""
+    sizes = [1, 2, 3, 64, 1536, 100_001]
+    for got in gangs[world].call(sums, sizes, dtype):
+        for size, values in zip(sizes, got, strict=True):
+            want = addends(0, size, dtype)
+            for rank in range(1, world):
+                want = want + addends(rank, size, dtype)
+            assert np.array_equal(values, want.numpy())
+
+
+def test_ranks_agree_on_small_things(gangs: dict[int, Gang]) -> None:
+    """Flags, numbers and values are the same on all ranks."""
+    answers = gangs[3].call(agreements)
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0] == {
+        "third": True,
+        "none": False,
+        "later": True,
+        "local": True,
+        "lowest": 8,
+        "lowest of host": 8,
+        "highest": -8,
+        "gathered": ["rank 0", "rank 1", "rank 2"],
+        "first": 0,
+        "first of host": 0,
+        "host": [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]],
+        "merged": [0.1, 1.1, 2.1, 0.0],
+    }
+    assert agreements(ALONE)["gathered"] == ["rank 0"]
+
+
+def test_ranks_of_two_hosts(two_hosts: Gang) -> None:
+    """What is local stays on a host; the rest is common to all."""
+    answers = two_hosts.call(agreements)
+    assert [answer["first of host"] for answer in answers] == [0, 0, 2, 2]
+    assert [answer["local"] for answer in answers] == [True, True, False, False]
+    assert [answer["lowest of host"] for answer in answers] == [9, 9, 7, 7]
+    assert [answer["host"] for answer in answers] == [[[0.0] * 2, [1.0] * 2]] * 2 + [[[2.0] * 2, [3.0] * 2]] * 2
+    assert {answer["lowest"] for answer in answers} == {7}
+    assert {answer["third"] for answer in answers} == {True}
+
+
+def test_hosts_train_together(
+    gangs: dict[int, Gang], two_hosts: Gang, gpt2_dir: Path, token_dir: Path, tmp_path: Path
+) -> None:
+    """Four ranks on two hosts, which compute the trunk once per host, agree with one process."""
+    training = Training(gpt2_dir, token_dir, {**CONFIG, "max_steps": 30})
+    want = run_alone(training, tmp_path / "1")
+    outcomes = two_hosts.call(run_training, training, tmp_path / "4")
+    assert_close(tmp_path / "4", tmp_path / "1", outcomes[0], want)
+
+
+@pytest.mark.parametrize("max_tokens", [60, 300, 10_000])
+def test_scores_are_those_of_one_process(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, max_tokens: int
+) -> None:
+    """Bit for bit, on all ranks, also where a rank has no pack."""
+    training = Training(gpt2_dir, token_dir, {})
+    want = scores(ALONE, training, max_tokens)
+    for gang in gangs.values():
+        for got in gang.call(scores, training, max_tokens):
+            assert np.array_equal(got[0], want[0])
+            assert np.array_equal(got[1], want[1])
+
+
+def test_environment_must_be_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the message names the variables; a world of one needs no process group."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE, LOCAL_RANK"), join_ranks(torch.device("cpu"), 5):
+        pass
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with join_ranks(torch.device("cpu"), 5) as ranks:
+        assert (ranks.world, ranks.leads) == (1, True)
+        assert not torch.distributed.is_initialized()
