@@ -145,6 +145,25 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def gather_made(self, make: Callable[[], T], expected: type[Exception]) -> list[T]:
+        """What each rank makes, in the order of the ranks.
+
+        Raises:
+            Exception: of the class ``expected``, on all ranks, if making it raised one on any rank.
+        """
+        if self.world == 1:
+            return [make()]
+        made: list[T] = []
+        reason = ""
+        try:
+            made.append(make())
+        except expected as error:
+            reason = str(error) or type(error).__name__
+        answers = self.gather((made, reason))
+        if reasons := [reason for _, reason in answers if reason]:
+            raise expected(reasons[0])
+        return [made[0] for made, _ in answers]
+
     def from_first(self, make: Callable[[], T], local: bool = False) -> T:
         """What rank 0, or the first rank of this host, makes: a small value that can be pickled."""
         if self._alone(local):

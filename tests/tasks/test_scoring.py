@@ -1,4 +1,4 @@
-"""The evaluation of a broken model; that of others is shown by the flow's tests."""
+"""What a broken model gives; the flow's tests show what others give."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import logging
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from model.data.tokens import CodeAlpacaDataset
 from model.demo import EMBEDDED_BASE
+from model.engine.ranks import ALONE
 from model.evaluation.config import SamplingConfig
 from model.net.gpt import GPTModel
 from model.net.tokenizer import load_tokenizer
-from tasks.evaluate import completions_of
 from tasks.humaneval import score_tasks
+from tasks.scoring import given_by
 
 
 class _Rows(SimpleNamespace):
@@ -26,10 +28,8 @@ class _Rows(SimpleNamespace):
 
 
 @pytest.mark.parametrize(("value", "texts"), [(1.0, 2), (float("nan"), 0)])
-def test_a_model_whose_logits_are_not_finite_has_no_completions(
-    value: float, texts: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The evaluation goes on, and says so; the rows have losses and no texts."""
+def test_a_model_whose_logits_are_not_finite_has_no_completions(value: float, texts: int) -> None:
+    """It has losses and a reason instead."""
     model = GPTModel.from_pretrained(EMBEDDED_BASE)
     with torch.no_grad():
         model.ln_f.weight[0] = value
@@ -37,11 +37,9 @@ def test_a_model_whose_logits_are_not_finite_has_no_completions(
     rows: list[dict[str, Any]] = [{"prompt": "Write a function."}, {"prompt": "Add 1.", "tests": ["assert True"]}]
     test = cast(CodeAlpacaDataset, _Rows(rows=rows))
     settings = SamplingConfig(max_new_tokens=3)
-    found, tasks = completions_of(
-        "tuned model", model, tokenizer, test, settings, torch.float32, logging.getLogger(__name__)
-    )
-    assert (len(found.sampled), len(found.greedy), tasks) == (texts, texts // 2, [])
-    assert ("the tuned model has no completions: the model's logits are not finite" in caplog.text) == (not texts)
+    found = given_by(np.ones(2), model, tokenizer, test, settings, torch.float32, ALONE)
+    assert (found.losses, len(found.sampled), len(found.greedy), found.tasks) == ([1.0, 1.0], texts, texts // 2, [])
+    assert found.refusal.startswith("the model's logits are not finite") == (not texts)
 
 
 def test_tasks_that_one_model_did_not_complete_are_not_scored() -> None:
