@@ -16,7 +16,7 @@ import yaml
 from flows.commands import read_deployments, read_flow, read_parameters
 from flows.job import Job, defaults, refused_values, taken_values, unknown_parameters
 from flows.trials import SweepJob, job_kind, refused_grid
-from model.files import read_bytes
+from model.files import read_bytes, shown
 from model.net.config import normalize_size
 from model.yaml_text import parse_yaml
 from ops.mistakes import UsageError, exit_status, sentence
@@ -88,7 +88,7 @@ def _deployment(named: Sequence[str], flow: str) -> str:
         return f"{named[0]}m"
     if named[0] not in known:
         near = suggestion(named[0], known)
-        raise UsageError(f"there is no deployment {brief(named[0])}{near or ': there are ' + ', '.join(known)}")
+        raise UsageError(f"prefect.yaml has no deployment {shown(named[0])}{near or ', only ' + ', '.join(known)}")
     return named[0]
 
 

@@ -12,7 +12,7 @@ from flows.arguments import Request, complaint, wrong_paths
 from flows.local import embed, start
 from flows.terminal import open_display, show_logs
 from ops.display import Display, show_on
-from ops.mistakes import MACHINE, UsageError, exit_status
+from ops.mistakes import MACHINE, UsageError, exit_status, sentence
 from ops.settings import Settings
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _start() -> None:
         start(Settings.load())  # again: embed has changed the environment
     except OSError as error:
         root = os.environ.get("FINETUNE_DATA_ROOT") or ".data"
-        raise CannotStartError(f"the run cannot start in {root}: {error}") from error
+        raise CannotStartError(f"the run cannot start in {root}: {sentence(error)}") from error
 
 
 def _print_failure(state: State[Any]) -> int:
