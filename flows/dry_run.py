@@ -158,6 +158,6 @@ def _time(job: Job, config: GPTConfig, rows: Rows | None, device: torch.device, 
     flops = necessary_flops(config, frozen, passed, predicted, once, job.freeze.train_head)
     speed = matmul_ceiling(device, dtype)
     return (
-        f"about {flops / speed:,.0f} s of training, if its matrix products run at {speed / 1e12:.2f} TFLOP/s as on this "
-        "device just now; validations and the evaluation come on top"
+        f"about {flops / speed:,.0f} s of training, if its matrix products run at {speed / 1e12:.2f} TFLOP/s as on "
+        "this device just now; validations and the evaluation come on top"
     )
