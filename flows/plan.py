@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prefect import get_run_logger
 
 from flows.job import HardwareConfig
 from model.net.device import count_processes, resolve_device, resolve_precision
+from model.net.freezing import FreezePlan
+from ops.display import SHOWN, display
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_params
 from ops.tracking.stopwatch import end_step
@@ -22,14 +25,21 @@ class Plan:
     """The size of the work.
 
     Attributes:
-        text: for people.
+        rows: for people, as names and values.
         params: for MLflow.
         disk_bytes: needed at most, checkpoints and the logged model together.
     """
 
-    text: str
+    rows: tuple[tuple[str, str], ...]
     params: dict[str, Any]
     disk_bytes: int
+
+
+def _show(rows: tuple[tuple[str, str], ...]) -> None:
+    """Show a plan on the display, and log it."""
+    text = "\n".join(f"{name:<10} {value}" for name, value in rows)
+    get_run_logger().info(text, extra=SHOWN)
+    display().table("plan", rows)
 
 
 def announce(run: RunRef, settings: Settings, training: TrainingRef, hardware: HardwareConfig) -> None:
@@ -40,7 +50,7 @@ def announce(run: RunRef, settings: Settings, training: TrainingRef, hardware: H
     """
     plan = describe_plan(training, hardware.device, count_processes(hardware.device, hardware.gpus))
     log_params(run, plan.params)
-    print(plan.text)
+    _show(plan.rows)
     check_disk(settings.data_root, plan.disk_bytes)
     end_step("plan")
 
@@ -55,9 +65,9 @@ def announce_sweep(run: RunRef, settings: Settings, sweep: SweepRef, device: str
         OSError: as check_disk.
     """
     plans = [describe_plan(trial.training, device) for trial in sweep.trials]
-    print(f"sweep      {len(sweep.trials)} trials: {'; '.join(trial.name for trial in sweep.trials)}")
-    for text in dict.fromkeys(plan.text for plan in plans):
-        print(text)
+    names = "; ".join(trial.name for trial in sweep.trials)
+    different = tuple(row for rows in dict.fromkeys(plan.rows for plan in plans) for row in rows)
+    _show((("sweep", f"{len(sweep.trials)} trials: {names}"), *different))
     # Besides the trial that trains, the best one so far keeps its checkpoints.
     check_disk(settings.data_root, 2 * max(plan.disk_bytes for plan in plans))
     end_step("plan")
@@ -77,16 +87,15 @@ def describe_plan(training: TrainingRef, device: str, processes: int = 1) -> Pla
     devices = str(place) if processes == 1 else f"{processes} processes on {place.type}"
     rows, tokens = counts["rows"], counts["tokens"]
     steps = config.total_steps(rows["train"])
-    # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
-    disk = 3 * 12 * freeze.trainable + 2 * 4 * freeze.total
-    text = (
-        f"model      {training.model.model_size} from {training.model.source}, {freeze.total:,} parameters, "
-        f"{freeze.trainable:,} train ({freeze.share:.1%})\n"
-        f"rows       {rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test\n"
-        f"tokens     {tokens['train']:,} an epoch, {counts['target_tokens']['train']:,} of them targets\n"
-        f"steps      {steps:,} of {config.batch_size} rows\n"
-        f"device     {devices} ({name}), {dtype}\n"
-        f"disk       up to {disk / 1e9:.1f} GB"
+    disk = disk_needed(freeze)
+    parameters = f"{freeze.total:,} parameters, {freeze.trainable:,} train ({freeze.share:.1%})"
+    lines = (
+        ("model", f"{training.model.model_size} from {training.model.source}, {parameters}"),
+        ("rows", f"{rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test"),
+        ("tokens", f"{tokens['train']:,} an epoch, {counts['target_tokens']['train']:,} of them targets"),
+        ("steps", f"{steps:,} of {config.batch_size} rows"),
+        ("device", f"{devices} ({name}), {dtype}"),
+        ("disk", f"up to {disk / 1e9:.1f} GB"),
     )
     params = {
         "total_steps": steps,
@@ -95,7 +104,13 @@ def describe_plan(training: TrainingRef, device: str, processes: int = 1) -> Pla
         "device_name": name,
         "dtype": dtype,
     }
-    return Plan(text, params, disk)
+    return Plan(lines, params, disk)
+
+
+def disk_needed(plan: FreezePlan) -> int:
+    """Bytes that a run writes at most."""
+    # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
+    return 3 * 12 * plan.trainable + 2 * 4 * plan.total
 
 
 def check_disk(directory: Path, needed: int) -> None:

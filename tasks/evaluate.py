@@ -20,6 +20,7 @@ from model.evaluation.records import Answers, build_records, references_of
 from model.evaluation.scores import HUMANEVAL, UNTUNED, Record, describe_failures, headline, score_both
 from model.evaluation.tables import common_failures, pass_table, sample_table, score_table
 from model.files import write_json
+from ops.display import SHOWN
 from ops.sandbox.guards import run_tests
 from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import must_be_logged
@@ -94,7 +95,7 @@ def _say(
     """Log the scores, and what is wrong with them."""
     for line in score_table(metrics, differences):
         change = f", {line.difference} ({line.interval}), {line.verdict}" if line.difference else ""
-        log.info("%s: base %s, tuned %s%s", line.title, line.base, line.tuned, change)
+        log.info("%s: base %s, tuned %s%s", line.title, line.base, line.tuned, change, extra=SHOWN)
     if failures := common_failures(records):
         log.info("commonest reasons of failure: %s", describe_failures(failures))
     broken = [record["row"] for record in records if math.isinf(record["base_loss"] + record["loss"])]

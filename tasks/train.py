@@ -32,6 +32,7 @@ from tasks.gang import Devices, train_on
 from tasks.gang_job import GangJob
 from tasks.progress import Progress
 from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
+from tasks.resume import begin_attempt, correct_attempt, describe_kept
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
@@ -100,15 +101,26 @@ def train(run: RunRef, training: TrainingRef, devices: Devices, trunk_cache_gb: 
     log = get_run_logger()
     progress = Progress(log)
     import_ahead()  # for the evaluation
-    if devices.need_gang:
-        job = GangJob(training, trunk_cache_gb)
+    try:
         with progress.courier:
-            return log_training(run, training, partial(train_on, devices, job, log), progress.show, log)
-    place = resolve_device(devices.first)
+            if devices.need_gang:
+                job = GangJob(training, trunk_cache_gb)
+                return log_training(run, training, partial(train_on, devices, job, log), progress.show, log)
+            return _train_here(run, training, devices.first, trunk_cache_gb, progress, log)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # a signal, or a cancellation
+            log.warning(describe_kept(Path(training.directory)))
+        raise
+
+
+def _train_here(
+    run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float, progress: Progress, log: Any
+) -> CheckpointRef:
+    """Load the base and train it in this process."""
+    place = resolve_device(device)
     network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
-    with progress.courier:
-        return train_network(network, run, training, cache, progress.show, log)
+    return train_network(network, run, training, cache, progress.show, log)
 
 
 def train_network(
@@ -166,6 +178,7 @@ def log_training(
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)
+    announced = begin_attempt(run, directory, log)
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     shipping = shipper.in_background()
 
@@ -178,6 +191,7 @@ def log_training(
     with must_be_logged(run.tracking_uri, directory):
         shipper.finish()
         _log_result(run, result)
+        correct_attempt(run, announced, result.resumed_from)
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)

@@ -1,4 +1,4 @@
-"""``python -m ops.tracking.compare A B``: what differs between two runs, and which model is better.
+"""``finetune compare A B``: what differs between two runs, and which model is better.
 
 A and B are run ids, models:/NAME/VERSION or models:/NAME@ALIAS.
 """
@@ -15,11 +15,12 @@ from typing import Any
 
 from model.evaluation.comparison import Difference, compare, join, judge
 from model.evaluation.scores import HUMANEVAL
+from ops.mistakes import refuse
 from ops.redaction import without_credentials
 from ops.report.contents import SCORE_NOTES, ScoreLine, extreme_rows, failures, gains, score_lines, summary
 from ops.report.render import render, write_page
 from ops.settings import Settings
-from ops.text import escape_output, printable, storable
+from ops.text import escape_output, printable
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.report import data_rows, definitions, dropped_rows, loss_curves
 from ops.tracking.runs import refusal
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print a comparison, and write it as a page. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = argparse.ArgumentParser(prog="python -m ops.tracking.compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune compare", description=__doc__)
     parser.add_argument("first", metavar="A")
     parser.add_argument("second", metavar="B")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as a page")
@@ -238,8 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.html:
             write_page(given.html, comparison_page(compared))
     except (LookupError, OSError, ValueError) as error:
-        print(storable(str(error)), file=sys.stderr)
-        return 1
+        return refuse(error)
     except MlflowException as error:
         print(refusal(uri, error), file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""``python -m ops.tracking.report RUN``: write the report of a finished run as one HTML page."""
+"""``finetune report RUN``: write the report of a finished run as one HTML page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from model.evaluation.comparison import Difference, compare, judge
 from model.evaluation.scores import ALL_SCORES, HUMANEVAL, Record
 from model.evaluation.tables import formatted
+from ops.mistakes import refuse
 from ops.report.contents import (
     SCORE_NOTES,
     ScoreLine,
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write a finished run's report. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = argparse.ArgumentParser(prog="python -m ops.tracking.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune report", description=__doc__)
     parser.add_argument("run", help="a run id, models:/NAME/VERSION or models:/NAME@ALIAS")
     parser.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     given = parser.parse_args(arguments)
@@ -252,8 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = read_run(uri, given.run)
         write_page(given.html, report_page(run, run_lines(run)))
     except (LookupError, OSError, ValueError) as error:
-        print(storable(str(error)), file=sys.stderr)
-        return 1
+        return refuse(error)
     except MlflowException as error:
         print(refusal(uri, error), file=sys.stderr)
         return 1
