@@ -168,7 +168,7 @@ def test_cancellation_and_sigterm(platform: Installation, submit: Callable[..., 
     submit(parameters)
     wait_for("a later step", lambda: _steps(platform, 105) > steps[-1] + 5, 240)
     lines = map(json.loads, (_directory(platform, 105) / "metrics.jsonl").read_text().splitlines()[:-1])
-    assert [line["step"] for line in lines if line["time"] > began][0] == steps[-1] + 1
+    assert next(line["step"] for line in lines if line["time"] > began) == steps[-1] + 1
 
 
 def test_the_doctor_finds_nothing(platform: Installation) -> None:
