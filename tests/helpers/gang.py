@@ -30,7 +30,7 @@ from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.engine.trunk_filling import fill_together
 from model.net.device import cast_frozen, resolve_precision
 
-TIMEOUT = 60.0  # seconds that an exchange, or a call, may take
+TIMEOUT = 180.0  # seconds that an exchange, or the start of a gang, may take on a busy machine
 
 
 class GangError(RuntimeError):

@@ -203,12 +203,12 @@ def test_all_ranks_end_where_a_loss_is_not_finite(
 
 def test_full_memory_of_one_rank_ends_within_the_timeout(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
     """That rank says how long passes should be; the other one gives up when an exchange takes too long."""
-    gang = Gang(2, timeout=6)
+    gang = Gang(2, timeout=20)
     try:
         config = {**CONFIG, "micro_batch_tokens": 4096}
         begin = time.monotonic()
         outcomes = gang.call(run_training, Training(gpt2_dir, token_dir, config, starve=(1, 3)), tmp_path)
-        assert time.monotonic() - begin < 50
+        assert time.monotonic() - begin < 120
         assert "PassesTooLongError: memory of rank 1 does not hold passes of" in outcomes[1].error
         assert outcomes[0].error
         assert "PassesTooLong" not in outcomes[0].error
