@@ -146,6 +146,7 @@ def test_a_cpu_stands_for_each_of_its_processes() -> None:
         assert devices.need_gang
 
 
+@pytest.mark.slow
 def test_a_rank_without_memory_halves_the_passes_of_all(
     flow: Callable[..., Any], alone: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_rank_without_memory_halves_the_passes_of_all(
     assert sorted(_curve(result, "train/loss")) == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_a_diverged_training_is_the_same_error(flow: Callable[..., Any]) -> None:
     """A rank's NonFiniteError is raised by the task, and is not tried again."""
     from model.engine.trainer import NonFiniteError
@@ -168,6 +170,7 @@ def test_a_diverged_training_is_the_same_error(flow: Callable[..., Any]) -> None
         flow(gpus=2, learning_rate=1e6, weight_decay=1e6, score_rows=10)
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_begin_is_named(
     flow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
