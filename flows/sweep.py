@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def sweep(**parameters: Any) -> SweepResult:
             results = train_trials(run.mlflow, trials, device, others, gigabytes)
             best = rank(run.mlflow, trials, results)
             training, checkpoint = best.trial.training, best.checkpoint
-            evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, device, gigabytes)
+            sampling = replace(job.sampling, seed=training.config.seed)  # as a run of this training alone
+            evaluation = evaluate(run.mlflow, training, checkpoint, sampling, device, gigabytes)
             rival = None
             if job.night.promote:
                 rival = score_champion(training, checkpoint, job.sampling.score_rows, device)
@@ -76,7 +77,7 @@ def sweep(**parameters: Any) -> SweepResult:
         model_uri = publish(run.mlflow, sources, training, checkpoint, evaluation)
         verdict = None
         if rival:
-            verdict = promote(run.mlflow, model_uri, evaluation, rival, job.night.promote_margin, job.train.seed)
+            verdict = promote(run.mlflow, model_uri, evaluation, rival, job.night.promote_margin, sampling.seed)
         run.remove_sweep_when_closed(trials)
         return SweepResult(
             run=run.mlflow,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -10,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from model.data.config import PrepareConfig
 from model.data.preparing import prepare as write_tokens
+from model.data.preparing import small_splits
 from model.data.tokens import verify_tokens
 from model.files import sha256_file, sha256_json
 from model.net.config import GPTConfig
@@ -62,6 +62,8 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
         log.info("%s: %d rows, %s", source["file"], source["rows"], source["split"])
     counts = meta["counts"]
     log.info("rows %s, tokens %s, dropped %s", counts["rows"], counts["tokens"], counts["dropped"] or "none")
+    for warning in small_splits(counts["rows"], meta["sources"]):
+        log.warning(warning)
     return TokensRef(str(directory), key, meta["data_sha256"], counts, tuple(meta["sources"]))
 
 
@@ -72,7 +74,7 @@ def _tokens_key(sources: Sources, config: PrepareConfig) -> str:
     return sha256_json(
         {
             "code": _CODE_VERSION,
-            "config": {**asdict(config), "subset_keys": chosen},
+            "config": {**config.determinants(), "subset_keys": chosen},
             "rows": {split: [file.sha256 for file in files] for split, files in sources.dataset.splits.items()},
             "tokenizer": {name: sha256 for name, sha256 in tokenizer.items() if sha256},
         }
