@@ -25,7 +25,7 @@ from ops.recovery.limits import ensure_limit, is_temporary
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_metrics, tracked_run
+from ops.tracking.runs import RESULT_TAG, RunRef, log_metrics, tracked_run
 from ops.tracking.stopwatch import Stopwatch, start_stopwatch
 from tasks.references import CheckpointRef, Sources, SweepRef, TrainingRef
 
@@ -101,8 +101,7 @@ def open_run(job: Job) -> Iterator[Run]:
             run.sources, run.prepare = night.sources, night.prepare
         name = str(flow_run.name)
         size = job.sources.model_size
-        title = f"{job.title} {name}"
-        with tracked_run(settings, title, job.logged(), _tags(job), defaults(type(job))) as run.mlflow:
+        with tracked_run(settings, name, job.logged(), _tags(job), defaults(type(job))) as run.mlflow:
             url = run.mlflow.url
             log.info("MLflow run %s", url or f"{run.mlflow.run_id} in {run.mlflow.tracking_uri}")
             if url:
@@ -139,6 +138,7 @@ def _tags(job: Job) -> dict[str, str]:
     """The MLflow run's tags: which flow run it is of, and which window of rows it takes."""
     start, count = job.prepare.subset_start, job.prepare.subset_count
     tags = {
+        RESULT_TAG: "none yet",  # first, as MLflow's page of a run lists tags in the order in which they were set
         FLOW_RUN_TAG: str(flow_run.id),
         ATTEMPT_TAG: str(flow_run.run_count),
         "prefect.deployment": deployment.name or "none",

@@ -14,6 +14,7 @@ from flows.endings import with_ending
 from flows.finetune import FinetuneResult
 from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import with_parameters
+from flows.naming import flow_run_name
 from flows.plan import announce_sweep
 from flows.run import open_run
 from flows.trials import SweepJob
@@ -44,6 +45,7 @@ class SweepResult(FinetuneResult):
 
 @flow(
     name="sweep",
+    flow_run_name=flow_run_name(SweepJob),
     log_prints=True,
     on_failure=[after_failure],
     on_crashed=[after_crash],

@@ -91,11 +91,6 @@ class SweepJob(Job):
         values = {name: value for name, value in self.flat().items() if name not in (self.sweep.grid or {})}
         return values | {"grid": json.dumps(check_grid(self.sweep.grid))}
 
-    @property
-    def title(self) -> str:
-        """Begins the name of the MLflow run."""
-        return f"{super().title} sweep"
-
 
 def job_kind(flow: str) -> type[Job]:
     """The parameters of a flow, by its name."""

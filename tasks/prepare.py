@@ -33,8 +33,10 @@ def prepare(run: RunRef, sources: Sources, config: PrepareConfig) -> TokensRef:
     """
     tokens = find_or_write_tokens(sources, config)
     set_tags(run, {"data_sha256": tokens.data_sha256})
-    log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
-    log_params(run, _data_facts(tokens))
+    facts = _data_facts(tokens)
+    profile = {name.removeprefix("data/"): value for name, value in facts.items()}
+    log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256, profile)
+    log_params(run, facts)
     log_table(run, list(tokens.sources), "data_files")
     return tokens
 

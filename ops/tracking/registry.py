@@ -19,12 +19,11 @@ from ops.machine.lock import exclusive
 from ops.redaction import redact, without_credentials
 from ops.settings import Settings
 from ops.tracking.flavour import REGISTERED_META, hash_version, plain_part
+from ops.tracking.models import FILES_TAG, TRAINING_TAG, file_hashes
 from ops.tracking.runs import (
-    FILES_TAG,
     MODEL_PREFIX,
     PROMOTION_TAG,
     TAKEN_OVER_TAG,
-    TRAINING_TAG,
     RunRef,
     client,
     log_metrics,
@@ -134,7 +133,8 @@ def interrupted_version(run: RunRef, directory: Path, name: str, training: str) 
     condition = f"name = '{name}' and tags.`{TRAINING_TAG}` = '{training}'"
     for version in mlflow.search_model_versions(condition, order_by=["version_number DESC"]):
         # Without the flavour, whose files name the versions of Python and MLflow.
-        same = plain_part(json.loads(version.tags[FILES_TAG])) == plain_part(hash_version(directory))
+        recorded = json.loads(file_hashes(mlflow, version) or "{}")
+        same = plain_part(recorded) == plain_part(hash_version(directory))
         if same and not _is_finished(mlflow, finishing_run(version)):
             return version
     return None
@@ -230,7 +230,7 @@ def fetch_version(
     directory = settings.models / f"{version.name}-{version.version}-{key}"
     record = directory.with_suffix(".json")
     with exclusive(settings.locks, f"files of {directory.name}", uri, log):
-        expected = _recorded(version, record)
+        expected = _recorded(file_hashes(client(settings.tracking_uri), version), version, record)
         found = hash_version(directory)
         if not found or found != expected:
             if found:
@@ -250,13 +250,15 @@ def fetch_version(
     return directory, found
 
 
-def _recorded(version: ModelVersion, record: Path) -> dict[str, str]:
+def _recorded(tag: str | None, version: ModelVersion, record: Path) -> dict[str, str]:
     """The sha256 of a version's files, as registered or as first seen; empty where neither is known.
+
+    Args:
+        tag: what is registered.
 
     Raises:
         RuntimeError: what is recorded is damaged.
     """
-    tag = version.tags.get(FILES_TAG)
     try:
         if tag:
             what = f"the tag {FILES_TAG} of {version_uri(version)} in MLflow"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.evaluation.comparison import Difference, compare
 from model.evaluation.scores import ALL_SCORES, HUMANEVAL
@@ -18,7 +18,11 @@ from ops.report.render import render, write_page
 from ops.settings import Settings
 from ops.text import escape_output, storable
 from ops.tracking.finished import FinishedRun, read_run
-from ops.tracking.runs import REPORT_FILE, brief, client, refusal, set_tags
+from ops.tracking.models import describe_version
+from ops.tracking.runs import REPORT_FILE, RESULT_TAG, brief, client, refusal, set_tags
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 NO_ROWS = (
     "This run has no records of its test rows with content keys: it was made by a version before the report. The "
@@ -197,11 +201,17 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def log_report(tracking_uri: str, run_id: str, differences: Sequence[Difference] | None = None) -> None:
+def log_report(
+    tracking_uri: str,
+    run_id: str,
+    differences: Sequence[Difference] | None = None,
+    version: ModelVersion | None = None,
+) -> None:
     """Log a run's report as an artifact, and its result as description and tag.
 
     Args:
         differences: of its records, if they are known already.
+        version: the registered version that it tells of, which gets the same description.
 
     Raises:
         MlflowException: the server cannot be reached.
@@ -210,10 +220,13 @@ def log_report(tracking_uri: str, run_id: str, differences: Sequence[Difference]
     run = read_run(tracking_uri, run_id)
     lines = run_lines(run, differences)
     client(tracking_uri).log_text(run_id, report_page(run, lines), REPORT_FILE)
-    tags = {"mlflow.note.content": storable(describe(run, lines))}
+    text = storable(describe(run, lines))
+    tags = {"mlflow.note.content": text}
     if lines:
-        tags["result"] = brief(short_result(lines))
+        tags[RESULT_TAG] = brief(short_result(lines))
     set_tags(run.ref, tags)
+    if version is not None:
+        describe_version(client(tracking_uri), version, text)
 
 
 def main(arguments: list[str] | None = None) -> int:

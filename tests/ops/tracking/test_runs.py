@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,11 +11,11 @@ from threading import Barrier
 import pytest
 
 from ops.settings import Settings
+from ops.tracking.models import log_model
 from ops.tracking.runs import (
     RunRef,
     client,
     log_data,
-    log_model,
     tracked_run,
 )
 
@@ -63,6 +64,22 @@ def test_runs_on_the_same_new_data_at_once(settings: Settings) -> None:
     for run in runs:
         (entry,) = mlflow.get_run(run.run_id).inputs.dataset_inputs
         assert entry.dataset.digest == "ab" * 6
+
+
+def test_a_data_set_has_schema_and_profile(settings: Settings) -> None:
+    """In the form that MLflow's own data sets have, which its pages read."""
+    with tracked_run(settings, "a run", {}, {}) as run:
+        log_data(run, "/data/rows.jsonl", None, "ab" * 32, {"train_rows": 7, "truncated_share": 0.5})
+    ((entry,),) = [client(settings.tracking_uri).get_run(run.run_id).inputs.dataset_inputs]
+    assert entry.dataset.name == "rows.jsonl"
+    assert json.loads(entry.dataset.profile) == {"train_rows": 7, "truncated_share": 0.5}
+    columns = json.loads(entry.dataset.schema)["mlflow_colspec"]
+    assert [(column["name"], column["type"]) for column in columns] == [
+        ("prompt", "string"),
+        ("completion", "string"),
+    ]
+    assert entry.dataset.source_type == "code"
+    assert json.loads(entry.dataset.source)["tags"]["source"] == "/data/rows.jsonl"
 
 
 def test_two_models_are_two_versions(settings: Settings) -> None:

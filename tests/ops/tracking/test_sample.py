@@ -10,7 +10,8 @@ import pytest
 
 from model.demo import EMBEDDED_BASE
 from ops.settings import Settings
-from ops.tracking.runs import log_model, tracked_run
+from ops.tracking.models import log_model
+from ops.tracking.runs import tracked_run
 from ops.tracking.sample import main
 
 
