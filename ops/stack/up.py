@@ -26,7 +26,8 @@ from model.records import read_record
 from ops.databases import check_address
 from ops.machine.flock import hold_file
 from ops.machine.process import Process, end_processes, tagged
-from ops.servers import MODEL_TRAINING, TAG_VARIABLE, USER, Servers
+from ops.servers import TAG_VARIABLE, USER, Servers
+from ops.stack.ready import runs_page
 
 SAVE_SECONDS = 45.0  # time for a training to reach its next step and to save a checkpoint
 STOP_SECONDS = 100.0  # time for everything to end
@@ -232,8 +233,7 @@ def _running(servers: Servers) -> _Running:
 
 
 def _banner(servers: Servers) -> str:
-    # Without the type MLflow opens its pages for traces of language models, and shows no run.
-    lines = [f"Prefect  {servers.prefect_url}", f"MLflow   {servers.mlflow_url}/#/experiments?{MODEL_TRAINING}"]
+    lines = [f"Prefect  {servers.prefect_url}", f"MLflow   {runs_page(servers)}"]
     if servers.secure:
         lines.append(f"Both require a password: user {USER}, password in {_short(servers.password_file)}")
         lines.append(f"(Prefect's page takes both in one field: {USER}:PASSWORD)")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
-from ops.servers import MODEL_TRAINING
+from ops.servers import EXPERIMENT, MODEL_TRAINING
 from ops.settings import Settings
 from ops.tracking.once import create_once
 from ops.tracking.provenance import git_sha, installed_packages
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
-EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
 TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
@@ -128,6 +127,17 @@ def find_experiment(mlflow: MlflowClient) -> Experiment | None:
     return found
 
 
+def open_experiment(mlflow: MlflowClient, settings: Settings) -> str:
+    """The id of the experiment of all runs, with its description and its view; it is created if there is none.
+
+    Raises:
+        RuntimeError: as ``find_experiment``.
+    """
+    experiment_id = _experiment_id(mlflow, settings)
+    provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
+    return experiment_id
+
+
 def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -193,8 +203,7 @@ def tracked_run(
     if defaults is not None:
         tags["changed"] = brief(", ".join(f"{key}={value}" for key, (value, _) in changed.items()) or "nothing")
     with redacted_errors():
-        experiment_id = _experiment_id(mlflow, settings)
-        provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
+        experiment_id = open_experiment(mlflow, settings)
     run = create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     with closed_at_end(mlflow, ref.run_id):
