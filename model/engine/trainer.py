@@ -19,6 +19,7 @@ from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import matmul_ceiling
 from model.engine.journal import MetricsJournal
+from model.engine.patience import ran_out
 from model.engine.scoring import mean_loss, perplexity, row_losses
 from model.engine.speed import Speed
 from model.engine.state import TrainingState
@@ -186,7 +187,7 @@ class Trainer:
     def batches(self) -> Iterator[np.ndarray[Any, Any]]:
         """The rows of each step from the current one to the last."""
         order, order_epoch = np.empty(0, dtype=np.int64), -1
-        while self.state.step < self.total_steps:
+        while self.state.step < self.total_steps and not ran_out(self.state.step, self.state.best_step, self.config):
             epoch, position = divmod(self.state.step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(len(self.rows), self.config.seed, epoch), epoch

@@ -19,7 +19,7 @@ from ops.settings import Settings
 from ops.text import escape_output, storable
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.models import describe_version
-from ops.tracking.runs import REPORT_FILE, RESULT_TAG, brief, client, refusal, set_tags
+from ops.tracking.runs import EARLY_END_TAG, REPORT_FILE, RESULT_TAG, brief, client, refusal, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -128,7 +128,9 @@ def _validation(run: FinishedRun) -> str:
     best, step = run.metrics.get("best/eval_loss"), run.metrics.get("best/step")
     if best is None or step is None:
         return ""
-    return f"The result is the checkpoint of step {step:,.0f}. Its validation loss is {best:.4f} nats per token."
+    text = f"The result is the checkpoint of step {step:,.0f}. Its validation loss is {best:.4f} nats per token."
+    early = run.tags.get(EARLY_END_TAG)
+    return f"{text} The training {early}." if early else text
 
 
 def _metric_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
@@ -193,6 +195,8 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     for verdict in ("better", "worse"):
         if titles := [line.title for line in lines if line.verdict == verdict]:
             paragraphs.append(f"Scores that are {verdict}: {', '.join(titles)}.")
+    if early := run.tags.get(EARLY_END_TAG):
+        paragraphs.append(f"The training {early}.")
     rows = ", ".join(f"{run.fact(f'data/{split}_rows')} {split}" for split in ("train", "validation", "test"))
     paragraphs.append(f"Data: `{_cell(run.params.get('dataset'))}`, rows: {rows}.")
     if run.changed is not None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
-from ops.servers import EXPERIMENT, MODEL_TRAINING
+from ops.servers import EXPERIMENT as EXPERIMENT
+from ops.servers import MODEL_TRAINING
 from ops.settings import Settings
 from ops.tracking.once import create_once
 from ops.tracking.provenance import git_sha, installed_packages
@@ -33,6 +34,7 @@ PARENT_TAG = "mlflow.parentRunId"  # of a run: the run that it belongs to, benea
 REPORT_FILE = "report/report.html"  # of a run
 CHANGED_FILE = "changed.json"  # of a run: the parameters that differ from their defaults
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
+EARLY_END_TAG = "early_end"  # of a run: that patience ended its training early, and at which step
 RESULT_TAG = "result"  # of a run: whether the tuned model is better than its base
 REASON_TAG = "ended_by"  # of a run: why hooks or reaper closed it
 _PAGES_PORT = 5000  # of the command that opens the pages of a run without a server

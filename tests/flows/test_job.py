@@ -134,4 +134,4 @@ def test_no_number_without_bounds() -> None:
         p.name for p in all_parameters() if isinstance(p.default, int | float) and not isinstance(p.default, bool)
     }
     assert defaults <= {parameter.name for parameter in NUMBERS}
-    assert len(NUMBERS) == 34
+    assert len(NUMBERS) == 35
