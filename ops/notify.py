@@ -37,8 +37,8 @@ def notify(
 ) -> bool:
     """Send a notice to FINETUNE_WEBHOOK_URL and FINETUNE_NOTIFY, as far as they are set, and write it as an artifact.
 
-    The artifact in Prefect is called ``notice``. The addresses are secrets: they are read from the environment at each
-    call, and neither logged nor stored. Errors are logged as warnings and never raised.
+    The artifact in Prefect is called ``notice``. The addresses are secrets: they are read from the environment
+    at each call, and neither logged nor stored. Errors are logged as warnings and never raised.
 
     Args:
         title: one line.

@@ -85,9 +85,8 @@ def describe(active: bool) -> str:
     """Whether nights start by themselves, and how to change it."""
     if active:
         return "The nightly schedule is on; `python -m ops.stack.nightly off` pauses it."
-    return (
-        f"The nightly schedule is paused; `python -m ops.stack.nightly on` or the switch of {DEPLOYMENT} turns it on."
-    )
+    command = "`python -m ops.stack.nightly on`"
+    return f"The nightly schedule is paused; {command} or the switch on Prefect's page of {DEPLOYMENT} turns it on."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

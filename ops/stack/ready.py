@@ -137,7 +137,7 @@ def main() -> int:
         with get_client(sync_client=True) as client:
             set_up(client, servers.gpus)
             servers.supervisor().startProcess("worker", False)
-            deploy()
+            deploy(client)
             log = servers.logs / "mlflow.log"
             wait_for("MLflow's server", log, lambda: _takes_the_password(servers), pid("mlflow"))
             _prepare_pages(servers)  # while the worker starts
