@@ -27,6 +27,7 @@ from ops.servers import gpu_count
 from ops.settings import Settings
 from ops.tracking.runs import RESULT_TAG, RunRef, log_metrics, tracked_run
 from ops.tracking.stopwatch import Stopwatch, start_stopwatch
+from ops.tracking.system_metrics import system_metrics
 from tasks.references import CheckpointRef, Sources, SweepRef, TrainingRef
 
 
@@ -101,7 +102,8 @@ def open_run(job: Job) -> Iterator[Run]:
             run.sources, run.prepare = night.sources, night.prepare
         name = str(flow_run.name)
         size = job.sources.model_size
-        with tracked_run(settings, name, job.logged(), _tags(job), defaults(type(job))) as run.mlflow:
+        opened = tracked_run(settings, name, job.logged(), _tags(job), defaults(type(job)))
+        with opened as run.mlflow, system_metrics(run.mlflow, _wants_system_metrics(job), log):
             url = run.mlflow.url
             log.info("MLflow run %s", url or f"{run.mlflow.run_id} in {run.mlflow.tracking_uri}")
             if url:
@@ -113,6 +115,11 @@ def open_run(job: Job) -> Iterator[Run]:
             log_metrics(run.mlflow, {f"wall_seconds/{step}": s for step, s in run.stopwatch.seconds.items()}, step=0)
         for directory in run.finished:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _wants_system_metrics(job: Job) -> bool:
+    wanted = job.record.system_metrics
+    return resolve_device(job.hardware.device).type == "cuda" if wanted is None else wanted
 
 
 def _warn_of_a_slow_device(job: Job) -> None:
