@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     chats = given.prompt is None or not given.prompt.strip()
-    if chats and (given.prompt is not None or not sys.stdin.isatty()):
+    if chats and not sys.stdin.isatty():
         parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
     if not chats and (reason := unreadable_argument(given.prompt)):
         print(f"the prompt {reason}", file=sys.stderr)
@@ -177,7 +177,8 @@ def _typed() -> Iterator[str]:
     _tell("a line is a prompt; Ctrl-D ends")
     while True:
         try:
-            line = input("> ")
+            print("> ", end="", flush=True)
+            line = input()
         except (EOFError, KeyboardInterrupt):
             print()
             return
