@@ -17,8 +17,8 @@ _FIRST = ("learning_rate", "num_unfrozen_layers")  # in every name
 # Of these groups, the parameters that say what was trained on what. Sampling and hardware change no model.
 _TELLING = ("sources", "prepare", "night", "freeze", "train")
 _SILENT = {
-    "model_size", "subset", "freeze_layers", "eval_freq", "eval_rows", "micro_batch_tokens", "max_dropped_share", "promote",
-    "promote_margin", "tokenizer_dir", *_FIRST,
+    "model_size", "subset", "freeze_layers", "eval_freq", "eval_rows", "micro_batch_tokens", "max_dropped_share",
+    "promote", "promote_margin", "tokenizer_dir", *_FIRST,
 }  # fmt: skip
 _PATHS = ("dataset", "weights_dir")
 _CHARACTERS = 90
