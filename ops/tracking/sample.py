@@ -6,6 +6,7 @@ Without a prompt, on a terminal, it answers line by line until the end of the in
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,11 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _tell(refusal(Settings.load().tracking_uri, error))
         return 1
-    for prompt in _typed() if chats else [given.prompt]:
-        for each in models:
-            if len(models) > 1:
-                print(f"--- {each.title}")
-            each.answer(prompt, sampling, _tell)
+    try:
+        for prompt in _typed() if chats else [given.prompt]:
+            for each in models:
+                if len(models) > 1:
+                    print(f"--- {each.title}")
+                each.answer(prompt, sampling, _tell)
+    except KeyboardInterrupt:
+        print()
+        return 128 + signal.SIGINT
     return 0
 
 

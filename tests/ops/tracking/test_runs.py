@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from ops.tracking.runs import (
     RunRef,
     client,
     log_data,
+    opening,
     tracked_run,
 )
 
@@ -117,3 +119,15 @@ def test_a_parameter_that_is_too_long_for_mlflow(
     assert params["dataset"].endswith("bb... (6,003 characters: the artifact params/dataset.txt has all of them)")
     artifact = f"runs:/{run.run_id}/params/dataset.txt"
     assert mlflow.artifacts.load_text(artifact) == longer
+
+
+def test_how_to_open_a_run() -> None:
+    """With a server its page; without one the command that starts MLflow's pages, and the page's address there."""
+    page = "/#/experiments/1/runs/abc?workflowType=machine_learning"
+    assert opening(RunRef("http://user:secret@mlflow:80", "1", "abc")) == [f"page: http://mlflow:80{page}"]
+    command, address = opening(RunRef("sqlite:////data of mine/mlflow.db", "1", "abc"))
+    assert command.startswith("pages: ")
+    program, *options = shlex.split(command.removeprefix("pages: "))
+    assert Path(program).is_file()
+    assert options == ["ui", "--backend-store-uri", "sqlite:////data of mine/mlflow.db", "--port", "5000"]
+    assert address == f"then: http://127.0.0.1:5000{page}"
