@@ -12,6 +12,7 @@ from prefect import flow
 from flows.endings import with_ending
 from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import Job, with_parameters
+from flows.naming import flow_run_name
 from flows.plan import announce
 from flows.quiet_logs import keep_tracebacks_out
 from flows.run import open_run
@@ -56,6 +57,7 @@ class FinetuneResult:
 
 @flow(
     name="finetune",
+    flow_run_name=flow_run_name(),
     log_prints=True,
     on_failure=[after_failure],
     on_crashed=[after_crash],

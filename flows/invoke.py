@@ -111,6 +111,7 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
     """
     from flows.summary import before_and_after, time_table, trial_table
     from flows.sweep import SweepResult
+    from ops.tracking.runs import opening
 
     result = state.result()
     if result is None:  # a night without work
@@ -123,5 +124,6 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
     print(time_table(seconds | result.seconds))
     if result.verdict:
         print(f"{'champion' if result.verdict.promoted else 'challenger'}: {result.model}, {result.verdict.reason}")
+    print("\n".join(opening(result.run)))
     print(f"tracking: {result.run.tracking_uri}")
     print(f"run: {result.run.run_id}")

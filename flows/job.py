@@ -69,6 +69,16 @@ class HardwareConfig(Parameters):
 
 
 @dataclass(frozen=True)
+class RecordConfig(Parameters):
+    """How a run is recorded."""
+
+    run_name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    """Name of the run in MLflow and in Prefect; null makes one of the parameters."""
+    system_metrics: bool | None = None
+    """Log the use of processor, memory, disk, network and GPU to MLflow every 10 s; null does so on a GPU."""
+
+
+@dataclass(frozen=True)
 class Job:
     """What a flow run is to do. Each field is a group of the flow's parameters."""
 
@@ -79,6 +89,7 @@ class Job:
     train: TrainConfig
     sampling: SamplingConfig
     hardware: HardwareConfig
+    record: RecordConfig
 
     @classmethod
     def from_parameters(cls, values: Mapping[str, Any], machine: bool = True) -> Self:
@@ -104,11 +115,6 @@ class Job:
     def groups(cls) -> dict[str, type[Parameters]]:
         """The groups of parameters, by the name of their field."""
         return get_type_hints(cls)
-
-    @property
-    def title(self) -> str:
-        """Begins the name of the MLflow run."""
-        return self.sources.model_size
 
     def logged(self) -> dict[str, Any]:
         """What the MLflow run logs when it begins."""

@@ -26,8 +26,9 @@ from ops.recovery.limits import ensure_limit, is_temporary
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, delete_run, log_metrics, tracked_run
+from ops.tracking.runs import RESULT_TAG, RunRef, delete_run, log_metrics, tracked_run
 from ops.tracking.stopwatch import Stopwatch, start_stopwatch
+from ops.tracking.system_metrics import system_metrics
 from tasks.references import CheckpointRef, Sources, SweepRef, TrainingRef
 
 
@@ -106,10 +107,10 @@ def open_run(job: Job) -> Iterator[Run]:
             run.sources, run.prepare = night.sources, night.prepare
         name = str(flow_run.name)
         size = job.sources.model_size
-        title = f"{job.title} {name}"
         with (
             _without_trace_of_mistakes(run),
-            tracked_run(settings, title, job.logged(), _tags(job), defaults(type(job))) as run.mlflow,
+            tracked_run(settings, name, job.logged(), _tags(job), defaults(type(job))) as run.mlflow,
+            system_metrics(run.mlflow, _wants_system_metrics(job), log),
         ):
             url = run.mlflow.url
             log.info("MLflow run %s", url or f"{run.mlflow.run_id} in {run.mlflow.tracking_uri}")
@@ -138,6 +139,11 @@ def _without_trace_of_mistakes(run: Run) -> Iterator[None]:
         raise
 
 
+def _wants_system_metrics(job: Job) -> bool:
+    wanted = job.record.system_metrics
+    return resolve_device(job.hardware.device).type == "cuda" if wanted is None else wanted
+
+
 def _warn_of_a_slow_device(job: Job) -> None:
     device = job.hardware.device
     if device == "auto" and resolve_device(device).type == "cpu" and job.sources.model_size != "tiny":
@@ -161,6 +167,7 @@ def _tags(job: Job) -> dict[str, str]:
     """The MLflow run's tags: which flow run it is of, and which window of rows it takes."""
     start, count = job.prepare.subset_start, job.prepare.subset_count
     tags = {
+        RESULT_TAG: "none yet",  # first, as MLflow's page of a run lists tags in the order in which they were set
         FLOW_RUN_TAG: str(flow_run.id),
         ATTEMPT_TAG: str(flow_run.run_count),
         "prefect.deployment": deployment.name or "none",

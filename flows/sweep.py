@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from flows.endings import with_ending
 from flows.finetune import FinetuneResult
 from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import with_parameters
+from flows.naming import flow_run_name
 from flows.plan import announce_sweep
 from flows.quiet_logs import keep_tracebacks_out
 from flows.run import open_run
@@ -47,6 +48,7 @@ class SweepResult(FinetuneResult):
 
 @flow(
     name="sweep",
+    flow_run_name=flow_run_name(SweepJob),
     log_prints=True,
     on_failure=[after_failure],
     on_crashed=[after_crash],
@@ -71,7 +73,8 @@ def sweep(**parameters: Any) -> SweepResult:
             results = train_trials(run.mlflow, trials, device, others, gigabytes)
             best = rank(run.mlflow, trials, results)
             training, checkpoint = best.trial.training, best.checkpoint
-            evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, devices, gigabytes)
+            sampling = replace(job.sampling, seed=training.config.seed)  # as a run of this training alone
+            evaluation = evaluate(run.mlflow, training, checkpoint, sampling, devices, gigabytes)
             rival = None
             if job.night.promote:
                 rival = score_champion(training, checkpoint, job.sampling.score_rows, device)
@@ -80,7 +83,7 @@ def sweep(**parameters: Any) -> SweepResult:
         model_uri = publish(run.mlflow, sources, training, checkpoint, evaluation)
         verdict = None
         if rival:
-            verdict = promote(run.mlflow, model_uri, evaluation, rival, job.night.promote_margin, job.train.seed)
+            verdict = promote(run.mlflow, model_uri, evaluation, rival, job.night.promote_margin, sampling.seed)
         run.remove_sweep_when_closed(trials)
         return SweepResult(
             run=run.mlflow,

@@ -25,7 +25,7 @@ MOST_TRIALS = 256
 _FROZEN = "num_unfrozen_layers"  # the one parameter of a grid that is not of the training
 _SHORT = {"learning_rate": "lr"}
 _REFUSED = {
-    "seed": "it decides the splits too, and losses on other rows cannot be compared",
+    "split_seed": "it decides the splits, and losses on other rows cannot be compared",
     "eval_rows": "losses on other rows cannot be compared",
 }
 # A trial that differs in one of these cannot use the base or the outputs of the frozen blocks of the trial before it.
@@ -108,11 +108,6 @@ class SweepJob(Job):
         """What the sweep's MLflow run logs when it begins: the values of the grid's parameters are not known yet."""
         values = {name: value for name, value in self.flat().items() if name not in (self.sweep.grid or {})}
         return values | {"grid": json.dumps(check_grid(self.sweep.grid))}
-
-    @property
-    def title(self) -> str:
-        """Begins the name of the MLflow run."""
-        return f"{super().title} sweep"
 
 
 def job_kind(flow: str) -> type[Job]:

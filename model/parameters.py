@@ -88,7 +88,7 @@ class Seeded(Parameters):
     """A configuration that draws random numbers."""
 
     seed: Seed = 42
-    """Decides splits, order of rows, dropout and sampling."""
+    """Decides the order of rows, dropout and sampling."""
 
 
 def internal(default: Any) -> Any:

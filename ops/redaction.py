@@ -16,7 +16,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 _HIDDEN = "[secret]"
-_SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_KEY|API_KEY|ACCESS_KEY|AUTH_STRING|WEBHOOK_URL)$")
+_SECRET_NAME = re.compile(
+    r"(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_KEY|API_KEY|ACCESS_KEY|AUTH_STRING|WEBHOOK_URL|FINETUNE_NOTIFY)$"
+)
 # The last @ before the host counts: passwords may contain one that is not quoted.
 _USER_INFO = re.compile(r"(?<=://)[^/?#\s'\"<>]*@")
 _PASSWORD = re.compile(r"://[^/?#\s:@]*:(\S+)@")
@@ -42,6 +44,7 @@ def _secrets() -> list[str]:
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name.upper()):
             found |= {value, value.partition(":")[2]} if name.endswith("AUTH_STRING") else {value}
+            found |= set(value.replace(",", " ").split()) if name == "FINETUNE_NOTIFY" else set()
         found |= set(_PASSWORD.findall(value)) if "://" in value else set()
     found |= {form(secret) for secret in found for form in (unquote, _quoted)}
     return sorted((secret for secret in found if len(secret) >= _SHORTEST), key=len, reverse=True)

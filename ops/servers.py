@@ -24,6 +24,8 @@ from ops.settings import PROJECT_ROOT, Settings
 
 USER = "admin"
 TAG_VARIABLE = "FINETUNE_UP"  # in the environment of all that `make up` started; its value is the servers' folder
+EXPERIMENT = "finetune"  # in MLflow: of all runs
+MODEL_TRAINING = "workflowType=machine_learning"  # in an address of MLflow 3: its pages for trainings, not for traces
 TEMPORARY_SERVER_VARIABLE = "FINETUNE_TEMPORARY_SERVER"  # its value is the address of the server of `make run`
 # Seconds; the value of PREFECT_FLOWS_HEARTBEAT_FREQUENCY wherever flow runs are started, and the smallest that
 # Prefect allows. Three missed heartbeats make a flow run Crashed.

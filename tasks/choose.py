@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -55,17 +54,17 @@ def choose(
     if leaked:
         log.warning(
             "earlier nights trained on %d of the %d rows held out now, so that the champion looks better than it is: "
-            "set seed, test_share and validation_share as they were then, or return the rows to their split",
+            "set split_seed, test_share and validation_share as they were then, or return the rows to their split",
             leaked,
             len(held_out),
         )
-    choice = choose_rows(present, ledger, count, replay_share, config.seed)
+    choice = choose_rows(present, ledger, count, replay_share, config.split_seed)
     if not len(choice.fresh):
         log.info("nights have trained on each of the %d rows, and there are no new rows", len(present))
         return None
     left = len(present) - len(choice.fresh) - len(set(present.tolist()) & set(ledger.used.tolist()))
     log.info("%d fresh rows, %d old ones; %d are left for later nights", len(choice.fresh), len(choice.replay), left)
-    folder = settings.subsets / sha256_json([choice.sha256, asdict(config), sorted(choice.fresh.tolist())])
+    folder = settings.subsets / sha256_json([choice.sha256, config.determinants(), sorted(choice.fresh.tolist())])
     with atomic_directory(folder) as scratch:
         name = write_choice(choice, scratch).name
     return SubsetRef(str(folder), str(folder / name), choice.sha256, len(choice.fresh), len(choice.replay))

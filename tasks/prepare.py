@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -10,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from model.data.config import PrepareConfig
 from model.data.preparing import prepare as write_tokens
+from model.data.preparing import small_splits
 from model.data.tokens import verify_tokens
 from model.files import sha256_file, sha256_json
 from model.net.config import GPTConfig
@@ -33,8 +33,10 @@ def prepare(run: RunRef, sources: Sources, config: PrepareConfig) -> TokensRef:
     """
     tokens = find_or_write_tokens(sources, config)
     set_tags(run, {"data_sha256": tokens.data_sha256})
-    log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256)
-    log_params(run, _data_facts(tokens))
+    facts = _data_facts(tokens)
+    profile = {name.removeprefix("data/"): value for name, value in facts.items()}
+    log_data(run, sources.dataset.source, sources.dataset.revision, tokens.data_sha256, profile)
+    log_params(run, facts)
     log_table(run, list(tokens.sources), "data_files")
     return tokens
 
@@ -63,6 +65,8 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
     counts = meta["counts"]
     for what in ("rows", "tokens", "dropped"):
         log.info("%s: %s", what, ", ".join(f"{name} {n:,}" for name, n in counts[what].items()) or "none")
+    for warning in small_splits(counts["rows"], meta["sources"]):
+        log.warning(warning)
     return TokensRef(str(directory), key, meta["data_sha256"], counts, tuple(meta["sources"]))
 
 
@@ -73,7 +77,7 @@ def _tokens_key(sources: Sources, config: PrepareConfig) -> str:
     return sha256_json(
         {
             "code": _CODE_VERSION,
-            "config": {**asdict(config), "subset_keys": chosen},
+            "config": {**config.determinants(), "subset_keys": chosen},
             "rows": {split: [file.sha256 for file in files] for split, files in sources.dataset.splits.items()},
             "tokenizer": {name: sha256 for name, sha256 in tokenizer.items() if sha256},
         }

@@ -18,8 +18,9 @@ from model.evaluation.scores import headline
 from model.net.loading import write_with_tokenizer
 from ops.text import storable
 from ops.tracking.flavour import add_flavour
+from ops.tracking.models import log_model
 from ops.tracking.registry import interrupted_version, model_name, take_over, version_uri
-from ops.tracking.runs import RunRef, client, log_model, log_table
+from ops.tracking.runs import RunRef, client, log_table
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.cards import model_card, sample_report
@@ -52,7 +53,7 @@ def publish(
         card = model_card(sources, training, evaluation.metrics, evaluation.differences)
         export(training, checkpoint, directory, card)
         version = _register(run, training, checkpoint, headline(evaluation.metrics), directory)
-        log_report(run.tracking_uri, run.run_id, evaluation.differences)
+        log_report(run.tracking_uri, run.run_id, evaluation.differences, version)
     uri = version_uri(version)
     samples = json.loads(Path(evaluation.samples).read_text())
     report = storable(sample_report(samples, evaluation, run, uri))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.engine.config import TrainConfig
+from model.engine.patience import early_end
 from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainResult
 from model.engine.training import train as run_training
 from model.engine.trunk import TrunkCacheConfig
@@ -24,7 +24,7 @@ from model.net.gpt import GPTModel
 from model.net.tokenizer import import_ahead
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_metrics
+from ops.tracking.runs import EARLY_END_TAG, RunRef, log_metrics, set_tags
 from ops.tracking.shipping import JournalShipper, must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
@@ -65,7 +65,7 @@ def identify_training(
         "tokens": tokens.key,
         "base": model.sha256,
         "trained": plan.names,
-        "config": asdict(config),
+        "config": config.determinants(),
         "device": place.type,
         "dtype": str(resolve_precision(config.precision, place)),
     }
@@ -190,12 +190,15 @@ def log_training(
         result = run_stoppable(partial(work, show_and_ship))
     with must_be_logged(run.tracking_uri, directory):
         shipper.finish()
-        _log_result(run, result)
+        _log_result(run, result, training)
         correct_attempt(run, announced, result.resumed_from)
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
+    total = training.config.total_steps(training.tokens.counts["rows"]["train"])
+    if result.steps < total:
+        log.info(early_end(result.steps, total, training.config))
     return CheckpointRef(
         directory=str(directory),
         best=str(result.best),
@@ -209,7 +212,7 @@ def log_training(
     )
 
 
-def _log_result(run: RunRef, result: TrainResult) -> None:
+def _log_result(run: RunRef, result: TrainResult, training: TrainingRef) -> None:
     """Log what is known at the end only. A training that was complete already has no first step."""
     measured = {
         "train/first_step_seconds": result.first_step_seconds,
@@ -217,3 +220,6 @@ def _log_result(run: RunRef, result: TrainResult) -> None:
         "train/trunk_hit_share": result.trunk_hit_share,
     }
     log_metrics(run, {name: value for name, value in measured.items() if math.isfinite(value)}, step=0)
+    total = training.config.total_steps(training.tokens.counts["rows"]["train"])
+    if result.steps < total:
+        set_tags(run, {EARLY_END_TAG: early_end(result.steps, total, training.config)})

@@ -171,7 +171,7 @@ def test_every_dependency_says_why() -> None:
 
 
 # Imported where one function needs it, which says how to install it. Module and package have the same name.
-OPTIONAL = {"gguf"}
+OPTIONAL = {"gguf", "apprise"}
 
 
 def test_every_third_party_import_is_declared_and_pinned() -> None:

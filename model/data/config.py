@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from model.parameters import Count, Seeded, Share, WholeNumber, WholeShare, internal
+from model.parameters import Count, Parameters, Seed, Share, WholeNumber, WholeShare, internal
 
 
 @dataclass(frozen=True)
-class PrepareConfig(Seeded):
+class PrepareConfig(Parameters):
     """How rows become tokens."""
 
     max_length: Annotated[Count, Field(ge=8)] = 512
@@ -28,3 +28,14 @@ class PrepareConfig(Seeded):
     """Share of train that becomes validation where the data set has no validation split."""
     max_dropped_share: WholeShare = 0.05
     """A larger share of unusable rows is an error."""
+    split_seed: Seed = 42
+    """Decides which rows become test and validation, and which rows of earlier nights a night repeats."""
+
+    def determinants(self) -> dict[str, Any]:
+        """All that determines token files, by name.
+
+        The seed of the splits is called ``seed``, as in earlier versions: their token files are found.
+        """
+        found = asdict(self)
+        found["seed"] = found.pop("split_seed")
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sources = Mapping[str, Sequence[Path]]  # split -> its files, as find_splits returns them
+
+FEWEST_ROWS = 30  # with fewer rows an interval over them is too narrow, and a loss is mostly chance
+_ENOUGH = 45  # rows to expect of a share, so that fewer than 30 are drawn in one of a hundred draws
 
 # Held-out files come first: the prompts of training rows are compared with theirs.
 _READING_ORDER = ("test", "validation", "train")
@@ -88,6 +92,34 @@ def prepare(
         }
         write_meta(scratch, meta)
     return meta
+
+
+def small_splits(rows: Mapping[str, int], sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A warning for each held-out split with too few rows to decide anything.
+
+    Args:
+        rows: kept, by split.
+        sources: for each file read its split and the number of its rows, as in meta.json.
+    """
+    train = sum(source["rows"] for source in sources if source["split"] == "train")
+    own = {source["split"] for source in sources}
+    uses = {"validation": "they choose the best step", "test": "they say whether a model is better"}
+    warnings = []
+    for split, use in uses.items():
+        if rows[split] >= FEWEST_ROWS:
+            continue
+        share = _ENOUGH / train if train else 1.0
+        if split in own:
+            remedy = f"add rows to the files of {split}"
+        elif share > 0.5:
+            remedy = f"add rows, or a file with the word {split} in its name"
+        else:
+            remedy = f"set {split}_share={math.ceil(share * 1000) / 1000:g}, or add rows"
+        warnings.append(
+            f"the {split} split has {rows[split]} rows, and {use}: with fewer than {FEWEST_ROWS} that is mostly "
+            f"chance; {remedy}"
+        )
+    return warnings
 
 
 def training_keys(
@@ -172,9 +204,9 @@ def _assign_splits(
             continue
         if split != "train":
             held_out.add(key)
-        elif "test" not in sources and fraction(key, config.seed, "test") < config.test_share:
+        elif "test" not in sources and fraction(key, config.split_seed, "test") < config.test_share:
             split = "test"
-        elif "validation" not in sources and fraction(key, config.seed, "validation") < config.validation_share:
+        elif "validation" not in sources and fraction(key, config.split_seed, "validation") < config.validation_share:
             split = "validation"
         yield _AssignedRecord(number, in_file, path, split, row)
 

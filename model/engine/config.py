@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from model.parameters import Count, NonNegative, Positive, Seeded, Share, WholeShare
 
@@ -36,11 +36,17 @@ class TrainConfig(Seeded):
     """Dropout rate in the trained blocks."""
     eval_freq: Count = 100
     """Steps between validations. Each also saves a checkpoint; on a GPU one is written every 15 seconds at most."""
+    patience: Count | None = None
+    """Validations in a row without a lower loss after which the training ends early; null trains to the end."""
     eval_rows: Count | None = 1000
     """Rows of the validation split, from its beginning, that each validation scores; null takes all."""
     precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = "auto"
     """bf16, fp16 (with dynamic loss scaling), fp32, tf32 (fp32 with faster, coarser products on a GPU), or auto: bf16
     where the hardware has it, fp16 on older GPUs, else fp32."""
+
+    def determinants(self) -> dict[str, Any]:
+        """All parameters by name, but for ``patience`` where it is not set: earlier trainings had none."""
+        return {name: value for name, value in asdict(self).items() if name != "patience" or value is not None}
 
     def total_steps(self, rows: int) -> int:
         """Optimizer steps of the whole training over ``rows`` rows."""

@@ -19,6 +19,7 @@ from model.engine.checkpoint import FoundCheckpoint, checkpoint_path
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import matmul_ceiling
+from model.engine.patience import ran_out
 from model.engine.ranks import Ranks
 from model.engine.scoring import mean_loss, perplexity, row_losses
 from model.engine.speed import Speed
@@ -203,6 +204,8 @@ class Trainer:
         fill_together(self.trunk, self.rows_to_come())
         self.speed.restart()
         for rows in self.batches(self.state.step):
+            if ran_out(self.state.step, self.state.best_step, self.config):
+                break
             if self.should_stop():
                 self.stop()
             self.step(rows)

@@ -78,6 +78,7 @@ def complete(
     config: SamplingConfig,
     dtype: torch.dtype = torch.float32,
     warn: Callable[[str], None] = _LOG.warning,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[Completion]:
     """Answer prompts, in their order; each prompt is rendered exactly as in training.
 
@@ -86,6 +87,7 @@ def complete(
 
     Args:
         warn: told how many tokens of which prompt were cut.
+        on_token: called with each new id, of one prompt on a CPU.
     """
     ids = encode_prompts(tokenizer, prompts)
     heads = heading_lengths(tokenizer, ids)
@@ -109,6 +111,7 @@ def complete(
             unknown_ids(tokenizer, model.config.vocab_size),
             heads,
             config.repetition_penalty,
+            on_token,
         )
     return [_completion(tokenizer, row) for row in rows]
 

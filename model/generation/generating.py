@@ -62,6 +62,7 @@ def generate(
     never: Sequence[int] = (),
     kept: Sequence[int] = (),
     repetition_penalty: float = 1.0,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue prompts of any number and lengths.
 
@@ -87,6 +88,7 @@ def generate(
         kept: for each prompt, the number of its first tokens that are not cropped; fewer than n_positions.
         repetition_penalty: from 1e-6 to 1e6. A positive logit of a token that the row's text has, prompt included, is
             divided by it, a negative one multiplied (Keskar et al. 2019; as in transformers). 1 changes nothing.
+        on_token: called with each new id, of one prompt on a CPU.
 
     Returns:
         B lists of new ids, ending with ``eos_token_id`` where the model produced it.
@@ -98,6 +100,8 @@ def generate(
     config, device = model.config, model.wte.weight.device
     sampler = Sampler(temperature, top_k, top_p, repetition_penalty, config.vocab_size, never, device)
     _check_prompts(prompts, kept, config)
+    if on_token and (len(prompts) > 1 or device.type != "cpu"):
+        raise ValueError("on_token needs one prompt, and a model on a CPU")
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     context = config.n_positions
@@ -109,14 +113,14 @@ def generate(
     steps = max((row.limit for row in fitting), default=1)
 
     def slots(count: int) -> Slots:
-        return Slots(count, steps, sampler, config.vocab_size, eos_token_id, seed, device)
+        return Slots(count, steps, sampler, config.vocab_size, eos_token_id, seed, device, on_token)
 
     with _in_eval_mode(model), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         decoder = _continue_apart(model, fitting, slots)
         going = [row for row in rows if len(row.new) < max_new_tokens and row.new[-1:] != [eos_token_id]]
         for begin in range(0, len(going), _WINDOWS):
             part = going[begin : begin + _WINDOWS]
-            _continue_beyond(decoder, part, sampler, context, max_new_tokens, eos_token_id, seed)
+            _continue_beyond(decoder, part, sampler, context, max_new_tokens, eos_token_id, seed, on_token)
     return [row.new for row in rows]
 
 
@@ -272,6 +276,7 @@ def _continue_beyond(
     max_new_tokens: int,
     eos_token_id: int | None,
     seed: int,
+    on_token: Callable[[int], None] | None = None,
 ) -> None:
     """Continue rows whose text is longer than the context, or as long: each step computes their whole windows."""
     while rows:
@@ -284,4 +289,6 @@ def _continue_beyond(
         new = sampler(logits, torch.cat(drawn)[:, 0].to(logits.device), seen).tolist()
         for row, token in zip(rows, new, strict=True):
             row.new.append(token)
+            if on_token is not None:
+                on_token(token)
         rows = [row for row in rows if len(row.new) < max_new_tokens and row.new[-1] != eos_token_id]

@@ -5,7 +5,7 @@ Nothing here waits for the device but ``look`` and ``tokens``, so that a CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,7 @@ class Slots:
         steps: most new tokens of a row.
         eos_token_id: ends a row; None for no such id.
         seed: of the random streams.
+        on_token: called with each new token of the row in the only slot; on a CPU.
 
     Attributes:
         ids: last token of each slot, (B,).
@@ -69,11 +70,13 @@ class Slots:
         eos_token_id: int | None,
         seed: int,
         device: torch.device,
+        on_token: Callable[[int], None] | None = None,
     ):
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.sampler, self.seed, self.device = sampler, seed, device
+        self.on_token = on_token
         self.steps = steps
         self.eos = -1 if eos_token_id is None else eos_token_id
         self.numbers = torch.arange(count, device=device)
@@ -109,6 +112,8 @@ class Slots:
         new = self.sampler(logits, drawn, None if self.seen is None else self.seen[chosen])
         self.ids[chosen] = new
         self.out[numbers, counts] = new
+        if self.on_token is not None and alive[0]:
+            self.on_token(int(new[0]))
         if self.seen is not None:
             self.seen.view(-1).index_fill_(0, numbers * self.seen.size(1) + new, True)
         counts = counts + alive

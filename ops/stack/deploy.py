@@ -9,10 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+
+import yaml
 
 from ops.servers import Servers
 from ops.settings import PROJECT_ROOT
+from ops.stack.nightly import DEPLOYMENT, NightlyError, describe, is_on
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -51,16 +56,42 @@ def set_up(client: SyncPrefectClient, gpus: int) -> None:
     ensure_zombie_automation()
 
 
-def deploy() -> None:
+def deploy(client: SyncPrefectClient) -> None:
     """Create or update all deployments of prefect.yaml.
+
+    A schedule is created paused. One that is there already stays on or off, as its user has left it.
 
     Raises:
         DeployError: the command failed; the message has the end of its output.
     """
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with TemporaryDirectory() as scratch:
+        if not _has_schedule(client):
+            paused = Path(scratch) / "prefect.yaml"
+            paused.write_text(_with_paused_schedules((PROJECT_ROOT / "prefect.yaml").read_text()))
+            command += ["--prefect-file", str(paused)]
+        done = subprocess.run(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise DeployError(f"the deployments of prefect.yaml were refused:\n{done.stdout[-3000:]}")
+
+
+def _has_schedule(client: SyncPrefectClient) -> bool:
+    """Whether the server knows the schedule of the nights, on or off."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return bool(client.read_deployment_by_name(DEPLOYMENT).schedules)
+    except ObjectNotFound:
+        return False
+
+
+def _with_paused_schedules(text: str) -> str:
+    """The content of prefect.yaml with all schedules off: Prefect would plan runs as soon as it creates one."""
+    content = yaml.safe_load(text)
+    for deployment in content["deployments"]:
+        for schedule in deployment.get("schedules", []):
+            schedule["active"] = False
+    return str(yaml.safe_dump(content))
 
 
 def main() -> int:
@@ -77,8 +108,9 @@ def main() -> int:
             if missing := connect(client):
                 raise DeployError(missing)
             set_up(client, Servers.load().gpus)
-        deploy()
-    except (ValueError, DeployError) as error:
+            deploy(client)
+        print(describe(is_on(os.environ["PREFECT_API_URL"], os.environ.get("PREFECT_API_AUTH_STRING"))))
+    except (ValueError, DeployError, NightlyError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -16,8 +17,10 @@ from urllib.request import Request, urlopen
 from xmlrpc.client import Fault
 
 from ops.redaction import redact
-from ops.servers import USER, Servers
+from ops.servers import EXPERIMENT, MODEL_TRAINING, USER, Servers
+from ops.settings import Settings
 from ops.stack.deploy import DeployError, deploy, set_up
+from ops.tracking.views import view_url
 
 _STARTS = 2  # of a process that ends at once, before it is given up
 SECONDS = 120.0  # time limit for each server; four times what all need together on two idle cores
@@ -66,17 +69,42 @@ def _answers(url: str | Request) -> bool:
         return bool(answer.status == 200)
 
 
+def _mlflow_request(servers: Servers, path: str) -> Request:
+    """A request to MLflow's REST API, with the credentials of client.env."""
+    ask = Request(f"{servers.mlflow_url}/api/2.0/mlflow/{path}")
+    if servers.secure:
+        ask.add_header("Authorization", "Basic " + b64encode(f"{USER}:{servers.password()}".encode()).decode())
+    return ask
+
+
+def runs_page(servers: Servers) -> str:
+    """The address of MLflow's page of runs; of all experiments, if MLflow does not say which one is theirs."""
+    try:
+        ask = _mlflow_request(servers, f"experiments/get-by-name?experiment_name={EXPERIMENT}")
+        with urlopen(ask, timeout=5) as answer:
+            return str(view_url(servers.mlflow_url, json.load(answer)["experiment"]["experiment_id"]))
+    except (OSError, HTTPException, ValueError, KeyError):
+        return f"{servers.mlflow_url}/#/experiments?{MODEL_TRAINING}"
+
+
+def _prepare_pages(servers: Servers) -> None:
+    """Create the experiment in MLflow, so that its page can be opened before the first run."""
+    from ops.tracking.runs import client, open_experiment
+
+    try:
+        open_experiment(client(servers.mlflow_url), Settings.load())
+    except Exception as error:  # a run meets the same trouble, and reports it
+        print(f"MLflow's page of runs is not prepared: {redact(str(error))}", file=sys.stderr)
+
+
 def _takes_the_password(servers: Servers) -> bool:
     """Whether MLflow answers a request with the credentials of client.env.
 
     Raises:
         NotReadyError: MLflow refuses the password.
     """
-    ask = Request(f"{servers.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=1")
-    if servers.secure:
-        ask.add_header("Authorization", "Basic " + b64encode(f"{USER}:{servers.password()}".encode()).decode())
     try:
-        return _answers(ask)
+        return _answers(_mlflow_request(servers, "experiments/search?max_results=1"))
     except HTTPError as error:
         if error.code != 401:
             raise
@@ -109,9 +137,10 @@ def main() -> int:
         with get_client(sync_client=True) as client:
             set_up(client, servers.gpus)
             servers.supervisor().startProcess("worker", False)
-            deploy()
+            deploy(client)
             log = servers.logs / "mlflow.log"
             wait_for("MLflow's server", log, lambda: _takes_the_password(servers), pid("mlflow"))
+            _prepare_pages(servers)  # while the worker starts
             wait_for("the worker", servers.logs / "worker.log", worker_is_online, pid("worker"))
             servers.supervisor().startProcess("watch", False)  # last: no other program needs it
     except (NotReadyError, DeployError) as error:

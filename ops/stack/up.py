@@ -28,6 +28,8 @@ from ops.machine.flock import hold_file
 from ops.machine.process import Process, end_processes, tagged
 from ops.mistakes import refuse
 from ops.servers import TAG_VARIABLE, USER, Servers
+from ops.stack.nightly import NightlyError, describe, is_on
+from ops.stack.ready import runs_page
 
 SAVE_SECONDS = 45.0  # time for a training to reach its next step and to save a checkpoint
 STOP_SECONDS = 100.0  # time for everything to end
@@ -233,12 +235,15 @@ def _running(servers: Servers) -> _Running:
 
 
 def _banner(servers: Servers) -> str:
-    lines = [f"Prefect  {servers.prefect_url}", f"MLflow   {servers.mlflow_url}"]
+    lines = [f"Prefect  {servers.prefect_url}", f"MLflow   {runs_page(servers)}"]
     if servers.secure:
         lines.append(f"Both require a password: user {USER}, password in {_short(servers.password_file)}")
         lines.append(f"(Prefect's page takes both in one field: {USER}:PASSWORD)")
     elif not servers.is_local:
         lines.append(f"No password on {servers.host}: anyone who can reach a port can run code on this machine.")
+    with suppress(NightlyError):
+        known = servers.client_environment()
+        lines += ["", describe(is_on(known["PREFECT_API_URL"], known.get("PREFECT_API_AUTH_STRING")))]
     lines += [
         "",
         "Next, in another terminal:",

@@ -17,6 +17,7 @@ from ops.machine.lock_file import shared_directory
 from ops.notify import notify
 from ops.redaction import without_credentials
 from ops.settings import Settings
+from ops.tracking.models import put_first
 from ops.tracking.registry import CHALLENGER, CHAMPION, finishing_run, shared_name, version_of_alias, version_uri
 from ops.tracking.runs import PROMOTION_TAG, RunRef, client, log_metrics, search_runs, set_tags
 
@@ -120,6 +121,8 @@ def _settle(run: RunRef, version: ModelVersion, verdict: Verdict) -> Verdict:
         tags["previous_champion"] = verdict.previous or "none"
     for key, value in tags.items():
         mlflow.set_model_version_tag(version.name, str(version.version), key, value)
+    word = "Champion" if verdict.promoted else "Challenger"
+    put_first(mlflow, version, f"**{word}: {verdict.reason}.**")
     # The alias is set last, so that a champion always has its tags: rollback reads them.
     alias = CHAMPION if verdict.promoted else CHALLENGER
     mlflow.set_registered_model_alias(version.name, alias, str(version.version))

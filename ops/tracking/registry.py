@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,11 @@ from ops.machine.lock import exclusive
 from ops.redaction import redact, without_credentials
 from ops.settings import Settings
 from ops.tracking.flavour import REGISTERED_META, hash_version, plain_part
+from ops.tracking.models import FILES_TAG, TRAINING_TAG, file_hashes
 from ops.tracking.runs import (
-    FILES_TAG,
     MODEL_PREFIX,
     PROMOTION_TAG,
     TAKEN_OVER_TAG,
-    TRAINING_TAG,
     RunRef,
     client,
     log_metrics,
@@ -53,7 +53,27 @@ def shared_name(tracking_uri: str, what: str) -> str:
     return f"{what} {hashlib.sha256(server.encode()).hexdigest()[:8]}"
 
 
-def version_uri(version: ModelVersion) -> str:
+@dataclass(frozen=True)
+class KnownVersion:
+    """A registered version, as far as its files and its base have to be found.
+
+    Attributes:
+        name, version, source, run_id: as in MLflow.
+        files: the sha256 of its files by their paths, as JSON; None where they were not recorded.
+        folder: where its files lie, if that is a folder of this machine.
+        params: of its logged model, such as the base that it was trained from.
+    """
+
+    name: str
+    version: str
+    source: str
+    run_id: str
+    files: str | None
+    folder: Path | None = None
+    params: dict[str, str] = field(default_factory=dict)
+
+
+def version_uri(version: ModelVersion | KnownVersion) -> str:
     """``models:/NAME/VERSION``."""
     return f"models:/{version.name}/{version.version}"
 
@@ -69,6 +89,12 @@ def version_of_alias(mlflow: MlflowClient, name: str, alias: str) -> ModelVersio
             raise
         return None
     return None if number is None else mlflow.get_model_version(name, str(number))
+
+
+def matched_uri(uri: str) -> re.Match[str] | None:
+    """The parts ``name``, ``version`` and ``alias`` of a version's URI; None for a text of another form."""
+    match = _URI.fullmatch(uri)
+    return match if match and len(match["version"] or "") <= _VERSION_DIGITS else None
 
 
 def find_version(
@@ -134,7 +160,8 @@ def interrupted_version(run: RunRef, directory: Path, name: str, training: str) 
     condition = f"name = '{name}' and tags.`{TRAINING_TAG}` = '{training}'"
     for version in mlflow.search_model_versions(condition, order_by=["version_number DESC"]):
         # Without the flavour, whose files name the versions of Python and MLflow.
-        same = plain_part(json.loads(version.tags[FILES_TAG])) == plain_part(hash_version(directory))
+        recorded = json.loads(file_hashes(mlflow, version) or "{}")
+        same = plain_part(recorded) == plain_part(hash_version(directory))
         if same and not _is_finished(mlflow, finishing_run(version)):
             return version
     return None
@@ -206,7 +233,7 @@ def _refuse_a_lost_champion(tracking_uri: str, size: str) -> None:
 
 
 def fetch_version(
-    settings: Settings, version: ModelVersion, log: Callable[[str], None], remedy: str = _REMEDY
+    settings: Settings, version: ModelVersion | KnownVersion, log: Callable[[str], None], remedy: str = _REMEDY
 ) -> tuple[Path, dict[str, str]]:
     """Download a version's files once, and verify them before each use.
 
@@ -230,12 +257,16 @@ def fetch_version(
     directory = settings.models / f"{version.name}-{version.version}-{key}"
     record = directory.with_suffix(".json")
     with exclusive(settings.locks, f"files of {directory.name}", uri, log):
-        expected = _recorded(version, record)
+        if isinstance(version, KnownVersion):
+            tag, folder = version.files, version.folder
+        else:
+            tag, folder = file_hashes(client(settings.tracking_uri), version), None
+        expected = _recorded(tag, uri, record)
         found = hash_version(directory)
         if not found or found != expected:
             if found:
                 log(f"{directory} is not {uri} as registered: it is downloaded again")
-            _download(uri, directory, remedy)
+            _download(settings.tracking_uri, uri, folder, directory, remedy)
             found = hash_version(directory)
             if not expected:
                 expected = found
@@ -250,16 +281,18 @@ def fetch_version(
     return directory, found
 
 
-def _recorded(version: ModelVersion, record: Path) -> dict[str, str]:
+def _recorded(tag: str | None, uri: str, record: Path) -> dict[str, str]:
     """The sha256 of a version's files, as registered or as first seen; empty where neither is known.
+
+    Args:
+        tag: what is registered.
 
     Raises:
         RuntimeError: what is recorded is damaged.
     """
-    tag = version.tags.get(FILES_TAG)
     try:
         if tag:
-            what = f"the tag {FILES_TAG} of {version_uri(version)} in MLflow"
+            what = f"the tag {FILES_TAG} of {uri} in MLflow"
             return parse_record(tag, dict[str, str], what)
         return read_record(record, dict[str, str]) if record.exists() else {}
     except ValueError as error:
@@ -267,22 +300,30 @@ def _recorded(version: ModelVersion, record: Path) -> dict[str, str]:
         raise RuntimeError(f"{error}. {remedy}") from error
 
 
-def _download(uri: str, directory: Path, remedy: str) -> None:
-    import mlflow
-
-    # It says at INFO that there are no files; the error below says so too.
-    logging.getLogger("mlflow.store.artifact.artifact_repo").setLevel(logging.WARNING)
+def _download(tracking_uri: str, uri: str, folder: Path | None, directory: Path, remedy: str) -> None:
+    """Copy a version's files from their folder, or download them."""
     with atomic_directory(directory) as scratch:
         try:
-            mlflow.artifacts.download_artifacts(uri, dst_path=str(scratch))
+            if folder:
+                shutil.copytree(folder, scratch, dirs_exist_ok=True)
+            else:
+                _download_from_mlflow(tracking_uri, uri, scratch)
             (scratch / REGISTERED_META).unlink(missing_ok=True)
             if not hash_version(scratch):  # MLflow reports success without a file
                 raise FileNotFoundError("there are none")
         except Exception as error:  # MLflow, its HTTP client and the disk raise different ones
-            raise RuntimeError(
-                f"the files of {uri} cannot be had from {without_credentials(mlflow.get_tracking_uri())}: "
-                f"{redact(str(error))}. {remedy}"
-            ) from error
+            where = without_credentials(tracking_uri)
+            reason = redact(str(error))
+            raise RuntimeError(f"the files of {uri} cannot be had from {where}: {reason}. {remedy}") from error
+
+
+def _download_from_mlflow(tracking_uri: str, uri: str, target: Path) -> None:
+    import mlflow
+
+    # It says at INFO that there are no files; the caller's error says so too.
+    logging.getLogger("mlflow.store.artifact.artifact_repo").setLevel(logging.WARNING)
+    client(tracking_uri)  # makes it MLflow's own
+    mlflow.artifacts.download_artifacts(uri, dst_path=str(target))
 
 
 def _remove_unused(models: Path) -> None:

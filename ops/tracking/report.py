@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.evaluation.comparison import Difference, compare, judge
 from model.evaluation.scores import ALL_SCORES, HUMANEVAL, Record
@@ -29,7 +29,11 @@ from ops.report.render import render, write_page
 from ops.settings import Settings
 from ops.text import as_setting, escape_output, storable
 from ops.tracking.finished import FinishedRun, read_run
-from ops.tracking.runs import REPORT_FILE, brief, client, refusal, set_tags
+from ops.tracking.models import describe_version
+from ops.tracking.runs import EARLY_END_TAG, REPORT_FILE, RESULT_TAG, brief, client, refusal, set_tags
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
 
 NO_ROWS = (
     "This run has no records of its test rows with content keys: it was made by a version before the report. The "
@@ -138,7 +142,9 @@ def _validation(run: FinishedRun) -> str:
     best, step = run.metrics.get("best/eval_loss"), run.metrics.get("best/step")
     if best is None or step is None:
         return ""
-    return f"The result is the checkpoint of step {step:,.0f}. Its validation loss is {best:.4f} nats per token."
+    text = f"The result is the checkpoint of step {step:,.0f}. Its validation loss is {best:.4f} nats per token."
+    early = run.tags.get(EARLY_END_TAG)
+    return f"{text} The training {early}." if early else text
 
 
 def _metric_rows(run: FinishedRun) -> list[tuple[str, str, str]]:
@@ -213,6 +219,8 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     for verdict in ("better", "worse"):
         if titles := [line.title for line in lines if line.verdict == verdict]:
             paragraphs.append(f"Scores that are {verdict}: {', '.join(titles)}.")
+    if early := run.tags.get(EARLY_END_TAG):
+        paragraphs.append(f"The training {early}.")
     rows = ", ".join(f"{run.fact(f'data/{split}_rows')} {split}" for split in ("train", "validation", "test"))
     paragraphs.append(f"Data: `{_cell(run.params.get('dataset'))}`, rows: {rows}.")
     if run.changed is not None:
@@ -221,11 +229,17 @@ def describe(run: FinishedRun, lines: Sequence[ScoreLine]) -> str:
     return "\n\n".join(paragraphs)
 
 
-def log_report(tracking_uri: str, run_id: str, differences: Sequence[Difference] | None = None) -> None:
+def log_report(
+    tracking_uri: str,
+    run_id: str,
+    differences: Sequence[Difference] | None = None,
+    version: ModelVersion | None = None,
+) -> None:
     """Log a run's report as an artifact, and its result as description and tag.
 
     Args:
         differences: of its records, if they are known already.
+        version: the registered version that it tells of, which gets the same description.
 
     Raises:
         MlflowException: the server cannot be reached.
@@ -234,10 +248,13 @@ def log_report(tracking_uri: str, run_id: str, differences: Sequence[Difference]
     run = read_run(tracking_uri, run_id)
     lines = run_lines(run, differences)
     client(tracking_uri).log_text(run_id, report_page(run, lines), REPORT_FILE)
-    tags = {"mlflow.note.content": storable(describe(run, lines))}
+    text = storable(describe(run, lines))
+    tags = {"mlflow.note.content": text}
     if lines:
-        tags["result"] = brief(short_result(lines, run.records or ()))
+        tags[RESULT_TAG] = brief(short_result(lines, run.records or ()))
     set_tags(run.ref, tags)
+    if version is not None:
+        describe_version(client(tracking_uri), version, text)
 
 
 def main(arguments: list[str] | None = None) -> int:

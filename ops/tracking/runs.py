@@ -7,43 +7,42 @@ import json
 import logging
 import math
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
+from ops.servers import EXPERIMENT as EXPERIMENT
+from ops.servers import MODEL_TRAINING
 from ops.settings import Settings
 from ops.text import as_setting
-from ops.tracking.flavour import hash_version
-from ops.tracking.once import create_once, environment
+from ops.tracking.once import create_once
 from ops.tracking.provenance import git_sha, installed_packages
 from ops.tracking.views import provide_view, server_of, view_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, LoggedModel, Run
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities import Experiment, Run
 
-EXPERIMENT = "finetune"
 MODEL_PREFIX = "gpt2-code-"  # of registered models; the size follows
-FILES_TAG = "files"  # of a version: the sha256 of its files by their paths, as JSON
-TRAINING_TAG = "training"  # of a version: the identity of the training that it is of
 TAKEN_OVER_TAG = "taken_over_by"  # of a version: the run that finished what an interrupted one had registered
 PROMOTION_TAG = "promotion"  # of a run: the alias that its version got, champion or challenger
 PARENT_TAG = "mlflow.parentRunId"  # of a run: the run that it belongs to, beneath which MLflow shows it
 REPORT_FILE = "report/report.html"  # of a run
 CHANGED_FILE = "changed.json"  # of a run: the parameters that differ from their defaults
 PROCESS_TAG = "process"  # of a run: the process that has it open, so that others can see whether it died
+EARLY_END_TAG = "early_end"  # of a run: that patience ended its training early, and at which step
+RESULT_TAG = "result"  # of a run: whether the tuned model is better than its base
 REASON_TAG = "ended_by"  # of a run: why hooks or reaper closed it
+_PAGES_PORT = 5000  # of the command that opens the pages of a run without a server
 _PAGE = 1000  # runs per request
 _PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter's value
 _TAG_CHARACTERS = 1000  # of a tag that is text for people
-# A server answers an upload only when it has written the file, which takes longer than other requests may.
-_UPLOAD_SECONDS = "1800"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class RunRef:
         """Its page, if the tracking URI is a server's."""
         server = server_of(self.tracking_uri)
         # Without the type MLflow 3 opens its pages for language-model traces.
-        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}?workflowType=machine_learning"
+        page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}?{MODEL_TRAINING}"
         return server and server + page
 
     @property
@@ -80,6 +79,17 @@ class RunRef:
             return f"[{self.run_id}]({self.url})"
         uri = without_credentials(self.tracking_uri)
         return f"`{self.run_id}` (show it with `mlflow ui --backend-store-uri {uri}`)"
+
+
+def opening(run: RunRef) -> list[str]:
+    """Lines for a terminal: how to open the run's page in MLflow; without a server, how to start one for it."""
+    if run.url:
+        return [f"page: {run.url}"]
+    # `mlflow server` of this Python, as the shell may have none or another version.
+    program = shlex.quote(str(Path(sys.executable).with_name("mlflow")))
+    uri = shlex.quote(without_credentials(run.tracking_uri))
+    local = replace(run, tracking_uri=f"http://127.0.0.1:{_PAGES_PORT}")
+    return [f"pages: {program} ui --backend-store-uri {uri} --port {_PAGES_PORT}", f"then: {local.url}"]
 
 
 def refusal(tracking_uri: str, error: Exception) -> str:
@@ -119,6 +129,17 @@ def find_experiment(mlflow: MlflowClient) -> Experiment | None:
             f"with `MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore -x {found.experiment_id}`"
         )
     return found
+
+
+def open_experiment(mlflow: MlflowClient, settings: Settings) -> str:
+    """The id of the experiment of all runs, with its description and its view; it is created if there is none.
+
+    Raises:
+        RuntimeError: as ``find_experiment``.
+    """
+    experiment_id = _experiment_id(mlflow, settings)
+    provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
+    return experiment_id
 
 
 def _experiment_id(mlflow: MlflowClient, settings: Settings) -> str:
@@ -186,8 +207,7 @@ def tracked_run(
     if defaults is not None:
         tags["changed"] = _changes(changed)
     with redacted_errors():
-        experiment_id = _experiment_id(mlflow, settings)
-        provide_view(mlflow, experiment_id, mlflow.get_experiment(experiment_id).tags)
+        experiment_id = open_experiment(mlflow, settings)
     run = create_run(mlflow, experiment_id, name, tags)
     ref = RunRef(settings.tracking_uri, experiment_id, run.info.run_id)
     with closed_at_end(mlflow, ref.run_id):
@@ -321,82 +341,34 @@ def _infinite_as_text(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def log_data(run: RunRef, source: str, revision: str | None, sha256: str) -> None:
-    """Log the data set as an input, with a digest over all rows (MLflow's own digest samples the first 10,000)."""
+def log_data(
+    run: RunRef, source: str, revision: str | None, sha256: str, profile: Mapping[str, float] | None = None
+) -> None:
+    """Log the data set as an input, with a digest over all rows (MLflow's own digest samples the first 10,000).
+
+    Args:
+        profile: what is counted of the rows, such as their number in each split.
+    """
     from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
+    from mlflow.types import ColSpec, Schema
 
     origin = CodeDatasetSource(tags={"source": source, "revision": revision or "local", "sha256": sha256})
     # The table of runs shows the digest, so it is short; the tag data_sha256 has the whole hash.
-    dataset = MetaDataset(origin, name=Path(source).name, digest=sha256[:12])  # type: ignore[abstract]
-    inputs = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
+    schema = Schema([ColSpec("string", "prompt"), ColSpec("string", "completion")])
+    dataset = Dataset(
+        name=Path(source).name,
+        digest=sha256[:12],
+        source_type="code",
+        source=origin.to_json(),
+        schema=json.dumps({"mlflow_colspec": schema.to_dict()}),
+        profile=json.dumps(dict(profile or {})),
+    )
+    inputs = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
     mlflow = client(run.tracking_uri)
     try:
         mlflow.log_inputs(run.run_id, [inputs])
     except MlflowException:
         # MLflow looks the data set up, then inserts it: two runs at once may both insert, and the second one fails.
         mlflow.log_inputs(run.run_id, [inputs])
-
-
-def log_model(
-    run: RunRef,
-    directory: Path,
-    name: str,
-    params: Mapping[str, Any],
-    metrics: Mapping[str, float],
-    step: int,
-    training: str = "",
-) -> ModelVersion:
-    """Log a directory as the run's model, with its metrics, and register it.
-
-    The files are logged unchanged, without a pickled module, so that they load without this code (mlflow#9514).
-
-    Args:
-        directory: in Hugging Face's layout, with MLflow's flavour (``add_flavour``) or without.
-        name: of the registered model.
-        metrics: logged for the model and for the run, at step 0: MLflow shows single values as bars.
-        step: of the training that the model comes from.
-        training: identity of that training; a later run finds the version by it if this one is interrupted.
-    """
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.exceptions import MlflowException
-
-    mlflow = client(run.tracking_uri)
-    texts = {key: str(value) for key, value in params.items()}
-
-    def find_model() -> LoggedModel | None:
-        found = mlflow.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'")
-        return found[0] if found else None
-
-    def find_version() -> ModelVersion | None:
-        found = mlflow.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
-        return found[0] if found else None
-
-    model = create_once(
-        lambda: mlflow.create_logged_model(run.experiment_id, name, run.run_id, params=texts, model_type="gpt2"),
-        find_model,
-    )
-    with environment("MLFLOW_HTTP_REQUEST_TIMEOUT", _UPLOAD_SECONDS):
-        mlflow.log_model_artifacts(model.model_id, str(directory))
-    log_metrics(run, metrics, 0, model.model_id)
-    mlflow.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step)])
-    mlflow.finalize_logged_model(model.model_id, "READY")
-    try:
-        mlflow.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    files = json.dumps(hash_version(directory))
-    return create_once(
-        lambda: mlflow.create_model_version(
-            name,
-            source=f"models:/{model.model_id}",
-            run_id=run.run_id,
-            model_id=model.model_id,
-            tags={FILES_TAG: files, TRAINING_TAG: training},
-            description=", ".join(f"{key} {value:.4f}" for key, value in metrics.items()),
-        ),
-        find_version,
-    )

@@ -1,42 +1,73 @@
-"""``python -m ops.tracking.sample "PROMPT"``: ask the latest tuned model in MLflow's registry."""
+"""``python -m ops.tracking.sample [PROMPT]``: ask a tuned model of MLflow's registry.
+
+Without a prompt, on a terminal, it answers line by line until the end of the input.
+"""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ops.redaction import without_credentials
+from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
+from model.net.loading import read_pretrained
+from model.net.plain_tokenizer import load_plain_tokenizer
+from model.net.tokenizer import tokenizer_hashes
+from ops.hub import PINNED_WEIGHTS, HubError, fetch_weights
 from ops.settings import Settings
 from ops.text import escape_output, unreadable_argument
-from ops.tracking.registry import fetch_version
-from ops.tracking.runs import MODEL_PREFIX, client, refusal
+from ops.tracking.lookup import look_up
+from ops.tracking.registry import KnownVersion, fetch_version, version_uri
+from ops.tracking.runs import MODEL_PREFIX, refusal
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from transformers import PreTrainedTokenizerBase
+
+    from model.evaluation.config import SamplingConfig
+    from model.net.gpt import GPTModel
 
 _REMEDY = "Restore its artifacts, or name another registered model with --model"
+_SHORT_OF = "the base of {uri} was {base}, which cannot be found on this machine: leave --base out"
+_PENDING = "\ufffd"  # stands at the end of a text whose last character has bytes to come
 
 
-def latest_version(mlflow: MlflowClient, name: str | None) -> ModelVersion:
-    """The version registered last, of one model or of all that this project registers.
+@dataclass(frozen=True)
+class _Answerer:
+    """A loaded model.
 
-    Raises:
-        LookupError: there is none.
+    Attributes:
+        title: printed above its answer where there are two models.
     """
-    names = [name] if name else [m.name for m in mlflow.search_registered_models(f"name LIKE '{MODEL_PREFIX}%'")]
-    versions = [v for each in names for v in mlflow.search_model_versions(f"name = {_quoted(each)}")]
-    if not versions:
-        raise LookupError(
-            f"no version of {name or MODEL_PREFIX + '*'} is registered at "
-            f"{without_credentials(mlflow.tracking_uri)}: run `make run`, or set MLFLOW_TRACKING_URI to the "
-            "server of your runs"
-        )
-    return max(versions, key=lambda version: version.creation_timestamp)
+
+    title: str
+    model: GPTModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def answer(self, prompt: str, sampling: SamplingConfig, warn: Callable[[str], None]) -> None:
+        """Print the answer to a prompt, each token as soon as it is drawn."""
+        from model.evaluation.completions import complete
+
+        shown, ids = "", list[int]()
+
+        def show(token: int) -> None:
+            nonlocal shown
+            ids.append(token)
+            if token == self.tokenizer.eos_token_id:
+                return
+            text = str(self.tokenizer.decode(ids))
+            if text.startswith(shown) and not text.endswith(_PENDING):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+
+        ((text, _),) = complete(self.model, self.tokenizer, [prompt], sampling, warn=warn, on_token=show)
+        print(text[len(shown) :] if text.startswith(shown) else f"\n{text}", flush=True)
 
 
 def _quoted(name: str) -> str:
@@ -52,56 +83,132 @@ def _quoted(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the completion of a prompt. Returns the exit status."""
+    """Print the completion of a prompt, or of each line that is typed. Returns the exit status."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    chats = given.prompt is None or not given.prompt.strip()
+    if chats and not sys.stdin.isatty():
+        parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
+    if not chats and (reason := unreadable_argument(given.prompt)):
+        print(f"the prompt {reason}", file=sys.stderr)
+        return 2
+    try:
+        sampling = _sampling(given)
+        models = _load(Settings.load(), given.model, given.base)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        _tell(f"{first['loc'][0]} {first['input']}: {first['msg']}")
+        return 1
+    except (LookupError, ValueError, RuntimeError, OSError, HubError) as error:
+        _tell(str(error))
+        return 1
+    except Exception as error:
+        if "mlflow" not in sys.modules or not _is_of_mlflow(error):
+            raise
+        _tell(refusal(Settings.load().tracking_uri, error))
+        return 1
+    try:
+        for prompt in _typed() if chats else [given.prompt]:
+            for each in models:
+                if len(models) > 1:
+                    print(f"--- {each.title}")
+                each.answer(prompt, sampling, _tell)
+    except KeyboardInterrupt:
+        print()
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="finetune sample", description=__doc__)
-    parser.add_argument("prompt", help="the instruction, as in the data set's prompt column")
+    parser.add_argument("prompt", nargs="?", help="the instruction, as in the data set's prompt column")
     parser.add_argument(
-        "--model", help=f"registered model, such as {MODEL_PREFIX}355m; default: the latest of any size"
+        "--model",
+        help=f"models:/NAME/VERSION, models:/NAME@ALIAS, the id of a run, or a registered model, such as "
+        f"{MODEL_PREFIX}355m, for its latest version; default: the latest of any size",
     )
+    parser.add_argument("--base", action="store_true", help="also show what the untouched base answers")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 changes nothing, the default")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args(arguments)
-    if not given.prompt.strip():
-        parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
-    if reason := unreadable_argument(given.prompt):
-        print(f"the prompt {reason}", file=sys.stderr)
-        return 2
+    return parser
 
+
+def _sampling(given: argparse.Namespace) -> SamplingConfig:
+    """The settings of generation.
+
+    Raises:
+        ValueError, ValidationError: one is out of range.
+    """
+    from model.evaluation.config import SamplingConfig
+    from model.net.sampling import check_sampling
+
+    check_sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty)
+    own = ("prompt", "model", "base")
+    values = {name: value for name, value in vars(given).items() if name not in own}
+    return TypeAdapter(SamplingConfig).validate_python(values)
+
+
+def _load(settings: Settings, wanted: str | None, with_base: bool) -> list[_Answerer]:
+    """The models that answer: the base first, if it is asked for.
+
+    Raises:
+        LookupError, ValueError, RuntimeError, OSError, HubError: the version or its base cannot be had.
+    """
+    version = look_up(settings.tracking_uri, wanted)
+    directory, files = fetch_version(settings, version, _tell, _REMEDY)
+    uri = f"{version.name} version {version.version}"
+    tuned = _read(uri, directory, files)
+    _tell(uri)
+    return [_base(settings, version), tuned] if with_base else [tuned]
+
+
+def _read(title: str, directory: Path, files: dict[str, str] | None) -> _Answerer:
+    network = read_pretrained(directory, torch.device("cpu"), torch.float32, files)
+    of_tokenizer = tokenizer_hashes(files) if files else None
+    return _Answerer(title, network, load_plain_tokenizer(directory, network.config.vocab_size, of_tokenizer))
+
+
+def _base(settings: Settings, version: KnownVersion) -> _Answerer:
+    """The model that a version was trained from."""
+    base = version.params.get("base", "")
+    title = f"base ({base})"
+    if base == "embedded":
+        return _read(title, EMBEDDED_BASE, EMBEDDED_SHA256)
+    if base.startswith("models:/"):
+        before = look_up(settings.tracking_uri, base)
+        return _read(title, *fetch_version(settings, before, _tell, _REMEDY))
+    for repository, revision in PINNED_WEIGHTS.values():
+        if repository == base:
+            return _read(title, fetch_weights(repository, revision, settings.hub_cache).path, None)
+    if base and Path(base).is_dir():
+        return _read(title, Path(base), None)
+    raise LookupError(_SHORT_OF.format(uri=version_uri(version), base=base or "not recorded"))
+
+
+def _typed() -> Iterator[str]:
+    """The lines that are typed, until the end of the input or Ctrl-C."""
+    _tell("a line is a prompt; Ctrl-D ends")
+    while True:
+        try:
+            print("> ", end="", flush=True)
+            line = input()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if reason := unreadable_argument(line):
+            _tell(f"the line {reason}")
+        elif line.strip():
+            yield line
+
+
+def _is_of_mlflow(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
-    from model.evaluation.completions import complete
-    from model.evaluation.config import SamplingConfig
-    from model.net.loading import read_pretrained
-    from model.net.sampling import check_sampling
-    from model.net.tokenizer import load_tokenizer, tokenizer_hashes
-
-    settings = Settings.load()
-    values = {name: value for name, value in vars(given).items() if name not in ("prompt", "model")}
-    try:
-        check_sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty)
-        sampling = TypeAdapter(SamplingConfig).validate_python(values)
-        version = latest_version(client(settings.tracking_uri), given.model)
-        directory, files = fetch_version(settings, version, _tell, _REMEDY)
-        network = read_pretrained(directory, torch.device("cpu"), torch.float32, files)
-        tokenizer = load_tokenizer(directory, network.config.vocab_size, tokenizer_hashes(files))
-    except ValidationError as error:
-        (first, *_) = error.errors()
-        _tell(f"{first['loc'][0]} {first['input']}: {first['msg']}")
-        return 1
-    except (LookupError, ValueError, RuntimeError, OSError) as error:
-        _tell(str(error))
-        return 1
-    except MlflowException as error:
-        _tell(refusal(settings.tracking_uri, error))
-        return 1
-    _tell(f"{version.name} version {version.version}")
-    ((text, _),) = complete(network, tokenizer, [given.prompt], sampling, warn=_tell)
-    print(text)
-    return 0
+    return isinstance(error, MlflowException)
 
 
 def _tell(line: str) -> None:

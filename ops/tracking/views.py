@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ops.redaction import without_credentials
+from ops.servers import MODEL_TRAINING
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 VIEW = "finetune-scores"
 _TAG = f"mlflow.sharedViewState.{VIEW}"
 _NAME = "Scores"
+_NOTE_TAG = "mlflow.note.content"
+_DESCRIPTION = (
+    "GPT-2 fine-tuned on code instructions by the flows `finetune` and `sweep`: one run for each flow run, and "
+    "beneath a sweep's run one for each trial. The tag `result` compares the tuned model with its base on the test "
+    "split, the tag `changed` has the parameters that differ from their defaults. The view *Scores* (menu *Views*) "
+    "shows the results first. Losses are nats per response token; `untuned/...` is the base's value."
+)
 # Columns of the table, beside the run's name and time.
 _COLUMNS = (
     "tags.`result`",
@@ -56,17 +64,18 @@ def view_url(tracking_uri: str, experiment_id: str) -> str | None:
     """The page of runs in the ready-made view, if the tracking URI is a server's."""
     server = server_of(tracking_uri)
     return server and (
-        f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&compareRunsMode=TABLE"
-        "&workflowType=machine_learning"
+        f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&compareRunsMode=TABLE&{MODEL_TRAINING}"
     )
 
 
 def provide_view(mlflow: MlflowClient, experiment_id: str, tags: Mapping[str, str]) -> None:
-    """Store the view in the experiment, unless it is there already.
+    """Store the view in the experiment, unless it is there already, and describe the experiment unless somebody has.
 
     Args:
         tags: of the experiment.
     """
+    if not tags.get(_NOTE_TAG):
+        mlflow.set_experiment_tag(experiment_id, _NOTE_TAG, _DESCRIPTION)
     state = _packed(_state())
     try:
         if json.loads(tags[_TAG])["state"] == state:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -66,34 +68,49 @@ def test_deploying_again_changes_nothing(platform: MadeUp, deployments: dict[str
     assert platform.api("/v2/concurrency_limits/tag:gpu")["limit"] == 1
 
 
-def test_a_schedule_that_was_switched_off_stays_off(platform: MadeUp, deployments: dict[str, dict[str, Any]]) -> None:
-    """`make up` deploys at each start; whoever paused the nightly run in Prefect's pages meant it."""
+def _nightly(platform: MadeUp, *arguments: str) -> str:
+    command = [sys.executable, "-m", "ops.stack.nightly", *arguments]
+    done = subprocess.run(command, env=platform.client_environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nights_are_paused_until_they_are_switched_on(
+    platform: MadeUp, deployments: dict[str, dict[str, Any]]
+) -> None:
+    """`make up` says so, and deploying again changes neither choice. Once on, runs at two UTC are planned."""
     nightly = deployments["nightly"]
     (schedule,) = nightly["schedules"]
-    path = f"/deployments/{nightly['id']}/schedules/{schedule['id']}"
-    platform.api(path, {"active": False}, "PATCH")
-    try:
+    assert not schedule["active"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 2 * * *", "UTC")
+    paused = "The nightly schedule is paused; `python -m ops.stack.nightly on`"
+    assert paused in platform.output
+    assert _nightly(platform).startswith(paused)
+
+    def deploy_again() -> tuple[bool, str]:
         again = platform.make("deploy")
         assert again.returncode == 0, again.stdout
         (kept,) = platform.api(f"/deployments/{nightly['id']}")["schedules"]
-        assert not kept["active"]
+        return kept["active"], again.stdout
+
+    active, said = deploy_again()
+    assert not active
+    assert paused in said
+    assert _nightly(platform, "on").startswith("The nightly schedule is on; ")
+    try:
+        active, said = deploy_again()
+        assert active
+        assert "The nightly schedule is on" in said
+        of_nightly = {"deployments": {"id": {"any_": [nightly["id"]]}}}
+        runs = wait_for("a scheduled run", lambda: platform.api("/flow_runs/filter", of_nightly), 75)
+        for run in runs:
+            assert run["state"]["type"] == "SCHEDULED"
+            start = _time(run["expected_start_time"])
+            assert start.utcoffset().total_seconds() == 0
+            assert (start.hour, start.minute) == (2, 0)
     finally:
-        platform.api(path, {"active": True}, "PATCH")
-
-
-def test_nightly_is_scheduled_at_two_utc(platform: MadeUp, deployments: dict[str, dict[str, Any]]) -> None:
-    """The schedule is stored, and the server acts on it: runs of the coming nights are planned."""
-    (schedule,) = deployments["nightly"]["schedules"]
-    assert schedule["active"]
-    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 2 * * *", "UTC")
-
-    nightly = {"deployments": {"id": {"any_": [deployments["nightly"]["id"]]}}}
-    runs = wait_for("a scheduled run", lambda: platform.api("/flow_runs/filter", nightly), 75)
-    for run in runs:
-        assert run["state"]["type"] == "SCHEDULED"
-        start = _time(run["expected_start_time"])
-        assert start.utcoffset().total_seconds() == 0
-        assert (start.hour, start.minute) == (2, 0)
+        assert _nightly(platform, "off").startswith(paused)
+    assert not deploy_again()[0]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def test_params_and_tags_tell_this_run(finished: Any, tiny: dict[str, Any], mlfl
     from prefect.client.orchestration import get_client
 
     run = mlflow_of(finished.run).get_run(finished.run.run_id)
+    assert run.info.run_name == "tiny lr 2e-3 top 2, validation_share 0.1, epochs 3, max_steps 12, batch 8"
+    assert next(tag for tag in run.data.tags if not tag.startswith("mlflow.")) == "result"
     assert {name: run.data.params[name] for name in tiny} == {name: str(value) for name, value in tiny.items()}
     assert run.data.params["trainable_parameters"] == "890112"
     assert run.data.tags["result"].startswith("better: test loss ")
@@ -100,7 +102,7 @@ def test_params_and_tags_tell_this_run(finished: Any, tiny: dict[str, Any], mlfl
     assert f"`max_steps={tiny['max_steps']}`" in run.data.tags["mlflow.note.content"]
     with get_client(sync_client=True) as prefect:
         flow_run = prefect.read_flow_run(run.data.tags["prefect.flow_run_id"])
-    assert run.info.run_name == f"tiny {flow_run.name}"
+    assert run.info.run_name == flow_run.name
     assert flow_run.state is not None
     assert flow_run.state.is_completed()
 

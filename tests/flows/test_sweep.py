@@ -18,8 +18,10 @@ from made_up import wait_for
 from world import World
 
 from model.engine.trainer import StepReport
+from model.evaluation.comparison import compare
 from model.files import sha256_file
 from ops.machine.lock_file import read_locks
+from ops.tracking.finished import read_run
 from ops.tracking.runs import PARENT_TAG, RunRef, client
 
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
@@ -246,6 +248,26 @@ def test_a_trial_that_diverges_is_a_result(prefect_server: None, data_root: Path
     assert re.match("failed: (validation )?loss", failed.data.tags["sweep.outcome"])
     assert [each.outcome.outcome for each in result.trials] == ["failed", "finished"]
     assert result.best.trial.name == "lr 0.002, max_grad_norm 1000000.0"
+
+
+def test_seeds_are_compared_on_the_same_rows(
+    prefect_server: None, data_root: Path, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]
+) -> None:
+    """A seed changes the training and not the splits; the best trial is evaluated with its own seed."""
+    from flows.sweep import sweep
+
+    result = sweep(**{**tiny, **SHORT, "grid": {"seed": [1, 2]}})
+    first, second = _children(result.run)
+    losses = [_curves(result.run.tracking_uri, run.info.run_id)["train/loss"] for run in (first, second)]
+    assert losses[0] != losses[1]
+    assert first.data.metrics["untuned/eval_loss"] == second.data.metrics["untuned/eval_loss"]
+    (tokens,) = (data_root / "tokens").iterdir()
+    assert json.loads((tokens / "meta.json").read_text())["config"]["split_seed"] == 42
+    run = mlflow_of(result.run).get_run(result.run.run_id)
+    assert run.data.params["seed"] == str(result.best.trial.changes["seed"])
+    records = read_run(result.run.tracking_uri, result.run.run_id).records
+    again = {found.score: found for found in compare(records, result.best.trial.changes["seed"])}
+    assert again["loss"].lower == pytest.approx(result.differences[0].lower)
 
 
 def test_a_sweep_without_a_finished_trial_fails(prefect_server: None, data_root: Path, tiny: dict[str, Any]) -> None:

@@ -44,10 +44,10 @@ def test_trials_that_share_a_base_are_neighbours() -> None:
     [
         (None, "grid is empty: name values to try"),
         ({}, "grid is empty"),
-        ({"lr": [1]}, "grid has 'lr', which is none of epochs, max_steps, batch_size, .*, num_unfrozen_layers"),
+        ({"lr": [1]}, "grid has 'lr', which is none of seed, epochs, max_steps, batch_size, .*, num_unfrozen_layers"),
         ({"a\nb" * 1000: [1]}, "grid has 'a.*, which is none of"),
         ({"dataset": ["demo"]}, "grid has 'dataset', which is none of"),
-        ({"seed": [1, 2]}, "grid cannot have seed: it decides the splits too"),
+        ({"split_seed": [1, 2]}, "grid cannot have split_seed: it decides the splits, and losses on other rows"),
         ({"eval_rows": [1, 2]}, "grid cannot have eval_rows: losses on other rows"),
         ({"learning_rate": []}, "grid has no list of values for learning_rate: name at least one"),
         ({"learning_rate": [0.1, 0]}, "grid has learning_rate 0: Input should be greater than 0"),

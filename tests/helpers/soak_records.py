@@ -15,6 +15,7 @@ from made_up import MadeUp
 
 from ops.machine.lock_file import read_locks
 from ops.tracking.flavour import hash_version
+from ops.tracking.models import file_hashes
 from ops.tracking.runs import client
 
 MODEL = "gpt2-code-tiny"
@@ -107,7 +108,7 @@ def _registry(made: MadeUp) -> dict[str, Any]:
         facts = {name: version.tags.get(name) for name in ("reason", "interval", "previous_champion")}
         versions[str(version.version)] = {
             "sha256": files,
-            "as registered": json.loads(version.tags["files"]),
+            "as registered": json.loads(file_hashes(server, version) or "null"),
             **facts,
         }
     return {"versions": versions, "aliases": dict(server.get_registered_model(MODEL).aliases)}

@@ -151,3 +151,52 @@ def test_a_long_text_is_cut(hook: Hook, artifacts: list[tuple[Any, ...]]) -> Non
     (message,) = hook.received
     assert len(message["text"]) < 3_100
     assert message["text"].endswith("<http://127.0.0.1/1|run>")
+
+
+def test_apprise_gets_the_notice(
+    hook: Hook, artifacts: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the webhook, and alone; several addresses; the links are in the text."""
+    address = hook.url.replace("http://", "json://")
+    monkeypatch.setenv("FINETUNE_NOTIFY", f"{address}1, {address}2")
+    assert notify("finetune/355m failed: a run", ["out of memory"], {"MLflow run": "http://mlflow/run"})
+    assert len(hook.received) == 3
+    sent = [message for message in hook.received if "message" in message]
+    assert {message["title"] for message in sent} == {"finetune/355m failed: a run"}
+    assert {message["message"] for message in sent} == {"out of memory\nMLflow run: http://mlflow/run"}
+    monkeypatch.delenv("FINETUNE_WEBHOOK_URL")
+    assert notify("a title alone")
+    assert len(hook.received) == 5
+    assert hook.received[-1]["message"] == "a title alone"
+
+
+@pytest.mark.parametrize(
+    ("status", "suffix", "told"),
+    [
+        (500, "", "a receiver refused the notice, or did not answer"),
+        (200, " nosuchservice", "an address is none that apprise knows"),
+        (None, "", "was given up after"),
+    ],
+)
+def test_a_faulty_receiver_delays_nothing_and_is_not_named(
+    hook: Hook,
+    artifacts: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    status: int | None,
+    suffix: str,
+    told: str,
+) -> None:
+    """Its address, which is a secret, is in no log."""
+    monkeypatch.setattr(module, "_SECONDS", 2.0)
+    monkeypatch.setenv("FINETUNE_NOTIFY", hook.url.replace("http://", "json://") + suffix)
+    monkeypatch.delenv("FINETUNE_WEBHOOK_URL")
+    hook.status = status
+    caplog.set_level(logging.DEBUG)
+    begun = time.monotonic()
+    assert not notify("a title", [f"the address is {hook.url.replace('http://', 'json://')}"])
+    assert time.monotonic() - begun < 4
+    assert "FINETUNE_NOTIFY" in caplog.text
+    assert told in caplog.text
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith("urllib3")]
+    assert SECRET not in "".join(ours)

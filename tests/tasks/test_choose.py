@@ -68,5 +68,5 @@ def test_a_choice_is_handed_on_by_reference(
     use(second)
     assert _choose(sources) is None
     assert "held out now" not in caplog.text
-    _choose(sources, replace(CONFIG, seed=7))
+    _choose(sources, replace(CONFIG, split_seed=7))
     assert "rows held out now, so that the champion looks better than it is" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from prefect.logging import disable_run_logger
 
 from model.data.config import PrepareConfig
 from model.data.preparing import training_keys
-from model.net.tokenizer import load_tokenizer
+from model.files import sha256_json
+from model.net.tokenizer import VOCABULARY_FILES, load_tokenizer
 from tasks.config import SourceConfig
 from tasks.download import download
 from tasks.prepare import find_or_write_tokens
@@ -93,3 +95,33 @@ def test_a_file_that_changes_after_it_was_hashed_ends_the_run(sources: Sources, 
     assert list((tmp_path / "root" / "tokens").iterdir()) == []
     copy.write_bytes(file.read_bytes())
     assert _prepare(changing).counts == _prepare(sources).counts
+
+
+def test_token_files_of_earlier_versions_are_found(sources: Sources) -> None:
+    """The seed of the splits had another name: the key of the same rows and settings must not change."""
+    files = {split: [file.sha256 for file in found] for split, found in sources.dataset.splits.items()}
+    hashes = sources.weights.tokenizer_files
+    tokenizer = {name: hashes[name] for name in VOCABULARY_FILES if name in hashes}
+    settings = {
+        "seed": 42, "max_length": 80, "subset_start": 0, "subset_count": None, "subset_keys": None,
+        "test_share": 0.1, "validation_share": 0.2, "max_dropped_share": 0.05,
+    }  # fmt: skip
+    determinants = {"code": 3, "config": settings, "rows": files, "tokenizer": tokenizer}
+    assert _prepare(sources).key == sha256_json(determinants)
+
+
+def test_small_splits_warn(
+    sources: Sources, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the token files are those of an earlier run; what it says to set gives enough rows."""
+    monkeypatch.setattr("tasks.prepare.get_run_logger", lambda: logging.getLogger("rows"))
+    for _ in range(2):
+        caplog.clear()
+        counts = find_or_write_tokens(sources, CONFIG).counts["rows"]
+        warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        validation, test = warned
+        assert validation == (
+            f"the validation split has {counts['validation']} rows, and they choose the best step: with fewer than "
+            "30 that is mostly chance; add rows, or a file with the word validation in its name"
+        )
+        assert test.startswith(f"the test split has {counts['test']} rows, and they say whether a model is better:")

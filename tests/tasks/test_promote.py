@@ -21,7 +21,8 @@ from model.net.config import FreezeConfig, GPTConfig
 from model.net.freezing import plan_freeze
 from model.net.gpt import GPTModel
 from ops.settings import Settings
-from ops.tracking.runs import client, log_model, tracked_run
+from ops.tracking.models import log_model
+from ops.tracking.runs import client, tracked_run
 from tasks.config import SourceConfig
 from tasks.download import download
 from tasks.frozen import load_frozen

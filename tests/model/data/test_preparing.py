@@ -14,7 +14,7 @@ import pytest
 
 from model.data.config import PrepareConfig
 from model.data.layout import find_splits
-from model.data.preparing import prepare, training_keys
+from model.data.preparing import prepare, small_splits, training_keys
 from model.data.rows import row_key
 from model.data.schemas import normalize_row
 from model.data.tokens import CodeAlpacaDataset, read_meta
@@ -296,7 +296,7 @@ def test_splits_do_not_move_when_rows_are_added(make_rows: Callable[..., Any], r
 
 def test_split_seed(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
     """The same seed draws the same held-out rows; another seed draws others."""
-    first, again, other = (held_out(run(make_rows(60), seed=seed)[1], "test") for seed in (1, 1, 2))
+    first, again, other = (held_out(run(make_rows(60), split_seed=seed)[1], "test") for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -453,3 +453,16 @@ def test_large_vocabulary_is_stored_in_four_bytes(
     meta, directory = run(make_rows(60))
     assert meta["dtype"] == "<u4"
     assert min(i for ids, _ in examples(directory, "train") for i in ids) >= shift
+
+
+def test_what_a_small_split_needs(make_rows: Callable[..., Any], run: Callable[..., Any]) -> None:
+    """None of 30 rows warns; the share that is named gives enough; a split with files of its own needs rows there."""
+    meta, _ = run(make_rows(200), validation_share=0.1, test_share=0.3)
+    (warning,) = small_splits(meta["counts"]["rows"], meta["sources"])
+    assert "set validation_share=0.225, or add rows" in warning
+    meta, _ = run(make_rows(200), validation_share=0.225, test_share=0.3)
+    assert meta["counts"]["rows"]["validation"] >= 30
+    assert small_splits(meta["counts"]["rows"], meta["sources"]) == []
+    own = [{"split": "train", "rows": 100}, {"split": "test", "rows": 29}]
+    (warning,) = small_splits({"validation": 30, "test": 29}, own)
+    assert warning.endswith("add rows to the files of test")

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -567,6 +567,40 @@ def assert_same_end(directory: Path, whole: Path) -> None:
     for name in names:
         for file in ("model.safetensors", "trainer.safetensors"):
             assert (directory / name / file).read_bytes() == (whole / name / file).read_bytes(), f"{name}/{file}"
+
+
+def test_a_training_that_patience_ends_is_resumed_exactly(
+    launch: Callable[..., subprocess.Popen[str]],
+    fresh: Callable[[], GPTModel],
+    token_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """Killed between two validations that found nothing better: it ends at the step of the uninterrupted one.
+
+    The schedule is that of the whole training. Called again, it is complete.
+    """
+    config = config_of(epochs=10, max_steps=40, learning_rate=0.1, eval_freq=3)
+    whole, patient, killed = (tmp_path / name for name in ("whole", "patient", "killed"))
+    train(fresh(), token_dir, config, whole, "me")
+    config = replace(config, patience=3)
+    result = train(fresh(), token_dir, config, patient, "me")
+    assert (result.steps, result.best_step) == (18, 9)
+    assert record(patient) == record(whole)[: len(record(patient))]
+
+    victim = launch(killed, config, hold_at=17)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (read_journal(killed / "metrics.jsonl") or [{"step": 0}])[-1]["step"] < 17:
+        time.sleep(0.01)
+    victim.kill()
+    victim.communicate()
+    assert victim.returncode == -signal.SIGKILL
+    assert json.loads((killed / "step-00000015" / "state.json").read_text())["step"] == 15
+    second = launch(killed, config)
+    output, _ = second.communicate(timeout=120)
+    assert json.loads(output)["resumed_from"] == 15
+    assert_same_end(killed, patient)
+    again = train(fresh(), token_dir, config, patient, "me")
+    assert (again.steps, again.best_step, again.resumed_from) == (18, 9, 18)
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])

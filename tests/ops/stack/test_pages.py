@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -201,12 +202,16 @@ def test_prefect_page_leads_to_mlflow_and_back(page: Any, platform: MadeUp, runs
 
 
 def test_prefect_lists_the_deployments(page: Any, platform: MadeUp) -> None:
+    """The nights are listed with their hour once they are switched on."""
+    switch = [sys.executable, "-m", "ops.stack.nightly"]
+    subprocess.run([*switch, "on"], env=platform.client_environment, check=True)
     page.goto(f"{platform.prefect}/deployments")
     names = ("tiny", "124m", "355m", "774m", "1558m", "sweep-tiny", "sweep-124m", "sweep-355m", "nightly")
     _text(page, f"{len(names)} Deployments")
     for name in names:
         page.get_by_role("link", name=name, exact=True).first.wait_for()
     _text(page, "At 02:00 AM every day")
+    subprocess.run([*switch, "off"], env=platform.client_environment, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +338,31 @@ def test_mlflow_shows_what_decides_first(fresh: Any, platform: MadeUp, runs: lis
     metrics = fresh.locator("a[href$='/model-metrics']", has_text="/")
     metrics.first.wait_for()
     assert metrics.first.inner_text() == "eval/loss"
+    assert run.name.startswith("tiny lr 1e-3 top 2, ")
+    _text(fresh, run.name)
     _screenshot(fresh, "mlflow-run")
+
+
+def test_the_registry_says_first_how_good_a_version_is(fresh: Any, platform: MadeUp, runs: list[Seen]) -> None:
+    """The page of a version: result with interval; no hash of a file. Model and experiment are described."""
+    (version,) = client(platform.mlflow).search_model_versions(f"run_id = '{runs[0].run_id}'")
+    of_version = f"{platform.mlflow}/#/models/{version.name}/versions/{version.version}?workflowType=machine_learning"
+    fresh.goto(of_version)
+    _text(fresh, "The tuned model is better than the base: test loss")
+    assert "model.safetensors" not in fresh.inner_text("body")
+    _screenshot(fresh, "mlflow-version")
+    fresh.goto("about:blank")
+    fresh.goto(f"{platform.mlflow}/#/models/{version.name}?workflowType=machine_learning")
+    _text(fresh, "GPT-2 tiny, its top blocks fine-tuned on code instructions.")
+
+
+def test_the_page_that_make_up_names(fresh: Any, platform: MadeUp, runs: list[Seen]) -> None:
+    """It shows the runs, and not MLflow's pages for traces."""
+    (line,) = [line for line in platform.output.splitlines() if line.startswith("MLflow ")]
+    fresh.goto(line.split()[1])
+    for run in runs:
+        _text(fresh, run.name[:20])
+    _text(fresh, "GPT-2 fine-tuned on code instructions by the flows")
 
 
 def test_mlflow_has_the_ready_made_view(fresh: Any, platform: MadeUp, runs: list[Seen]) -> None:

@@ -73,7 +73,8 @@ def test_it_is_ready_within_forty_seconds(up: MadeUp) -> None:
 
 def test_it_prints_two_urls_and_what_to_do_next(up: MadeUp) -> None:
     assert f"Prefect  {up.prefect}\n" in up.output
-    assert f"MLflow   {up.mlflow}\n" in up.output
+    # The page of runs, which is there before the first run.
+    assert f"MLflow   {up.mlflow}/#/experiments/1/runs?viewStateShareKey=finetune-scores&" in up.output
     assert f". {shlex.quote(f'{up.home}/client.env')}\n" in up.output
     assert "prefect deployment run finetune/tiny --watch\n" in up.output
     assert up.client_environment["PREFECT_API_URL"] == f"{up.prefect}/api"

@@ -23,7 +23,8 @@ from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
 from ops.tracking.export import _parser, main
 from ops.tracking.flavour import add_flavour
-from ops.tracking.runs import client, log_model, tracked_run
+from ops.tracking.models import log_model
+from ops.tracking.runs import client, tracked_run
 
 NAME = "gpt2-code-tiny"
 MODEL = f"models:/{NAME}@champion"

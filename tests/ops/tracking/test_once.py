@@ -11,8 +11,9 @@ from lost_answers import losing_answers
 from world import World
 
 from ops.settings import Settings
+from ops.tracking.models import log_model
 from ops.tracking.once import create_once, environment
-from ops.tracking.runs import client, log_model, tracked_run
+from ops.tracking.runs import client, tracked_run
 
 CREATES = ("runs/create", "logged-models", "model-versions/create", "registered-models/create", "experiments/create")
 

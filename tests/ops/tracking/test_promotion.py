@@ -14,8 +14,9 @@ import pytest
 
 from ops.settings import Settings
 from ops.tracking import promotion as promotion_module
+from ops.tracking.models import log_model
 from ops.tracking.promotion import MIN_ROWS, Verdict, announce, complete_promotion, judge, roll_back, settle
-from ops.tracking.runs import RunRef, client, log_model, tracked_run
+from ops.tracking.runs import RunRef, client, tracked_run
 
 _numbers = count()
 
@@ -146,6 +147,8 @@ def test_a_better_version_becomes_champion(registry: Registry) -> None:
     tags = registry.tags("2")
     assert tags["previous_champion"] == "1"
     assert tags["reason"] == verdict.reason
+    described = registry.mlflow.get_model_version(registry.name, "2").description
+    assert described.startswith(f"**Champion: {verdict.reason}.**")
     assert tags["promoted_at"].startswith("20")
     assert verdict.improvement is not None
     assert tags["interval"] == f"{verdict.improvement.lower:.6f} to {verdict.improvement.upper:.6f}"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ops.settings import Settings
+from ops.tracking.models import FILES_TAG, log_model
 from ops.tracking.registry import (
     champion,
     fetch_version,
@@ -24,7 +25,7 @@ from ops.tracking.registry import (
     version_of_alias,
     version_uri,
 )
-from ops.tracking.runs import FILES_TAG, client, log_model, tracked_run
+from ops.tracking.runs import client, tracked_run
 
 NAME = "gpt2-code-tiny"
 
@@ -165,9 +166,24 @@ def test_files_that_are_not_what_was_registered(
         fetch_version(machine, spare, print)
 
 
+def _forget_hashes(store: Settings, version: Any) -> None:
+    client(store.tracking_uri).delete_logged_model_tag(version.source.removeprefix("models:/"), FILES_TAG)
+
+
+def test_hashes_in_the_tags_of_a_version(store: Settings, machine: Settings, spare: Any) -> None:
+    """Where earlier releases kept them: the files are compared with them as before."""
+    mlflow = client(store.tracking_uri)
+    tag = mlflow.get_logged_model(spare.source.removeprefix("models:/")).tags[FILES_TAG]
+    _forget_hashes(store, spare)
+    mlflow.set_model_version_tag(NAME, str(spare.version), FILES_TAG, tag)
+    _stored(store, spare.version).write_text("changed")
+    with pytest.raises(RuntimeError, match=r"model\.safetensors missing or of another sha256"):
+        fetch_version(machine, mlflow.get_model_version(NAME, str(spare.version)), print)
+
+
 def test_a_version_of_an_older_release(store: Settings, machine: Settings, spare: Any, downloads: list[str]) -> None:
     """Without registered hashes the first download counts; what changes afterwards is found out."""
-    client(store.tracking_uri).delete_model_version_tag(NAME, str(spare.version), FILES_TAG)
+    _forget_hashes(store, spare)
     old = client(store.tracking_uri).get_model_version(NAME, str(spare.version))
     directory, _ = fetch_version(machine, old, print)
     assert fetch_version(machine, old, print)[0] == directory
@@ -195,7 +211,7 @@ def test_versions_nobody_uses_are_deleted(machine: Settings) -> None:
 def test_a_damaged_record_of_first_use_is_named(store: Settings, machine: Settings, spare: Any, content: str) -> None:
     """It is neither taken for an absent one, nor trusted."""
     number = str(spare.version)
-    client(store.tracking_uri).delete_model_version_tag(NAME, number, FILES_TAG)
+    _forget_hashes(store, spare)
     record = _fetch(machine, number).with_suffix(".json")
     record.write_text(content)
     with pytest.raises(RuntimeError, match=rf"{record.name} is damaged: .*Remove it to trust"):

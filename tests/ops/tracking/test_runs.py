@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,11 +12,12 @@ from threading import Barrier
 import pytest
 
 from ops.settings import Settings
+from ops.tracking.models import log_model
 from ops.tracking.runs import (
     RunRef,
     client,
     log_data,
-    log_model,
+    opening,
     tracked_run,
 )
 
@@ -65,6 +68,22 @@ def test_runs_on_the_same_new_data_at_once(settings: Settings) -> None:
         assert entry.dataset.digest == "ab" * 6
 
 
+def test_a_data_set_has_schema_and_profile(settings: Settings) -> None:
+    """In the form that MLflow's own data sets have, which its pages read."""
+    with tracked_run(settings, "a run", {}, {}) as run:
+        log_data(run, "/data/rows.jsonl", None, "ab" * 32, {"train_rows": 7, "truncated_share": 0.5})
+    ((entry,),) = [client(settings.tracking_uri).get_run(run.run_id).inputs.dataset_inputs]
+    assert entry.dataset.name == "rows.jsonl"
+    assert json.loads(entry.dataset.profile) == {"train_rows": 7, "truncated_share": 0.5}
+    columns = json.loads(entry.dataset.schema)["mlflow_colspec"]
+    assert [(column["name"], column["type"]) for column in columns] == [
+        ("prompt", "string"),
+        ("completion", "string"),
+    ]
+    assert entry.dataset.source_type == "code"
+    assert json.loads(entry.dataset.source)["tags"]["source"] == "/data/rows.jsonl"
+
+
 def test_two_models_are_two_versions(settings: Settings) -> None:
     """Registering again adds a version; each leads to its own files."""
     import mlflow
@@ -100,3 +119,15 @@ def test_a_parameter_that_is_too_long_for_mlflow(
     assert params["dataset"].endswith("bb... (6,003 characters: the artifact params/dataset.txt has all of them)")
     artifact = f"runs:/{run.run_id}/params/dataset.txt"
     assert mlflow.artifacts.load_text(artifact) == longer
+
+
+def test_how_to_open_a_run() -> None:
+    """With a server its page; without one the command that starts MLflow's pages, and the page's address there."""
+    page = "/#/experiments/1/runs/abc?workflowType=machine_learning"
+    assert opening(RunRef("http://user:secret@mlflow:80", "1", "abc")) == [f"page: http://mlflow:80{page}"]
+    command, address = opening(RunRef("sqlite:////data of mine/mlflow.db", "1", "abc"))
+    assert command.startswith("pages: ")
+    program, *options = shlex.split(command.removeprefix("pages: "))
+    assert Path(program).is_file()
+    assert options == ["ui", "--backend-store-uri", "sqlite:////data of mine/mlflow.db", "--port", "5000"]
+    assert address == f"then: http://127.0.0.1:5000{page}"

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.demo import EMBEDDED_BASE
+from model.evaluation.completions import complete
+from model.evaluation.config import SamplingConfig
+from model.net.loading import read_pretrained
+from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
-from ops.tracking.runs import log_model, tracked_run
+from ops.tracking.lookup import _ask, look_up
+from ops.tracking.models import log_model
+from ops.tracking.runs import client, tracked_run
 from ops.tracking.sample import main
 
 
@@ -68,7 +81,7 @@ def registered(tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
     settings = Settings.load()
     with tracked_run(settings, "a run", {}, {}) as run:
-        version = log_model(run, EMBEDDED_BASE, "gpt2-code-tiny", {}, {"test/loss": 1.0}, 1)
+        version = log_model(run, EMBEDDED_BASE, "gpt2-code-tiny", {"base": "embedded"}, {"test/loss": 1.0}, 1)
     return settings.artifacts / "models" / version.source.removeprefix("models:/") / "artifacts"
 
 
@@ -94,6 +107,125 @@ def test_a_long_prompt_is_cut_and_said_so(registered: Path, capsys: pytest.Captu
     assert main(["Add 1. " * 500, "--max-new-tokens", "2"]) == 0
     told = capsys.readouterr().err
     assert re.search(r"\d+ of the \d+ tokens of prompt 1 were cut, behind the first \d+", told)
+
+
+@pytest.mark.parametrize(
+    "wanted", ["models:/gpt2-code-tiny/1", "models:/gpt2-code-tiny@champion", "gpt2-code-tiny", "run"]
+)
+def test_a_version_has_many_names(
+    registered: Path, tracking_uri: str, capsys: pytest.CaptureFixture[str], wanted: str
+) -> None:
+    """Its URI, its alias, its run and its model."""
+    mlflow = client(tracking_uri)
+    mlflow.set_registered_model_alias("gpt2-code-tiny", "champion", "1")
+    name = mlflow.get_model_version("gpt2-code-tiny", "1").run_id if wanted == "run" else wanted
+    assert main(["Write a function.", "--model", name, "--max-new-tokens", "2"]) == 0
+    assert "gpt2-code-tiny version 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ("models:/gpt2-code-tiny/7", "no version of models:/gpt2-code-tiny/7 is registered at sqlite:"),
+        ("models:/gpt2-code-tiny@best", "no version of models:/gpt2-code-tiny@best is registered at sqlite:"),
+        ("models:/x", "--model 'models:/x' is none of models:/NAME/VERSION and models:/NAME@ALIAS"),
+        ("0" * 32, "no version of 0{32} is registered"),
+    ],
+)
+def test_a_version_that_is_not_there(
+    registered: Path, capsys: pytest.CaptureFixture[str], wanted: str, sentence: str
+) -> None:
+    assert main(["Write a function.", "--model", wanted]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(sentence, line), line
+
+
+def test_the_base_is_shown_beside(registered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both answer the same prompt; here both are the same model."""
+    assert main(["Write a function.", "--base", "--max-new-tokens", "8"]) == 0
+    base, tuned = capsys.readouterr().out.split("--- gpt2-code-tiny version 1\n")
+    assert base.removeprefix("--- base (embedded)\n") == tuned
+    assert tuned.strip()
+
+
+def test_a_base_that_is_not_known_is_one_sentence(
+    tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
+    with tracked_run(Settings.load(), "a run", {}, {}) as run:
+        log_model(run, EMBEDDED_BASE, "gpt2-code-tiny", {"base": "/no/such/folder"}, {"test/loss": 1.0}, 1)
+    assert main(["Write a function.", "--base"]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("the base of models:/gpt2-code-tiny/1 was /no/such/folder, which cannot be found")
+
+
+def test_what_is_streamed_is_what_is_completed(registered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Token by token, characters of several tokens included, the text is that of a whole completion."""
+    network = read_pretrained(EMBEDDED_BASE, torch.device("cpu"), torch.float32)
+    tokenizer = load_tokenizer(EMBEDDED_BASE, network.config.vocab_size)
+    for options in ([], ["--temperature", "1.5", "--seed", "3"]):
+        settings = {"temperature": 0.0, "top_k": None, "top_p": None, "max_new_tokens": 60}
+        settings |= {"temperature": 1.5, "seed": 3} if options else {}
+        ((text, _),) = complete(network, tokenizer, ["Write é in 中文."], SamplingConfig(**settings))
+        assert main(["Write é in 中文.", "--max-new-tokens", "60", *options]) == 0
+        assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_tokens_appear_as_they_are_drawn(registered: Path, tracking_uri: str, tmp_path: Path) -> None:
+    """On a pseudo-terminal without a prompt: lines are answered by a model that is loaded once, piece by piece."""
+    leader, follower = pty.openpty()
+    asking = subprocess.Popen(
+        [sys.executable, "-m", "ops.tracking.sample", "--max-new-tokens", "60"],
+        stdin=follower, stdout=follower, stderr=subprocess.PIPE, close_fds=True,
+        env={**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, "FINETUNE_DATA_ROOT": str(tmp_path / "root")},
+    )  # fmt: skip
+    os.close(follower)
+    try:
+        pieces: list[bytes] = []
+        for line in (b"Write a function.\n", b"\n", b"Add two numbers.\n"):
+            os.write(leader, line)
+        os.write(leader, b"\x04")
+        with suppress(OSError):  # Linux ends a pseudo-terminal so
+            while piece := os.read(leader, 1 << 16):
+                pieces.append(piece)
+        _, told = asking.communicate(timeout=120)
+    finally:
+        asking.kill()
+        os.close(leader)
+    assert asking.returncode == 0
+    assert told.decode().splitlines() == ["gpt2-code-tiny version 1", "a line is a prompt; Ctrl-D ends"]
+    assert b"".join(pieces).count(b"> ") >= 3
+    assert len(pieces) > 10, "an answer of 60 tokens comes in pieces"
+
+
+def test_an_answer_waits_for_neither_mlflow_nor_transformers(
+    registered: Path, tracking_uri: str, tmp_path: Path
+) -> None:
+    """Their imports take seconds; the registry on sqlite and the tokenizer are read without them."""
+    script = (
+        "import sys\nfrom ops.tracking.sample import main\n"
+        "status = main(['Write a function.', '--max-new-tokens', '2'])\n"
+        "print(status, [name for name in ('mlflow', 'transformers', 'pandas', 'sqlalchemy') if name in sys.modules])"
+    )
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, "FINETUNE_DATA_ROOT": str(tmp_path / "root")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+def test_the_client_finds_what_the_tables_hold(registered: Path, tracking_uri: str) -> None:
+    """What is asked of a server is what is read of sqlite, but for the folder of the files."""
+    mlflow = client(tracking_uri)
+    mlflow.set_registered_model_alias("gpt2-code-tiny", "champion", "1")
+    run_id = mlflow.get_model_version("gpt2-code-tiny", "1").run_id
+    for wanted in (None, "gpt2-code-tiny", "models:/gpt2-code-tiny/1", "models:/gpt2-code-tiny@champion", run_id):
+        read = look_up(tracking_uri, wanted)
+        assert read.folder is not None
+        assert replace(read, folder=None) == _ask(mlflow, wanted)
+    mlflow.delete_model_version("gpt2-code-tiny", "1")
+    with pytest.raises(LookupError, match="no version of gpt2-code-tiny is registered"):
+        look_up(tracking_uri, "gpt2-code-tiny")
 
 
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

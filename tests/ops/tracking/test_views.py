@@ -54,3 +54,13 @@ def test_a_damaged_view_is_replaced(settings: Settings, damaged: str) -> None:
         mlflow = client(settings.tracking_uri)
         provide_view(mlflow, run.experiment_id, {TAG: damaged})
     assert json.loads(_tags(settings)[TAG])["name"] == "Scores"
+
+
+def test_the_experiment_is_described_once(settings: Settings) -> None:
+    """What somebody has written instead stays."""
+    note = "mlflow.note.content"
+    with tracked_run(settings, "one", {}, {}) as run:
+        assert _tags(settings)[note].startswith("GPT-2 fine-tuned on code instructions by the flows")
+    client(settings.tracking_uri).set_experiment_tag(run.experiment_id, note, "our experiment")
+    with tracked_run(settings, "two", {}, {}):
+        assert _tags(settings)[note] == "our experiment"

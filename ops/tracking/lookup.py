@@ -1,0 +1,142 @@
+"""A version of MLflow's registry, looked up for `make sample` without waiting for MLflow.
+
+Importing MLflow and opening its database takes some two seconds. Where the registry is a local sqlite file, its
+tables are read here instead; where they cannot be read, and with a server, MLflow's client is asked.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from ops.redaction import without_credentials
+from ops.tracking.models import FILES_TAG, LOGGED, file_hashes
+from ops.tracking.registry import KnownVersion, find_version, matched_uri
+from ops.tracking.runs import MODEL_PREFIX, client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+
+def look_up(tracking_uri: str, wanted: str | None) -> KnownVersion:
+    """The version that a name means.
+
+    Args:
+        wanted: ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, the id of a run, or the name of a registered model
+            for its latest version; None for the latest version of all that this project registers.
+
+    Raises:
+        LookupError: there is no such version.
+        ValueError: the name has another form.
+    """
+    if tracking_uri.startswith("sqlite:///"):
+        try:
+            with closing(_open(Path(tracking_uri.removeprefix("sqlite:///")))) as database:
+                return _Tables(database, tracking_uri).look_up(wanted)
+        except sqlite3.Error:  # MLflow names a damaged database, and creates a missing one
+            pass
+    return _ask(client(tracking_uri), wanted)
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
+
+
+def none_registered(what: str, tracking_uri: str) -> LookupError:
+    """The error that no version is there."""
+    return LookupError(
+        f"no version of {what} is registered at {without_credentials(tracking_uri)}: run `make run`, or set "
+        "MLFLOW_TRACKING_URI to the server of your runs"
+    )
+
+
+class _Tables:
+    """MLflow's tables of the registry."""
+
+    def __init__(self, database: sqlite3.Connection, tracking_uri: str):
+        self.database, self.tracking_uri = database, tracking_uri
+
+    def look_up(self, wanted: str | None) -> KnownVersion:
+        latest = "ORDER BY creation_time DESC, version DESC LIMIT 1"
+        if wanted is None:
+            found = self._version("name LIKE ?", (f"{MODEL_PREFIX}%",), latest)
+        elif match := matched_uri(wanted):
+            name, number = match["name"], match["version"]
+            if match["alias"]:
+                alias = (name, match["alias"])
+                rows = self._rows("SELECT version FROM registered_model_aliases WHERE name = ? AND alias = ?", alias)
+                number = str(rows[0][0]) if rows else None
+            found = self._version("name = ? AND version = ?", (name, int(number))) if number else None
+        elif wanted.startswith("models:"):
+            return _ask(client(self.tracking_uri), wanted)  # says what is wrong
+        else:
+            found = self._version("name = ? OR run_id = ?", (wanted, wanted), latest)
+        if not found:
+            raise none_registered(wanted or f"{MODEL_PREFIX}*", self.tracking_uri)
+        return found
+
+    def _version(self, condition: str, values: Sequence[Any], order: str = "") -> KnownVersion | None:
+        columns = "name, version, source, run_id, storage_location"
+        # A version that was deleted stays in the table, in a stage of its own.
+        where = f"current_stage != 'Deleted_Internal' AND ({condition})"
+        rows = self._rows(f"SELECT {columns} FROM model_versions WHERE {where} {order}", values)
+        if not rows:
+            return None
+        name, version, source, run_id, location = rows[0]
+        of_version = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?"
+        tags = dict(self._rows(of_version, (name, version)))
+        model = (str(source).removeprefix("models:/"),)
+        of_model = dict(self._rows("SELECT tag_key, tag_value FROM logged_model_tags WHERE model_id = ?", model))
+        params = dict(self._rows("SELECT param_key, param_value FROM logged_model_params WHERE model_id = ?", model))
+        files = tags.get(FILES_TAG) or of_model.get(FILES_TAG)
+        return KnownVersion(name, str(version), source, run_id or "", files, _folder(location), params)
+
+    def _rows(self, query: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        return self.database.execute(query, values).fetchall()
+
+
+def _folder(location: str | None) -> Path | None:
+    """The folder that a file address means."""
+    parts = urlsplit(location or "")
+    folder = Path(unquote(parts.path))
+    return folder if parts.scheme == "file" and folder.is_dir() else None
+
+
+def _ask(mlflow: MlflowClient, wanted: str | None) -> KnownVersion:
+    """The same by MLflow's client."""
+    if wanted is not None and wanted.startswith("models:"):
+        return _known(mlflow, find_version(mlflow, wanted, "--model", ""))
+    if wanted is None:
+        names = [model.name for model in mlflow.search_registered_models(f"name LIKE '{MODEL_PREFIX}%'")]
+        conditions = [f"name = {_quoted(name)}" for name in names]
+    else:
+        conditions = [f"name = {_quoted(wanted)}", f"run_id = {_quoted(wanted)}"]
+    versions = [version for condition in conditions for version in mlflow.search_model_versions(condition)]
+    if not versions:
+        raise none_registered(wanted or f"{MODEL_PREFIX}*", str(mlflow.tracking_uri))
+    return _known(mlflow, max(versions, key=lambda version: int(version.creation_timestamp)))
+
+
+def _quoted(name: str) -> str:
+    """A name in a filter of MLflow, which has two kinds of quotes and no escapes.
+
+    Raises:
+        LookupError: the name has both kinds.
+    """
+    if "'" in name and '"' in name:
+        raise LookupError(f"{name} is no name of a registered model: it has both kinds of quotes")
+    quote = '"' if "'" in name else "'"
+    return f"{quote}{name}{quote}"
+
+
+def _known(mlflow: MlflowClient, version: ModelVersion) -> KnownVersion:
+    source, params = str(version.source), {}
+    if source.startswith(LOGGED):
+        params = dict(mlflow.get_logged_model(source.removeprefix("models:/")).params)
+    files = file_hashes(mlflow, version)
+    return KnownVersion(version.name, str(version.version), source, version.run_id or "", files, None, params)
