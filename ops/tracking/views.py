@@ -26,8 +26,8 @@ _NOTE_TAG = "mlflow.note.content"
 _DESCRIPTION = (
     "GPT-2 fine-tuned on code instructions by the flows `finetune` and `sweep`: one run for each flow run, and "
     "beneath a sweep's run one for each trial. The tag `result` compares the tuned model with its base on the test "
-    "split, the tag `changed` has the parameters that differ from their defaults. The view *Scores* (menu *Views*) "
-    "shows the results first. Losses are nats per response token; `untuned/...` is the base's value."
+    "split, the tag `changed` has the parameters that differ from their defaults. The menu *Views* has a view that "
+    "begins with the results. Losses are nats per response token; `untuned/...` is the base's value."
 )
 # Columns of the table, beside the run's name and time.
 _COLUMNS = (
