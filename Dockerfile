@@ -1,18 +1,19 @@
 # The image of the worker. mlflow/compose.yaml runs both servers from it too.
 #
-#   docker build --tag finetune .                                     # torch for CUDA, from the package index
-#   docker build --tag finetune:cpu --build-arg TORCH_INDEX=URL .     # torch of another index, such as one of CPU builds
+#   docker build --tag finetune .                                      # CUDA: torch of the package index
+#   docker build --tag finetune:cpu --build-arg PACKAGES=bubblewrap --build-arg TORCH_INDEX=URL .
 #
-# docs/scale.md describes the settings of a container. tests/test_image.py builds this file with buildah on Debian's
+# URL is an index of CPU builds of torch, such as PyTorch's own.
+# docs/scale.md describes the settings of a container. tests/scale/test_image.py builds this file with buildah on Debian's
 # python3, and trains in it.
 
 # Any Debian or Ubuntu with Python 3.11 to 3.13 and its module venv.
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 
-# bubblewrap runs generated code (ops/sandbox). For GPUs Triton compiles a small C file when a kernel is first used: a
-# C compiler is no development tool there, and the CUDA variant adds one with PACKAGES="bubblewrap gcc libc6-dev".
-ARG PACKAGES=bubblewrap
+# bubblewrap runs generated code (ops/sandbox). On a GPU, Triton compiles a small C file before a kernel's first use, and
+# fails without a C compiler and Python.h: where python3 is Debian's own, add python3-dev. A CPU needs neither.
+ARG PACKAGES="bubblewrap gcc libc6-dev"
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ${PACKAGES} \
     && rm -rf /var/lib/apt/lists/*

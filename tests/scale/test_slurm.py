@@ -1,0 +1,92 @@
+"""The batch scripts of docs/slurm, as they stand, on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from installation import Installation, installed
+from made_up import FOREIGN, ROOT, wait_for
+from slurm import slurm
+
+pytestmark = pytest.mark.slow
+SCRIPTS = ROOT / "docs" / "slurm"
+FEW_STEPS = ("eval_freq=2", "eval_rows=40", "sample_rows=1", "pass_rows=2", "max_new_tokens=4")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, slurm(Path(folder)) as variables:
+        yield variables
+
+
+@pytest.fixture
+def environment(cluster: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Of whoever submits a job: this interpreter, a data root, and no servers."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
+        **cluster,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "FINETUNE_DATA_ROOT": str(tmp_path / "root"),
+        "FINETUNE_LOCKS": str(tmp_path / "locks"),
+    }
+
+
+def _submit(environment: dict[str, str], script: str, log: Path, *arguments: str, wait: bool = False) -> str:
+    """sbatch in the checkout. Returns the id of the job; with ``wait`` the job has ended with status 0."""
+    options = ["--parsable", f"--output={log}", *["--wait"] * wait]
+    done = subprocess.run(
+        ["sbatch", *options, str(SCRIPTS / script), *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + (log.read_text()[-3000:] if log.exists() else "")
+    return done.stdout.split()[0]
+
+
+def _jobs(environment: dict[str, str]) -> list[str]:
+    shown = subprocess.run(["squeue", "-h", "-o", "%i"], env=environment, capture_output=True, text=True, check=True)
+    return shown.stdout.split()
+
+
+def test_a_training_is_stopped_and_resumed(environment: dict[str, str], tmp_path: Path) -> None:
+    """scancel sends SIGTERM as the time limit does: a checkpoint is saved, and the same command goes on from it."""
+    log = tmp_path / "first.log"
+    long = [*FEW_STEPS, "max_steps=40", "batch_size=512"]
+    job = _submit(environment, "train.sbatch", log, "tiny", *long)
+    wait_for("a step", lambda: re.search(r"step +[1-9]", log.read_text()) if log.exists() else None, 240)
+    subprocess.run(["scancel", "--signal=TERM", job], env=environment, check=True)
+    wait_for("the end of the job", lambda: job not in _jobs(environment), 60)
+    assert "saved" in log.read_text() or "checkpoint" in log.read_text(), log.read_text()[-3000:]
+    _submit(environment, "train.sbatch", tmp_path / "second.log", "tiny", *long, wait=True)
+    said = (tmp_path / "second.log").read_text()
+    assert "resum" in said, said[-3000:]
+    assert re.fullmatch(r"run: [0-9a-f]{32}", said.splitlines()[-1])
+
+
+def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "servers").mkdir()
+    with installed(tmp_path / "servers", worker=False) as servers:
+        names = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "PREFECT_WORKER_QUERY_SECONDS", "PREFECT_HOME")
+        client = environment | {name: servers.environment[name] for name in names}
+        log = tmp_path / "worker.log"
+        job = _submit(client, "worker.sbatch", log)
+        try:
+            said, _ = servers.run(*FEW_STEPS, "max_steps=3").communicate(timeout=300)
+            assert "Completed" in said, said[-3000:] + log.read_text()[-3000:]
+        finally:
+            subprocess.run(["scancel", job], env=environment, check=True)
+        wait_for("the end of the job", lambda: job not in _jobs(environment), 60)
+        assert not _workers(servers)
+
+
+def _workers(servers: Installation) -> list[int]:
+    found = servers.descendants("PREFECT_API_URL")
+    return [pid for pid in found if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
