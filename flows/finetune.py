@@ -14,7 +14,7 @@ from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import Job, with_parameters
 from flows.plan import announce
 from flows.run import open_run
-from flows.waiting import hold_device
+from flows.waiting import hold_devices
 from model.evaluation.comparison import Difference
 from ops.tracking.promotion import Verdict
 from ops.tracking.runs import RunRef
@@ -72,15 +72,16 @@ def finetune(**parameters: Any) -> FinetuneResult | None:
         model = load_weights(sources.weights, job.sources.model_size)
         plan = freeze(model, job.freeze)
         training = identify_training(tokens, model, plan, job.train, job.hardware.device)
-        announce(run.mlflow, run.settings, training, job.hardware.device)
+        announce(run.mlflow, run.settings, training, job.hardware)
         run.hold_training(training)
         # One hold for both: another run must not train between this training and its evaluation.
-        with hold_device(run.settings, job.hardware.device) as device:
-            checkpoint = train(run.mlflow, training, device, job.hardware.trunk_cache_gb)
-            evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, device, job.hardware.trunk_cache_gb)
+        gigabytes = job.hardware.trunk_cache_gb
+        with hold_devices(job.hardware.device, job.hardware.gpus) as devices:
+            checkpoint = train(run.mlflow, training, devices, gigabytes)
+            evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, devices, gigabytes)
             rival = None
             if job.night.promote:
-                rival = score_champion(training, checkpoint, job.sampling.score_rows, device)
+                rival = score_champion(training, checkpoint, job.sampling.score_rows, devices.first)
         model_uri = publish(run.mlflow, sources, training, checkpoint, evaluation)
         verdict = None
         if rival:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from model.data.config import PrepareConfig
 from model.engine.config import TrainConfig
 from model.evaluation.config import SamplingConfig
 from model.net.config import FreezeConfig, GPTConfig
-from model.parameters import NonNegative, Parameter, Parameters, Share
+from model.parameters import MOST, NonNegative, Parameter, Parameters, Share
 from tasks.config import SourceConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,12 +43,27 @@ class NightConfig(Parameters):
     """Nats per token by which it must at least be better."""
 
 
+def _number_or_all(value: Any) -> Any:
+    """Refuse in one sentence what is neither: pydantic's union would say why it fits neither type."""
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST):
+        return value
+    if isinstance(value, str) and value.isdecimal() and 1 <= int(value) <= MOST:
+        return int(value)
+    raise ValueError("a number of GPUs, at least 1, or all is needed")
+
+
+GpuCount = Annotated[Annotated[int, Field(ge=1, le=MOST)] | Literal["all"], BeforeValidator(_number_or_all)]
+
+
 @dataclass(frozen=True)
 class HardwareConfig(Parameters):
     """What a run may use of its machine."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")] = "auto"
     """auto, cpu, cuda or cuda:N."""
+    gpus: GpuCount = 1
+    """GPUs that one training runs on, all of them held at once: a number, or all of the machine. It changes no step.
+    With device=cpu, the number of processes."""
     trunk_cache_gb: NonNegative = 32.0
     """GB of the frozen blocks' outputs to keep at most; a matter of speed only, 0 keeps none."""
 
@@ -92,7 +107,11 @@ class Job:
 
     def logged(self) -> dict[str, Any]:
         """What the MLflow run logs when it begins."""
-        return self.flat()
+        from model.net.device import count_processes  # imports torch, which takes seconds
+        from tasks.nodes import Nodes
+
+        of_each = count_processes(self.hardware.device, self.hardware.gpus)
+        return self.flat() | {"gpus": of_each * Nodes.load().count}
 
     def check(self) -> None:
         """Refuse what can be refused before anything is fetched.
@@ -101,9 +120,12 @@ class Job:
             ValueError: the message names the parameter.
         """
         from model.evaluation.humaneval import check  # imports torch, which takes seconds
-        from model.net.device import resolve_device, resolve_precision
+        from model.net.device import count_processes, resolve_device, resolve_precision
+        from tasks.nodes import Nodes
 
         check(self.sampling)
+        count_processes(self.hardware.device, self.hardware.gpus)
+        Nodes.load()
         resolve_precision(self.train.precision, resolve_device(self.hardware.device))
         if self.night.subset and self.prepare.subset_start:
             raise ValueError(

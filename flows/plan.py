@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from model.net.device import resolve_device, resolve_precision
+from flows.job import HardwareConfig
+from model.net.device import count_processes, resolve_device, resolve_precision
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_params
 from ops.tracking.stopwatch import end_step
@@ -31,13 +32,13 @@ class Plan:
     disk_bytes: int
 
 
-def announce(run: RunRef, settings: Settings, training: TrainingRef, device: str) -> None:
+def announce(run: RunRef, settings: Settings, training: TrainingRef, hardware: HardwareConfig) -> None:
     """Print what the run is going to do, log it, and refuse what would end in a full disk.
 
     Raises:
         OSError: as check_disk.
     """
-    plan = describe_plan(training, device)
+    plan = describe_plan(training, hardware.device, count_processes(hardware.device, hardware.gpus))
     log_params(run, plan.params)
     print(plan.text)
     check_disk(settings.data_root, plan.disk_bytes)
@@ -67,12 +68,13 @@ def announce_sweep(run: RunRef, settings: Settings, sweep: SweepRef, device: str
     return replace(sweep, trials=trials, planned=tuple(plans[0].params))
 
 
-def describe_plan(training: TrainingRef, device: str) -> Plan:
-    """Rows, tokens, steps, trainable share, device and disk of a run."""
+def describe_plan(training: TrainingRef, device: str, processes: int = 1) -> Plan:
+    """Rows, tokens, steps, trainable share, device, number of processes and disk of a run."""
     config, freeze, counts = training.config, training.plan, training.tokens.counts
     place = resolve_device(device)
     dtype = str(resolve_precision(config.precision, place)).removeprefix("torch.")
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
+    devices = str(place) if processes == 1 else f"{processes} processes on {place.type}"
     rows, tokens = counts["rows"], counts["tokens"]
     steps = config.total_steps(rows["train"])
     # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
@@ -83,7 +85,7 @@ def describe_plan(training: TrainingRef, device: str) -> Plan:
         f"rows       {rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test\n"
         f"tokens     {tokens['train']:,} an epoch, {counts['target_tokens']['train']:,} of them targets\n"
         f"steps      {steps:,} of {config.batch_size} rows\n"
-        f"device     {place} ({name}), {dtype}\n"
+        f"device     {devices} ({name}), {dtype}\n"
         f"disk       up to {disk / 1e9:.1f} GB"
     )
     params = {

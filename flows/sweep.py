@@ -17,7 +17,7 @@ from flows.job import with_parameters
 from flows.plan import announce_sweep
 from flows.run import open_run
 from flows.trials import SweepJob
-from flows.waiting import hold_device, other_devices
+from flows.waiting import hold_devices, other_devices
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.load_weights import load_weights
@@ -62,12 +62,13 @@ def sweep(**parameters: Any) -> SweepResult:
         trials = identify_sweep(tokens, model, job.trials(), device_choice, job.sweep.end_early)
         trials = announce_sweep(run.mlflow, run.settings, trials, device_choice)
         run.hold_sweep(trials)
-        with hold_device(run.settings, device_choice) as device:
+        with hold_devices(device_choice, 1) as devices:
+            device = devices.first
             others = other_devices(device_choice, device)
             results = train_trials(run.mlflow, trials, device, others, gigabytes)
             best = rank(run.mlflow, trials, results)
             training, checkpoint = best.trial.training, best.checkpoint
-            evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, device, gigabytes)
+            evaluation = evaluate(run.mlflow, training, checkpoint, job.sampling, devices, gigabytes)
             rival = None
             if job.night.promote:
                 rival = score_champion(training, checkpoint, job.sampling.score_rows, device)

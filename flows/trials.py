@@ -62,6 +62,11 @@ class SweepJob(Job):
                 f"subset={self.night.subset} chooses the rows of a night, which a sweep cannot do: leave it out, or "
                 "set subset_start and subset_count"
             )
+        if self.hardware.gpus != 1:
+            raise ValueError(
+                f"gpus {self.hardware.gpus} is refused: a sweep trains each trial on one GPU, and uses all GPUs that "
+                "are free: leave gpus out"
+            )
         for trial in self.trials():
             Job.check(replace(self, freeze=trial.freeze, train=trial.train))
 

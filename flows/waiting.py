@@ -15,12 +15,14 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.runtime import flow_run
 
 from model.net.device import device_choices, device_key
-from ops.machine.lock import exclusive, exclusive_any, shared_directory
+from ops.machine.lock import exclusive
+from ops.machine.lock_file import shared_directory
 from ops.recovery.limits import is_temporary, read_slots, release_all
 from ops.settings import Settings
 from ops.text import storable
 from ops.tracking.registry import shared_name
 from ops.tracking.stopwatch import end_step
+from tasks.gang import Devices, held_devices
 
 WAITING_FOR_GPU = "WaitingForGpu"
 WAITING_FOR_TRAINING = "WaitingForTraining"
@@ -29,24 +31,15 @@ _POLL_SECONDS = 2.0
 
 
 @contextmanager
-def hold_device(settings: Settings, device: str) -> Iterator[str]:
-    """Hold a device of the machine against the runs of all users; any GPU for ``auto`` and ``cuda``.
-
-    Yields:
-        The device to compute on: cpu or cuda:N.
-
-    Raises:
-        ValueError: as model.net.device.resolve_device.
-    """
+def hold_devices(device: str, gpus: int | str) -> Iterator[Devices]:
+    """Hold devices of the machine against the runs of all users; the arguments are those of ``held_devices``."""
     log = get_run_logger()
     waiting = _Waiting(WAITING_FOR_GPU, "waiting-for-gpu")
-    places = {device_key(place): place for place in device_choices(device)}
-    directory = shared_directory(settings.device_locks)
     name, run_id = str(flow_run.name), str(flow_run.id)
-    with exclusive_any(directory, list(places), name, log.info, show=waiting.show, flow_run_id=run_id) as held:
+    with held_devices(device, gpus, name, log.info, waiting.show, run_id) as devices:
         _free_slots(waiting)
         end_step("wait")
-        yield str(places[held.what])
+        yield devices
 
 
 def other_devices(device: str, held: str) -> dict[str, str]:

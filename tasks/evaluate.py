@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.data.tokens import CodeAlpacaDataset
-from model.engine.checkpoint import load_trained
-from model.engine.engine import Engine
-from model.engine.scoring import perplexity, row_losses
-from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.engine.scoring import perplexity
 from model.evaluation.comparison import Difference, compare
-from model.evaluation.completions import Completion, complete, extract_code
+from model.evaluation.completions import extract_code
 from model.evaluation.config import SamplingConfig
 from model.evaluation.records import Answers, build_records, references_of
 from model.evaluation.scores import HUMANEVAL, UNTUNED, Record, describe_failures, headline, score_both
 from model.evaluation.tables import common_failures, pass_table, sample_table, score_table
 from model.files import write_json
-from model.net.device import resolve_device, use_precision
-from model.net.gpt import GPTModel
 from ops.sandbox.guards import run_tests
-from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
-from tasks.frozen import load_frozen, load_its_tokenizer
-from tasks.humaneval import complete_tasks, score_tasks
+from tasks.frozen import load_its_tokenizer
+from tasks.gang import Devices, score
+from tasks.humaneval import score_tasks
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from tasks.scoring import Given, Scoring
 
 
 @task(name="evaluate", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
@@ -47,40 +38,26 @@ def evaluate(
     training: TrainingRef,
     checkpoint: CheckpointRef,
     sampling: SamplingConfig,
-    device: str,
+    devices: Devices,
     trunk_cache_gb: float,
 ) -> EvaluationRef:
     """Compare the best checkpoint with the untouched base on the first ``score_rows`` rows of test; log the scores.
+
+    With several devices and many completions, ranks share the rows.
 
     Raises:
         ValueError: the checkpoint is damaged.
         NotLoggedError: MLflow could not take the scores.
     """
     log = get_run_logger()
-    place = resolve_device(device)
-    dtype = use_precision(training.config.precision, place)
-    test = CodeAlpacaDataset(Path(training.tokens.directory), "test", limit=sampling.score_rows)
+    scoring = Scoring(training, checkpoint.best, checkpoint.micro_batch_tokens, sampling)
+    test = scoring.rows
     log.info("scoring %d rows of the test split; score_rows and sample_rows limit them", len(test))
-    network = load_frozen(training.model, training.plan, place, dtype)
-    tokenizer = load_its_tokenizer(training.model)
-    engine = Engine(network, dtype)
-    max_tokens = checkpoint.micro_batch_tokens
-    cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
-    trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache)
-    base_losses, tokens = row_losses(engine, test, max_tokens, trunk)
-    base_texts = _complete(network, tokenizer, test, sampling, dtype)
-    base_tasks = complete_tasks(network, tokenizer, sampling, dtype)
-    load_trained(Path(checkpoint.best), network)
-    tuned_losses, _ = row_losses(engine, test, max_tokens, trunk)
-    del trunk  # the completions need its memory
-    tuned_texts = _complete(network, tokenizer, test, sampling, dtype)
-    tuned_tasks = complete_tasks(network, tokenizer, sampling, dtype)
-    (base, base_refused), (tuned, refused) = (
-        _answers(test, losses, texts, log)
-        for losses, texts in ((base_losses, base_texts), (tuned_losses, tuned_texts))
-    )
+    given = score(scoring, devices, trunk_cache_gb, log)
+    (base, base_refused), (tuned, refused) = (_answers(test, each, log) for each in (given.base, given.tuned))
+    tokenizer, tokens = load_its_tokenizer(training.model), np.array(given.tokens)
     records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
-    task_records = score_tasks(base_tasks, tuned_tasks, sampling, log)
+    task_records = score_tasks(given.base.tasks, given.tuned.tasks, sampling, log)
     differences = compare(records, sampling.seed) + compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
     metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
     if any(passed is not None for passed in tuned.passed):
@@ -123,47 +100,13 @@ def _say(
         )
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """A model's completions of rows of the test split, by the rows' position.
-
-    Attributes:
-        sampled: of the first ``sample_rows`` rows, drawn as the parameters say.
-        greedy: of the first ``pass_rows`` rows with tests.
-    """
-
-    sampled: dict[int, Completion]
-    greedy: dict[int, Completion]
-
-
-def _complete(
-    network: GPTModel,
-    tokenizer: PreTrainedTokenizerBase,
-    test: CodeAlpacaDataset,
-    sampling: SamplingConfig,
-    dtype: torch.dtype,
-) -> _Texts:
-    """Complete the prompts; where sampling is greedy too, each prompt once."""
-    sampled = list(range(len(test)))[: sampling.sample_rows]
-    tested = [index for index, row in enumerate(test.rows) if row.get("tests")][: sampling.pass_rows]
-
-    def draw(indices: list[int], config: SamplingConfig) -> dict[int, Completion]:
-        found = complete(network, tokenizer, [test.rows[index]["prompt"] for index in indices], config, dtype)
-        return dict(zip(indices, found, strict=True))
-
-    if sampling.temperature == 0:
-        found = draw(sorted({*sampled, *tested}), sampling)
-        return _Texts({index: found[index] for index in sampled}, {index: found[index] for index in tested})
-    return _Texts(draw(sampled, sampling), draw(tested, replace(sampling, temperature=0.0)))
-
-
-def _answers(test: CodeAlpacaDataset, losses: np.ndarray, texts: _Texts, log: Any) -> tuple[Answers, int]:
+def _answers(test: CodeAlpacaDataset, given: Given, log: Any) -> tuple[Answers, int]:
     """What a model gave on each row, and how many completions could not be executed.
 
     The greedy completions of rows with tests are run in the sandbox.
     """
-    snippets = [(extract_code(found.text), test.rows[index]["tests"]) for index, found in texts.greedy.items()]
-    results = dict(zip(texts.greedy, run_tests(snippets), strict=True))
+    snippets = [(extract_code(found.text), test.rows[index]["tests"]) for index, found in given.greedy.items()]
+    results = dict(zip(given.greedy, run_tests(snippets), strict=True))
     refused = [result for result in results.values() if result.outcome == "not_executed"]
     if refused:
         log.warning("%d of %d completions were not executed: %s", len(refused), len(results), refused[0].reason)
@@ -171,8 +114,8 @@ def _answers(test: CodeAlpacaDataset, losses: np.ndarray, texts: _Texts, log: An
     passed = {index: result.outcome == "passed" for index, result in results.items()}
     failures = {index: result.reason for index, result in results.items() if not passed[index]}
     answers = Answers(
-        losses=losses,
-        completions=[texts.sampled.get(index) for index in rows],
+        losses=np.array(given.losses),
+        completions=[given.sampled.get(index) for index in rows],
         passed=[passed.get(index) for index in rows],
         failures=[failures.get(index) for index in rows],
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from model.engine.ranks import ALONE, Ranks
 from model.evaluation.completions import Completion
 from model.evaluation.config import SamplingConfig
 from model.evaluation.humaneval import sample_tasks, task_records, tasks
@@ -20,10 +21,18 @@ _SECONDS = 3.0  # time limit of a completion, as in Chen et al.'s harness
 
 
 def complete_tasks(
-    network: GPTModel, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig, dtype: torch.dtype
+    network: GPTModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingConfig,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
 ) -> list[list[Completion]]:
-    """For each task the completions of a model; empty without ``humaneval_samples``."""
-    return sample_tasks(network, tokenizer, tasks(), sampling, dtype) if sampling.humaneval_samples else []
+    """For each task the completions of a model, made by all ranks; empty without ``humaneval_samples``."""
+    if not sampling.humaneval_samples:
+        return []
+    chosen = tasks()
+    parts = ranks.gather(sample_tasks(network, tokenizer, chosen[ranks.rank :: ranks.world], sampling, dtype))
+    return [parts[number % ranks.world][number // ranks.world] for number in range(len(chosen))]
 
 
 def score_tasks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import JournalShipper, must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
+from tasks.gang import Devices, train_on
+from tasks.gang_job import GangJob
 from tasks.progress import Progress
 from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
 
@@ -78,23 +81,30 @@ def identify_training(
     cache_policy=NO_CACHE,
 )
 @pipeline_step
-def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float) -> CheckpointRef:
+def train(run: RunRef, training: TrainingRef, devices: Devices, trunk_cache_gb: float) -> CheckpointRef:
     """Train, or resume a training of the same data, base, freeze and settings that was interrupted.
+
+    On one device this process trains; on several, a process for each of them, which this one supervises.
 
     A cancellation or SIGTERM ends it between two steps, with a checkpoint of the last one.
 
-    The caller holds the device and the training: two at once would overwrite each other's checkpoints.
+    The caller holds the devices and the training: two at once would overwrite each other's checkpoints.
 
     Raises:
+        GangError: a process of several died, hung, or failed otherwise.
         NonFiniteError: loss or gradient became NaN or infinite.
         RuntimeError: the loaded model trains other parameters than planned.
         NotLoggedError: the training is finished, and MLflow could not take its metrics.
     """
-    place = resolve_device(device)
-    network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
-    cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     log = get_run_logger()
     progress = Progress(log)
+    if devices.need_gang:
+        job = GangJob(training, trunk_cache_gb)
+        with progress.courier:
+            return log_training(run, training, partial(train_on, devices, job, log), progress.show, log)
+    place = resolve_device(devices.first)
+    network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
+    cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     with progress.courier:
         return train_network(network, run, training, cache, progress.show, log)
 
@@ -118,6 +128,39 @@ def train_network(
         TrainingStoppedError: ``should_end`` returned true.
         NonFiniteError, NotLoggedError: as ``train``.
     """
+
+    def work(show: Callable[[StepReport], None], should_stop: Callable[[], bool]) -> TrainResult:
+        return run_training(
+            network,
+            Path(training.tokens.directory),
+            training.config,
+            Path(training.directory),
+            training.identity,
+            on_step=show,
+            warn=log.warning,
+            cache=cache,
+            should_stop=lambda: should_stop() or should_end(),
+        )
+
+    return log_training(run, training, work, on_step, log)
+
+
+def log_training(
+    run: RunRef,
+    training: TrainingRef,
+    work: Callable[[Callable[[StepReport], None], Callable[[], bool]], TrainResult],
+    on_step: Callable[[StepReport], None],
+    log: Any,
+) -> CheckpointRef:
+    """Have a training done; its journal goes to an MLflow run meanwhile, and its results in the end.
+
+    Args:
+        work: trains, in a thread; called with a listener for steps, and with what it asks whether to stop.
+        on_step: called after each step.
+
+    Raises:
+        NotLoggedError: as ``train``; and what ``work`` raises.
+    """
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)
@@ -128,21 +171,8 @@ def train_network(
         on_step(report)
         shipping.offer(report.step)
 
-    def work(should_stop: Callable[[], bool]) -> TrainResult:
-        return run_training(
-            network,
-            Path(training.tokens.directory),
-            training.config,
-            directory,
-            training.identity,
-            on_step=show_and_ship,
-            warn=log.warning,
-            cache=cache,
-            should_stop=lambda: should_stop() or should_end(),
-        )
-
     with shipping:
-        result = run_stoppable(work)
+        result = run_stoppable(partial(work, show_and_ship))
     with must_be_logged(run.tracking_uri, directory):
         shipper.finish()
         _log_result(run, result)

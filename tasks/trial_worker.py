@@ -30,7 +30,8 @@ from model.engine.trunk_sharing import SharedTrunks
 from model.files import read_bytes, write_json
 from model.net.device import resolve_device, resolve_precision
 from ops.machine.flock import hold_file
-from ops.machine.lock import exclusive_if_free, shared_directory
+from ops.machine.lock import TURN, exclusive_if_free
+from ops.machine.lock_file import shared_directory
 from ops.settings import Settings
 from ops.text import one_line
 from ops.tracking.runs import RunRef, set_tags
@@ -298,7 +299,7 @@ def main() -> None:
     settings.claim_caches()
     directory = shared_directory(settings.device_locks)
     while _has_work(order, log) and not closed.is_set():
-        with exclusive_if_free(directory, list(order.places), order.holder, order.flow_run_id) as held:
+        with exclusive_if_free(directory, list(order.places), order.holder, order.flow_run_id, TURN) as held:
             if held is not None:
                 device = order.places[held.what]
                 log.info("helps on %s", device)

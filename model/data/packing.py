@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,7 @@ class Pack:
 def pack(dataset: CodeAlpacaDataset, rows: np.ndarray[Any, Any], device: torch.device) -> Pack:
     """Pack rows in their order; those without a target are left out."""
     everywhere = dataset.prompt_loss_weight != 0
-    first_target = np.minimum(1, dataset.lengths[rows, 1]) if everywhere else np.maximum(1, dataset.lengths[rows, 1])
-    rows = rows[dataset.lengths[rows, 0] > first_target]
+    rows = dataset.with_targets(rows)
     lengths = dataset.lengths[rows, 0].astype(np.int64) - 1
     ends = np.cumsum(lengths)
     owner = np.repeat(np.arange(len(rows)), lengths)  # (N,)
@@ -129,3 +129,25 @@ def split_evenly(
     groups = -(-int(ends[-1]) // max_tokens)
     cuts = np.searchsorted(ends - lengths / 2, ends[-1] * np.arange(1, groups) / groups)
     yield from (part for part in np.split(rows, cuts) if len(part))
+
+
+def deal(costs: np.ndarray[Any, Any], parts: int) -> list[np.ndarray[Any, Any]]:
+    """Divide items into parts of about equal cost: the costliest first, each to the part that costs least so far.
+
+    This is the greedy rule of Graham 1969 ("Bounds on multiprocessing timing anomalies"). Ties go to the first item
+    and the first part: the division is a function of the arguments alone.
+
+    Args:
+        costs: of each item, integers.
+
+    Returns:
+        Numbers of the items of each part, ascending; a part may be empty.
+    """
+    loads = [(0, part) for part in range(parts)]
+    owner = np.empty(len(costs), dtype=np.int64)
+    order = np.argsort(-costs, kind="stable")
+    for item, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+        load, part = loads[0]
+        owner[item] = part
+        heapq.heapreplace(loads, (load + cost, part))
+    return [np.flatnonzero(owner == part) for part in range(parts)]

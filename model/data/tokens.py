@@ -84,6 +84,16 @@ class CodeAlpacaDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         lengths, prompts = self.lengths[rows, 0], np.maximum(1, self.lengths[rows, 1])
         return float((lengths - prompts).sum() + self.prompt_loss_weight * (prompts - 1).sum())
 
+    def target_counts(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Number of tokens of each row that bear loss, (rows,), int64."""
+        lengths, prompts = self.lengths[rows].astype(np.int64).T
+        everywhere = self.prompt_loss_weight != 0
+        return np.maximum(0, lengths - (1 if everywhere else np.maximum(1, prompts)))
+
+    def with_targets(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Those of the rows, in their order, that have a token that bears loss; the others are in no pack."""
+        return rows[self.target_counts(rows) > 0]
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """input_ids (T,), labels (T,) with IGNORE where the loss weight is 0, loss_weights (T,)."""
         length, prompt_length = (int(n) for n in self.lengths[index])

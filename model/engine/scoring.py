@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import numpy as np
 import torch
@@ -11,11 +12,16 @@ from model.data.packing import pack, split_evenly
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
 from model.engine.loss import padded_head, token_losses
+from model.engine.ranks import ALONE, Ranks
 from model.engine.trunk import TrunkOutputs
 
 
 def row_losses(
-    engine: Engine, dataset: CodeAlpacaDataset, max_tokens: int, trunk: TrunkOutputs | None = None
+    engine: Engine,
+    dataset: CodeAlpacaDataset,
+    max_tokens: int,
+    trunk: TrunkOutputs | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score every row on its response.
 
@@ -24,6 +30,8 @@ def row_losses(
         dataset: rows, with prompt_loss_weight 0.
         max_tokens: tokens per forward pass, about.
         trunk: cache of the trunk's outputs for this data set; None computes them each time.
+        ranks: processes that score together: each takes some of the packs, and all get all results. The packs, and so
+            the results, are those of one process.
 
     Returns:
         For each row the summed loss in nats (float64), and the number of response tokens.
@@ -34,7 +42,8 @@ def row_losses(
     counts = np.zeros(len(dataset), dtype=np.int64)
     training = model.training
     model.eval()
-    for rows in split_evenly(np.arange(len(dataset)), dataset.lengths[:, 0], max_tokens):
+    packs = split_evenly(np.arange(len(dataset)), dataset.lengths[:, 0], max_tokens)
+    for rows in islice(packs, ranks.rank, None, ranks.world):
         batch = pack(dataset, rows, engine.device)
         if not len(batch.targets):
             continue
@@ -45,7 +54,7 @@ def row_losses(
         sums[batch.rows] = np.bincount(batch.owner, losses, minlength=len(batch.rows))
         counts[batch.rows] = np.bincount(batch.owner, minlength=len(batch.rows))
     model.train(training)
-    return sums, counts
+    return ranks.merge(sums), ranks.merge(counts)
 
 
 def mean_loss(sums: np.ndarray, counts: np.ndarray) -> float:

@@ -32,6 +32,7 @@ class CheckpointRecord(BaseModel):
     best_step: Number
     journal_lines: Annotated[int, Field(ge=1)]
     micro_batch_tokens: Annotated[int | None, Field(ge=1)] = None
+    world: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -59,6 +60,7 @@ class TrainingState:
         best_eval_loss: lowest validation loss so far, in nats per response token; infinite until one is known.
         best_step: step of that validation.
         journal_lines: lines of the journal that belong to the steps done.
+        world: number of processes that train together.
     """
 
     identity: str
@@ -68,6 +70,7 @@ class TrainingState:
     best_eval_loss: float = math.inf
     best_step: int = 0
     journal_lines: int = 0
+    world: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """The content of state.json; ``write_checkpoint`` adds the checksums of the checkpoint's files."""
@@ -79,15 +82,17 @@ class TrainingState:
             "journal_lines": self.journal_lines,
             "micro_batch_tokens": self.micro_batch_tokens,
             "step": self.step,
+            "world": self.world,
         }
 
     @classmethod
-    def from_json(cls, record: dict[str, Any], micro_batch_tokens: int) -> TrainingState:
+    def from_json(cls, record: dict[str, Any], micro_batch_tokens: int, world: int = 1) -> TrainingState:
         """The state that a checkpoint recorded.
 
         Args:
             record: the content of state.json.
             micro_batch_tokens: tokens per pass from now on.
+            world: number of processes from now on.
 
         Raises:
             ValueError: the record is damaged.
@@ -101,4 +106,5 @@ class TrainingState:
             best_eval_loss=found.best_eval_loss,
             best_step=found.best_step,
             journal_lines=found.journal_lines,
+            world=world,
         )

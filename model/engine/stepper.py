@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.data.packing import Pack, pack, split_evenly
+from model.data.packing import Pack, deal, pack, split_evenly
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
+from model.engine.gradients import GradientBuffer
 from model.engine.loss import head_loss, padded_head
 from model.engine.loss_scale import LEAST, LossScale
+from model.engine.ranks import ALONE, Ranks
 from model.engine.trunk import TrunkOutputs
 from model.net.gpt import GPTModel
 
@@ -106,6 +109,8 @@ class Stepper:
         trunk: the trunk's outputs for these rows.
         config: hyper-parameters.
         micro_batch_tokens: tokens per pass, about.
+        ranks: processes that train together: each computes the gradients of some rows of a step, and all update their
+            parameters by the sum.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class Stepper:
         trunk: TrunkOutputs,
         config: TrainConfig,
         micro_batch_tokens: int,
+        ranks: Ranks = ALONE,
     ):
         self.engine = engine
         self.optimizer = optimizer
@@ -123,6 +129,7 @@ class Stepper:
         self.trunk = trunk
         self.config = config
         self.micro_batch_tokens = micro_batch_tokens
+        self.ranks = ranks
         self.trained = [p for p in engine.model.parameters() if p.requires_grad]
         self.head = engine.model.lm_head.weight
         self.frozen_head = None if self.head.requires_grad else padded_head(self.head, engine.dtype)
@@ -133,6 +140,8 @@ class Stepper:
         # Fused AdamW skips the update where this is 1, the mechanism that GradScaler uses.
         self.skip = torch.zeros((), device=engine.device)
         optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+        self.gradients = GradientBuffer(self.trained, ranks.world) if ranks.world > 1 else None
+        self.costs = self._costs() if ranks.world > 1 else None
 
     def tensors(self) -> dict[str, Tensor]:
         """State of the training besides model and optimizer, for checkpoints."""
@@ -148,21 +157,23 @@ class Stepper:
             group["lr"] = learning_rate
         lengths = self.dataset.lengths[rows, 0]
         weight = self.dataset.loss_weight(rows)
+        targets = int(self.dataset.target_counts(rows).sum()) if weight > 0 else 0
         computed = self.trunk.computed
         self.engine.start_step(step)
         if weight > 0:
-            loss, targets = self._accumulate_gradients(rows, weight)
+            loss = self._accumulate_gradients(self._share(rows), weight)
+            if self.gradients is not None:
+                self.ranks.sum_in_order([self.gradients.flat, loss])
             norm = self._clip()
             self._update(loss, norm)
         else:  # no token bears loss: nothing to learn, and the mean would divide by zero (trl#6668)
             loss = norm = torch.zeros((), device=self.engine.device, dtype=torch.float64)
-            targets = 0
         flops = necessary_flops(
             self.engine.model.config,
             self.engine.model.num_frozen,
             int(lengths.sum()) - len(lengths),
             targets,
-            self.trunk.computed - computed,
+            self._trunk_tokens(rows, computed),
             self.head.requires_grad,
         )
         results = [loss, norm, self.stopped]
@@ -171,7 +182,33 @@ class Stepper:
         on_device = torch.stack([result.double() for result in results])
         return PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, on_device)
 
-    def _accumulate_gradients(self, rows: np.ndarray[Any, Any], weight: float) -> tuple[Tensor, int]:
+    def _costs(self) -> np.ndarray[Any, Any]:
+        """Operations that each row of the data set needs in a step, (rows,), int64."""
+        model = self.engine.model
+        flops = partial(necessary_flops, model.config, model.num_frozen, train_head=self.head.requires_grad)
+        targets = self.dataset.target_counts(np.arange(len(self.dataset)))
+        tokens = np.where(targets > 0, self.dataset.lengths[:, 0].astype(np.int64) - 1, 0)
+        token = int(flops(1, 0, 0 if self.trunk.keeps else 1))
+        return token * tokens + int(flops(0, 1, 0)) * targets
+
+    def _share(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """This rank's rows of a step, in the step's order: shares cost about the same, and may be empty."""
+        if self.costs is None:
+            return rows
+        return rows[deal(self.costs[rows], self.ranks.world)[self.ranks.rank]]
+
+    def _trunk_tokens(self, rows: np.ndarray[Any, Any], before: int) -> int:
+        """Tokens whose trunk output all ranks computed in this step.
+
+        Args:
+            before: tokens that this rank had computed before the step.
+        """
+        if self.ranks.world == 1 or self.trunk.keeps:
+            return self.trunk.computed - before
+        rows = self.dataset.with_targets(rows)
+        return int(self.dataset.lengths[rows, 0].sum(dtype=np.int64)) - len(rows)
+
+    def _accumulate_gradients(self, rows: np.ndarray[Any, Any], weight: float) -> Tensor:
         """Run forward and backward passes over the rows, which leave the gradients in the parameters' ``grad``.
 
         In fp16 the gradients are multiplied by the loss scale.
@@ -180,18 +217,18 @@ class Stepper:
             weight: sum of the loss weights of all target tokens; the loss is divided by it.
 
         Returns:
-            The loss, a float64 scalar on the device, and the number of target tokens.
+            The rows' part of the loss, a float64 scalar on the device.
         """
         engine = self.engine
+        if self.gradients is not None:
+            self.gradients.zero()
         head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
         head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
         loss = torch.zeros((), device=engine.device, dtype=torch.float64)
         divisor = weight if self.loss_scale is None else weight / self.loss_scale.scale
-        targets = 0
         first = True
         for part in split_evenly(rows, self.dataset.lengths[rows, 0], self.micro_batch_tokens):
             batch = pack(self.dataset, part, engine.device)
-            targets += len(batch.targets)
             if not len(batch.targets):
                 continue
 
@@ -205,8 +242,8 @@ class Stepper:
             first = False
         if head_gradient is not None:
             head_gradient /= divisor
-            self.head.grad = head_gradient if self.head.grad is None else self.head.grad + head_gradient
-        return loss, targets
+            self.head.grad = head_gradient if self.head.grad is None else self.head.grad.add_(head_gradient)
+        return loss
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to the largest norm allowed, and in fp16 back by the loss scale.
@@ -224,7 +261,10 @@ class Stepper:
         return norm
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
-        """Update the parameters unless this step, or one before it, was not finite; then drop the gradients."""
+        """Update the parameters unless this step, or one before it, was not finite; then drop the gradients.
+
+        Gradients in a buffer stay allocated.
+        """
         overflow = ~torch.isfinite(norm)
         self.stopped.logical_or_(~torch.isfinite(loss))
         if self.loss_scale is None:
@@ -234,6 +274,8 @@ class Stepper:
             self.stopped.logical_or_(self.loss_scale.scale < LEAST)
         self.skip.copy_(self.stopped | overflow)
         self.optimizer.step()
+        if self.gradients is not None:
+            return
         if self.engine.keeps_gradients:
             self.head.grad = None  # not among the gradients that the engine keeps
         else:

@@ -8,22 +8,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from model.data.tokens import CodeAlpacaDataset, epoch_order
-from model.engine.checkpoint import CheckpointWriter, FoundCheckpoint, checkpoint_path, load_checkpoint
+from model.engine.checkpoint import FoundCheckpoint, checkpoint_path
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import matmul_ceiling
-from model.engine.journal import MetricsJournal
+from model.engine.ranks import Ranks
 from model.engine.scoring import mean_loss, perplexity, row_losses
 from model.engine.speed import Speed
-from model.engine.state import TrainingState
+from model.engine.state import CheckpointRecord, TrainingState
 from model.engine.stepper import PendingStep, Stepper, build_optimizer, learning_rate_at
+from model.engine.training_files import TrainingFiles
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
+from model.engine.trunk_filling import fill_together
 from model.engine.trunk_sharing import trunk_outputs
 from model.net.device import peak_memory
 
@@ -67,9 +70,10 @@ class TrainResult:
         resumed_from: step at which this process resumed the training; 0 for a fresh start.
         micro_batch_tokens: tokens per pass, about, at the end of the training.
         first_step_seconds: seconds from the start of the last attempt to the end of its first step; NaN without one.
-        peak_memory_bytes: as ``model.net.device.peak_memory``.
+        peak_memory_bytes: as ``model.net.device.peak_memory``, the highest of all ranks.
         trunk: where the trunk's outputs were kept, as a line for the log.
-        trunk_hit_share: share of the tokens whose trunk output was in the cache when it was needed.
+        trunk_hit_share: share of the tokens whose trunk output was in the cache when it was needed; with several
+            ranks of the tokens of this rank, and outputs computed ahead count as computed when needed.
     """
 
     best: Path
@@ -98,7 +102,7 @@ class Call:
     """What all attempts of one call of ``train`` share.
 
     Attributes:
-        tokens, config, directory, identity, on_step, warn, cache, should_stop: arguments of ``train``.
+        tokens, config, directory, identity, on_step, warn, cache, should_stop, ranks: arguments of ``train``.
         resumed_from: step of the checkpoint that the first attempt started from; 0 without one.
     """
 
@@ -110,6 +114,7 @@ class Call:
     warn: Callable[[str], None]
     cache: TrunkCacheConfig
     should_stop: Callable[[], bool]
+    ranks: Ranks
     resumed_from: int
 
 
@@ -126,7 +131,7 @@ class Trainer:
     def __init__(self, engine: Engine, call: Call, micro_batch_tokens: int, found: FoundCheckpoint | None):
         self.begun = time.perf_counter()
         self.first_step_seconds = math.nan
-        self.engine, self.call, self.config = engine, call, call.config
+        self.engine, self.call, self.config, self.ranks = engine, call, call.config, call.ranks
         self.micro_batch_tokens = micro_batch_tokens
         self.fresh = found is None
         self.rows = CodeAlpacaDataset(call.tokens, "train", prompt_loss_weight=self.config.prompt_loss_weight)
@@ -135,14 +140,17 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.rows) / self.config.batch_size)
         self.optimizer = build_optimizer(engine.model, self.config)
         self.trunk, self.validation_trunk = self._trunk_outputs()
-        self.stepper = Stepper(engine, self.optimizer, self.rows, self.trunk, self.config, micro_batch_tokens)
-        call.directory.mkdir(parents=True, exist_ok=True)
-        self.journal = MetricsJournal(call.directory / JOURNAL_FILE)
+        self.stepper = Stepper(
+            engine, self.optimizer, self.rows, self.trunk, self.config, micro_batch_tokens, self.ranks
+        )
+        self.files = TrainingFiles(
+            call.directory, JOURNAL_FILE, engine.model, self.optimizer, self.stepper.tensors(), self.ranks
+        )
         self.state = self._restore(found)
-        self.writer = CheckpointWriter(call.directory, engine.model, self.optimizer, further=self.stepper.tensors())
-        self.ceiling = _ceiling(engine.device, engine.dtype)
+        self.ceiling = _ceiling(engine.device, engine.dtype) * self.ranks.world
         self.speed = Speed()
         self.pending: deque[PendingStep] = deque()
+        self.stop_asked: Callable[[], bool] = lambda: False
 
     def _trunk_outputs(self) -> tuple[TrunkOutputs, TrunkOutputs]:
         """The trunk's outputs for the training rows and for the validation rows, as far as the limits allow."""
@@ -150,19 +158,25 @@ class Trainer:
         validations = 2 + self.total_steps // self.config.eval_freq
         order = epoch_order(len(self.rows), self.config.seed, 0)
         engine, size, cache = self.engine, self.micro_batch_tokens, self.call.cache
-        training = trunk_outputs(engine, self.rows, order, size, epochs, cache)
+        training = trunk_outputs(engine, self.rows, order, size, epochs, cache, ranks=self.ranks)
         order = np.arange(len(self.validation_rows))
         return training, trunk_outputs(
-            engine, self.validation_rows, order, size, validations, cache, reserved_bytes=training.bytes_kept
+            engine, self.validation_rows, order, size, validations, cache, training.bytes_kept, self.ranks
         )
 
     def _restore(self, found: FoundCheckpoint | None) -> TrainingState:
         """Load the checkpoint and cut the journal back to it; without one, start at step 0 with an empty journal."""
-        state = TrainingState(self.call.identity, self.micro_batch_tokens)
+        world = self.ranks.world
+        state = TrainingState(self.call.identity, self.micro_batch_tokens, world=world)
         if found:
-            load_checkpoint(found.path, self.engine.model, self.optimizer, self.stepper.tensors())
-            state = TrainingState.from_json(found.state, self.micro_batch_tokens)
-        self.journal.truncate(state.journal_lines)
+            state = TrainingState.from_json(found.state, self.micro_batch_tokens, world)
+            before = CheckpointRecord.model_validate(found.state).world
+            if before != world:
+                self.call.warn(
+                    f"the checkpoint of step {state.step} is of a training on {before} ranks, and it goes on with "
+                    f"{world}: the results are the same but for rounding"
+                )
+        self.files.restore(found, state.journal_lines)
         return state
 
     def run(self) -> TrainResult:
@@ -172,25 +186,53 @@ class Trainer:
             TrainingStoppedError, NonFiniteError: as ``train``.
         """
         self.engine.model.train()
-        with self.writer:
-            if self.fresh:
-                self.call.on_step(StepReport(0, self.total_steps, math.nan, 0.0, math.nan, self.validate()))
-            self.speed.restart()
-            for rows in self.batches():
-                if self.call.should_stop():
-                    self.stop()
-                self.step(rows)
-                self.report_finished_steps()
+        try:
+            with self.files:
+                self.train()
+        except (TrainingStoppedError, NonFiniteError):  # raised on all ranks
+            self.ranks.barrier()  # the last checkpoint is on disk: a launcher may end all ranks once one of them ends
+            raise
+        self.ranks.barrier()
         return self.result()
 
-    def batches(self) -> Iterator[np.ndarray[Any, Any]]:
-        """The rows of each step from the current one to the last."""
+    def train(self) -> None:
+        """Validate the base, then queue and report all steps."""
+        fill_together(self.validation_trunk, np.arange(len(self.validation_rows)))
+        if self.fresh:
+            self.call.on_step(StepReport(0, self.total_steps, math.nan, 0.0, math.nan, self.validate()))
+        fill_together(self.trunk, self.rows_to_come())
+        self.speed.restart()
+        for rows in self.batches(self.state.step):
+            if self.should_stop():
+                self.stop()
+            self.step(rows)
+            self.report_finished_steps()
+
+    def batches(self, step: int) -> Iterator[np.ndarray[Any, Any]]:
+        """The rows of each step from ``step`` to the last."""
         order, order_epoch = np.empty(0, dtype=np.int64), -1
-        while self.state.step < self.total_steps:
-            epoch, position = divmod(self.state.step, self.steps_per_epoch)
+        for number in range(step, self.total_steps):
+            epoch, position = divmod(number, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(len(self.rows), self.config.seed, epoch), epoch
             yield order[position * self.config.batch_size : (position + 1) * self.config.batch_size]
+
+    def rows_to_come(self) -> np.ndarray[Any, Any]:
+        """All rows of the steps that are left."""
+        # Two epochs of steps, wherever they begin, contain a whole epoch.
+        batches = list(islice(self.batches(self.state.step), 2 * self.steps_per_epoch))
+        return np.unique(np.concatenate(batches)) if batches else np.empty(0, dtype=np.int64)
+
+    def should_stop(self) -> bool:
+        """Whether the training ends before the next step, on all ranks.
+
+        Several ranks ask before each step, and act on the common answer one step later: no rank waits for another.
+        """
+        asked = self.call.should_stop()
+        if self.ranks.world == 1:
+            return asked
+        before, self.stop_asked = self.stop_asked, self.ranks.agree_later(asked)
+        return before()
 
     def step(self, rows: np.ndarray[Any, Any]) -> None:
         """Queue one optimizer step."""
@@ -225,7 +267,7 @@ class Trainer:
         if math.isnan(self.first_step_seconds):
             self.first_step_seconds = time.perf_counter() - self.begun
         self.speed.add(done.tokens, done.flops)
-        self.journal.append(
+        self.files.append(
             done.step,
             {
                 "train/loss": result.loss,
@@ -248,7 +290,9 @@ class Trainer:
             NonFiniteError: the loss is not finite; no checkpoint is saved.
         """
         state = self.state
-        scores = row_losses(self.engine, self.validation_rows, self.micro_batch_tokens, self.validation_trunk)
+        scores = row_losses(
+            self.engine, self.validation_rows, self.micro_batch_tokens, self.validation_trunk, self.ranks
+        )
         loss = mean_loss(*scores)
         if not math.isfinite(loss):
             raise NonFiniteError(f"validation loss is {loss} at step {state.step}: lower the learning rate")
@@ -256,16 +300,16 @@ class Trainer:
             state.base_eval_loss = loss
         if loss < state.best_eval_loss:
             state.best_eval_loss, state.best_step = loss, state.step
-        self.journal.append(state.step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
+        self.files.append(state.step, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
         self.save()
         self.speed.restart()
         return loss
 
     def save(self) -> None:
         """Save a checkpoint of the current step; only it and the best one are kept."""
-        self.state.journal_lines = self.journal.lines
+        self.state.journal_lines = self.files.journal_lines
         keep = {self.state.best_step, self.state.step}
-        self.writer.save(self.state.step, self.state.to_json(), keep)
+        self.files.save(self.state.step, self.state.to_json(), keep)
 
     def stop(self) -> None:
         """Report all pending steps, save a checkpoint of the last one, and end the training.
@@ -276,7 +320,7 @@ class Trainer:
         while self.pending:
             self.report(evaluate=False)
         self.save()
-        self.writer.wait()
+        self.files.wait()
         raise TrainingStoppedError(f"stopped on request after step {self.state.step} of {self.total_steps}")
 
     def result(self) -> TrainResult:
@@ -291,7 +335,7 @@ class Trainer:
             resumed_from=self.call.resumed_from,
             micro_batch_tokens=self.micro_batch_tokens,
             first_step_seconds=self.first_step_seconds,
-            peak_memory_bytes=peak_memory(self.engine.device),
+            peak_memory_bytes=self.ranks.highest(peak_memory(self.engine.device)),
             trunk=self.trunk.describe(),
             trunk_hit_share=self.trunk.hit_share,
         )

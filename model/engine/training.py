@@ -15,6 +15,7 @@ from model.engine.checkpoint import FoundCheckpoint, newest_checkpoint
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.journal import check_journal
+from model.engine.ranks import ALONE, Ranks
 from model.engine.state import CheckpointRecord
 from model.engine.trainer import JOURNAL_FILE, Call, StepReport, Trainer, TrainResult
 from model.engine.trunk import TrunkCacheConfig
@@ -22,6 +23,18 @@ from model.net.device import give_memory_back, let_memory_grow, ran_out_of_memor
 from model.net.gpt import GPTModel
 
 _FEWEST_TOKENS = 1_024  # per pass, about: the shortest that passes become when memory runs out
+
+
+class PassesTooLongError(RuntimeError):
+    """The memory of one rank among several does not hold a pass. All ranks are to be ended, and started again.
+
+    Attributes:
+        micro_batch_tokens: tokens per pass to start them with.
+    """
+
+    def __init__(self, message: str, micro_batch_tokens: int):
+        super().__init__(message)
+        self.micro_batch_tokens = micro_batch_tokens
 
 
 def default_micro_batch_tokens(model: GPTModel) -> int:
@@ -48,6 +61,7 @@ def train(
     warn: Callable[[str], None] = lambda message: None,
     cache: TrunkCacheConfig = TrunkCacheConfig(),  # noqa: B008
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train a model in place, from the newest checkpoint in ``directory`` if it belongs to the same training.
 
@@ -57,6 +71,10 @@ def train(
 
     If a GPU's memory does not hold a pass, the training goes on from its last checkpoint with passes half as long. A
     training that resumes this one keeps them. Shorter passes round differently.
+
+    Several ranks call it together with equal arguments. Their batches are those of one process; each rank computes
+    the gradients of its share of a step's rows. The result is that of one process but for rounding, and repeats bit
+    for bit at the same number of ranks. Only rank 0 uses ``directory``, ``on_step`` and ``warn``.
 
     Args:
         model: on its device, frozen parameters cast.
@@ -68,12 +86,16 @@ def train(
             memory ran out are reported again.
         warn: called with a message for each damaged checkpoint, and each time that memory does not hold a pass.
         cache: where the frozen blocks' outputs may be kept; it affects speed only.
-        should_stop: called before each step; if it returns true, the training ends there and can be resumed.
+        should_stop: called before each step; if it returns true, the training ends there and can be resumed. With
+            several ranks it ends one step later on all of them, if it returned true on any.
+        ranks: processes that train together.
 
     Raises:
-        TrainingStoppedError: should_stop returned true; a checkpoint of the last step was saved.
+        TrainingStoppedError: should_stop returned true; a checkpoint of the last step was saved. Raised on all ranks.
         NonFiniteError: loss or gradient is not finite; the model is unchanged since the step before, and every
-            checkpoint is finite.
+            checkpoint is finite. Raised on all ranks.
+        RanksDifferError: parameters are not equal on all ranks. Raised on all ranks.
+        PassesTooLongError: one of several ranks cannot hold a pass. Raised on that rank; the others wait for it.
         ValueError: the precision is unknown.
         torch.OutOfMemoryError: memory does not hold the shortest passes either.
     """
@@ -86,8 +108,10 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
         let_memory_grow(device)
         torch.cuda.reset_peak_memory_stats(device)
-    call = Call(tokens, config, directory, identity, on_step, warn, cache, should_stop, 0)
-    found = _find_checkpoint(call)
+    if not ranks.leads:
+        on_step, warn = (lambda report: None), (lambda message: None)
+    call = Call(tokens, config, directory, identity, on_step, warn, cache, should_stop, ranks, 0)
+    found = ranks.from_first(lambda: _find_checkpoint(call))
     resumed_from = int(found.state["step"]) if found else 0
     return _train_in_passes_that_fit(model, dtype, replace(call, resumed_from=resumed_from), found)
 
@@ -115,9 +139,10 @@ def _train_in_passes_that_fit(
 
     Raises:
         torch.OutOfMemoryError: memory ran out in passes of ``_FEWEST_TOKENS``.
+        PassesTooLongError: memory ran out, and this is one of several ranks.
         RuntimeError: memory ran out, and no whole checkpoint is left to go on from.
     """
-    tokens_per_pass = call.config.micro_batch_tokens or default_micro_batch_tokens(model)
+    tokens_per_pass = call.ranks.lowest(call.config.micro_batch_tokens or default_micro_batch_tokens(model))
     while True:
         if found:  # a resumed training keeps the passes that memory held
             tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens") or tokens_per_pass)
@@ -137,6 +162,12 @@ def _train_in_passes_that_fit(
                     f"memory does not hold passes of {tokens_per_pass:,} tokens (micro_batch_tokens): end other "
                     f"processes that use it, lower num_unfrozen_layers or trunk_cache_gb, or use a smaller model "
                     f"({reason})"
+                ) from error
+            if call.ranks.world > 1:
+                raise PassesTooLongError(
+                    f"memory of rank {call.ranks.rank} does not hold passes of {tokens_per_pass:,} tokens: start all "
+                    f"ranks again with passes half as long ({reason})",
+                    max(_FEWEST_TOKENS, tokens_per_pass // 2),
                 ) from error
         # Outside the except clause: the error refers to everything that the failed attempt allocated.
         fewer = max(_FEWEST_TOKENS, tokens_per_pass // 2)

@@ -23,8 +23,9 @@ from model.data.packing import Pack, pack
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
+from model.engine.ranks import ALONE, Ranks
 from model.files import sha256_file, sha256_json
-from model.net.device import uses_tf32
+from model.net.device import pin, uses_tf32
 
 if TYPE_CHECKING:
     from model.engine.trunk_sharing import SharedTrunks
@@ -41,7 +42,8 @@ class TrunkCacheConfig:
 
     Attributes:
         directory: directory of files that later runs use again; None keeps no files.
-        max_bytes: limit for the outputs in memory, and for all files together, in bytes; 0 keeps nothing.
+        max_bytes: limit for the outputs in memory, and for all files together, in bytes; 0 keeps nothing. Processes
+            that train together on one host share it where outputs are kept in main memory.
         shared: outputs of earlier trainings in this process, to use again; None makes new ones.
     """
 
@@ -65,6 +67,7 @@ class TrunkOutputs:
         uses: how often each row will be needed, about.
         config: limits.
         reserved_bytes: bytes of ``config.max_bytes`` that another cache of this process uses.
+        ranks: processes that train together; those of one host choose the same place.
 
     Attributes:
         place: where outputs are kept: "device", "host" (main memory), "file" or "none".
@@ -81,8 +84,10 @@ class TrunkOutputs:
         uses: float,
         config: TrunkCacheConfig,
         reserved_bytes: int = 0,
+        ranks: Ranks = ALONE,
     ):
         self.engine = engine
+        self.ranks = ranks
         self.dataset = dataset
         self.file: _File | None = None
         self.values: Tensor | None = None
@@ -106,11 +111,13 @@ class TrunkOutputs:
         on_gpu = device.type == "cuda"
         if on_gpu and uses <= 1:
             return
-        if on_gpu and self.bytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        if on_gpu and self.bytes < 0.5 * self.ranks.lowest(torch.cuda.mem_get_info(device)[0], local=True):
             self.place, self.values = "device", torch.empty(self.shape, dtype=dtype, device=device)
             return
         # The other cache may have allocated its part of the available memory already, or not yet.
-        fits_host = uses > 1 and self.bytes + reserved_bytes < 0.5 * available_memory()
+        host_bytes = self.ranks.local_world * (self.bytes + reserved_bytes)
+        available = self.ranks.lowest(available_memory(), local=True)
+        fits_host = uses > 1 and host_bytes <= config.max_bytes and host_bytes < 0.5 * available
         # On a GPU no file if memory has room: a first epoch of 1558M that writes a file takes 1.7 times as long;
         # a later training saves less than that.
         if not (on_gpu and fits_host):
@@ -128,7 +135,13 @@ class TrunkOutputs:
         reads_faster = flops / _TRUNK_FLOPS[engine.device.type] > token_bytes / _READ_BYTES
         if config.directory is None or not reads_faster:
             return None
-        return _open_file(config, _key(engine, self.dataset), self.shape, len(self.dataset), engine.dtype)
+        file: _File | None = None
+        key = self.ranks.from_first(lambda: _key(engine, self.dataset), local=True)
+        if self.ranks.local_rank == 0:
+            file = _open_file(config, key, self.shape, len(self.dataset), engine.dtype)
+        if self.ranks.agree(file is not None, local=True) and file is None:
+            file = _File(config.directory / key, self.shape, len(self.dataset), engine.dtype)
+        return file
 
     def hand_on(self, engine: Engine, dataset: CodeAlpacaDataset) -> None:
         """Serve another training from now on: its engine has the same trunk, its data set the same rows."""
@@ -142,7 +155,7 @@ class TrunkOutputs:
             self.computed += len(batch.ids)
             return self.engine.trunk(batch)
         for chunk in np.unique(self.chunk_of[batch.rows[~self.ready[batch.rows]]]):
-            self._fill(self.chunks[chunk])
+            self.fill(self.chunks[chunk])
         self.requested += len(batch.ids)
         if self.place == "device":
             return self.values.index_select(0, batch.slots.to(self.engine.device, non_blocking=True))
@@ -155,6 +168,11 @@ class TrunkOutputs:
     def hit_share(self) -> float:
         """Share of the tokens needed so far whose outputs were kept already."""
         return max(0.0, 1 - self.computed / self.requested) if self.requested else 0.0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether outputs are kept."""
+        return self.values is not None
 
     @property
     def bytes_kept(self) -> int:
@@ -172,7 +190,19 @@ class TrunkOutputs:
         """Position of a row's outputs among those of all rows."""
         return slice(self.starts[row], self.starts[row] + self.dataset.lengths[row, 0] - 1)
 
-    def _fill(self, chunk: np.ndarray[Any, Any]) -> None:
+    def slots_of(self, rows: np.ndarray[Any, Any]) -> Tensor:
+        """Positions of the outputs of rows, in their order, (N,), on the host."""
+        lengths = self.dataset.lengths[rows, 0].astype(np.int64) - 1
+        begins = np.cumsum(lengths) - lengths
+        return pin(np.repeat(self.starts[rows] - begins, lengths) + np.arange(lengths.sum()), self.engine.device)
+
+    def keep(self, slots: Tensor, outputs: Tensor) -> None:
+        """Keep outputs (N, D), on the device, at their positions (N,)."""
+        assert self.values is not None
+        place = self.values.device
+        self.values[slots.to(place, non_blocking=True)] = outputs.to(place)
+
+    def fill(self, chunk: np.ndarray[Any, Any]) -> None:
         """Make a chunk's rows ready: read those that the file has, or else compute the whole chunk."""
         assert self.values is not None
         if self.file is not None:
@@ -188,8 +218,7 @@ class TrunkOutputs:
         if not missing.all():  # rare; the selection waits for the GPU
             keep = torch.from_numpy(np.repeat(missing, batch.documents.lengths))
             outputs, slots = outputs[keep.to(outputs.device)], slots[keep]
-        place = self.values.device
-        self.values[slots.to(place, non_blocking=True)] = outputs.to(place)
+        self.keep(slots, outputs)
         if self.file is not None:
             for row in batch.rows[missing]:
                 self.file.write_checksum(row, self._slots(row))

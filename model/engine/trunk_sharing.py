@@ -10,6 +10,7 @@ import numpy as np
 
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
+from model.engine.ranks import ALONE, Ranks
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.device import uses_tf32
 
@@ -50,9 +51,10 @@ def trunk_outputs(
     uses: float,
     config: TrunkCacheConfig,
     reserved_bytes: int = 0,
+    ranks: Ranks = ALONE,
 ) -> TrunkOutputs:
     """``TrunkOutputs`` with these arguments, or those of an earlier training if ``config.shared`` has them."""
-    make = partial(TrunkOutputs, engine, dataset, order, chunk_tokens, uses, config, reserved_bytes)
+    make = partial(TrunkOutputs, engine, dataset, order, chunk_tokens, uses, config, reserved_bytes, ranks)
     if config.shared is None:
         return make()
     key = (

@@ -59,6 +59,26 @@ def device_choices(device: str) -> list[torch.device]:
     return [first, *(other for other in others if other != first)]
 
 
+def count_processes(device: str, gpus: int | str) -> int:
+    """How many processes train: one on each GPU; on a CPU as many as are asked for.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        gpus: a number; or "all": the GPUs that satisfy ``device``, and 1 on a CPU.
+
+    Raises:
+        ValueError: fewer GPUs satisfy ``device``; or as resolve_device.
+    """
+    choices = device_choices(device)
+    if gpus == "all":
+        return len(choices)
+    if choices[0].type == "cuda" and int(gpus) > len(choices):
+        if device.startswith("cuda:"):
+            raise ValueError(f"gpus {gpus} is too many: device {device!r} is one GPU: use device=cuda")
+        raise ValueError(f"gpus {gpus} is too many: torch sees {len(choices)} GPUs: use fewer, or gpus=all")
+    return int(gpus)
+
+
 def device_key(device: torch.device) -> str:
     """A name of the physical device that does not depend on CUDA_VISIBLE_DEVICES."""
     return f"gpu {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device)

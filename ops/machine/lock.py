@@ -7,23 +7,18 @@ inherits the lock and keeps it.
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.machine.flock import try_lock
-from ops.machine.paths import replaceable_part
-from ops.machine.process import ProcessIdentity, identify_process, lock_holders
+from ops.machine.lock_file import lock_path, read_lock, take_lock, write_holder
 
+TURN = "several devices"  # name of the lock of the run that waits for more than one device
 _POLL_SECONDS = 0.5  # between two attempts to take a lock
 _DESCRIBE_SECONDS = 5.0  # between two looks at who holds it: finding a dead holder's children reads all of /proc
-_CONTENT_BYTES = 65536  # of a lock file that are read; every user may write into it
-_REMEDY = "remove it, or set FINETUNE_LOCKS to a folder that only root or you can replace"
 _REMIND_SECONDS = 60.0  # between two log lines of the same content
 
 
@@ -38,46 +33,6 @@ class Held:
 
     what: str
     descriptor: int
-
-
-@dataclass(frozen=True)
-class LockState:
-    """A lock file as seen by a process that does not hold it.
-
-    Attributes:
-        path: the lock file.
-        what: the device or training, as the last holder wrote it.
-        held: whether a process holds the lock now.
-        holder: name of the run that took it last.
-        owner: identity of the process that took it last, dead or alive; None if the content cannot be read.
-        since: when it was taken last, in ISO 8601.
-        flow_run_id: id of that run in Prefect; empty outside of a flow run.
-    """
-
-    path: Path
-    what: str
-    held: bool
-    holder: str
-    owner: ProcessIdentity | None
-    since: str
-    flow_run_id: str
-
-    @property
-    def pids(self) -> list[int]:
-        """The processes that hold the lock now, as far as this user may see them."""
-        return lock_holders(self.path) if self.held else []
-
-    def describe(self) -> str:
-        """The holder, for people; the text continues "held by"."""
-        if not self.held:
-            return "a process that has just freed it"
-        if self.owner is None:
-            return "another process"
-        run = f"{self.holder} (pid {self.owner.pid}, since {self.since})"
-        if not self.owner.is_dead:
-            return run
-        left = ", ".join(map(str, self.pids)) or "not visible to this user"
-        return f"pid {left}, left behind by {run}, which died"
 
 
 @contextmanager
@@ -102,52 +57,79 @@ def exclusive_any(
     log: Callable[[str], None],
     show: Callable[[str | None], None] = lambda message: None,
     flow_run_id: str = "",
+    turn: str = "",
 ) -> Iterator[Held]:
-    """Hold the first of several devices that is free; while none is, wait and report who holds them.
+    """Hold the first of several devices that is free; the arguments are those of ``exclusive_several``."""
+    with exclusive_several(directory, whats, 1, holder, log, show, flow_run_id, turn) as (held,):
+        yield held
+
+
+@contextmanager
+def exclusive_several(
+    directory: Path,
+    whats: Sequence[str],
+    count: int,
+    holder: str,
+    log: Callable[[str], None],
+    show: Callable[[str | None], None] = lambda message: None,
+    flow_run_id: str = "",
+    turn: str = "",
+) -> Iterator[tuple[Held, ...]]:
+    """Hold ``count`` of several devices, all of them or none; while fewer are free, wait and report who holds them.
+
+    Nobody waits while holding a part, so that no two runs wait for each other. A run that waits for more than one
+    holds the lock ``turn`` meanwhile, and nobody takes a device before it: else runs that need one each would take
+    every device that becomes free, and it would wait for ever.
 
     Args:
         directory: folder of the lock files.
-        whats: names of the devices by their hardware, or of a training; the first free one is taken, in this order.
+        whats: names of the devices by their hardware, or of a training; the first free ones are taken, in this order.
+        count: of the devices to hold.
         holder: name of this run, shown to those who wait for it.
         log: called with a message when waiting begins, when the holders change, every minute, and when it is over.
         show: called with the same messages except the reminders, and with None when waiting is over.
         flow_run_id: id of this run in Prefect.
+        turn: name of the lock of whoever waits for more than one; empty for none.
 
     Raises:
         PermissionError: a lock file of another user cannot be opened; the message names it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    taken = _take_first(directory, whats)
+    wanted = _Wanted(directory, tuple(whats), count, turn, holder, flow_run_id)
+    taken = wanted.take()
     if taken is None:  # perhaps read_locks of another process, which holds a lock for an instant
         time.sleep(0.1)
-        taken = _take_first(directory, whats)
+        taken = wanted.take()
     waited = taken is None
-    what, descriptor = taken or _wait_for_first(directory, whats, log, show)
-    with _holding(what, descriptor, holder, flow_run_id) as held:
+    if taken is None:
+        taken = _wait(wanted, log, show)
+    with ExitStack() as stack:
+        held = tuple(stack.enter_context(_holding(*each, holder, flow_run_id)) for each in taken)
         if waited:
-            log(f"{what} is free: going on")
+            are = "is" if count == 1 else "are"
+            log(f"{' and '.join(each.what for each in held)} {are} free: going on")
             show(None)
         yield held
 
 
 @contextmanager
 def exclusive_if_free(
-    directory: Path, whats: Sequence[str], holder: str, flow_run_id: str = ""
+    directory: Path, whats: Sequence[str], holder: str, flow_run_id: str = "", turn: str = ""
 ) -> Iterator[Held | None]:
-    """Hold the first of several devices that is free, or none; the arguments are those of ``exclusive_any``.
+    """Hold the first of several devices that is free, or none; the arguments are those of ``exclusive_several``.
 
     Yields:
-        None if none is free now.
+        None if none is free now, or another run waits for several.
 
     Raises:
-        PermissionError: as exclusive_any.
+        PermissionError: as exclusive_several.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    taken = _take_first(directory, whats)
+    taken = _Wanted(directory, tuple(whats), 1, turn, holder, flow_run_id).take()
     if taken is None:
         yield None
         return
-    with _holding(*taken, holder, flow_run_id) as held:
+    with _holding(*taken[0], holder, flow_run_id) as held:
         yield held
 
 
@@ -155,148 +137,114 @@ def exclusive_if_free(
 def _holding(what: str, descriptor: int, holder: str, flow_run_id: str) -> Iterator[Held]:
     """Write the holder into a lock file that was taken, and close it in the end."""
     try:
-        content = {
-            "what": what,
-            "holder": holder,
-            "flow_run_id": flow_run_id,
-            "process": identify_process().to_json(),
-            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        write_holder(what, descriptor, holder, flow_run_id)
         yield Held(what, descriptor)
     finally:
         # Closed, not unlocked: a child that inherited the descriptor may still be at work and then keeps the lock.
         os.close(descriptor)
 
 
-def shared_directory(path: Path) -> Path:
-    """Make a directory in which every user of the machine may create lock files, with the mode of /tmp.
+@dataclass
+class _Wanted:
+    """What one call wants to hold; the arguments of ``exclusive_several``."""
 
-    Raises:
-        NotADirectoryError: the path is a link or a file.
-        PermissionError: another user could replace the directory, or a part of the path to it, by a link.
-    """
-    if weak := replaceable_part(path):
-        raise PermissionError(f"another user can replace {weak}, and with it the lock files in {path}: {_REMEDY}")
-    try:
-        path.mkdir(parents=True)
-        path.chmod(0o1777)
-    except FileExistsError:
-        if path.is_symlink() or not path.is_dir():
-            raise NotADirectoryError(f"{path} is a link or a file, and not a directory: {_REMEDY}") from None
-    return path
+    directory: Path
+    whats: tuple[str, ...]
+    count: int
+    turn: str
+    holder: str
+    flow_run_id: str
+    has_turn: bool = False
 
-
-def read_locks(directory: Path) -> list[LockState]:
-    """The state of every lock file in a directory."""
-    return [_read(path) for path in sorted(directory.glob("*.lock"))]
-
-
-def _path(directory: Path, what: str) -> Path:
-    return directory / f"{what.replace(':', '-').replace(' ', '-')}.lock"
-
-
-def _take_first(directory: Path, whats: Sequence[str]) -> tuple[str, int] | None:
-    for what in whats:
-        descriptor = _try(_path(directory, what))
-        if descriptor is not None:
-            return what, descriptor
-    return None
-
-
-def _wait_for_first(
-    directory: Path, whats: Sequence[str], log: Callable[[str], None], show: Callable[[str | None], None]
-) -> tuple[str, int]:
-    """Wait until one of the locks is free and take it; see ``exclusive_any`` for the messages."""
-    shown = ""
-    logged_at = described_at = 0.0
-    while True:
-        now = time.monotonic()
-        if not shown or now - described_at > _DESCRIBE_SECONDS:
-            described_at = now
-            message = _waiting_for(directory, whats)
-            if message != shown:
-                show(message)
-            if message != shown or now - logged_at > _REMIND_SECONDS:
-                log(message)
-                shown, logged_at = message, now
-        time.sleep(_POLL_SECONDS)
-        if taken := _take_first(directory, whats):
-            return taken
-
-
-def _open(path: Path) -> int:
-    """Open a lock file to read and write, and create it if it does not exist.
-
-    Raises:
-        OSError: the file or its folder is a link, also one that was put there a moment ago.
-        PermissionError: the file is not a plain file, or has a second name, which may be that of another file.
-    """
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        descriptor = _open_in(folder, path.name)
-    except OSError as error:  # it names the file without its folder
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        os.close(folder)
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        os.close(descriptor)
-        raise PermissionError(f"the lock file {path} is not a plain file with one name: remove it")
-    return descriptor
-
-
-def _open_in(folder: int, name: str) -> int:
-    while True:
+    def take(self) -> list[tuple[str, int]] | None:
+        """Take the first free ones, each with its descriptor; None if fewer are free, or it is another's turn."""
+        if self.turn and not self.has_turn and read_lock(lock_path(self.directory, self.turn)).held:
+            return None
+        taken: list[tuple[str, int]] = []
         try:
-            # Linux may refuse O_CREAT on another user's file in a directory like /tmp, even if it is writable.
-            return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
-        except FileNotFoundError:
-            pass
+            for what in self.whats:
+                descriptor = take_lock(lock_path(self.directory, what))
+                if descriptor is not None:
+                    taken.append((what, descriptor))
+                if len(taken) == self.count:
+                    return taken
+        except BaseException:
+            _close(taken)
+            raise
+        _close(taken)
+        return None
+
+    @contextmanager
+    def try_turn(self) -> Iterator[None]:
+        """Have the turn during the body, if it is needed, not had yet, and free."""
+        descriptor = None
+        if self.turn and self.count > 1:
+            descriptor = take_lock(lock_path(self.directory, self.turn))
+        if descriptor is None:
+            yield
+            return
         try:
-            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
-        except FileExistsError:
-            continue
-        os.fchmod(descriptor, 0o666)  # os.open's mode is reduced by the umask
-        return descriptor
-
-
-def _try(path: Path) -> int | None:
-    """Lock a file without waiting. Returns its descriptor, which the caller closes; None if it is held."""
-    descriptor = _open(path)
-    try:
-        # A cleaner of /tmp may have removed the file since it was opened.
-        if try_lock(descriptor) and path.exists() and os.path.samestat(os.fstat(descriptor), path.lstat()):
-            return descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
-
-
-def _read(path: Path) -> LockState:
-    held = False
-    try:
-        # Without O_NONBLOCK a pipe in place of the file would hang this process.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            held = not try_lock(descriptor, shared=True)
-            content = json.loads(os.pread(descriptor, _CONTENT_BYTES, 0))
+            write_holder(self.turn, descriptor, self.holder, self.flow_run_id)
+            self.has_turn = True
+            yield
         finally:
+            self.has_turn = False
             os.close(descriptor)
-        owner = ProcessIdentity.from_json(content["process"])
-        texts = [str(content[key]) for key in ("what", "holder", "since", "flow_run_id")]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        owner, texts = None, [path.stem, "", "", ""]
-    what, holder, since, flow_run_id = texts
-    return LockState(path, what, held, holder, owner, since, flow_run_id)
+
+    def waiting_for(self) -> str:
+        """Who holds what this call wants, for people."""
+        held = []
+        for what in self.whats:
+            path = lock_path(self.directory, what)
+            state = read_lock(path)
+            if state.held or self.count == 1:
+                held.append(f"{what}, held by {state.describe()} ({path})")
+        many = f"{self.count} of {len(self.whats)} devices: " if self.count > 1 else ""
+        text = f"waiting for {many}{' or '.join(held) or 'those that have just become free'}"
+        if self.turn and not self.has_turn:
+            first = read_lock(lock_path(self.directory, self.turn))
+            if first.held:
+                text += f"; before it {first.describe()}, which waits for several devices"
+        return text
 
 
-def _waiting_for(directory: Path, whats: Sequence[str]) -> str:
-    held = []
-    for what in whats:
-        path = _path(directory, what)
-        held.append(f"{what}, held by {_read(path).describe()} ({path})")
-    return f"waiting for {' or '.join(held)}"
+def _close(taken: Sequence[tuple[str, int]]) -> None:
+    for _, descriptor in taken:
+        os.close(descriptor)
+
+
+def _wait(wanted: _Wanted, log: Callable[[str], None], show: Callable[[str | None], None]) -> list[tuple[str, int]]:
+    """Wait until the locks are free and take them; see ``exclusive_several`` for the messages."""
+    told = _Told(log, show)
+    while True:
+        with wanted.try_turn():
+            while True:
+                told.tell(wanted.waiting_for)
+                time.sleep(_POLL_SECONDS)
+                if taken := wanted.take():
+                    return taken
+                if wanted.count > 1 and wanted.turn and not wanted.has_turn:
+                    break  # try to get the turn again
+
+
+@dataclass
+class _Told:
+    """Tells whom a run waits for: when that changes, and in the log every minute."""
+
+    log: Callable[[str], None]
+    show: Callable[[str | None], None]
+    shown: str = ""
+    logged_at: float = 0.0
+    described_at: float = 0.0
+
+    def tell(self, describe: Callable[[], str]) -> None:
+        now = time.monotonic()
+        if self.shown and now - self.described_at <= _DESCRIBE_SECONDS:
+            return
+        self.described_at = now
+        message = describe()
+        if message != self.shown:
+            self.show(message)
+        if message != self.shown or now - self.logged_at > _REMIND_SECONDS:
+            self.log(message)
+            self.shown, self.logged_at = message, now

@@ -8,6 +8,7 @@ So a process found by its variable is identified, and the identity is compared a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -27,6 +28,7 @@ from model.records import parse_record
 
 _PROC = Path("/proc")
 FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"  # Prefect's worker sets it in the environment of a flow run
+_PR_SET_PDEATHSIG = 1  # see prctl(2)
 _GIVE_UP_SECONDS = 10.0  # after SIGKILL: a process in an uninterruptible system call may not end
 
 
@@ -181,6 +183,15 @@ def left_behind(name: str) -> list[Process]:
         if owner and owner.is_dead:
             found.append(process)
     return found
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process (SIGKILL) when the thread that started it ends; on Linux only.
+
+    A parent that ended before this call is not noticed.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), *[ctypes.c_ulong(0)] * 3)
 
 
 def end_processes(

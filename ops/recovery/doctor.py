@@ -21,7 +21,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
-from ops.machine.lock import read_locks
+from ops.machine.lock_file import read_locks
 from ops.machine.process import Process, end_processes, find_process
 from ops.recovery.limits import (
     LEASE_SECONDS,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.evaluation.bootstrap import Improvement, paired_improvement
-from ops.machine.lock import exclusive, shared_directory
+from ops.machine.lock import exclusive
+from ops.machine.lock_file import shared_directory
 from ops.notify import notify
 from ops.redaction import without_credentials
 from ops.settings import Settings

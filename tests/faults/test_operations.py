@@ -22,7 +22,7 @@ from faulty import LONG, SHORT, Run, Webhook
 from installation import Installation
 from made_up import BIN, wait_for
 
-from ops.machine.lock import read_locks
+from ops.machine.lock_file import read_locks
 from ops.recovery.zombies import HEARTBEAT_SECONDS, NAME
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from world import World
 
 from model.engine.trainer import StepReport
 from model.files import sha256_file
-from ops.machine.lock import read_locks
+from ops.machine.lock_file import read_locks
 from ops.tracking.runs import PARENT_TAG, RunRef, client
 
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}

@@ -68,12 +68,15 @@ def test_a_wrong_grid_is_refused_in_one_sentence(grid: Any, message: str) -> Non
 
 
 def test_contradictions_are_refused() -> None:
-    """A grid over blocks where nothing is frozen, and the rows of a night."""
+    """A grid over blocks where nothing is frozen, the rows of a night, and several GPUs for each trial."""
     given = {"model_size": "tiny", "device": "cpu", "freeze_layers": False}
     with pytest.raises(ValueError, match="which freeze_layers=false ignores: leave one out"):
         SweepJob.from_parameters(given | {"grid": {"num_unfrozen_layers": [1]}})
     with pytest.raises(ValueError, match="subset=next chooses the rows of a night, which a sweep cannot do"):
         SweepJob.from_parameters({"model_size": "tiny", "device": "cpu", "subset": "next", "grid": RATES})
+    for gpus in (2, "all"):
+        with pytest.raises(ValueError, match=f"^gpus {gpus} is refused: a sweep trains each trial on one GPU.*$"):
+            SweepJob.from_parameters({"model_size": "tiny", "device": "cpu", "gpus": gpus, "grid": RATES})
 
 
 def test_as_many_trials_as_are_allowed() -> None:

@@ -13,7 +13,7 @@ import mlflow.artifacts
 import numpy as np
 from made_up import MadeUp
 
-from ops.machine.lock import read_locks
+from ops.machine.lock_file import read_locks
 from ops.tracking.flavour import hash_version
 from ops.tracking.runs import client
 

@@ -13,7 +13,7 @@ def test_names_in_the_file() -> None:
     """Checkpoints of earlier versions have these keys, in this order, and are resumed."""
     assert json.dumps(STATE.to_json()) == (
         '{"identity": "me", "base_eval_loss": 0.30000000000000004, "best_eval_loss": 0.25, "best_step": 4, '
-        '"journal_lines": 11, "micro_batch_tokens": 512, "step": 8}'
+        '"journal_lines": 11, "micro_batch_tokens": 512, "step": 8, "world": 1}'
     )
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from model import GPTModel
+from model.net import device
 from model.net.device import (
     autocast,
     cast_frozen,
+    count_processes,
     let_memory_grow,
     resolve_device,
     resolve_precision,
@@ -33,6 +35,19 @@ def test_device_names() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"'cuda' is not available.*device=cpu"):
             resolve_device("cuda")
+
+
+def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One on each GPU, and at most as many as there are; on a CPU any number. Three GPUs are made up here."""
+    assert [count_processes("cpu", gpus) for gpus in (1, 5, "all")] == [1, 5, 1]
+    three = [torch.device("cuda", index) for index in range(3)]
+    monkeypatch.setattr(device, "device_choices", lambda name: three[1:2] if name == "cuda:1" else three)
+    assert [count_processes("auto", gpus) for gpus in (1, 3, "all")] == [1, 3, 3]
+    assert count_processes("cuda:1", "all") == 1
+    with pytest.raises(ValueError, match=r"^gpus 4 is too many: torch sees 3 GPUs: use fewer, or gpus=all$"):
+        count_processes("cuda", 4)
+    with pytest.raises(ValueError, match=r"^gpus 2 is too many: device 'cuda:1' is one GPU: use device=cuda$"):
+        count_processes("cuda:1", 2)
 
 
 def test_precision_names() -> None:

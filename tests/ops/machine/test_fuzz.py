@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fuzzing import PLACES, hypothesis, limits, mutated_json, put, settings, st
 
-from ops.machine.lock import read_locks
+from ops.machine.lock_file import read_locks
 from ops.machine.process import ProcessIdentity, identify_process
 
 HERE = asdict(identify_process())

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from ops.machine.lock import exclusive, exclusive_any, exclusive_if_free, read_locks, shared_directory
+from ops.machine.lock import exclusive, exclusive_any, exclusive_if_free, exclusive_several
+from ops.machine.lock_file import read_locks, shared_directory
 from ops.settings import Settings
 
 # Holds the first free one of the named devices, prints which, and starts a child that inherits the lock if told to.
@@ -31,6 +32,18 @@ with exclusive_any(Path(directory), devices, name, lambda line: print(line, flus
     print("held", held.what, pid, flush=True)
     time.sleep(60)
 """
+# Takes several devices again and again, each time for a moment, and prints a line each time.
+TAKE = """
+import sys, time
+from pathlib import Path
+from ops.machine.lock import exclusive_several
+directory, name, count, times, seconds, turn, *devices = sys.argv[1:]
+for _ in range(int(times)):
+    with exclusive_several(Path(directory), devices, int(count), name, lambda line: None, turn=turn) as held:
+        print(*(each.what for each in held), flush=True)
+        time.sleep(float(seconds))
+"""
+THREE = ("gpu a", "gpu b", "gpu c")
 Hold = Callable[..., subprocess.Popen[str]]
 
 
@@ -314,3 +327,95 @@ def test_a_lock_file_with_foreign_content_still_locks(tmp_path: Path) -> None:
         (tmp_path / "cpu.lock").write_text(content)
         (lock,) = read_locks(tmp_path)
         assert (lock.held, lock.owner) == (False, None)
+
+
+@pytest.fixture
+def take(tmp_path: Path) -> Iterator[Hold]:
+    """take(name, count, times, seconds, *devices): a process that holds ``count`` of the devices again and again."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(
+        name: str, count: int, times: int, seconds: float, *devices: str, turn: str = "several"
+    ) -> subprocess.Popen[str]:
+        words = [str(tmp_path), name, str(count), str(times), str(seconds), turn, *devices]
+        started.append(subprocess.Popen([sys.executable, "-c", TAKE, *words], stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_two_runs_of_two_devices_do_not_deadlock_on_three(take: Hold) -> None:
+    """Each takes two of three devices ten times, in opposite orders; both come to their end."""
+    runs = [take("one", 2, 10, 0.02, *THREE), take("two", 2, 10, 0.02, *reversed(THREE))]
+    for run in runs:
+        output, _ = run.communicate(timeout=60)
+        assert len(output.splitlines()) == 10
+        assert {len(line.split("gpu ")) for line in output.splitlines()} == {3}
+
+
+def test_several_devices_are_taken_together_or_not_at_all(tmp_path: Path, hold: Hold, take: Hold) -> None:
+    """While one of two is held, a run that waits for both holds neither, and says for how many it waits and why."""
+    holder = hold("the holder", "gpu a")
+    assert _line(holder) == "held gpu a 0"
+    said: list[str] = []
+
+    def log(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            assert {lock.what: lock.held for lock in read_locks(tmp_path)} == {
+                "gpu a": True, "gpu-b": False, "several": True,
+            }  # fmt: skip
+            holder.kill()
+
+    with exclusive_several(tmp_path, THREE[:2], 2, "the next", log, turn="several") as held:
+        assert [each.what for each in held] == ["gpu a", "gpu b"]
+        assert [lock.pids for lock in read_locks(tmp_path) if lock.held] == [[os.getpid()]] * 2
+    assert said[0].startswith("waiting for 2 of 2 devices: gpu a, held by the holder (pid ")
+    assert said[-1] == "gpu a and gpu b are free: going on"
+    assert not any(lock.held for lock in read_locks(tmp_path))
+
+
+@pytest.mark.parametrize("turn", ["several", ""])
+def test_who_waits_for_several_is_not_starved(tmp_path: Path, take: Hold, turn: str) -> None:
+    """Two runs that take one of two devices each, again and again, let a run in that waits for both.
+
+    Without the rule of turns, which the second case shows, it would not come in.
+    """
+    greedy = [take(f"run {number}", 1, 100, 0.9, *THREE[:2], turn=turn) for number in range(2)]
+    for process in greedy:
+        _line(process)
+    waiting = take("the large one", 2, 1, 0.1, *THREE[:2], turn=turn)
+    try:
+        output, _ = waiting.communicate(timeout=10 if turn else 6)
+    except subprocess.TimeoutExpired:
+        assert turn == ""
+        return
+    assert turn == "several"
+    assert output == "gpu a gpu b\n"
+    others = [_line(process) for process in greedy]  # and they go on after it
+    assert all(line.startswith("gpu ") for line in others)
+
+
+def test_a_run_behind_one_that_waits_for_several_names_it(tmp_path: Path, hold: Hold, take: Hold) -> None:
+    """It waits though a device is free, and goes on as soon as the other is killed."""
+    holder = hold("the holder", "gpu a")
+    assert _line(holder) == "held gpu a 0"
+    large = take("the large one", 2, 1, 0.1, *THREE[:2])
+    while not any(lock.what == "several" and lock.held for lock in read_locks(tmp_path)):
+        time.sleep(0.05)
+    said: list[str] = []
+
+    def log(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            with exclusive_if_free(tmp_path, ["gpu b"], "a helper", turn="several") as none:
+                assert none is None
+            large.kill()
+
+    with exclusive_several(tmp_path, THREE[:2], 1, "a small one", log, turn="several") as (held,):
+        assert held.what == "gpu b"
+    assert "; before it the large one (pid " in said[0]
+    assert "which waits for several devices" in said[0]

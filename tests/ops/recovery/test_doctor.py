@@ -17,8 +17,9 @@ from uuid import UUID
 import pytest
 from made_up import MAKE
 
-from ops.machine import lock
-from ops.machine.lock import LockState, exclusive
+from ops.machine import lock_file
+from ops.machine.lock import exclusive
+from ops.machine.lock_file import LockState
 from ops.machine.process import identify_process
 from ops.recovery import doctor
 from ops.recovery.doctor import Finding, examine, examine_slots, main
@@ -174,7 +175,7 @@ def test_a_run_that_gets_the_device_meanwhile_is_not_named(
     looks: list[int] = []
 
     def read_locks(directory: Path) -> list[LockState]:
-        locks = lock.read_locks(directory)
+        locks = lock_file.read_locks(directory)
         if locks and not looks:
             looks.append(waiting().pid)
         return locks

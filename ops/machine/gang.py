@@ -1,0 +1,314 @@
+"""The host of a gang: starts ranks by torchrun, gives each its device, hears them, and ends them all together.
+
+A gang has a fixed size. When one rank fails, dies or gives no sign of life, all of them are ended, and the caller may
+start a new gang from the last checkpoint. Whatever happens to the host, no rank outlives it: torchrun dies with the
+thread that started it, and each rank with torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ops.machine.member import HOST_VARIABLE
+from ops.machine.process import ProcessIdentity, identify_process
+
+_POLL_SECONDS = 0.2
+_SILENCE_SECONDS = 20.0  # without a sign of life, of which there is one every two seconds
+_REACTION_SECONDS = 2.0  # after the first failure: its cause may be the failure of another rank, told a moment later
+_STOP_SECONDS = 25.0  # in which the ranks end when they are told to: Prefect kills a cancelled flow after 30 s
+_KILL_SECONDS = 10.0
+_LAST_LINES = 3  # of a rank's output in the error's message
+_TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one rank gets.
+
+    Attributes:
+        device: cpu or cuda:N.
+        descriptor: of the device's lock, which the rank keeps open; None if it has none.
+    """
+
+    device: str
+    descriptor: int | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's place among those of a gang.
+
+    Attributes:
+        count: number of machines.
+        number: of this one, from 0.
+        address, port: where the first machine's torchrun listens; unused with one machine.
+    """
+
+    count: int = 1
+    number: int = 0
+    address: str = ""
+    port: int = 0
+
+
+class GangError(RuntimeError):
+    """A gang did not come to its end. All of its processes on this machine have ended.
+
+    Attributes:
+        kinds: names of the error's class and of its bases, in the rank that failed; empty if the rank died, was
+            silent, or never began.
+        facts: what the rank told about the error.
+    """
+
+    def __init__(self, message: str, kinds: Sequence[str] = (), facts: Mapping[str, Any] | None = None):
+        super().__init__(message)
+        self.kinds, self.facts = tuple(kinds), dict(facts or {})
+
+
+@dataclass
+class _Rank:
+    """A rank that has connected."""
+
+    connection: socket.socket
+    identity: ProcessIdentity
+    log: Path
+    heard: float
+    number: int = -1
+    text: bytes = b""
+    is_over: bool = False
+
+
+@dataclass
+class Gang:
+    """One gang's part on this machine.
+
+    Args:
+        module: that each rank runs, by ``python -m``.
+        arguments: its command line.
+        seats: one for each rank on this machine.
+        directory: of the ranks' output.
+        known: names of errors that are causes, and never the consequence of another rank's failure.
+        node: this machine's place among several.
+    """
+
+    module: str
+    arguments: Sequence[str]
+    seats: Sequence[Seat]
+    directory: Path
+    known: frozenset[str] = frozenset()
+    node: Node = Node()
+    _ranks: list[_Rank] = field(default_factory=list)
+    _errors: list[GangError] = field(default_factory=list)
+    _failed_at: float | None = None
+    _stopped_at: float | None = None
+    _ended_at: float | None = None
+
+    def run(
+        self, on_message: Callable[[str, dict[str, Any]], None], should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Start the ranks and wait for their end, which is that of all.
+
+        Args:
+            on_message: called with the kind and the content of each message that a rank sends.
+            should_stop: asked five times a second; once it is true the ranks are asked to stop.
+
+        Raises:
+            GangError: a rank failed, died, or gave no sign of life; torchrun failed; or the ranks did not stop.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="gang-") as folder,  # only this user may enter it
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server,
+            selectors.DefaultSelector() as selector,
+            self._launcher_log.open("wb") as log,
+        ):
+            path = str(Path(folder) / "host")
+            server.bind(path)
+            server.listen()
+            server.setblocking(False)
+            selector.register(server, selectors.EVENT_READ)
+            torchrun = subprocess.Popen(
+                self._command(),
+                env=self._environment(path),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a signal to the flow's process group does not reach it
+            )
+            try:
+                self._supervise(torchrun, server, selector, on_message, should_stop)
+            finally:
+                self._end(torchrun)
+
+    @property
+    def _launcher_log(self) -> Path:
+        return self.directory / f"torchrun-{self.node.number}.log"
+
+    def _command(self) -> list[str]:
+        node = self.node
+        if node.count == 1:
+            where = ["--standalone", "--local-addr", "127.0.0.1"]
+        else:
+            where = ["--node-rank", str(node.number), "--master-addr", node.address, "--master-port", str(node.port)]
+        return [
+            sys.executable, "-m", "ops.machine.torchrun", str(os.getpid()),
+            "--nnodes", str(node.count), "--nproc-per-node", str(len(self.seats)), "--max-restarts", "0", *where,
+            "-m", self.module, *self.arguments,
+        ]  # fmt: skip
+
+    def _environment(self, path: str) -> dict[str, str]:
+        threads = max(1, (os.cpu_count() or 1) // len(self.seats))
+        environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+        if self.node.count == 1 and sys.platform == "linux":
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not be resolved
+        # PYTHONSAFEPATH: not a folder "tasks" of the working directory.
+        return environment | {HOST_VARIABLE: path, "PYTHONSAFEPATH": "1"}
+
+    def _supervise(
+        self,
+        torchrun: subprocess.Popen[bytes],
+        server: socket.socket,
+        selector: selectors.BaseSelector,
+        on_message: Callable[[str, dict[str, Any]], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        while True:
+            status = torchrun.poll()  # before messages are read: later there are none
+            for key, _ in selector.select(_POLL_SECONDS):
+                if key.fileobj is not server:
+                    if not self._read(key.data, on_message):
+                        selector.unregister(key.fileobj)
+                elif rank := self._welcome(server):
+                    selector.register(rank.connection, selectors.EVENT_READ, rank)
+            if self._stopped_at is None and should_stop():
+                self._stopped_at = time.monotonic()
+                for rank in self._ranks:
+                    self._ask_to_stop(rank)
+            self._look_for_failures(status)
+            if status is not None:
+                self._ended_at = self._ended_at or time.monotonic()
+                is_silent = len(selector.get_map()) == 1  # the server alone is left
+                if is_silent or time.monotonic() - self._ended_at > _REACTION_SECONDS:
+                    return self._check_end(status)
+
+    def _welcome(self, server: socket.socket) -> _Rank | None:
+        """Give a rank that connects its seat; None if it has died already."""
+        connection, _ = server.accept()
+        connection.settimeout(_SILENCE_SECONDS)
+        hello, _, rest = connection.recv(_TAIL_BYTES).partition(b"\n")
+        if not hello:
+            return None
+        said = json.loads(hello)
+        seat = self.seats[said["local_rank"]]
+        log = self.directory / f"rank-{said['rank']}.log"
+        welcome = json.dumps({"device": seat.device, "log": str(log)}).encode() + b"\n"
+        socket.send_fds(connection, [welcome], [] if seat.descriptor is None else [seat.descriptor])
+        rank = _Rank(connection, identify_process(said["pid"]), log, time.monotonic(), said["rank"], rest)
+        self._ranks.append(rank)
+        if self._stopped_at is not None:
+            self._ask_to_stop(rank)
+        return rank
+
+    @staticmethod
+    def _ask_to_stop(rank: _Rank) -> None:
+        with suppress(OSError):  # it has ended
+            rank.connection.sendall(b"stop\n")
+
+    def _read(self, rank: _Rank, on_message: Callable[[str, dict[str, Any]], None]) -> bool:
+        """Read what a rank has said. Returns whether it may say more."""
+        try:
+            received = rank.connection.recv(65536)
+        except ConnectionResetError:
+            received = b""
+        rank.heard = time.monotonic()
+        *lines, rank.text = (rank.text + received).split(b"\n")
+        for line in lines:
+            content = json.loads(line)
+            kind = content.pop("kind")
+            if kind == "end":
+                rank.is_over = True
+            elif kind == "error":
+                text = f"rank {rank.number} failed: {content.pop('text')}"
+                self._fail(rank, GangError(text, content.pop("kinds"), content))
+            elif kind != "alive":
+                on_message(kind, content)
+        if not received and not rank.is_over:
+            self._fail(rank, GangError(self._died(rank, "died")))
+        return bool(received)
+
+    def _fail(self, rank: _Rank, error: GangError) -> None:
+        rank.is_over = True
+        self._errors.append(error)
+        self._failed_at = self._failed_at or time.monotonic()
+
+    def _died(self, rank: _Rank, how: str) -> str:
+        return f"rank {rank.number} (pid {rank.identity.pid}) {how}{_tail(rank.log)}"
+
+    def _look_for_failures(self, status: int | None) -> None:
+        """Raise the failure that is the cause, some time after the first one.
+
+        Raises:
+            GangError: a rank has failed, died or been silent, or the ranks did not stop.
+        """
+        if status is not None and status < 0:  # the ranks died with it
+            raise GangError(f"torchrun was killed by signal {-status}")
+        now = time.monotonic()
+        for rank in self._ranks:
+            if not rank.is_over and now - rank.heard > _SILENCE_SECONDS:
+                how = f"has given no sign of life for {_SILENCE_SECONDS:.0f} s: it hangs, or was stopped"
+                self._fail(rank, GangError(self._died(rank, how)))
+        if self._failed_at and now - self._failed_at > _REACTION_SECONDS:
+            raise self._cause()
+        if status is None and self._stopped_at and now - self._stopped_at > _STOP_SECONDS:
+            raise GangError(f"the ranks did not stop within {_STOP_SECONDS:.0f} s, and were ended")
+
+    def _cause(self) -> GangError:
+        """The failure that led to the others: a known error, then a death, then the error that was told first."""
+        return min(self._errors, key=lambda error: (self.known.isdisjoint(error.kinds), bool(error.kinds)))
+
+    def _check_end(self, status: int) -> None:
+        """After torchrun has ended.
+
+        Raises:
+            GangError: not all ranks have come to their end.
+        """
+        if self._errors:
+            raise self._cause()
+        if status or len(self._ranks) < len(self.seats):
+            raise GangError(f"torchrun ended with the status {status}{_tail(self._launcher_log)}")
+
+    def _end(self, torchrun: subprocess.Popen[bytes]) -> None:
+        """End what is left: with torchrun its ranks die, on Linux; those that have connected are killed too."""
+        torchrun.kill()
+        torchrun.wait()
+        for rank in self._ranks:
+            rank.connection.close()
+        deadline = time.monotonic() + _KILL_SECONDS
+        while time.monotonic() < deadline and (left := [r for r in self._ranks if r.identity.is_alive]):
+            for rank in left:
+                with suppress(ProcessLookupError):
+                    os.kill(rank.identity.pid, 9)
+            time.sleep(0.05)
+
+
+def _tail(log: Path) -> str:
+    """The last lines of an output, as the end of a sentence; empty if there is none."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = stream.read().decode(errors="backslashreplace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    last = [" ".join(line.split()) for line in lines if line.strip()][-_LAST_LINES:]
+    return f"; the last lines of {log}: {' | '.join(last)}" if last else ""

@@ -1,0 +1,80 @@
+"""``python -m tasks.join HOST:PORT NUMBER``: take part in the trainings of a flow run on another machine.
+
+HOST:PORT is FINETUNE_RENDEZVOUS of that machine, and NUMBER this machine's own, from 1. It ends with the flow run.
+The data root, which has rows, weights and checkpoints, must be the same folder on all machines.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from ops.machine.gang import GangError, Node
+from ops.machine.torchrun import ASKING
+from tasks.gang import held_devices, run_job
+from tasks.nodes import Announcement, find_store, read_announcement, split_address
+
+_POLL_SECONDS = 1.0
+_log = logging.getLogger("join")
+
+
+def main(arguments: list[str]) -> int:
+    """Do this machine's part of each job that is announced. Returns the exit status."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    try:
+        text, number = arguments
+        address, port = split_address(text)
+        place = int(number)
+    except ValueError as error:
+        print(f"python -m tasks.join HOST:PORT NUMBER, not {' '.join(arguments)} ({error})", file=sys.stderr)
+        return 2
+    stopping = threading.Event()
+    for each in ASKING:
+        signal.signal(each, lambda signum, frame: stopping.set())
+    store = find_store(address, port)
+    _log.info("machine %d has found the flow run at %s", place, text)
+    jobs = 1
+    while not stopping.wait(_POLL_SECONDS):
+        try:
+            announcement = read_announcement(store, jobs)
+        except RuntimeError:
+            _log.info("the flow run has ended")
+            return 0
+        if announcement is None:
+            continue
+        jobs += 1
+        node = Node(announcement.count, place, address, port + 1)
+        try:
+            _take_part(announcement, node, stopping)
+        except (GangError, ArithmeticError, RuntimeError, ValueError, OSError) as error:
+            _log.error("%s", error)  # the flow's own gang fails too, and announces the job again or ends
+    return 0
+
+
+def _take_part(announcement: Announcement, node: Node, stopping: threading.Event) -> None:
+    """Do this machine's part of a job.
+
+    Raises:
+        FileNotFoundError: this machine does not have the first one's files.
+        ValueError: this machine has fewer devices, or a number that it cannot have.
+        GangError: and others, as run_job.
+    """
+    job, training = announcement.job, announcement.job.training
+    if not 0 < node.number < node.count:
+        raise ValueError(
+            f"machine {node.number} is not between 1 and {node.count - 1}: the first one has the number 0"
+        )
+    for path in (training.tokens.directory, training.model.directory):
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"{path} is not on this machine: the data root must be the same on all machines")
+    kind = training.determinants["device"]
+    with held_devices(kind, announcement.processes, f"machine {node.number} of a training", _log.info) as devices:
+        _log.info("trains on %s", ", ".join(devices.names))
+        run_job(devices, job, lambda kind, content: None, stopping.is_set, node)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

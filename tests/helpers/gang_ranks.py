@@ -1,0 +1,58 @@
+"""A rank of a gang for tests: ``-m gang_ranks WHAT`` does what is said, and nothing of a training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+
+from ops.machine.member import Member, take_place
+
+RANK = int(os.environ["RANK"])
+
+
+def do(what: str, member: Member) -> None:
+    """The first rank waits, if the other one is to do something else."""
+    member.send("here", pid=os.getpid(), parent=os.getppid(), device=member.device)
+    if what == "end":
+        return
+    if what == "fail":
+        raise LookupError("the first one") if RANK else RuntimeError("the consequence")
+    if what == "stop":
+        while not member.stopping.wait(0.05):
+            pass
+        member.send("stopped")
+        return
+    if what == "say much":
+        for number in range(20_000):
+            member.send("number", value=number, nothing=float("nan"))
+        return
+    if RANK and what == "die":
+        print("one line\nand another", flush=True)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if RANK and what == "hang":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)  # also where it is to ignore that it should stop
+
+
+def main() -> int:
+    member = take_place()
+    try:
+        do(sys.argv[1], member)
+    except BaseException as error:
+        traceback.print_exc()
+        if RANK:
+            time.sleep(0.3)
+        member.send("error", kinds=[kind.__name__ for kind in type(error).__mro__], text=str(error))
+        return 1
+    member.send("end")
+    return 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(sys.argv))
+    sys.exit(main())
