@@ -55,6 +55,7 @@ def servers(
             mlflow={"MLFLOW_BACKEND_STORE_URI": f"postgresql://{database}/mlflow", **artifacts},
             FINETUNE_GPUS="2",
             OMP_NUM_THREADS="1",
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30",  # as `make worker` sets it; without heartbeats a run crashes
             PREFECT_SERVER_DATABASE_CONNECTION_URL=database_of_prefect,
             **({} if proxied else store),
         ) as installation:

@@ -59,19 +59,43 @@ def _jobs(environment: dict[str, str]) -> list[str]:
 def test_a_training_is_stopped_and_resumed(environment: dict[str, str], tmp_path: Path) -> None:
     """scancel sends SIGTERM as the time limit does: a checkpoint is saved, and the same command goes on from it."""
     log = tmp_path / "first.log"
-    long = [*FEW_STEPS, "max_steps=40", "batch_size=512"]
+    long = [*FEW_STEPS[1:], "eval_freq=10000", "max_steps=14", "batch_size=512"]
     job = _submit(environment, "train.sbatch", log, "tiny", *long)
     wait_for("a step", lambda: re.search(r"step +[1-9]", log.read_text()) if log.exists() else None, 240)
     subprocess.run(["scancel", "--signal=TERM", job], env=environment, check=True)
     wait_for("the end of the job", lambda: job not in _jobs(environment), 60)
-    assert "saved" in log.read_text() or "checkpoint" in log.read_text(), log.read_text()[-3000:]
     _submit(environment, "train.sbatch", tmp_path / "second.log", "tiny", *long, wait=True)
     said = (tmp_path / "second.log").read_text()
-    assert "resum" in said, said[-3000:]
+    assert "this training was resumed at step" in said, said[-3000:]
     assert re.fullmatch(r"run: [0-9a-f]{32}", said.splitlines()[-1])
 
 
+def test_two_machines_train_one_model(environment: dict[str, str], tmp_path: Path) -> None:
+    """One task runs the flow, the other joins it; both nodes are this machine, so each gets locks of its own."""
+    python = tmp_path / "python"
+    own = f'FINETUNE_LOCKS="{tmp_path}/locks-$SLURMD_NODENAME" GLOO_SOCKET_IFNAME=lo'
+    python.write_text(f'#!/bin/sh\n{own} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    log = tmp_path / "gang.log"
+    few = [*FEW_STEPS, "device=cpu", "gpus=1", "max_steps=4"]
+    _submit(environment | {"PYTHON": str(python)}, "gang.sbatch", log, "tiny", *few, wait=True)
+    said = log.read_text()
+    assert "machine 1 has found the flow run" in said
+    assert "trains on cpu" in said
+    assert "the flow run has ended" in said
+    together = _losses(said)
+    _submit(environment, "train.sbatch", tmp_path / "one.log", "tiny", *few, "seed=42", wait=True)
+    assert len(together) == 3
+    assert together == pytest.approx(_losses((tmp_path / "one.log").read_text()), abs=2e-4)
+
+
+def _losses(log: str) -> list[float]:
+    """The validation losses of a training."""
+    return [float(found) for found in re.findall(r"validation loss ([\d.]+)", log)]
+
+
 def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str], tmp_path: Path) -> None:
+    """It completes one run; scancel then stops the next one, which has stored its state and a checkpoint."""
     (tmp_path / "servers").mkdir()
     with installed(tmp_path / "servers", worker=False) as servers:
         names = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "PREFECT_WORKER_QUERY_SECONDS", "PREFECT_HOME")
@@ -79,12 +103,25 @@ def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str]
         log = tmp_path / "worker.log"
         job = _submit(client, "worker.sbatch", log)
         try:
-            said, _ = servers.run(*FEW_STEPS, "max_steps=3").communicate(timeout=300)
+            said, _ = servers.run(*FEW_STEPS, "max_steps=3").communicate(timeout=400)
             assert "Completed" in said, said[-3000:] + log.read_text()[-3000:]
+            long = servers.run(*FEW_STEPS[1:], "eval_freq=10000", "max_steps=10000", "epochs=1000")
+            wait_for("the second step", lambda: _says(servers, "step 2/"), 240)
         finally:
             subprocess.run(["scancel", job], env=environment, check=True)
-        wait_for("the end of the job", lambda: job not in _jobs(environment), 60)
+        said, _ = long.communicate(timeout=120)
+        assert "Crashed" in said, said[-3000:]
+        # The only validation was before the first step, so that the checkpoint is of the step that was the last.
+        saved = {path.name for path in (tmp_path / "root" / "trainings").glob("*/step-*")}
+        assert saved - {"step-00000000"}, log.read_text()[-3000:]
+        wait_for("the end of the job", lambda: job not in _jobs(environment), 90)
         assert not _workers(servers)
+
+
+def _says(servers: Installation, words: str) -> bool:
+    """Whether a flow run has logged these words."""
+    lines = servers.api("/logs/filter", {"sort": "TIMESTAMP_DESC", "limit": 200})
+    return any(words in line["message"] for line in lines)
 
 
 def _workers(servers: Installation) -> list[int]:
