@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from installation import Installation, installed
-from made_up import FOREIGN, ROOT, wait_for
+from made_up import BIN, FOREIGN, ROOT, free_ports, wait_for
 from slurm import slurm
 
 pytestmark = pytest.mark.slow
@@ -89,9 +89,31 @@ def test_two_machines_train_one_model(environment: dict[str, str], tmp_path: Pat
     assert together == pytest.approx(_losses((tmp_path / "one.log").read_text()), abs=2e-4)
 
 
+def test_slurm_starts_torchrun(environment: dict[str, str], tmp_path: Path) -> None:
+    """One agent on each node, as docs/scale.md has it, with the job file of a flow run that was killed."""
+    few = [*FEW_STEPS[1:], "eval_freq=10000", "device=cpu", "gpus=2", "max_steps=6", "batch_size=64"]
+    with (tmp_path / "flow.log").open("wb") as log:
+        flow = subprocess.Popen(
+            [sys.executable, "-m", "flows", "tiny", *few], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+    (job,) = wait_for("the job file", lambda: list(tmp_path.glob("root/trainings/*/gang-0.json")), 240)
+    flow.kill()
+    flow.wait()
+    (port,) = free_ports(1)
+    agents = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    done = subprocess.run(
+        ["srun", "-N2", "--ntasks-per-node=1", str(BIN / "torchrun"), *agents, "--max-restarts=0",
+         "-m", "tasks.rank_worker", str(job)],
+        cwd=ROOT, env=environment | {"GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (job.parent / "step-00000006").is_dir(), done.stdout[-3000:]
+
+
 def _losses(log: str) -> list[float]:
-    """The validation losses of a training."""
-    return [float(found) for found in re.findall(r"validation loss ([\d.]+)", log)]
+    """The validation losses in the log of a training."""
+    return [float(found) for found in re.findall(r"step \d+/.* validation loss ([\d.]+)", log)]
 
 
 def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str], tmp_path: Path) -> None:
