@@ -15,6 +15,8 @@ from installation import Installation, installed
 from made_up import BIN, FOREIGN, ROOT, free_ports, wait_for
 from slurm import slurm
 
+from ops.machine.process import end_processes, tagged
+
 pytestmark = pytest.mark.slow
 SCRIPTS = ROOT / "docs" / "slurm"
 FEW_STEPS = ("eval_freq=2", "eval_rows=40", "sample_rows=1", "pass_rows=2", "max_new_tokens=4")
@@ -99,6 +101,7 @@ def test_slurm_starts_torchrun(environment: dict[str, str], tmp_path: Path) -> N
     (job,) = wait_for("the job file", lambda: list(tmp_path.glob("root/trainings/*/gang-0.json")), 240)
     flow.kill()
     flow.wait()
+    end_processes(lambda: tagged("FINETUNE_DATA_ROOT", environment["FINETUNE_DATA_ROOT"]), 10)  # its server
     (port,) = free_ports(1)
     agents = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     done = subprocess.run(
@@ -128,7 +131,7 @@ def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str]
             said, _ = servers.run(*FEW_STEPS, "max_steps=3").communicate(timeout=400)
             assert "Completed" in said, said[-3000:] + log.read_text()[-3000:]
             long = servers.run(*FEW_STEPS[1:], "eval_freq=10000", "max_steps=10000", "epochs=1000")
-            wait_for("the second step", lambda: _says(servers, "step 2/"), 240)
+            wait_for("the second step", lambda: _says(servers, "step 2/10000"), 240)
         finally:
             subprocess.run(["scancel", job], env=environment, check=True)
         said, _ = long.communicate(timeout=120)
