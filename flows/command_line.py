@@ -32,6 +32,7 @@ _GROUPS = {
     "train": "Training",
     "sampling": "Evaluation",
     "hardware": "Hardware",
+    "record": "Name and records",
     "sweep": "Sweep",
 }
 _TRUTHS = ("true", "false")
@@ -47,6 +48,7 @@ MODULES = {
     "report": ("ops.tracking.report", "Write the report of a finished run as a page."),
     "rollback": ("ops.tracking.rollback", "Make the previous champion of a size champion again."),
     "doctor": ("ops.recovery.doctor", "Check limits, leases, locks, states and processes; --fix repairs them."),
+    "nightly": ("ops.stack.nightly", "Switch the nightly schedule on or off, or say which it is."),
     "bench": ("bench.train", "Compare the training speed with other trainers."),
 }
 

@@ -1,10 +1,11 @@
-"""Looks at the sqlite databases of Prefect and MLflow before a server opens them: what is wrong is one sentence.
+"""Looks at the databases of Prefect and MLflow before a server opens them: what is wrong is one sentence.
 
 A server that cannot open its database says so in a traceback in its log, and whoever waits for it waits two minutes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shlex
@@ -14,14 +15,20 @@ import time
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from ops.redaction import redact, without_credentials
 from ops.text import one_line
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 _LOCK_SECONDS = 5.0  # a transaction of another process may take that long
 _CHECK_SECONDS = 2.0  # a large database is checked in part
 _LONGEST_PATH = 500  # bytes; 512 with what sqlite appends
 _FREE_BYTES = 8_000_000  # two new databases
+_CONNECT_SECONDS = 10.0  # to a PostgreSQL server
 PREFECT, MLFLOW = "Prefect", "MLflow"
 # Folders of the migrations, in the package of each.
 _MIGRATIONS = {
@@ -63,14 +70,60 @@ def check_database(path: Path, owner: str) -> None:
 
 
 def check_address(address: str, owner: str) -> None:
-    """As ``check_database``, for the address that a server gets; only sqlite files are looked at.
+    """As ``check_database``, for the address that a server gets: of a sqlite file, or of a PostgreSQL server.
 
     Args:
-        address: such as sqlite:////folder/file or sqlite+aiosqlite:////folder/file.
+        address: such as sqlite:////folder/file, sqlite+aiosqlite:////folder/file or postgresql://user@host/name.
     """
+    if address.partition("://")[0].partition("+")[0] == "postgresql":
+        return check_postgresql(address, owner)
     scheme, _, path = address.partition(":///")
     if scheme.partition("+")[0] == "sqlite" and path and not path.startswith((":memory:", "file:")):
         check_database(Path(path.partition("?")[0]), owner)
+
+
+def check_postgresql(address: str, owner: str) -> None:
+    """Check that the driver is installed, the database takes a connection, and it can store any text.
+
+    Raises:
+        DatabaseError: one of these is not so.
+    """
+    from sqlalchemy.engine import make_url  # here: `make run` has no use for it
+
+    where = f"{owner}'s database {without_credentials(address)}"
+    url = make_url(address)
+    if url.get_backend_name() == address.partition("://")[0] and not find_spec("psycopg2"):
+        raise DatabaseError(
+            f"{where} needs the driver psycopg2: install it with "
+            "`.venv/bin/pip install -c constraints.txt -e '.[dev,postgres]'`"
+        )
+    if not url.host or "," in url.host:  # a socket, or several servers: the driver alone knows how
+        return
+    try:
+        encoding = asyncio.run(_read_encoding(url))
+    except Exception as error:  # asyncpg raises its own, OSError and TimeoutError
+        reason = redact(one_line(error)) or type(error).__name__
+        raise DatabaseError(f"{where} takes no connection: {reason[:300]}") from error
+    if encoding != "UTF8":
+        create = f"createdb --template template0 --encoding UTF8 {shlex.quote(url.database or '')}"
+        raise DatabaseError(
+            f"{where} has the encoding {encoding} and cannot store every text: create an empty one in its place with "
+            f"`{create}`"
+        )
+
+
+async def _read_encoding(url: URL) -> str:
+    import asyncpg
+
+    secured = url.query.get("ssl") or url.query.get("sslmode")
+    connection = await asyncpg.connect(
+        host=url.host, port=url.port or 5432, user=url.username, password=url.password, database=url.database,
+        ssl=secured or None, timeout=_CONNECT_SECONDS,
+    )  # fmt: skip
+    try:
+        return str(await connection.fetchval("SHOW server_encoding"))
+    finally:
+        await connection.close()
 
 
 def _probe_new(path: Path) -> None:

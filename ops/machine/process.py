@@ -37,7 +37,7 @@ class ProcessIdentity:
     """Identifies a process among all that ever run, on this machine and on others.
 
     Attributes:
-        host: name of the machine, for people.
+        host: name of the machine.
         machine: the machine-id, or the host's name where there is no machine-id.
         boot: the boot id and the pid namespace, separated by a blank; empty on other systems than Linux.
         pid: the process id in that namespace.
@@ -75,7 +75,8 @@ class ProcessIdentity:
     def _state(self) -> Literal["alive", "dead", "unknown"]:
         """Whether the process lives; "unknown" for a process of another machine or another container."""
         here = identify_process(self.pid)
-        if self.machine != here.machine:
+        # Machines that were set up from one image may have the same machine-id.
+        if (self.machine, self.host) != (here.machine, here.host):
             return "unknown"
         boot, _, namespace = self.boot.partition(" ")
         boot_now, _, namespace_now = here.boot.partition(" ")

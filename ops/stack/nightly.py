@@ -1,4 +1,4 @@
-"""``python -m ops.stack.nightly [on|off]``: switch the schedule of the nights on or off, or say which it is.
+"""``finetune nightly [on|off]``: switch the schedule of the nights on or off, or say which it is.
 
 The schedule is that of the deployment ``finetune/nightly`` on Prefect's server. Prefect's page of the deployment has
 the same switch.
@@ -84,8 +84,8 @@ def _ask(url: str, auth: str | None, path: str, change: dict[str, Any] | None = 
 def describe(active: bool) -> str:
     """Whether nights start by themselves, and how to change it."""
     if active:
-        return "The nightly schedule is on; `python -m ops.stack.nightly off` pauses it."
-    command = "`python -m ops.stack.nightly on`"
+        return "The nightly schedule is on; `finetune nightly off` pauses it."
+    command = "`finetune nightly on`"
     return f"The nightly schedule is paused; {command} or the switch on Prefect's page of {DEPLOYMENT} turns it on."
 
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Switch the nights on or off, or say which it is. Returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given not in ([], ["on"], ["off"]):
-        print(f"python -m ops.stack.nightly [on|off], not {' '.join(given)}", file=sys.stderr)
+        print(f"finetune nightly [on|off], not {' '.join(given)}", file=sys.stderr)
         return 2
     try:
         url, auth = os.environ.get("PREFECT_API_URL"), os.environ.get("PREFECT_API_AUTH_STRING")

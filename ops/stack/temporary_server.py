@@ -3,24 +3,29 @@
 Where PREFECT_API_URL is not set, Prefect's client starts such a server by itself (seen in 3.8.8). This module does it
 instead, for two reasons. The client first imports the code of the server, which takes seconds; here the server starts
 before anything else is imported. And the client leaves the server in the process group of the terminal, where Ctrl-C
-would end it before the flow run's last state is stored; the client would then retry for two minutes.
+would end it before the flow run's last state is stored; the client would then retry for two minutes. For the same
+reason the server ignores SIGTERM as long as its parent lives: Slurm, systemd and others send it to all processes of a
+job, whatever their session.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
+from types import FrameType
+from typing import Any
 
 from ops.settings import PROJECT_ROOT
 
-_APP = "ops.stack.host_check:create_app"
+_APP = "ops.stack.temporary_server:create_app"
 # As Prefect sets them for the server that its client starts: no pages, and only the services that a single run needs.
 _ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-_STOP_SECONDS = 5.0  # from SIGTERM to SIGKILL
+_STOP_SECONDS = 5.0  # from SIGINT to SIGKILL
 
 
 class TemporaryServer:
@@ -64,7 +69,7 @@ class TemporaryServer:
 
     def stop(self) -> None:
         """End the server; once it has ended, nothing happens."""
-        self.process.terminate()
+        self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -84,3 +89,22 @@ def start_temporary_server() -> TemporaryServer:
         environment = os.environ | _ENVIRONMENT
         process = subprocess.Popen(command, env=environment, pass_fds=[listens], start_new_session=True)
         return TemporaryServer(listener.getsockname()[1], process)
+
+
+def outlive_sigterm() -> None:
+    """Ignore SIGTERM in this process, until its parent has died. To be called after uvicorn has set its handler."""
+    parent, handle = os.getppid(), signal.getsignal(signal.SIGTERM)
+
+    def end_if_orphaned(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != parent and callable(handle):
+            handle(number, frame)
+
+    signal.signal(signal.SIGTERM, end_if_orphaned)
+
+
+def create_app() -> Any:
+    """The application that uvicorn serves: Prefect's own, behind the check of the Host header."""
+    outlive_sigterm()
+    from ops.stack.host_check import create_app as create_checked
+
+    return create_checked()

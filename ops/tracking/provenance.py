@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 from importlib.metadata import distributions
 
@@ -9,14 +11,17 @@ from ops.settings import PROJECT_ROOT
 
 
 def git_sha() -> str | None:
-    """The commit of the checkout this code runs from; None outside one."""
-    try:
+    """The commit of the checkout this code runs from; outside one FINETUNE_COMMIT, which the build of an image sets.
+
+    None if there is neither.
+    """
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(
             ["git", "-C", str(PROJECT_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return os.environ.get("FINETUNE_COMMIT") or None
 
 
 def installed_packages() -> str:

@@ -192,10 +192,10 @@ def test_an_older_database_of_prefect_passes(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["sqlite+aiosqlite:////{}?timeout=60", "sqlite:////{}", "postgresql://h/x", "sqlite:///:memory:"]
+    "address", ["sqlite+aiosqlite:////{}?timeout=60", "sqlite:////{}", "mysql://h/x", "sqlite:///:memory:"]
 )
 def test_addresses_of_databases(root: Path, address: str) -> None:
-    """Files of sqlite are looked at, whatever the driver; nothing else is."""
+    """Files of sqlite are looked at, whatever the driver; tests/ops/stack/test_postgres.py has PostgreSQL."""
     path = root / "mlflow" / "mlflow.db"
     path.write_bytes(b"x" * 5000)
     address = address.format(str(path).lstrip("/"))
@@ -204,6 +204,13 @@ def test_addresses_of_databases(root: Path, address: str) -> None:
             check_address(address, PREFECT)
     else:
         check_address(address, PREFECT)
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password() -> None:
+    with pytest.raises(DatabaseError, match="takes no connection") as caught:
+        check_address("postgresql+asyncpg://me:p4ssw0rd@127.0.0.1:9/x", PREFECT)
+    assert str(caught.value).startswith("Prefect's database postgresql+asyncpg://127.0.0.1:9/x ")
+    assert "p4ssw0rd" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_nights_are_paused_until_they_are_switched_on(
     (schedule,) = nightly["schedules"]
     assert not schedule["active"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 2 * * *", "UTC")
-    paused = "The nightly schedule is paused; `python -m ops.stack.nightly on`"
+    paused = "The nightly schedule is paused; `finetune nightly on`"
     assert paused in platform.output
     assert _nightly(platform).startswith(paused)
 

@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,15 @@ class Installation:
         )  # fmt: skip
         wait_for("Prefect's server", lambda: self.api("/health"), 90)
 
-    def start_mlflow(self) -> None:
-        """Start MLflow's server and wait until it answers."""
+    def start_mlflow(self, **settings: str) -> None:
+        """Start MLflow's server and wait until it answers; by default on sqlite and a folder."""
+        folders = {
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.base}/mlflow.db",
+            "MLFLOW_ARTIFACTS_DESTINATION": str(self.base / "artifacts"),
+        }
         self.start(
             "mlflow", "mlflow", "--env-file", str(ROOT / "mlflow" / "server.env"), "server",
-            MLFLOW_PORT=self.tracking.rsplit(":", 1)[1],
-            MLFLOW_BACKEND_STORE_URI=f"sqlite:///{self.base}/mlflow.db",
-            MLFLOW_ARTIFACTS_DESTINATION=str(self.base / "artifacts"),
+            MLFLOW_PORT=self.tracking.rsplit(":", 1)[1], **{**folders, **settings},
         )  # fmt: skip
         wait_for("MLflow's server", lambda: urlopen(self.tracking + "/health", timeout=5).status == 200, 90)
 
@@ -136,11 +138,15 @@ class Installation:
 
 
 @contextlib.contextmanager
-def installed(base: Path, **settings: str) -> Iterator[Installation]:
+def installed(
+    base: Path, worker: bool = True, mlflow: Mapping[str, str] | None = None, **settings: str
+) -> Iterator[Installation]:
     """Start a fresh installation: both servers, all deployments, one worker. All processes are ended afterwards.
 
     Args:
         base: an empty folder.
+        worker: whether a worker is started.
+        mlflow: environment variables of MLflow's server alone.
         settings: environment variables of all its processes.
     """
     cwd = base / "elsewhere"
@@ -162,9 +168,10 @@ def installed(base: Path, **settings: str) -> Iterator[Installation]:
     installation = Installation(cwd, environment)
     try:
         installation.start_prefect()
-        installation.start_mlflow()
+        installation.start_mlflow(**mlflow or {})
         installation.deploy()
-        installation.start_worker()
+        if worker:
+            installation.start_worker()
         yield installation
     finally:
         installation.stop()

@@ -89,10 +89,11 @@ def test_a_restart_of_the_machine_ends_all() -> None:
 
 
 def test_a_process_that_cannot_be_seen_is_neither_dead_nor_alive() -> None:
-    """On another machine, or in another container on this kernel, it may well be alive."""
+    """On another machine, one made from the same image too, or in another container on this kernel, it may live."""
     identity = identify_process()
     for other in (
         replace(identity, machine="another", started="1"),
+        replace(identity, host="another", boot="00000000-0000-0000-0000-000000000000 pid:[1]"),  # a cloned machine-id
         replace(identity, boot=identity.boot.split(" ")[0] + " pid:[1]", started="1"),
     ):
         assert not other.is_dead

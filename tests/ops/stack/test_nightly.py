@@ -14,7 +14,7 @@ from ops.stack.nightly import main
 @pytest.mark.parametrize("arguments", [["maybe"], ["on", "off"]])
 def test_other_words_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert capsys.readouterr().err.startswith("python -m ops.stack.nightly [on|off], not ")
+    assert capsys.readouterr().err.startswith("finetune nightly [on|off], not ")
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

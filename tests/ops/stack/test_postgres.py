@@ -1,88 +1,62 @@
-"""``make up`` on PostgreSQL: both servers and a run, with the URLs of docs/operations.md."""
+"""``make up`` on PostgreSQL: both servers and a run, with the URLs of docs/operations.md; and what is refused."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from made_up import MadeUp, free_ports
+from postgresql import PASSWORD, postgresql
+
+from ops import databases
+from ops.databases import MLFLOW, PREFECT, DatabaseError, check_address
 
 pytestmark = pytest.mark.slow
 FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")
 
 
-def _binaries() -> Path:
-    """The folder of PostgreSQL's programs, which on Debian is not in PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    program = shutil.which("initdb") or (str(found[-1]) if found else None)
-    if not program:
-        pytest.skip("PostgreSQL's server is not installed (apt-get install postgresql)")
-    if not importlib.util.find_spec("psycopg2"):
-        pytest.skip("psycopg2 is not installed (pip install -c constraints.txt -e '.[postgres]')")
-    return Path(program).resolve().parent
+def test_both_servers_and_a_run_on_postgresql(tmp_path: Path) -> None:
+    import psycopg2
 
-
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    """A temporary cluster with the databases prefect and mlflow. Yields user, password, host and port."""
-    binaries = _binaries()
-    (port,) = free_ports(1)
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        (base / "password").write_text("postgres-secret")
-        user = {}
-        if os.getuid() == 0:  # PostgreSQL refuses to run as root
-            try:
-                owner = pwd.getpwnam("postgres")
-            except KeyError:
-                pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-            for path in (base, base / "password"):
-                os.chown(path, owner.pw_uid, owner.pw_gid)
-            user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-
-        def call(program: str, *arguments: str) -> None:
-            command = [str(binaries / program), *arguments]
-            environment = {"PATH": os.defpath, "PGPASSWORD": "postgres-secret", "LC_ALL": "C"}
-            done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, **user)
-            assert done.returncode == 0, done.stdout + done.stderr
-
-        data = str(base / "data")
-        call("initdb", "-D", data, "-U", "finetune", "--auth=scram-sha-256", f"--pwfile={base / 'password'}")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
-        call("pg_ctl", "-D", data, "-w", "-l", str(base / "log"), "-o", options, "start")
+    with postgresql() as server:
+        up = MadeUp(
+            tmp_path,
+            MLFLOW_BACKEND_STORE_URI=f"postgresql://{server}/mlflow",
+            PREFECT_SERVER_DATABASE_CONNECTION_URL=f"postgresql+asyncpg://{server}/prefect",
+        )
         try:
-            for name in ("prefect", "mlflow"):
-                call("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "finetune", name)
-            yield f"finetune:postgres-secret@127.0.0.1:{port}"
+            up.start()
+            output, _ = up.run(*FEW_STEPS).communicate(timeout=240)
+            assert up.api(f"/flow_runs/{up.flow_run(output)}")["state"]["type"] == "COMPLETED", output[-3000:]
+            with psycopg2.connect(f"postgresql://{server}/mlflow") as connection, connection.cursor() as cursor:
+                cursor.execute("select status from runs")
+                assert cursor.fetchall() == [("FINISHED",)]
+            assert list(up.home.rglob("*.db")) == []  # no sqlite database was made
+            logs = b"".join(path.read_bytes() for path in up.home.rglob("*.log"))
+            assert PASSWORD.encode() not in logs
         finally:
-            call("pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+            up.stop()
 
 
-def test_both_servers_and_a_run_on_postgresql(postgres: str, tmp_path: Path) -> None:
-    up = MadeUp(
-        tmp_path,
-        MLFLOW_BACKEND_STORE_URI=f"postgresql://{postgres}/mlflow",
-        PREFECT_SERVER_DATABASE_CONNECTION_URL=f"postgresql+asyncpg://{postgres}/prefect",
-    )
-    try:
-        up.start()
-        output, _ = up.run(*FEW_STEPS).communicate(timeout=240)
-        assert up.api(f"/flow_runs/{up.flow_run(output)}")["state"]["type"] == "COMPLETED", output[-3000:]
-
-        import psycopg2
-
-        with psycopg2.connect(f"postgresql://{postgres}/mlflow") as connection, connection.cursor() as cursor:
-            cursor.execute("select status from runs")
-            assert cursor.fetchall() == [("FINISHED",)]
-        assert list(up.home.rglob("*.db")) == []  # no sqlite database was made
-        logs = b"".join(path.read_bytes() for path in up.home.rglob("*.log"))
-        assert b"postgres-secret" not in logs
-    finally:
-        up.stop()
+def test_what_is_wrong_with_an_address_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoding, the password, the name of the database, the port, the driver; no message has the password."""
+    with postgresql(encoding="SQL_ASCII") as server:
+        host = server.rpartition("@")[2]
+        (port,) = free_ports(1)
+        wrong = {
+            f"postgresql://{server}/mlflow": "createdb --template template0 --encoding UTF8 mlflow",
+            f"postgresql+asyncpg://{server}/prefect": "createdb --template template0 --encoding UTF8 prefect",
+            f"postgresql://finetune:an0ther-secret@{host}/mlflow": "password authentication failed",
+            f"postgresql://{server}/other": '"other" does not exist',
+            f"postgresql://finetune:{PASSWORD}@127.0.0.1:{port}/mlflow": "takes no connection",
+        }
+        for address, said in wrong.items():
+            owner = PREFECT if "asyncpg" in address else MLFLOW
+            with pytest.raises(DatabaseError, match=f"^{owner}'s database postgresql") as caught:
+                check_address(address, owner)
+            assert said in str(caught.value)
+            assert "secret" not in str(caught.value)
+            assert "\n" not in str(caught.value)
+    monkeypatch.setattr(databases, "find_spec", lambda name: None)
+    with pytest.raises(DatabaseError, match="needs the driver psycopg2: install it"):
+        check_address(f"postgresql://{server}/mlflow", MLFLOW)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
+from made_up import wait_for
 
 from ops.servers import TEMPORARY_SERVER_VARIABLE
+from ops.settings import PROJECT_ROOT
 from ops.stack import temporary_server
 from ops.stack.temporary_server import TemporaryServer, start_temporary_server
 
@@ -22,7 +29,10 @@ async def app(scope, receive, send):
     text = os.environ["PREFECT__SERVER_EPHEMERAL"] + os.environ["PREFECT__SERVER_FINAL"]
     await send({"type": "http.response.start", "status": int(os.environ["STATUS"]), "headers": []})
     await send({"type": "http.response.body", "body": text.encode()})
-def create_app(): return app
+def create_app():
+    from ops.stack.temporary_server import outlive_sigterm
+    outlive_sigterm()
+    return app
 """
 
 
@@ -56,6 +66,32 @@ def test_it_has_a_session_of_its_own_and_ends(small_app: pytest.MonkeyPatch) -> 
     assert server.process.returncode is not None
     with pytest.raises(ConnectionRefusedError):
         ask(server, "localhost")
+
+
+def test_a_signal_to_all_processes_of_a_job_does_not_end_it(small_app: pytest.MonkeyPatch) -> None:
+    """As Slurm sends it; the run still stores its last state, and ends the server then."""
+    server = start_temporary_server()
+    try:
+        server.wait(60)
+        server.process.terminate()
+        time.sleep(1)
+        assert ask(server, "localhost") == (200, b"11")
+        began = time.monotonic()
+    finally:
+        server.stop()
+    assert time.monotonic() - began < 4
+    assert server.process.returncode != -signal.SIGKILL
+
+
+def test_without_its_parent_sigterm_ends_it(small_app: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a killed run left behind ends as any other process."""
+    start = "from ops.stack import temporary_server as t; t._APP = 'small_app:create_app'; "
+    start += "server = t.start_temporary_server(); server.wait(60); open('pid', 'w').write(str(server.process.pid))"
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(PROJECT_ROOT)])
+    subprocess.run([sys.executable, "-c", start], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, timeout=90)
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(pid, signal.SIGTERM)
+    wait_for("its end", lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie", 10)
 
 
 def test_a_request_that_comes_too_early_waits(small_app: pytest.MonkeyPatch) -> None:

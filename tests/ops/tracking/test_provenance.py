@@ -20,3 +20,10 @@ def test_git_sha_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without git, or no checkout, is no error."""
     monkeypatch.setenv("PATH", os.devnull)
     assert git_sha() is None
+    monkeypatch.setenv("FINETUNE_COMMIT", "0123abc")  # the build of an image sets it
+    assert git_sha() == "0123abc"
+
+
+def test_a_checkout_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_COMMIT", "0123abc")
+    assert git_sha() != "0123abc"
