@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from model.engine.training import PassesTooLongError
 from ops.machine.gang import GangError, Node
 from ops.machine.torchrun import ASKING
 from tasks.gang import held_devices, run_job
-from tasks.nodes import Announcement, find_store, read_announcement, split_address
+from tasks.nodes import Announcement, find_store, is_over, read_newest, split_address
 
 _POLL_SECONDS = 1.0
 _log = logging.getLogger("join")
@@ -38,19 +39,19 @@ def main(arguments: list[str]) -> int:
         signal.signal(each, lambda signum, frame: stopping.set())
     store = find_store(address, port)
     _log.info("machine %d has found the flow run at %s", place, text)
-    jobs, fitting = 1, None
+    done, fitting = 0, None
     while not stopping.wait(_POLL_SECONDS):
         try:
-            announcement = read_announcement(store, jobs)
+            newest = read_newest(store)
         except RuntimeError:
             _log.info("the flow run has ended")
             return 0
-        if announcement is None:
+        if newest is None or newest[0] == done:
             continue
-        jobs += 1
+        done, announcement = newest
         node = Node(announcement.count, place, address, port + 1)
         try:
-            _take_part(_with_passes(announcement, fitting), node, stopping)
+            _take_part(_with_passes(announcement, fitting), node, lambda: stopping.is_set() or is_over(store, done))
         except PassesTooLongError as error:
             _log.error("%s", error)
             fitting = error.micro_batch_tokens  # all ranks take the shortest passes that one of them has
@@ -67,7 +68,7 @@ def _with_passes(announcement: Announcement, tokens: int | None) -> Announcement
     return replace(announcement, job=replace(announcement.job, micro_batch_tokens=fewer))
 
 
-def _take_part(announcement: Announcement, node: Node, stopping: threading.Event) -> None:
+def _take_part(announcement: Announcement, node: Node, should_stop: Callable[[], bool]) -> None:
     """Do this machine's part of a job.
 
     Raises:
@@ -86,7 +87,7 @@ def _take_part(announcement: Announcement, node: Node, stopping: threading.Event
     kind = training.determinants["device"]
     with held_devices(kind, announcement.processes, f"machine {node.number} of a training", _log.info) as devices:
         _log.info("trains on %s", ", ".join(devices.names))
-        run_job(devices, job, lambda kind, content: None, stopping.is_set, node)
+        run_job(devices, job, lambda kind, content: None, should_stop, node)
 
 
 if __name__ == "__main__":
