@@ -12,13 +12,18 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.engine.training import PassesTooLongError
 from ops.machine.gang import GangError, Node
 from ops.machine.torchrun import ASKING
 from tasks.gang import held_devices, run_job
 from tasks.nodes import Announcement, find_store, is_over, read_newest, split_address
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 _POLL_SECONDS = 1.0
 _log = logging.getLogger("join")
@@ -51,13 +56,19 @@ def main(arguments: list[str]) -> int:
         done, announcement = newest
         node = Node(announcement.count, place, address, port + 1)
         try:
-            _take_part(_with_passes(announcement, fitting), node, lambda: stopping.is_set() or is_over(store, done))
+            must_end = partial(_must_end, stopping, store, done)
+            _take_part(_with_passes(announcement, fitting), node, must_end)
         except PassesTooLongError as error:
             _log.error("%s", error)
             fitting = error.micro_batch_tokens  # all ranks take the shortest passes that one of them has
         except (GangError, ArithmeticError, RuntimeError, ValueError, OSError) as error:
             _log.error("%s", error)  # the flow's own gang fails too, and announces the job again or ends
     return 0
+
+
+def _must_end(stopping: threading.Event, store: TCPStore, number: int) -> bool:
+    """Whether this machine's part of a job is to end: it was asked to, or the first machine's has ended."""
+    return stopping.is_set() or is_over(store, number)
 
 
 def _with_passes(announcement: Announcement, tokens: int | None) -> Announcement:
