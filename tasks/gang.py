@@ -20,7 +20,7 @@ from ops.machine.lock import TURN, exclusive_several
 from ops.machine.lock_file import shared_directory
 from ops.settings import Settings
 from tasks.gang_job import GangJob, write_job
-from tasks.nodes import Nodes, announce_job
+from tasks.nodes import Nodes, announced
 from tasks.scoring import BothGiven, Scoring, give, read_given
 
 # Per process. A gang starts in the time in which one process completes some thousand prompts; with fewer there is
@@ -120,7 +120,8 @@ def train_on(
 
     while True:
         try:
-            run_job(devices, job, hear, should_stop, announce_job(job, len(devices.names)))
+            with announced(job, len(devices.names)) as node:
+                run_job(devices, job, hear, should_stop, node)
             break
         except PassesTooLongError as error:
             log.warning("%s: all ranks begin again from the last checkpoint, and steps stay the same", error)

@@ -10,14 +10,20 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.engine.training import PassesTooLongError
 from ops.machine.gang import GangError, Node
 from ops.machine.torchrun import ASKING
 from tasks.gang import held_devices, run_job
-from tasks.nodes import Announcement, find_store, read_announcement, split_address
+from tasks.nodes import Announcement, find_store, is_over, read_newest, split_address
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 _POLL_SECONDS = 1.0
 _log = logging.getLogger("join")
@@ -38,25 +44,31 @@ def main(arguments: list[str]) -> int:
         signal.signal(each, lambda signum, frame: stopping.set())
     store = find_store(address, port)
     _log.info("machine %d has found the flow run at %s", place, text)
-    jobs, fitting = 1, None
+    done, fitting = 0, None
     while not stopping.wait(_POLL_SECONDS):
         try:
-            announcement = read_announcement(store, jobs)
+            newest = read_newest(store)
         except RuntimeError:
             _log.info("the flow run has ended")
             return 0
-        if announcement is None:
+        if newest is None or newest[0] == done:
             continue
-        jobs += 1
+        done, announcement = newest
         node = Node(announcement.count, place, address, port + 1)
         try:
-            _take_part(_with_passes(announcement, fitting), node, stopping)
+            must_end = partial(_must_end, stopping, store, done)
+            _take_part(_with_passes(announcement, fitting), node, must_end)
         except PassesTooLongError as error:
             _log.error("%s", error)
             fitting = error.micro_batch_tokens  # all ranks take the shortest passes that one of them has
         except (GangError, ArithmeticError, RuntimeError, ValueError, OSError) as error:
             _log.error("%s", error)  # the flow's own gang fails too, and announces the job again or ends
     return 0
+
+
+def _must_end(stopping: threading.Event, store: TCPStore, number: int) -> bool:
+    """Whether this machine's part of a job is to end: it was asked to, or the first machine's has ended."""
+    return stopping.is_set() or is_over(store, number)
 
 
 def _with_passes(announcement: Announcement, tokens: int | None) -> Announcement:
@@ -67,7 +79,7 @@ def _with_passes(announcement: Announcement, tokens: int | None) -> Announcement
     return replace(announcement, job=replace(announcement.job, micro_batch_tokens=fewer))
 
 
-def _take_part(announcement: Announcement, node: Node, stopping: threading.Event) -> None:
+def _take_part(announcement: Announcement, node: Node, should_stop: Callable[[], bool]) -> None:
     """Do this machine's part of a job.
 
     Raises:
@@ -86,7 +98,7 @@ def _take_part(announcement: Announcement, node: Node, stopping: threading.Event
     kind = training.determinants["device"]
     with held_devices(kind, announcement.processes, f"machine {node.number} of a training", _log.info) as devices:
         _log.info("trains on %s", ", ".join(devices.names))
-        run_job(devices, job, lambda kind, content: None, stopping.is_set, node)
+        run_job(devices, job, lambda kind, content: None, should_stop, node)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from tasks.gang_job import GangJob
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
+_COUNT = "jobs"  # key of the number of jobs so far
 _CONNECT = timedelta(seconds=600)  # a flow prepares rows before it announces a job
 
 
@@ -81,19 +84,27 @@ class Announcement:
     job: GangJob
 
 
-def announce_job(job: GangJob, processes: int) -> Node:
-    """Tell the other machines of a job, if there are any. Returns this machine's place.
+@contextmanager
+def announced(job: GangJob, processes: int) -> Iterator[Node]:
+    """Tell the other machines of a job, if there are any, and in the end that it is over.
+
+    Yields:
+        This machine's place.
 
     Raises:
         ValueError: as Nodes.load.
     """
     nodes = Nodes.load()
     if nodes.count == 1:
-        return Node()
+        yield Node()
+        return
     store = _open_store(nodes.port)
-    number = store.add("jobs", 1)
+    number = store.add(_COUNT, 1)
     store.set(_key(number), json.dumps(asdict(Announcement(nodes.count, processes, job))))
-    return Node(nodes.count, 0, nodes.address, nodes.port + 1)
+    try:
+        yield Node(nodes.count, 0, nodes.address, nodes.port + 1)
+    finally:
+        store.set(_key(number, "over"), "")
 
 
 @functools.cache
@@ -115,17 +126,27 @@ def find_store(address: str, port: int) -> TCPStore:
     return TCPStore(address, port, is_master=False, timeout=_CONNECT)
 
 
-def read_announcement(store: TCPStore, number: int) -> Announcement | None:
-    """A job by its number, from 1; None if it has not been announced.
+def read_newest(store: TCPStore) -> tuple[int, Announcement] | None:
+    """The job that was announced last, with its number; None if there is none, or it is over.
 
     Raises:
         RuntimeError: the first machine's process has ended.
         ValueError: it is not an announcement of this version of the code.
     """
-    if not store.check([_key(number)]):
+    number = store.add(_COUNT, 0)
+    if not store.check([_key(number)]) or store.check([_key(number, "over")]):
         return None
-    return parse_record(store.get(_key(number)), Announcement, "the job that the first machine announces")
+    found = parse_record(store.get(_key(number)), Announcement, "the job that the first machine announces")
+    return number, found
 
 
-def _key(number: int) -> str:
-    return f"job-{number}"
+def is_over(store: TCPStore, number: int) -> bool:
+    """Whether the first machine's part of a job has ended, or its process."""
+    try:
+        return bool(store.check([_key(number, "over")]))
+    except RuntimeError:
+        return True
+
+
+def _key(number: int, kind: str = "job") -> str:
+    return f"{kind}-{number}"

@@ -20,7 +20,7 @@ from model.net.freezing import plan_freeze
 from ops.machine.gang import Node
 from tasks.gang_job import GangJob, read_job, write_job
 from tasks.join import _with_passes
-from tasks.nodes import Announcement, Nodes, announce_job, find_store, read_announcement
+from tasks.nodes import Announcement, Nodes, announced, find_store, is_over, read_newest
 from tasks.references import ModelRef, TokensRef, TrainingRef
 
 
@@ -82,22 +82,25 @@ def test_all_processes_of_all_machines_are_logged(monkeypatch: pytest.MonkeyPatc
 
 def test_one_machine_announces_nothing(job: GangJob) -> None:
     """And needs no port."""
-    assert announce_job(job, 2) == Node()
+    with announced(job, 2) as node:
+        assert node == Node()
 
 
 def test_a_job_is_announced(job: GangJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another machine reads it by its number; a second one, of a retry, has the next number."""
+    """Another machine finds the newest one, while it is not over: one that comes late must not wait for old ones."""
     (port,) = free_ports(1)
     monkeypatch.setenv("FINETUNE_NODES", "2")
     monkeypatch.setenv("FINETUNE_RENDEZVOUS", f"127.0.0.1:{port}")
-    assert announce_job(job, 2) == Node(2, 0, "127.0.0.1", port + 1)
-    store = find_store("127.0.0.1", port)
-    found = read_announcement(store, 1)
-    assert found is not None
-    assert (found.count, found.processes, found.job) == (2, 2, job)
-    assert read_announcement(store, 2) is None
-    announce_job(job, 2)
-    assert read_announcement(store, 2) == found
+    with announced(job, 2) as node:
+        assert node == Node(2, 0, "127.0.0.1", port + 1)
+        store = find_store("127.0.0.1", port)
+        assert read_newest(store) == (1, Announcement(2, 2, job))
+        assert not is_over(store, 1)
+    assert is_over(store, 1)
+    assert read_newest(store) is None
+    with announced(job, 1):
+        assert read_newest(store) == (2, Announcement(2, 1, job))
+        assert not is_over(store, 2)
 
 
 def test_a_sweep_trains_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
