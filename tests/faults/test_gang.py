@@ -165,10 +165,12 @@ def test_cancellation_and_sigterm(platform: Installation, submit: Callable[..., 
     assert steps == sorted(set(steps))
     assert any(step % 20 for step in steps), "a checkpoint of the last step, and not of a validation"
     began = time.time() * 1000
-    submit(parameters)
+    last = submit(parameters)
     wait_for("a later step", lambda: _steps(platform, 105) > steps[-1] + 5, 240)
     lines = map(json.loads, (_directory(platform, 105) / "metrics.jsonl").read_text().splitlines()[:-1])
     assert next(line["step"] for line in lines if line["time"] > began) == steps[-1] + 1
+    last.kill(signal.SIGTERM)
+    last.wait_for_both("CRASHED", "KILLED", 60)
 
 
 def test_the_doctor_finds_nothing(platform: Installation) -> None:

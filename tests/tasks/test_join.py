@@ -85,7 +85,7 @@ def test_a_wrong_number_is_named(world: World) -> None:
     while not any("is not between" in line for line in lines):
         lines.append(other.stdout.readline())
         assert other.poll() is None
-    assert lines[-1] == "machine 2 is not between 1 and 1: the first one is 0\n"
+    assert lines[-1] == "machine 2 is not between 1 and 1: the first one has the number 0\n"
     world.kill("run")
     assert other.wait(60) == 0
     assert run.returncode != 0
