@@ -76,7 +76,8 @@ def refuse(error: Exception) -> int:
     if wants_tracebacks():
         raise error
     print(sentence(error), file=sys.stderr)
-    return exit_status(error) or MACHINE
+    of_user = isinstance(error, (FileNotFoundError, FileExistsError, NotADirectoryError))  # also by the system
+    return exit_status(error) or (USER if of_user else MACHINE)
 
 
 def tell(error: Exception) -> int:

@@ -124,13 +124,17 @@ def unknown_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[int
     return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))
 
 
+_ahead: list[threading.Thread] = []  # that import transformers
+
+
 def import_ahead() -> threading.Thread:
     """Import transformers' tokenizers in a thread, while other work goes on; returns the thread.
 
     With files that are not in the system's cache the import takes seconds, and a run that finds its tokens on disk
-    needs it in the evaluation alone. Python locks each module while it is imported, so another thread that needs one
-    waits for it. Two threads could wait for one another only over modules that import each other in a circle: of the
-    modules imported here none is torch's or Triton's, which a training may import meanwhile.
+    needs it in the evaluation alone. ``load_tokenizer`` waits for the thread: transformers replaces its own module
+    while it is imported, and who imports it at that moment gets the one that has nothing in it. Python locks each
+    module while it is imported. Two threads could wait for one another only over modules that import each other in a
+    circle: of the modules imported here none is torch's or Triton's, which a training may import meanwhile.
     """
 
     def work() -> None:
@@ -138,11 +142,14 @@ def import_ahead() -> threading.Thread:
             import_module("transformers.models.auto.tokenization_auto")
 
     thread = threading.Thread(target=work, name="import-transformers", daemon=True)
+    _ahead.append(thread)
     thread.start()
     return thread
 
 
 def _load(directory: Path, files: Mapping[str, str] | None) -> PreTrainedTokenizerBase:
+    while _ahead:
+        _ahead.pop().join()
     from transformers import AutoTokenizer
 
     names = [name for name in TOKENIZER_FILES if (directory / name).is_file()] if files is None else list(files)

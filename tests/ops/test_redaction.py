@@ -247,5 +247,5 @@ def test_a_password_in_prefects_address_is_refused(target: str) -> None:
     servers = {"PREFECT_API_URL": f"http://me:{CANARY}@127.0.0.1:9/api", "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     done = subprocess.run([*MAKE, target], env=os.environ | servers, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "PREFECT_API_AUTH_STRING" in done.stdout
+    assert "PREFECT_API_AUTH_STRING" in done.stdout + done.stderr
     assert CANARY not in done.stdout + done.stderr

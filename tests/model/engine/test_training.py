@@ -453,7 +453,7 @@ def test_a_trained_model_is_not_taken_for_the_base(run: Callable[..., Any], monk
     """
     monkeypatch.setattr("model.engine.training._FEWEST_TOKENS", 60)
     ScarceMemory(fails_at=3).patch(monkeypatch)
-    monkeypatch.setattr("model.engine.checkpoint.write_checkpoint", lambda directory, *arguments: directory)
+    monkeypatch.setattr("model.engine.saving.write_checkpoint", lambda directory, *arguments: directory)
     with pytest.raises(
         RuntimeError, match="no whole checkpoint to go on from after memory ran out: start the run again"
     ):
