@@ -22,6 +22,7 @@ from tasks.config import SourceConfig
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.frozen import load_frozen, load_its_tokenizer
+from tasks.gang import Devices
 from tasks.load_weights import check_weights
 from tasks.prepare import find_or_write_tokens
 from tasks.publish import export
@@ -49,14 +50,15 @@ def training(sources: Sources) -> TrainingRef:
     return identify_training(tokens, model, plan, TrainConfig(precision="fp32", max_steps=1), "cpu")
 
 
+CPU = Devices(("cpu",), (None,))
 CHECKPOINT = CheckpointRef("no", "no", 0, 0.0, 0.0, 0, 0, 2_048, "no")
 # Each step that loads the base or its tokenizer.
 LOADINGS: dict[str, Callable[[Sources, TrainingRef], object]] = {
     "prepare": lambda sources, _: find_or_write_tokens(sources, replace(PREPARE, max_length=70)),
     "choose": lambda sources, _: choose.fn(sources, "tiny", "rows", PREPARE, None, 0.2),
     "load_weights": lambda sources, _: check_weights(sources.weights, "tiny"),
-    "train": lambda _, training: train.fn(None, training, "cpu", 0.0),  # type: ignore[arg-type]
-    "evaluate": lambda _, training: evaluate.fn(None, training, CHECKPOINT, SamplingConfig(), "cpu", 0.0),  # type: ignore[arg-type]
+    "train": lambda _, training: train.fn(None, training, CPU, 0.0),  # type: ignore[arg-type]
+    "evaluate": lambda _, training: evaluate.fn(None, training, CHECKPOINT, SamplingConfig(), CPU, 0.0),  # type: ignore[arg-type]
     "publish": lambda _, training: export(training, CHECKPOINT, Path("no"), ""),
 }
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {

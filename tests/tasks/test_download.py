@@ -77,7 +77,7 @@ def test_changed_weights_are_refused(tmp_path: Path, gpt2_dir: Path) -> None:
         ({"dataset": "rows.xlsx"}, FileNotFoundError, "rows.xlsx does not exist"),
         ({"weights_dir": "/no/such/place"}, FileNotFoundError, "weights_dir /no/such/place is not a directory"),
         ({"tokenizer_dir": "/no/such/place"}, FileNotFoundError, "tokenizer_dir /no/such/place is not a directory"),
-        ({"model_size": "124"}, ValueError, "choose one of tiny, 124m"),
+        ({"model_size": "125m"}, ValueError, "choose one of tiny, 124m"),
     ],
 )
 def test_wrong_inputs_are_named(changes: dict[str, Any], error: type[Exception], match: str) -> None:
