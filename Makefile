@@ -6,6 +6,8 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# As the command `finetune`, which `make install` puts beside it.
+FINETUNE := $(BIN)/python -m flows
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
@@ -27,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED) ## Create or update .venv from the pinned constraints, if they have changed
 
 run: $(INSTALLED) ## Fine-tune the embedded tiny GPT-2; ARGS="epochs=1" changes parameters
-	@$(BIN)/python -m flows $(ARGS)
+	@$(FINETUNE) run $(ARGS)
 
 # Two to four processes; the tests of a file stay in one, as many share a server.
 test: $(INSTALLED) ## Run the tests
@@ -50,7 +52,7 @@ check: $(INSTALLED) ## Check lint, format, types, and the pinned versions for kn
 	$(BIN)/python .ci/audit.py
 
 bench: $(INSTALLED) ## Compare the training speed with other trainers; ARGS="--data rows --tokenizer DIR --size 355m"
-	$(BIN)/python -m bench.train $(ARGS)
+	$(FINETUNE) bench $(ARGS)
 
 parameters: $(INSTALLED) ## Write the README's table of parameters
 	$(BIN)/python -m flows.job README.md
@@ -63,61 +65,43 @@ ifdef SECURE
 up: export FINETUNE_SECURE := $(SECURE)
 endif
 up: $(INSTALLED) ## Start Prefect, MLflow, a worker and the watcher, until Ctrl-C; SECURE=1 requires a password
-	@exec $(BIN)/python -m ops.stack.up
+	@exec $(FINETUNE) up
 
 down: $(INSTALLED) ## End make up, or the processes that a crash left behind
-	@exec $(BIN)/python -m ops.stack.up down
+	@exec $(FINETUNE) down
 
-doctor: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(FINETUNE_PREFECT_PORT),4200)/api
-doctor: export MLFLOW_TRACKING_URI ?= http://127.0.0.1:$(or $(FINETUNE_MLFLOW_PORT),5000)
 doctor: $(INSTALLED) ## Check limits, leases, locks, states and processes; ARGS=--fix repairs them
-	@$(BIN)/python -m ops.recovery.doctor $(ARGS)
+	@$(FINETUNE) doctor $(ARGS)
 
-# Without this, each prefect command would start a temporary server and deploy to that.
-deploy: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 deploy: $(INSTALLED) ## Set up the Prefect server of PREFECT_API_URL, if make up did not start it
-	@$(NO_PASSWORD)
-	@exec $(BIN)/python -m ops.stack.deploy
+	@exec $(FINETUNE) deploy
 
-NEEDS_SERVERS = test -n "$$PREFECT_API_URL" -a -n "$$MLFLOW_TRACKING_URI" || { \
-	echo "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of make up does"; exit 1; }
-# Prefect's own commands would log the address.
-NO_PASSWORD = case "$$PREFECT_API_URL" in *://*@*) \
-	echo "PREFECT_API_URL must not contain a password: set PREFECT_API_AUTH_STRING=user:password instead"; exit 1;; esac
-
-# In seconds. After three missed heartbeats a run becomes Crashed.
-worker: export PREFECT_FLOWS_HEARTBEAT_FREQUENCY ?= 30
-worker: export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE := false
 worker: $(INSTALLED) ## Start a worker on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI
-	@$(NEEDS_SERVERS)
-	@$(NO_PASSWORD)
-	@exec $(BIN)/prefect worker start --pool gpu --name "$$(uname -n)"
+	@exec $(FINETUNE) worker
 
 watch: $(INSTALLED) ## Start the watcher beside such a worker: it closes the runs of processes that died on this machine
-	@$(NEEDS_SERVERS)
-	@$(NO_PASSWORD)
-	@exec $(BIN)/python -m ops.recovery.watch
+	@exec $(FINETUNE) watch
 
 rollback: $(INSTALLED) ## Make the previous champion champion again: SIZE=355m
 	@test -n "$(SIZE)" || { echo "which size? make rollback SIZE=355m"; exit 2; }
-	@$(BIN)/python -m ops.tracking.rollback $(SIZE)
+	@$(FINETUNE) rollback $(SIZE)
 
 # The prompt is passed on unexpanded: make would expand a dollar sign.
 sample: override export PROMPT := $(value PROMPT)
 sample: $(INSTALLED) ## Prompt the latest tuned model: PROMPT="..."
-	@$(BIN)/python -m ops.tracking.sample $(ARGS) -- "$$PROMPT"
+	@$(FINETUNE) sample $(ARGS) -- "$$PROMPT"
 
 export: $(INSTALLED) ## Take a model out of MLflow: MODEL=models:/NAME@champion DIR=...; ARGS="--push USER/NAME --gguf FILE"
 	@test -n "$(MODEL)" || { echo "which model? make export MODEL=models:/gpt2-code-355m@champion DIR=..."; exit 2; }
-	@$(BIN)/python -m ops.tracking.export $(if $(DIR),--directory "$(DIR)") $(ARGS) -- "$(MODEL)"
+	@$(FINETUNE) export $(if $(DIR),--directory "$(DIR)") $(ARGS) -- "$(MODEL)"
 
 report: $(INSTALLED) ## Write the report of a finished run: RUN=<id, models:/NAME/1 or models:/NAME@champion>
 	@test -n "$(RUN)" || { echo "which run? make report RUN=<run id>, RUN=models:/NAME/VERSION or RUN=models:/NAME@ALIAS"; exit 2; }
-	@$(BIN)/python -m ops.tracking.report $(ARGS) -- "$(RUN)"
+	@$(FINETUNE) report $(ARGS) -- "$(RUN)"
 
 compare: $(INSTALLED) ## Compare two runs or versions: A=... B=... as RUN of make report; ARGS="--html FILE" also writes a page
 	@test -n "$(A)" -a -n "$(B)" || { echo "which runs? make compare A=<run id> B=<run id>, or models:/NAME/VERSION, models:/NAME@ALIAS"; exit 2; }
-	@$(BIN)/python -m ops.tracking.compare $(ARGS) -- "$(A)" "$(B)"
+	@$(FINETUNE) compare $(ARGS) -- "$(A)" "$(B)"
 
 clean: ## Delete .venv; keeps all results
 	rm -rf $(VENV)

@@ -14,13 +14,10 @@ from pydantic import BaseModel
 from model.files import read_bytes, shown
 from model.records import check_record
 from model.yaml_text import parse_yaml
+from ops.mistakes import UsageError
 from ops.text import one_line
 
 DEPLOYMENTS = Path(__file__).with_name("prefect.yaml")  # a link to the checkout's, so that a wheel has it too
-
-
-class UsageError(Exception):
-    """The command line is wrong; the message is for the terminal."""
 
 
 class _Deployment(BaseModel):
@@ -55,7 +52,23 @@ def read_flow(deployment: str) -> str:
     return _read(deployment).entrypoint.rpartition(".")[2]
 
 
+def read_deployments() -> list[str]:
+    """The names of all deployments in prefect.yaml.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    return list(_read_all())
+
+
 def _read(deployment: str) -> _Deployment:
+    by_name = _read_all()
+    if deployment not in by_name:
+        raise UsageError(f"prefect.yaml has no deployment {shown(deployment)}, only {', '.join(by_name)}")
+    return by_name[deployment]
+
+
+def _read_all() -> dict[str, _Deployment]:
     try:
         read = parse_yaml(read_bytes(DEPLOYMENTS).decode())
         found = check_record(read, _Deployments, "its content").deployments
@@ -65,9 +78,7 @@ def _read(deployment: str) -> _Deployment:
     except (OSError, ValueError) as error:
         reason = one_line(error)
         raise UsageError(f"{os.path.realpath(DEPLOYMENTS)} is damaged, restore it: {reason}") from error
-    if deployment not in by_name:
-        raise UsageError(f"prefect.yaml has no deployment {shown(deployment)}, only {', '.join(by_name)}")
-    return by_name[deployment]
+    return by_name
 
 
 def repeat_command(
@@ -90,4 +101,4 @@ def repeat_command(
     if deployment:
         options = [word for change in changes for word in ("-p", change)]
         return shlex.join(["prefect", "deployment", "run", f"{flow}/{deployment}", *options])
-    return shlex.join(["python", "-m", "flows", *unnamed, *changes])
+    return shlex.join(["python", "-m", "flows", "run", *unnamed, *changes])

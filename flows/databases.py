@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from flows.commands import UsageError
+from ops.databases import DatabaseError
+from ops.mistakes import UsageError
 from ops.text import one_line
 
 
@@ -10,7 +11,8 @@ def open_mlflow(uri: str) -> None:
     """Create or open MLflow's database, and look for the experiment.
 
     Raises:
-        UsageError: it cannot be used, or the experiment was deleted.
+        DatabaseError: it cannot be used.
+        UsageError: the experiment was deleted.
     """
     from ops.tracking.runs import client, find_experiment  # here: they import torch, and a wrong name needs neither
 
@@ -22,4 +24,4 @@ def open_mlflow(uri: str) -> None:
         raise UsageError(str(error)) from error
     except Exception as error:  # MLflow, SQLAlchemy and alembic raise different ones
         reason = one_line(error)
-        raise UsageError(f"MLflow's database {uri} cannot be used: {reason[:300]}") from error
+        raise DatabaseError(f"MLflow's database {uri} cannot be used: {reason[:300]}") from error

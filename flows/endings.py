@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from prefect import get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.states import Failed
 
@@ -13,6 +14,8 @@ from flows.commands import repeat_command
 from flows.full_disk import naming_the_disk
 from flows.job import defaults
 from flows.trials import job_kind
+from ops.display import SHOWN
+from ops.mistakes import exit_status, sentence, wants_tracebacks
 from ops.redaction import redacted_errors
 from ops.settings import Settings
 from ops.text import storable_errors
@@ -24,9 +27,10 @@ NOT_LOGGED = "TrainedNotLogged"  # name of the flow's state
 def with_ending(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give the flow's function its endings.
 
-    Where MLflow could not take a finished training, the flow run is Failed under the name TrainedNotLogged, and its
-    message has the command that logs it. Messages hold no secrets and no characters that Prefect cannot store. The
-    error of a full disk names path and bytes.
+    A mistake (ops/mistakes.py) is one sentence: the message of the state, and a line of the log. A bug has Prefect's
+    message, and its traceback in the log. Where MLflow could not take a finished training, the flow run is Failed
+    under the name TrainedNotLogged, and its message has the command that logs it. Messages hold no secrets and no
+    characters that Prefect cannot store. The error of a full disk names path and bytes.
     """
 
     @functools.wraps(function)
@@ -40,6 +44,12 @@ def with_ending(function: Callable[..., Any]) -> Callable[..., Any]:
             command = repeat_command(deployment.name, kind.from_parameters(parameters).flat(), defaults(kind), flow)
             message = f"{error}. This command logs it, without training again: {command}"
             return Failed(name=NOT_LOGGED, message=message, data=NotLoggedError(message))
+        except Exception as error:
+            if exit_status(error) is None or wants_tracebacks():
+                raise
+            message = sentence(error)
+            get_run_logger().error(message, extra=SHOWN)
+            return Failed(message=message, data=error)
 
     del wrapper.__wrapped__  # type: ignore[attr-defined]  # Prefect would read the signature of what is wrapped
     return wrapper

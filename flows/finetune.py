@@ -13,6 +13,7 @@ from flows.endings import with_ending
 from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import Job, with_parameters
 from flows.plan import announce
+from flows.quiet_logs import keep_tracebacks_out
 from flows.run import open_run
 from flows.waiting import hold_device
 from model.evaluation.comparison import Difference
@@ -26,6 +27,8 @@ from tasks.prepare import prepare
 from tasks.promote import promote, score_champion
 from tasks.publish import publish
 from tasks.train import identify_training, train
+
+keep_tracebacks_out()
 
 
 @dataclass(frozen=True)

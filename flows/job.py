@@ -66,8 +66,11 @@ class Job:
     hardware: HardwareConfig
 
     @classmethod
-    def from_parameters(cls, values: Mapping[str, Any]) -> Self:
+    def from_parameters(cls, values: Mapping[str, Any], machine: bool = True) -> Self:
         """Sort the flow's parameters into their groups, by name; those that are missing have their defaults.
+
+        Args:
+            machine: also check them against this machine, for which torch is imported.
 
         Raises:
             TypeError: there is no parameter of that name.
@@ -78,6 +81,8 @@ class Job:
         groups: dict[str, Any] = {name: group.take(values) for name, group in cls.groups().items()}
         job = cls(**groups)
         job.check()
+        if machine:
+            job.check_machine()
         return job
 
     @classmethod
@@ -95,7 +100,20 @@ class Job:
         return self.flat()
 
     def check(self) -> None:
-        """Refuse what can be refused before anything is fetched.
+        """Refuse parameters that contradict each other.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        if self.night.subset and self.prepare.subset_start:
+            raise ValueError(
+                f"subset_start {self.prepare.subset_start} selects rows by position, and subset={self.night.subset} "
+                "by content: leave one out"
+            )
+        self.freeze.check(GPTConfig.preset(self.sources.model_size).n_layer, self.sources.model_size)
+
+    def check_machine(self) -> None:
+        """Refuse what this machine cannot do, before anything is fetched.
 
         Raises:
             ValueError: the message names the parameter.
@@ -105,12 +123,6 @@ class Job:
 
         check(self.sampling)
         resolve_precision(self.train.precision, resolve_device(self.hardware.device))
-        if self.night.subset and self.prepare.subset_start:
-            raise ValueError(
-                f"subset_start {self.prepare.subset_start} selects rows by position, and subset={self.night.subset} "
-                "by content: leave one out"
-            )
-        self.freeze.check(GPTConfig.preset(self.sources.model_size).n_layer, self.sources.model_size)
 
     def flat(self) -> dict[str, Any]:
         """The value of each parameter, by name."""
@@ -140,12 +152,22 @@ def refused_values(values: Mapping[str, Any], kind: type[Job] = Job) -> list[str
 
     Prefect checks the same when the flow begins; here nothing has to be imported or started for it.
     """
-    declared = {each.name: (each.annotation, each.default) for each in all_parameters(kind)}
     try:
-        create_model("parameters", **declared).model_validate(dict(values))  # type: ignore[call-overload]
+        taken_values(values, kind)
     except ValidationError as error:
         return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
     return []
+
+
+def taken_values(values: Mapping[str, Any], kind: type[Job] = Job) -> dict[str, Any]:
+    """The values as the flow will get them: of the declared types.
+
+    Raises:
+        ValidationError: a value does not fit its type and bounds.
+    """
+    declared = {each.name: (each.annotation, each.default) for each in all_parameters(kind)}
+    checked = create_model("parameters", **declared).model_validate(dict(values))  # type: ignore[call-overload]
+    return {name: getattr(checked, name) for name in values}
 
 
 def defaults(kind: type[Job] = Job) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prefect import get_run_logger
 
 from model.net.device import resolve_device, resolve_precision
+from ops.display import SHOWN, display
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_params
 from ops.tracking.stopwatch import end_step
@@ -21,14 +23,21 @@ class Plan:
     """The size of the work.
 
     Attributes:
-        text: for people.
+        rows: for people, as names and values.
         params: for MLflow.
         disk_bytes: needed at most, checkpoints and the logged model together.
     """
 
-    text: str
+    rows: tuple[tuple[str, str], ...]
     params: dict[str, Any]
     disk_bytes: int
+
+
+def _show(rows: tuple[tuple[str, str], ...]) -> None:
+    """Show a plan on the display, and log it."""
+    text = "\n".join(f"{name:<10} {value}" for name, value in rows)
+    get_run_logger().info(text, extra=SHOWN)
+    display().table("plan", rows)
 
 
 def announce(run: RunRef, settings: Settings, training: TrainingRef, device: str) -> None:
@@ -39,7 +48,7 @@ def announce(run: RunRef, settings: Settings, training: TrainingRef, device: str
     """
     plan = describe_plan(training, device)
     log_params(run, plan.params)
-    print(plan.text)
+    _show(plan.rows)
     check_disk(settings.data_root, plan.disk_bytes)
     end_step("plan")
 
@@ -54,9 +63,9 @@ def announce_sweep(run: RunRef, settings: Settings, sweep: SweepRef, device: str
         OSError: as check_disk.
     """
     plans = [describe_plan(trial.training, device) for trial in sweep.trials]
-    print(f"sweep      {len(sweep.trials)} trials: {'; '.join(trial.name for trial in sweep.trials)}")
-    for text in dict.fromkeys(plan.text for plan in plans):
-        print(text)
+    names = "; ".join(trial.name for trial in sweep.trials)
+    different = tuple(row for rows in dict.fromkeys(plan.rows for plan in plans) for row in rows)
+    _show((("sweep", f"{len(sweep.trials)} trials: {names}"), *different))
     # Besides the trial that trains, the best one so far keeps its checkpoints.
     check_disk(settings.data_root, 2 * max(plan.disk_bytes for plan in plans))
     end_step("plan")
@@ -77,14 +86,14 @@ def describe_plan(training: TrainingRef, device: str) -> Plan:
     steps = config.total_steps(rows["train"])
     # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
     disk = 3 * 12 * freeze.trainable + 2 * 4 * freeze.total
-    text = (
-        f"model      {training.model.model_size} from {training.model.source}, {freeze.total:,} parameters, "
-        f"{freeze.trainable:,} train ({freeze.share:.1%})\n"
-        f"rows       {rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test\n"
-        f"tokens     {tokens['train']:,} an epoch, {counts['target_tokens']['train']:,} of them targets\n"
-        f"steps      {steps:,} of {config.batch_size} rows\n"
-        f"device     {place} ({name}), {dtype}\n"
-        f"disk       up to {disk / 1e9:.1f} GB"
+    parameters = f"{freeze.total:,} parameters, {freeze.trainable:,} train ({freeze.share:.1%})"
+    lines = (
+        ("model", f"{training.model.model_size} from {training.model.source}, {parameters}"),
+        ("rows", f"{rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test"),
+        ("tokens", f"{tokens['train']:,} an epoch, {counts['target_tokens']['train']:,} of them targets"),
+        ("steps", f"{steps:,} of {config.batch_size} rows"),
+        ("device", f"{place} ({name}), {dtype}"),
+        ("disk", f"up to {disk / 1e9:.1f} GB"),
     )
     params = {
         "total_steps": steps,
@@ -93,7 +102,7 @@ def describe_plan(training: TrainingRef, device: str) -> Plan:
         "device_name": name,
         "dtype": dtype,
     }
-    return Plan(text, params, disk)
+    return Plan(lines, params, disk)
 
 
 def check_disk(directory: Path, needed: int) -> None:

@@ -21,11 +21,12 @@ from flows.nightly import begin_night
 from flows.waiting import hold_training
 from model.data.config import PrepareConfig
 from model.net.device import resolve_device
+from ops.mistakes import exit_status
 from ops.recovery.limits import ensure_limit, is_temporary
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, HOOK_SECONDS, reap
 from ops.servers import gpu_count
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_metrics, tracked_run
+from ops.tracking.runs import RunRef, delete_run, log_metrics, tracked_run
 from ops.tracking.stopwatch import Stopwatch, start_stopwatch
 from tasks.references import CheckpointRef, Sources, SweepRef, TrainingRef
 
@@ -43,6 +44,7 @@ class Run:
         ended: the state in which the flow run ends at once; None if there is work.
         held: what is held until the run is over: the night and the training.
         finished: directories of finished trainings, deleted once the MLflow run is closed.
+        began: whether a training has begun.
     """
 
     settings: Settings
@@ -53,13 +55,16 @@ class Run:
     ended: State[Any] | None = None
     held: ExitStack = field(default_factory=ExitStack)
     finished: list[Path] = field(default_factory=list)
+    began: bool = False
 
     def hold_training(self, training: TrainingRef) -> None:
         """Hold a training until everything of this run is over: another run of it would overwrite its checkpoints."""
+        self.began = True
         self.held.enter_context(hold_training(self.settings, training.identity))
 
     def hold_sweep(self, sweep: SweepRef) -> None:
         """Hold a sweep until everything of this run is over: another run of it would train the same trials."""
+        self.began = True
         self.held.enter_context(hold_training(self.settings, f"sweep {sweep.identity}"))
 
     def remove_when_closed(self, checkpoint: CheckpointRef) -> None:
@@ -102,7 +107,10 @@ def open_run(job: Job) -> Iterator[Run]:
         name = str(flow_run.name)
         size = job.sources.model_size
         title = f"{job.title} {name}"
-        with tracked_run(settings, title, job.logged(), _tags(job), defaults(type(job))) as run.mlflow:
+        with (
+            _without_trace_of_mistakes(run),
+            tracked_run(settings, title, job.logged(), _tags(job), defaults(type(job))) as run.mlflow,
+        ):
             url = run.mlflow.url
             log.info("MLflow run %s", url or f"{run.mlflow.run_id} in {run.mlflow.tracking_uri}")
             if url:
@@ -114,6 +122,20 @@ def open_run(job: Job) -> Iterator[Run]:
             log_metrics(run.mlflow, {f"wall_seconds/{step}": s for step, s in run.stopwatch.seconds.items()}, step=0)
         for directory in run.finished:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _without_trace_of_mistakes(run: Run) -> Iterator[None]:
+    """Delete the MLflow run of a mistake that ends the flow before a training has begun."""
+    try:
+        yield
+    except Exception as error:
+        if run.mlflow.run_id and not run.began and exit_status(error) is not None:
+            try:
+                delete_run(run.mlflow)
+            except Exception as trouble:
+                get_run_logger().warning("MLflow run %s was not deleted: %s", run.mlflow.run_id, trouble)
+        raise
 
 
 def _warn_of_a_slow_device(job: Job) -> None:

@@ -15,6 +15,7 @@ from flows.finetune import FinetuneResult
 from flows.hooks import after_cancellation, after_crash, after_failure
 from flows.job import with_parameters
 from flows.plan import announce_sweep
+from flows.quiet_logs import keep_tracebacks_out
 from flows.run import open_run
 from flows.trials import SweepJob
 from flows.waiting import hold_device, other_devices
@@ -27,6 +28,8 @@ from tasks.publish import publish
 from tasks.rank import rank
 from tasks.references import TrialResult
 from tasks.trials import identify_sweep, train_trials
+
+keep_tracebacks_out()
 
 
 @dataclass(frozen=True)

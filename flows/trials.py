@@ -65,6 +65,15 @@ class SweepJob(Job):
         for trial in self.trials():
             Job.check(replace(self, freeze=trial.freeze, train=trial.train))
 
+    def check_machine(self) -> None:
+        """Refuse what this machine cannot do, in each trial.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        for trial in self.trials():
+            Job.check_machine(replace(self, freeze=trial.freeze, train=trial.train))
+
     def trials(self) -> list[TrialConfig]:
         """Each combination of the grid's values.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from model.engine.config import TrainConfig
 from model.net.config import PRESETS, FreezeConfig, normalize_size
@@ -15,9 +15,15 @@ from ops.hub import DEFAULT_DATASET
 DEMO = "demo"
 
 
+def _as_text(size: Any) -> Any:
+    """A size without its letter as a text: YAML and JSON have it as a number."""
+    return str(size) if type(size) is int else size
+
+
 # The pattern lets Prefect's server refuse a wrong size when a run is submitted.
 Size = Annotated[
     str,
+    BeforeValidator(_as_text),
     AfterValidator(normalize_size),
     Field(json_schema_extra={"pattern": f"^({'|'.join([*PRESETS, *(name.upper() for name in PRESETS)])})$"}),
 ]

@@ -7,7 +7,6 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.data.formats import file_type
 from model.data.layout import find_layout
 from model.demo import grammar
 from model.files import atomic_directory, path_of, sha256_file
@@ -17,6 +16,7 @@ from ops.settings import Settings
 from ops.tracking.registry import starting_uri
 from ops.tracking.steps import pipeline_step
 from tasks.config import DEMO, SourceConfig
+from tasks.paths import is_on_hub
 from tasks.references import DatasetRef, FileRef, Sources
 from tasks.weights import find_weights, registered_weights
 
@@ -65,7 +65,7 @@ def _dataset(settings: Settings, config: SourceConfig) -> DatasetRef:
     path = path_of("dataset", config.dataset)
     if config.dataset == DEMO:
         folder = _demo(settings)
-    elif path.exists() or not _is_hub_id(config.dataset):
+    elif not is_on_hub(config.dataset):
         folder = path
     else:
         folder, commit = fetch_dataset(config.dataset, config.dataset_revision, settings.hub_cache)
@@ -75,8 +75,3 @@ def _dataset(settings: Settings, config: SourceConfig) -> DatasetRef:
         for split, paths in layout.splits.items()
     }
     return DatasetRef(config.dataset, commit, files, tuple(layout.left_out))
-
-
-def _is_hub_id(dataset: str) -> bool:
-    """Whether ``dataset`` has the form owner/name, and not that of a path."""
-    return dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) and file_type(Path(dataset)) is None

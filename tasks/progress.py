@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from model.engine.trainer import StepReport
 from ops.courier import Courier
+from ops.display import STEP, display
 
 _LOG_SECONDS = 10.0
 
@@ -40,7 +41,8 @@ class ProgressLines:
         self.last_line = -math.inf
 
     def show(self, report: StepReport) -> None:
-        """Show a step, unless the last line is too young; validations are always shown."""
+        """Show a step, and log it unless the last line is too young; validations are always logged."""
+        display().step(self.title, report)
         now = time.monotonic()
         if report.eval_loss is None and now - self.last_line < _LOG_SECONDS:
             return
@@ -52,7 +54,7 @@ class ProgressLines:
         if report.eval_loss is not None:
             parts.append(f"validation loss {report.eval_loss:.4f}")
         line = self.title + ", ".join(parts)
-        self.log.info(line)
+        self.log.info(line, extra=STEP)
         done = self.part + report.step / max(1, report.total_steps)
         self.on_line(100 * done / self.parts, line)
 

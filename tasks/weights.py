@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
-from model.files import path_of, sha256_file, shown_bare, write_json
+from model.files import sha256_file, write_json
 from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE, model_files
 from model.net.loading import check_size, hash_pretrained
@@ -21,6 +21,7 @@ from ops.machine.flock import hold_file
 from ops.settings import Settings
 from ops.tracking.registry import fetch_version, find_version
 from ops.tracking.runs import client
+from tasks.paths import directory_of
 from tasks.references import WeightsRef
 
 
@@ -32,9 +33,9 @@ def find_weights(settings: Settings, size: str, weights_dir: str | None, tokeniz
         FileNotFoundError, ValueError: a local directory is wrong, its files do not load, or have changed since their
             first use.
     """
-    tokenizer = _directory("tokenizer_dir", tokenizer_dir) if tokenizer_dir else None
+    tokenizer = directory_of("tokenizer_dir", tokenizer_dir) if tokenizer_dir else None
     if weights_dir:
-        directory = _directory("weights_dir", weights_dir)
+        directory = directory_of("weights_dir", weights_dir)
         with _first_uses(settings) as record:
             files = record.weights(directory)
             vocab_size = GPTConfig.from_json(directory / CONFIG_FILE, files[CONFIG_FILE]).vocab_size
@@ -78,7 +79,7 @@ def registered_weights(
         raise ValueError(f"{error}: choose a version of that size in start_from, or another model_size") from error
     of_tokenizer = tokenizer_hashes(files)
     if tokenizer_dir:
-        given = load_tokenizer(_directory("tokenizer_dir", tokenizer_dir), config.vocab_size)
+        given = load_tokenizer(directory_of("tokenizer_dir", tokenizer_dir), config.vocab_size)
         if given.get_vocab() != load_tokenizer(directory, config.vocab_size, of_tokenizer).get_vocab():
             raise ValueError(
                 f"{uri} was trained with another tokenizer than that of tokenizer_dir {tokenizer_dir}: leave "
@@ -86,23 +87,6 @@ def registered_weights(
             )
     used = {path.name: files[path.name] for path in model_files(directory)}
     return WeightsRef(uri, None, str(directory), used, str(directory), of_tokenizer)
-
-
-def _directory(parameter: str, value: str) -> Path:
-    """A directory that a parameter names.
-
-    Raises:
-        FileNotFoundError: it is not there, or a file.
-        ValueError: no directory can have that name.
-    """
-    path = path_of(parameter, value)
-    if path.is_file():
-        raise FileNotFoundError(
-            f"{parameter} {shown_bare(value)} is not a directory but a file: name the directory that holds it"
-        )
-    if not path.is_dir():
-        raise FileNotFoundError(f"{parameter} {shown_bare(value)} is not a directory")
-    return path
 
 
 def _embedded() -> dict[str, str]:

@@ -157,13 +157,19 @@ PRESETS: dict[str, GPTConfig] = {
 }
 
 
-def normalize_size(model_size: str) -> str:
-    """Return the preset's name for a size in any spelling ("124M" is "124m").
+# Names of the hub, and sizes without their letter, which YAML reads as numbers.
+_OTHER_NAMES = {"gpt2": "124m", "gpt2-medium": "355m", "gpt2-large": "774m", "gpt2-xl": "1558m"}
+_OTHER_NAMES |= {name.removesuffix("m"): name for name in _OTHER_NAMES.values()}
+
+
+def normalize_size(model_size: str | int) -> str:
+    """Return the preset's name for a size in any spelling ("124M", 124 and "gpt2" are "124m").
 
     Raises:
         ValueError: the size is not a preset; the message lists the presets.
     """
     name = str(model_size).strip().lower()
+    name = _OTHER_NAMES.get(name, name)
     if name not in PRESETS:
         raise ValueError(f"model_size {model_size!r} is unknown: choose one of {', '.join(PRESETS)}")
     return name

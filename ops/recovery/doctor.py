@@ -208,7 +208,7 @@ def main(arguments: list[str]) -> int:
         The exit status: 0 if there is no finding left, 1 if there is, 2 for a wrong setting.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m ops.recovery.doctor",
+        prog="finetune doctor",
         description="Compare limits, leases, locks, states and processes, and print each contradiction.",
     )
     parser.add_argument("--fix", action="store_true", help="mend the findings that can be mended")

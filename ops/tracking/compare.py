@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print a comparison, and write it as a page. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = argparse.ArgumentParser(prog="python -m ops.tracking.compare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune compare", description=__doc__)
     parser.add_argument("first", metavar="A")
     parser.add_argument("second", metavar="B")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as a page")

@@ -100,7 +100,7 @@ def write_model_as_gguf(model: Exported, file: Path, dtype: str = "f32") -> None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ops.tracking.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune export", description=__doc__)
     parser.add_argument(
         "model", help="models:/NAME/VERSION or models:/NAME@ALIAS, as models:/gpt2-code-355m@champion"
     )

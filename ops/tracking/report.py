@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write a finished run's report. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = argparse.ArgumentParser(prog="python -m ops.tracking.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune report", description=__doc__)
     parser.add_argument("run", help="a run id, models:/NAME/VERSION or models:/NAME@ALIAS")
     parser.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     given = parser.parse_args(arguments)

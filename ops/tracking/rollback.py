@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Move the alias champion back, and print both versions. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = argparse.ArgumentParser(prog="python -m ops.tracking.rollback", description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune rollback", description=__doc__)
     parser.add_argument("size", help="tiny, 124m, 355m, 774m or 1558m")
     uri = Settings.load().tracking_uri
     try:

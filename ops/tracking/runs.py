@@ -223,6 +223,11 @@ def closed_at_end(mlflow: MlflowClient, run_id: str, stops: tuple[type[Exception
             logging.getLogger(__name__).warning("MLflow run %s stays open for now: %s", run_id, error)
 
 
+def delete_run(run: RunRef) -> None:
+    """Delete a run in which nothing was done; MLflow keeps it among its deleted runs until `mlflow gc`."""
+    client(run.tracking_uri).delete_run(run.run_id)
+
+
 def create_run(mlflow: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str]) -> Run:
     """Create a run once, with the tags that every run has: user, commit, process."""
     sha, process = git_sha(), identify_process().to_json()

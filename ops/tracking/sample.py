@@ -41,7 +41,7 @@ def latest_version(mlflow: MlflowClient, name: str | None) -> ModelVersion:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the completion of a prompt. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ops.tracking.sample", description=__doc__)
+    parser = argparse.ArgumentParser(prog="finetune sample", description=__doc__)
     parser.add_argument("prompt", help="the instruction, as in the data set's prompt column")
     parser.add_argument(
         "--model", help=f"registered model, such as {MODEL_PREFIX}355m; default: the latest of any size"

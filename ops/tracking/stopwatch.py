@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 
+from ops.display import display
+
 
 class Stopwatch:
     """Seconds by step. A step begins where the one before it ended; the seconds of equal names add up."""
@@ -17,6 +19,7 @@ class Stopwatch:
         """End a step: it gets the seconds since the end of the step before."""
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self.last
+        display().phase(step, now - self.last)
         self.last = now
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 
-from flows.__main__ import complaint
+from flows.arguments import complaint
 
 
 def _last_run() -> Any:

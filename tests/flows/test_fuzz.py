@@ -24,7 +24,7 @@ from fuzzing import (
 )
 from hard_yaml import HARD_YAML
 
-from flows.__main__ import complaint, parse
+from flows.arguments import complaint, parse
 from flows.commands import DEPLOYMENTS, UsageError
 from flows.finetune import finetune
 from flows.job import Job, all_parameters
@@ -84,7 +84,7 @@ def test_any_list_of_deployments_is_read_or_refused(here: Path, data: Any) -> No
     name = data.draw(st.sampled_from(["tiny", "355m", "nightly", "x"]))
     try:
         with limits(here):
-            found = parse([name])
+            found = parse([name]).parameters
     except UsageError as error:
         check_message(error, str(here), "has no deployment")
         return
@@ -124,7 +124,7 @@ def test_any_command_line_is_a_job_or_one_message(
     job = None
     with limits(tmp_path_factory.getbasetemp()):
         try:
-            job = _job_or_complaint(parse(arguments))
+            job = _job_or_complaint(parse(arguments).parameters)
         except UsageError as error:
             check_message(error, "")
     if job:

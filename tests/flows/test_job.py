@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 
-from flows.__main__ import complaint
+from flows.arguments import complaint
 from flows.finetune import finetune
 from flows.job import Job, all_parameters, parameter_table, write_table
 from model.parameters import Parameter

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import complaint, main
+from flows.__main__ import main
+from flows.arguments import complaint
 from flows.local import RUN
 from ops.machine.process import end_processes, identify_process, tagged
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORTEST = [sys.executable, "-m", "flows", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
+SHORTEST = [sys.executable, "-m", "flows", "run", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_run_without_servers(tmp_path: Path, environment: dict[str, str]) -> N
     dead = "http://127.0.0.1:9"
     environment |= {"PREFECT_API_URL": f"{dead}/api", "MLFLOW_TRACKING_URI": dead, "HTTP_PROXY": dead}
     small = ["max_steps=2", "sample_rows=1", "pass_rows=0", "eval_rows=20"]
-    command = [sys.executable, "-m", "flows", "tiny", *small]
+    command = [sys.executable, "-m", "flows", "run", "tiny", *small]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
@@ -80,7 +81,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
 ) -> None:
     """As from a terminal, to the whole group: its server hears how the run ended, and ends too."""
     run = subprocess.Popen(
-        [*SHORTEST[:3], *SHORTEST[4:]], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*SHORTEST[:4], *SHORTEST[5:]], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
     mark = identify_process(run.pid).to_json()
@@ -136,7 +137,7 @@ def test_two_first_runs_at_once(environment: dict[str, str]) -> None:
     [
         ({"epoch": 1}, "no parameter is called epoch"),
         ({"epochs": 0}, "epochs"),
-        ({"model_size": 124}, "model_size"),
+        ({"model_size": 125}, "model_size"),
         ({"device": "tpu"}, "device"),
         ({"dataset": ""}, "dataset"),  # not the working directory
     ],
@@ -154,10 +155,10 @@ def _imported(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("argument", ["epoch=1", "epochs=0", "nosuch", "--help"])
+@pytest.mark.parametrize("argument", ["epoch=1", "epochs=0", "nosuch", "--help", "dataset=/nowhere"])
 def test_a_mistake_is_answered_without_slow_imports(argument: str) -> None:
     """Their imports take seconds."""
-    imported = _imported(f"from flows.__main__ import main; main([{argument!r}])")
+    imported = _imported(f"from flows.__main__ import main; main(['run', {argument!r}])")
     assert "pydantic" in imported, "the parameters were looked at"
     assert imported & {"torch", "prefect", "mlflow", "numpy", "pandas", "transformers", "datasets"} == set()
 
@@ -171,10 +172,10 @@ def test_what_only_later_steps_need_is_imported_later() -> None:
 
 def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
     """Neither is taken."""
-    assert main(["epochs=1", "epochs=2"]) == 2
+    assert main(["run", "epochs=1", "epochs=2"]) == 2
     assert capsys.readouterr().err == "epochs is given twice\n"
     for words in (["a\nb=1", "a\nb=1"], ["a\nb", "c"], ["a\nb=["], ["\n" + "x" * 5000 + "=["]):
-        assert main(words) == 2
+        assert main(["run", *words]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert len(error) < 200
@@ -193,7 +194,7 @@ def test_a_parameter_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is started."""
-    assert main([argument]) == 2
+    assert main(["run", argument]) == 2
     assert capsys.readouterr().err.startswith(f"{argument}: ")
 
 
@@ -222,7 +223,7 @@ def test_a_damaged_list_of_deployments(
     path = tmp_path / "prefect.yaml"
     path.write_bytes(content)
     monkeypatch.setattr("flows.commands.DEPLOYMENTS", path)
-    assert main([]) == 2
+    assert main(["run"]) == 2
     error = capsys.readouterr().err
     assert f"{path} is damaged, restore it: " in error
     assert error.count("\n") == 1
@@ -231,7 +232,7 @@ def test_a_damaged_list_of_deployments(
 def test_a_value_that_contains_itself_many_times(capsys: pytest.CaptureFixture[str]) -> None:
     """Prefect's check of it would never end; the message has one line."""
     lines = ["[&a0 [x]", *(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
-    assert main(["dataset=" + ",\n".join(lines) + "]"]) == 2
+    assert main(["run", "dataset=" + ",\n".join(lines) + "]"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("dataset=[&a0 [x]")
     assert error.endswith("the value is not YAML; quote it\n")
@@ -241,7 +242,7 @@ def test_a_value_that_contains_itself_many_times(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("argument", [f"epochs=1{'0' * 5000}", f"dataset={'[' * 5000}"], ids=["digits", "brackets"])
 def test_a_value_that_is_too_long_to_be_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The beginning of it is shown."""
-    assert main([argument]) == 2
+    assert main(["run", argument]) == 2
     error = capsys.readouterr().err
     assert error.startswith(argument[:50])
     assert len(error) < 200
@@ -252,7 +253,7 @@ def test_a_data_root_that_no_database_can_have(
 ) -> None:
     """One sentence; nothing is made, there or elsewhere."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "what?"))
-    assert main([]) == 2
+    assert main(["run"]) == 2
     assert "what?' has a character that" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flows.__main__ import complaint, main, parse
+from flows.__main__ import main
+from flows.arguments import complaint, parse
 from flows.job import Job, all_parameters, defaults
 from flows.trials import MOST_TRIALS, SweepConfig, SweepJob, job_kind, sweepable
 
@@ -103,5 +104,5 @@ def test_a_mistake_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("no parameter is called grid")
     assert main(["sweep-tiny", "grid=3"]) == 2
     assert capsys.readouterr().err.startswith("grid: Input should be a valid dictionary")
-    assert complaint(parse(["sweep-tiny"]), "sweep") is None
-    assert complaint(parse(["sweep-355m", "grid={weight_decay: [0, 0.1]}"]), "sweep") is None
+    assert complaint(parse(["sweep-tiny"]).parameters, "sweep") is None
+    assert complaint(parse(["sweep-355m", "grid={weight_decay: [0, 0.1]}"]).parameters, "sweep") is None

@@ -1,0 +1,253 @@
+"""The commands of ``finetune``, and what each of them starts.
+
+The parameters of ``run`` and ``sweep`` are made from those of the flows (flows/job.py). The other commands are
+modules with options of their own. Nothing here imports torch, Prefect or MLflow: help and mistakes are answered at
+once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
+
+from flows.arguments import parse, suggestion
+from flows.commands import read_deployments
+from flows.job import all_parameters
+from flows.trials import SweepJob, job_kind
+from ops.mistakes import DEBUG_VARIABLE, UsageError
+
+# The group of each field of a job, as its help shows it.
+_GROUPS = {
+    "sources": "Model and data set",
+    "prepare": "Rows",
+    "night": "Nights and promotion",
+    "freeze": "What trains",
+    "train": "Training",
+    "sampling": "Evaluation",
+    "hardware": "Hardware",
+    "sweep": "Sweep",
+}
+_TRUTHS = ("true", "false")
+_OPTIONS = Group("Options", sort_key=0)
+# The commands that have their options in their own modules: module, help.
+MODULES = {
+    "sample": ("ops.tracking.sample", "Prompt a tuned model."),
+    "compare": (
+        "ops.tracking.compare",
+        "Say which of two runs or versions is better, and what differs.",
+    ),
+    "export": ("ops.tracking.export", "Take a registered model out of MLflow: as a directory, GGUF, or to a hub."),
+    "report": ("ops.tracking.report", "Write the report of a finished run as a page."),
+    "rollback": ("ops.tracking.rollback", "Make the previous champion of a size champion again."),
+    "doctor": ("ops.recovery.doctor", "Check limits, leases, locks, states and processes; --fix repairs them."),
+    "bench": ("bench.train", "Compare the training speed with other trainers."),
+}
+
+app = App(
+    name="finetune",
+    help="Fine-tune GPT-2 for code: run by Prefect, remembered by MLflow.",
+    help_epilogue="`finetune COMMAND --help` shows the options of a command; docs/commands.md has all of them.",
+    help_format="plaintext",
+    version_flags=[],
+    result_action="return_value",
+)
+
+
+class Value(str):
+    """The text of a value; help shows the name of this class."""
+
+
+def _flow_command(flow: str, text: str) -> Callable[..., int]:
+    """A command that runs a flow, with a signature made of the flow's parameters."""
+
+    def command(*words: str, **given: Any) -> int:
+        from flows.invoke import dry_run, invoke
+
+        config, dry, verbose = (given.pop(name, None) for name in ("config", "dry_run", "verbose"))
+        given.pop("debug", None)  # dispatch() has seen to it
+        options = {name: str(value).lower() if value in (True, False) else value for name, value in given.items()}
+        options = {name: value for name, value in options.items() if value is not None}
+        request = parse(words, options, config, flow)
+        return dry_run(request) if dry else invoke(request, bool(verbose))
+
+    signature = [*_own_parameters(flow), *_flow_parameters(flow)]
+    command.__signature__ = inspect.Signature(signature, return_annotation=int)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in signature}
+    command.__name__, command.__doc__ = ("run" if flow == "finetune" else flow), text
+    return command
+
+
+def _own_parameters(flow: str) -> list[inspect.Parameter]:
+    """The words of a command that runs a flow, and its options that are no parameters of the flow."""
+    default = "tiny" if flow == "finetune" else "sweep-tiny"
+    words = f"a deployment of prefect.yaml ({default} if none is named), and parameters as name=value"
+    positional = Annotated[str, Parameter(name="WORDS", help=words)]
+    options: list[tuple[str, Any, Any, str]] = [
+        ("config", Path | None, None, "YAML file with parameters by name; the command line wins."),
+        ("dry_run", bool, False, "Print rows, tokens, steps, memory, disk and time, and stop."),
+        ("verbose", bool, False, "Show Prefect's own log too."),
+        ("debug", bool, False, "Show the traceback of a mistake."),
+    ]
+    made = [inspect.Parameter("words", inspect.Parameter.VAR_POSITIONAL, annotation=positional)]
+    for name, kind, value, text in options:
+        annotation: Any = Annotated[kind, Parameter(help=text, group=_OPTIONS, negative=(), show_default=False)]
+        made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
+    return made
+
+
+def _shows(default: Any) -> Callable[[Any], str]:
+    """Show the default of the flow's parameter; the option itself has none."""
+    return lambda value: "null" if default is None else str(default)
+
+
+def _flow_parameters(flow: str) -> list[inspect.Parameter]:
+    """Each parameter of a flow as an option of text: one reader checks all values (flows/arguments.py)."""
+    made: dict[str, inspect.Parameter] = {}
+    for order, (field, group) in enumerate(job_kind(flow).groups().items(), 1):
+        shown = Group(_GROUPS[field], sort_key=order)
+        for each in group.declared():
+            kind: Any = bool | None if each.annotation is bool else Value | None
+            details = Parameter(
+                help=each.meaning, group=shown, show_default=_shows(each.default), allow_leading_hyphen=True
+            )
+            option = inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, details]
+            )
+            made.setdefault(each.name, option)
+    return list(made.values())
+
+
+app.command(_flow_command("finetune", "Fine-tune a model, without servers: tiny, or another deployment."), name="run")
+app.command(_flow_command("sweep", "Train a trial for each combination of a grid, publish the best."), name="sweep")
+for _name, (_module, _help) in MODULES.items():
+    app.command(App(name=_name, help=_help))
+
+
+@app.command
+def up(*, secure: bool = False) -> int:
+    """Start Prefect, MLflow, a worker and the watcher, until Ctrl-C.
+
+    Parameters
+    ----------
+    secure: bool
+        Require a password.
+    """
+    if secure:
+        os.environ["FINETUNE_SECURE"] = "1"
+    return int(import_module("ops.stack.up").main([]))
+
+
+@app.command
+def down() -> int:
+    """End `finetune up`, or the processes that a crash left behind."""
+    return int(import_module("ops.stack.up").main(["down"]))
+
+
+@app.command
+def deploy() -> int:
+    """Set up the Prefect server of PREFECT_API_URL, if `finetune up` did not start it."""
+    _refuse_password()
+    # Otherwise each prefect command would start a temporary server and deploy to that.
+    os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
+    return int(import_module("ops.stack.deploy").main())
+
+
+@app.command
+def worker() -> int:
+    """Start a worker on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI."""
+    _need_servers()
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # s; after three missed ones a run is Crashed
+    os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
+    words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--name", os.uname().nodename]
+    os.execv(sys.executable, words)
+
+
+@app.command
+def watch() -> int:
+    """Start the watcher beside such a worker: it closes the runs of processes that died on this machine."""
+    _need_servers()
+    return int(import_module("ops.recovery.watch").main())
+
+
+def _need_servers() -> None:
+    if not (os.environ.get("PREFECT_API_URL") and os.environ.get("MLFLOW_TRACKING_URI")):
+        raise UsageError("PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of up does")
+    _refuse_password()
+
+
+def _refuse_password() -> None:
+    """Prefect's own commands would log the address."""
+    if "@" in os.environ.get("PREFECT_API_URL", "").partition("://")[2].partition("/")[0]:
+        raise UsageError(
+            "PREFECT_API_URL must not contain a password: set PREFECT_API_AUTH_STRING=user:password instead"
+        )
+
+
+def _run_module(name: str, arguments: Sequence[str]) -> int:
+    """Run a command that has its options in its own module."""
+    if name == "doctor":  # of the servers on this machine, unless others are named
+        prefect = os.environ.get("FINETUNE_PREFECT_PORT") or "4200"
+        mlflow = os.environ.get("FINETUNE_MLFLOW_PORT") or "5000"
+        os.environ.setdefault("PREFECT_API_URL", f"http://127.0.0.1:{prefect}/api")
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{mlflow}")
+    try:
+        module = import_module(MODULES[name][0])
+    except ModuleNotFoundError as error:
+        if error.name != "bench":
+            raise
+        raise UsageError("finetune bench needs the repository: it is not part of the installed package") from None
+    return int(module.main(list(arguments)) or 0)
+
+
+def _complete(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with ``run`` before a deployment or a parameter, and the value of a switch joined to it."""
+    words = list(arguments)
+    first = words[0] if words else "-"
+    if not first.startswith("-") and first not in app and ("=" in first or first in read_deployments()):
+        words.insert(0, "run")
+    switches = {f"--{each.name}" for each in all_parameters(SweepJob) if each.annotation is bool}
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].replace("-", "_").replace("__", "--", 1) in switches and word.lower() in _TRUTHS:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run a command. Returns the exit status.
+
+    Raises:
+        UsageError: the command line is wrong.
+    """
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--debug" in options:
+        os.environ[DEBUG_VARIABLE] = "1"
+        arguments = [word for n, word in enumerate(arguments) if word != "--debug" or n >= len(options)]
+    if arguments and arguments[0] in MODULES:
+        return _run_module(arguments[0], arguments[1:])
+    try:
+        return int(app(_complete(arguments), exit_on_error=False, print_error=False) or 0)
+    except CycloptsError as error:
+        raise UsageError(_sentence(error, arguments)) from None
+
+
+def _sentence(error: CycloptsError, arguments: Sequence[str]) -> str:
+    """The mistake in a command line in one line."""
+    text = " ".join(str(error).split())
+    if "Unknown command" in text and arguments:
+        near = suggestion(arguments[0], [name for name in app if not name.startswith("-")])
+        return f"there is no command {arguments[0]}{near or ': `finetune --help` lists them'}"
+    if isinstance(error, UnknownOptionError):
+        option = str(error.token.value).partition("=")[0] if error.token else ""
+        _, _, near = text.partition(" Did you mean ")
+        return f"there is no option {option}: {f'did you mean {near}' if near else '--help lists them'}"
+    return text

@@ -1,0 +1,127 @@
+"""A flow run in this process, without servers: what is checked before, and what is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from flows.arguments import Request, complaint, wrong_paths
+from flows.local import embed, start
+from flows.terminal import open_display, show_logs
+from ops.display import Display, show_on
+from ops.mistakes import MACHINE, UsageError, exit_status, sentence
+from ops.settings import Settings
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
+
+class CannotStartError(OSError):
+    """The data root cannot be written."""
+
+
+def check(request: Request) -> None:
+    """Refuse what is wrong before anything slow is imported or started.
+
+    Raises:
+        UsageError: a parameter, or a local path that it names.
+    """
+    if wrong := complaint(request.parameters, request.flow) or wrong_paths(request.parameters, request.flow):
+        raise UsageError(wrong)
+
+
+def dry_run(request: Request) -> int:
+    """Print what a run would need. Returns the exit status."""
+    check(request)
+    from flows.dry_run import show_estimate
+
+    show_estimate(request)
+    return 0
+
+
+def invoke(request: Request, verbose: bool = False) -> int:
+    """Run a flow with the parameters of a request. Returns the exit status.
+
+    Args:
+        verbose: show Prefect's log too, as Prefect does.
+
+    Raises:
+        UsageError, CannotStartError, RuntimeError: the run cannot start.
+    """
+    begun = time.perf_counter()
+    check(request)
+    shown = Display() if verbose else open_display()
+    show_on(shown)
+    with contextlib.closing(shown):
+        shown.line("importing torch and Prefect, and starting Prefect's temporary server ...")
+        _start()
+        if not verbose:
+            show_logs(shown)
+        if request.flow == "sweep":
+            from flows.sweep import sweep as function
+        else:
+            from flows.finetune import finetune as function
+        started = time.perf_counter()
+        shown.phase("start", started - begun)
+        state: State[Any] = function(**request.parameters, return_state=True)  # type: ignore[assignment]
+    seconds = {"start": started - begun, "prefect": time.perf_counter() - started}
+    if state.is_failed():
+        return _print_failure(state)
+    _print_result(state, seconds)
+    return 0
+
+
+def _start() -> None:
+    """Read the settings, and start what the flow needs in this process.
+
+    Raises:
+        UsageError: a setting is wrong.
+        CannotStartError: a file of the data root cannot be written.
+        DatabaseError: a database cannot be used.
+        RuntimeError: the temporary server does not start.
+    """
+    try:
+        settings = Settings.load()
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
+    try:
+        embed(settings)
+        start(Settings.load())  # again: embed has changed the environment
+    except OSError as error:
+        root = os.environ.get("FINETUNE_DATA_ROOT") or ".data"
+        raise CannotStartError(f"the run cannot start in {root}: {sentence(error)}") from error
+
+
+def _print_failure(state: State[Any]) -> int:
+    """Print why a flow run failed, in a sentence; of a bug, the log has the traceback. Returns the exit status."""
+    error = state.result(raise_on_failure=False)
+    status = exit_status(error) if isinstance(error, BaseException) else None
+    print(state.message if status else f"{state.name}: {state.message}", file=sys.stderr)
+    return status or MACHINE
+
+
+def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
+    """Print what the flow run left behind; the last two lines are for scripts.
+
+    Args:
+        seconds: until the flow began, and from there to its end.
+    """
+    from flows.summary import before_and_after, time_table, trial_table
+    from flows.sweep import SweepResult
+
+    result = state.result()
+    if result is None:  # a night without work
+        print(f"{state.name}: {state.message}")
+        return
+    if isinstance(result, SweepResult):
+        print(trial_table(result.trials))
+    print(before_and_after(result.metrics, result.differences, result.samples))
+    seconds["prefect"] -= sum(result.seconds.values())
+    print(time_table(seconds | result.seconds))
+    if result.verdict:
+        print(f"{'champion' if result.verdict.promoted else 'challenger'}: {result.model}, {result.verdict.reason}")
+    print(f"tracking: {result.run.tracking_uri}")
+    print(f"run: {result.run.run_id}")
