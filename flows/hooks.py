@@ -16,6 +16,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import deployment
 from prefect.states import Failed
 
+from flows.arguments import complaint
 from flows.job import unknown_parameters
 from flows.trials import job_kind
 from ops.notify import notify
@@ -47,7 +48,7 @@ def _explain_parameters(flow: Flow[Any, Any], flow_run: FlowRun) -> State[Any] |
     unknown = unknown_parameters(flow_run.parameters, job_kind(flow.name))
     if not unknown:
         return None
-    state: State[Any] = Failed(message=f"no parameter is called {', '.join(unknown)}: README.md lists them")
+    state: State[Any] = Failed(message=complaint({name: None for name in unknown}, flow.name))
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run.id, state, force=True)
     return state

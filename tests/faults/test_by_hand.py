@@ -18,7 +18,7 @@ def test_an_unknown_parameter_is_named(platform: Installation, submit: Callable[
     """In the state's message, by Prefect's API, which lets it pass."""
     run = submit({**SHORT, "epoch": 3})
     state = run.wait_for_state("Failed", 60)
-    assert state["message"] == "no parameter is called epoch: README.md lists them"
+    assert state["message"] == "no parameter is called epoch: did you mean epochs?"
 
 
 def _log_of(platform: Installation, run: Run) -> str:
