@@ -47,7 +47,9 @@ def main() -> int:
     site = ROOT / "site"
     pages = sorted([*site.rglob("*.html"), *site.rglob("*.css")])
     wrong = [f"{page.relative_to(ROOT)} {each}" for page in pages for each in findings(page.read_text())]
-    print("\n".join(wrong) or f"{site / 'index.html'}: {len(pages)} pages and style sheets, nothing loaded from elsewhere")
+    print(
+        "\n".join(wrong) or f"{site / 'index.html'}: {len(pages)} files looked at, nothing is loaded from elsewhere"
+    )
     return int(bool(wrong))
 
 

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-import venv
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -26,9 +25,9 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SOURCES = ("index-url", "extra-index-url", "find-links", "no-index")
 CHOICE = ".torch-index"  # in the environment: the answer of the user, who is asked once
 # Packages, MB to download and MB on the disk, measured with Python 3.11 on Linux x86-64 on 2026-11-26.
-RUN = (0, 0, 0)
-EXTRAS = {"dev": (0, 0, 0), "docs": (0, 0, 0)}
-CUDA = (0, 0)  # MB that PyPI's torch and its CUDA libraries are more than the CPU build
+RUN = (181, 441, 1570)
+EXTRAS = {"dev": (32, 37, 110), "docs": (3, 99, 92)}
+CUDA = 2540  # MB to download that PyPI's torch and its CUDA libraries are more than the CPU build
 
 
 class InstallError(Exception):
@@ -162,7 +161,7 @@ def ask() -> str | None:
         return None
     print("This machine has no NVIDIA GPU. Which build of PyTorch is to be installed?")
     print("  cpu   for this machine (the default)")
-    print(f"  pypi  for CUDA, {CUDA[0] / 1000:.1f} GB more to download and {CUDA[1] / 1000:.1f} GB more on the disk")
+    print(f"  pypi  for CUDA, {_size(CUDA)} more to download")
     while (answer := input("cpu or pypi? ").strip().lower() or "cpu") not in ("cpu", "pypi"):
         pass
     return answer
@@ -172,19 +171,19 @@ def announce(build: Build | None, extras: list[str], folder: Path) -> None:
     """Say what is coming and how large it is, before anything is fetched."""
     parts = [EXTRAS[name] for name in extras] or [RUN]
     count, download, disk = (sum(part[n] for part in parts) for n in range(3))
-    if build and build.cuda:
-        download, disk = download + CUDA[0], disk + CUDA[1]
+    more = CUDA if build and build.cuda else 0
     names = f"the extras {', '.join(extras)}" if extras else "what make run needs"
     print(f"Installing {names} into {folder} (Python {platform.python_version()}, pins of constraints.txt):")
-    print(f"about {count} packages, {_size(download)} to download, {_size(disk)} on the disk; what is there is kept.")
+    print(f"about {count} packages, {_size(download + more)} to download; what is there is kept.")
+    print(f"On the disk: {_size(disk)}{', and the libraries for CUDA' if more else ''}.")
     if build:
         print(f"PyTorch: {build.reason}.")
         if build.index:
             print(f"  It alone comes from {build.index}; TORCH_INDEX=pypi takes PyPI's build for CUDA instead.")
         elif not build.cuda and platform.system() == "Linux":
-            print(f"  If they have PyPI's build for CUDA alone, {_size(CUDA[0])} more come: TORCH_INDEX=cpu prevents it.")
+            print(f"  If they have the build for CUDA alone, {_size(CUDA)} more come: TORCH_INDEX=cpu prevents it.")
         elif build.cuda:
-            print(f"  {_size(CUDA[0])} of the download are for CUDA; TORCH_INDEX=cpu takes the CPU build instead.")
+            print(f"  {_size(CUDA)} of the download are for CUDA; TORCH_INDEX=cpu takes the CPU build instead.")
     sys.stdout.flush()
 
 
@@ -243,10 +242,11 @@ def main(arguments: list[str]) -> int:
     python = folder / "bin" / "python"
     packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     progress = Progress(packages)
-    if not python.exists():
-        progress.say(f"making {folder}")
-        venv.create(folder, with_pip=True, symlinks=True)
     try:
+        if not python.exists() or not (packages / "pip").exists():
+            progress.say(f"making {folder}")
+            if subprocess.run([sys.executable, "-m", "venv", str(folder)]).returncode:
+                raise InstallError(f"{folder} could not be made: Python's message is above")
         build = None if extras else decide(python, folder, packages)
         announce(build, extras, folder)
         thread = progress.watch()
