@@ -7,7 +7,6 @@ import signal
 import sys
 
 from flows.command_line import dispatch
-from flows.local import end_in_order
 from ops.mistakes import tell
 from ops.text import escape_output
 
@@ -26,6 +25,16 @@ def open_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
             os.set_inheritable(number, True)  # os.open makes it for this process only
+
+
+def end_in_order() -> None:
+    """Let SIGTERM and SIGHUP (a closed terminal) run Python's exit handlers, which end the temporary server.
+
+    During a flow run Prefect's handler of SIGTERM comes first, and calls this one when the run is closed.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def main(arguments: list[str]) -> int:

@@ -121,7 +121,8 @@ def _read_config(path: Path, flow: str) -> dict[str, Any]:
     except ValueError as error:
         mark = getattr(error.__cause__, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{where} is not YAML: {sentence(error)}") from None
+        reason = getattr(error.__cause__, "problem", None) or sentence(error)
+        raise UsageError(f"{path}{where} is not YAML: {reason}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}, line 1: parameters are needed, one a line, such as 'epochs: 3'")
     node = yaml.compose(text, yaml.SafeLoader)

@@ -236,7 +236,7 @@ def _sentence(error: CycloptsError, arguments: Sequence[str]) -> str:
         near = suggestion(arguments[0], [name for name in app if not name.startswith("-")])
         return f"there is no command {arguments[0]}{near or ': `finetune --help` lists them'}"
     if isinstance(error, UnknownOptionError):
-        option = str(error.token.value).partition("=")[0] if error.token else ""
+        option = str(error.token.keyword or error.token.value).partition("=")[0] if error.token else ""
         _, _, near = text.partition(" Did you mean ")
         return f"there is no option {option}: {f'did you mean {near}' if near else '--help lists them'}"
     return text

@@ -49,6 +49,7 @@ def _explain_parameters(flow: Flow[Any, Any], flow_run: FlowRun) -> State[Any] |
     if not unknown:
         return None
     state: State[Any] = Failed(message=complaint({name: None for name in unknown}, flow.name))
+    flow_run_logger(flow_run, flow).error(state.message)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run.id, state, force=True)
     return state

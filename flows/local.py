@@ -5,8 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import signal
-import sys
 
 from flows.databases import open_mlflow
 from ops.databases import check_database
@@ -82,13 +80,3 @@ def _import_flow() -> None:
 
     gc.freeze()
     gc.enable()
-
-
-def end_in_order() -> None:
-    """Let SIGTERM and SIGHUP (a closed terminal) run Python's exit handlers, which end the temporary server.
-
-    During a flow run Prefect's handler of SIGTERM comes first, and calls this one when the run is closed.
-    """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))

@@ -11,6 +11,7 @@ import torch
 from prefect import get_run_logger
 
 from model.net.device import resolve_device, resolve_precision
+from model.net.freezing import FreezePlan
 from ops.display import SHOWN, display
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_params
@@ -84,8 +85,7 @@ def describe_plan(training: TrainingRef, device: str) -> Plan:
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
     rows, tokens = counts["rows"], counts["tokens"]
     steps = config.total_steps(rows["train"])
-    # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
-    disk = 3 * 12 * freeze.trainable + 2 * 4 * freeze.total
+    disk = disk_needed(freeze)
     parameters = f"{freeze.total:,} parameters, {freeze.trainable:,} train ({freeze.share:.1%})"
     lines = (
         ("model", f"{training.model.model_size} from {training.model.source}, {parameters}"),
@@ -103,6 +103,12 @@ def describe_plan(training: TrainingRef, device: str) -> Plan:
         "dtype": dtype,
     }
     return Plan(lines, params, disk)
+
+
+def disk_needed(plan: FreezePlan) -> int:
+    """Bytes that a run writes at most."""
+    # Best, last and one being written: weights and two moments, 4 bytes each; the model as export and in MLflow.
+    return 3 * 12 * plan.trainable + 2 * 4 * plan.total
 
 
 def check_disk(directory: Path, needed: int) -> None:

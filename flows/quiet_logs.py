@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.logging import get_logger
 
 from ops.mistakes import exit_status, sentence, wants_tracebacks
@@ -29,7 +30,11 @@ class WithoutTracebacks(logging.Filter):
             return True
         error = record.exc_info[1] if record.exc_info else None
         task_run = str(getattr(record, "task_run_id", ""))
-        if isinstance(error, Exception) and exit_status(error) is not None:
+        if isinstance(error, SignatureMismatchError | ParameterTypeError):
+            # Of a parameter that the flow does not have or take: hooks.py names it.
+            record.msg, record.args = "the parameters do not fit the flow", ()
+            record.exc_info = record.exc_text = None
+        elif isinstance(error, Exception) and exit_status(error) is not None:
             self.failed.add(task_run)
             if str(record.msg).startswith("Task run failed"):
                 return False

@@ -26,8 +26,9 @@ class _Loader(yaml.SafeLoader):
         self._flat.add(id(node))
         keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         if keys and keys.most_common(1)[0][1] > 1:
-            (_, name), _ = keys.most_common(1)[0]
-            raise ConstructorError(None, None, f"the key {shown(name)} is there twice", node.start_mark)
+            (twice, _) = keys.most_common(1)[0]
+            _, second, *_ = [key for key, _ in node.value if (key.tag, key.value) == twice]
+            raise ConstructorError(None, None, f"the key {shown(twice[1])} is there twice", second.start_mark)
         super().flatten_mapping(node)
 
 

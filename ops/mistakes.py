@@ -71,6 +71,14 @@ def wants_tracebacks() -> bool:
     return bool(os.environ.get(DEBUG_VARIABLE))
 
 
+def refuse(error: Exception) -> int:
+    """Print an error that a command expects, of whatever origin. Returns the exit status."""
+    if wants_tracebacks():
+        raise error
+    print(sentence(error), file=sys.stderr)
+    return exit_status(error) or MACHINE
+
+
 def tell(error: Exception) -> int:
     """Print a mistake on stderr, as the end of a command. Returns its exit status.
 

@@ -27,6 +27,7 @@ from model.evaluation.tables import common_failures, pass_table, sample_table, s
 from model.files import write_json
 from model.net.device import resolve_device, use_precision
 from model.net.gpt import GPTModel
+from ops.display import SHOWN
 from ops.sandbox.guards import run_tests
 from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics
@@ -113,7 +114,7 @@ def _say(
     """Log the scores, and what is wrong with them."""
     for line in score_table(metrics, differences):
         change = f", {line.difference} ({line.interval}), {line.verdict}" if line.difference else ""
-        log.info("%s: base %s, tuned %s%s", line.title, line.base, line.tuned, change)
+        log.info("%s: base %s, tuned %s%s", line.title, line.base, line.tuned, change, extra=SHOWN)
     if failures := common_failures(records):
         log.info("commonest reasons of failure: %s", describe_failures(failures))
     broken = [record["row"] for record in records if math.isinf(record["base_loss"] + record["loss"])]

@@ -21,9 +21,9 @@ def freeze(model: ModelRef, config: FreezeConfig) -> FreezePlan:
     """
     plan = plan_freeze(GPTConfig(**model.config), config)
     get_run_logger().info(
-        "%d of %d parameters train (%.1f %%), in %d tensors",
-        plan.trainable,
-        plan.total,
+        "%s of %s parameters train (%.1f %%), in %d tensors",
+        f"{plan.trainable:,}",
+        f"{plan.total:,}",
         100 * plan.share,
         len(plan.names),
     )

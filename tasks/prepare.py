@@ -61,7 +61,8 @@ def find_or_write_tokens(sources: Sources, config: PrepareConfig) -> TokensRef:
     for source in meta["sources"]:
         log.info("%s: %d rows, %s", source["file"], source["rows"], source["split"])
     counts = meta["counts"]
-    log.info("rows %s, tokens %s, dropped %s", counts["rows"], counts["tokens"], counts["dropped"] or "none")
+    for what in ("rows", "tokens", "dropped"):
+        log.info("%s: %s", what, ", ".join(f"{name} {n:,}" for name, n in counts[what].items()) or "none")
     return TokensRef(str(directory), key, meta["data_sha256"], counts, tuple(meta["sources"]))
 
 

@@ -28,6 +28,7 @@ from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen
 from tasks.progress import Progress
 from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
+from tasks.resume import begin_attempt, correct_attempt, describe_kept
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State, TaskRun
@@ -95,8 +96,13 @@ def train(run: RunRef, training: TrainingRef, device: str, trunk_cache_gb: float
     cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
     log = get_run_logger()
     progress = Progress(log)
-    with progress.courier:
-        return train_network(network, run, training, cache, progress.show, log)
+    try:
+        with progress.courier:
+            return train_network(network, run, training, cache, progress.show, log)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # a signal, or a cancellation
+            log.warning(describe_kept(Path(training.directory)))
+        raise
 
 
 def train_network(
@@ -121,6 +127,7 @@ def train_network(
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)
+    announced = begin_attempt(run, directory, log)
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     shipping = shipper.in_background()
 
@@ -146,6 +153,7 @@ def train_network(
     with must_be_logged(run.tracking_uri, directory):
         shipper.finish()
         _log_result(run, result)
+        correct_attempt(run, announced, result.resumed_from)
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from model.engine.trunk_sharing import SharedTrunks
 
 _CODE_VERSION = 3  # increase it when the same inputs give other outputs
+_IN_WORDS = {"device": "on the device", "host": "in memory", "file": "in a file"}
 _VALUES, _CHECKSUMS = "values.bin", "checksums.bin"
 _READ_BYTES = 1e9  # bytes per second: assumed lower bound for reading a file
 _TRUNK_FLOPS = {"cuda": 4e14, "cpu": 2e12}  # per second: assumed upper bound for computing the trunk
@@ -164,9 +165,9 @@ class TrunkOutputs:
     def describe(self) -> str:
         """Size, place and use so far, as a line for the log."""
         if self.values is None:
-            return "trunk outputs are computed anew each time"
-        kept = f"{self.bytes / 1e9:.2f} GB on the {self.place}"
-        return f"trunk outputs: {kept}, {self.hit_share:.0%} of {self.requested:,} tokens from there"
+            return "frozen blocks' outputs are computed anew in each pass"
+        kept = f"{self.bytes / 1e9:.2f} GB, {self.hit_share:.0%} of {self.requested:,} tokens taken from there"
+        return f"frozen blocks' outputs kept {_IN_WORDS[self.place]}: {kept}"
 
     def _slots(self, row: int) -> slice:
         """Position of a row's outputs among those of all rows."""

@@ -1,4 +1,4 @@
-"""``python -m ops.recovery.doctor [--fix]``: compares limits, leases, locks and states; prints each contradiction.
+"""``finetune doctor [--fix]``: compares limits, leases, locks and states; prints each contradiction.
 
 The lock files decide who has a device. Prefect's and MLflow's records only display it and can be wrong after a crash;
 ``--fix`` mends them.

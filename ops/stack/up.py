@@ -1,4 +1,4 @@
-"""``python -m ops.stack.up``: run both servers, a worker and the watcher until Ctrl-C. ``down``: end them.
+"""``finetune up``: run both servers, a worker and the watcher until Ctrl-C. ``finetune down``: end them.
 
 supervisord (ops/stack/supervisord.conf) runs the programs and restarts those that die; ops/stack/ready.py sets
 Prefect up. This process starts supervisord and ends everything. Only one runs on a data root, and it leaves no
@@ -26,6 +26,7 @@ from model.records import read_record
 from ops.databases import check_address
 from ops.machine.flock import hold_file
 from ops.machine.process import Process, end_processes, tagged
+from ops.mistakes import refuse
 from ops.servers import TAG_VARIABLE, USER, Servers
 
 SAVE_SECONDS = 45.0  # time for a training to reach its next step and to save a checkpoint
@@ -265,8 +266,7 @@ def main(arguments: list[str]) -> int:
         servers = Servers.load()
         return down(servers) if arguments else up(servers)
     except (OSError, ValueError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m ops.tracking.compare A B``: what differs between two runs, and which model is better.
+"""``finetune compare A B``: what differs between two runs, and which model is better.
 
 A and B are run ids, models:/NAME/VERSION or models:/NAME@ALIAS.
 """
@@ -15,11 +15,12 @@ from typing import Any
 
 from model.evaluation.comparison import Difference, compare, join
 from model.evaluation.scores import HUMANEVAL
+from ops.mistakes import refuse
 from ops.redaction import without_credentials
 from ops.report.contents import ScoreLine, extreme_rows, failures, gains, score_lines, summary
 from ops.report.render import render, write_page
 from ops.settings import Settings
-from ops.text import escape_output, printable, storable
+from ops.text import escape_output, printable
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.report import data_rows, definitions, dropped_rows, loss_curves
 from ops.tracking.runs import refusal
@@ -236,8 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.html:
             write_page(given.html, comparison_page(compared))
     except (LookupError, OSError, ValueError) as error:
-        print(storable(str(error)), file=sys.stderr)
-        return 1
+        return refuse(error)
     except MlflowException as error:
         print(refusal(uri, error), file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""``python -m ops.tracking.export MODEL``: take a registered version out of MLflow.
+"""``finetune export MODEL``: take a registered version out of MLflow.
 
 It leaves as a plain Hugging Face directory, as a repository of a hub, as a GGUF file, or in several of these ways.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from model.files import atomic_directory, path_of
 from ops.hub import HubError
 from ops.hub_push import push_directory
+from ops.mistakes import refuse
 from ops.redaction import without_credentials
 from ops.settings import Settings
 from ops.text import escape_output
@@ -141,8 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(refusal(without_credentials(settings.tracking_uri), error))
         return 1
     except (HubError, ImportError, LookupError, OSError, RuntimeError, ValueError) as error:
-        _tell(str(error))
-        return 1
+        return refuse(error)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``python -m ops.tracking.report RUN``: write the report of a finished run as one HTML page."""
+"""``finetune report RUN``: write the report of a finished run as one HTML page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from model.evaluation.comparison import Difference, compare
 from model.evaluation.scores import ALL_SCORES, HUMANEVAL
 from model.evaluation.tables import formatted
+from ops.mistakes import refuse
 from ops.report.contents import ScoreLine, extreme_rows, failures, gains, lengths, score_lines, summary
 from ops.report.differences import shortened
 from ops.report.pictures import Curve, curves
@@ -229,8 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = read_run(uri, given.run)
         write_page(given.html, report_page(run, run_lines(run)))
     except (LookupError, OSError, ValueError) as error:
-        print(storable(str(error)), file=sys.stderr)
-        return 1
+        return refuse(error)
     except MlflowException as error:
         print(refusal(uri, error), file=sys.stderr)
         return 1

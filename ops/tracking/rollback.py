@@ -1,4 +1,4 @@
-"""``python -m ops.tracking.rollback SIZE``: return the champion of a size to the version that it replaced."""
+"""``finetune rollback SIZE``: return the champion of a size to the version that it replaced."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from model.net.config import normalize_size
+from ops.mistakes import refuse
 from ops.settings import Settings
 from ops.tracking.promotion import roll_back
 from ops.tracking.registry import model_name
@@ -23,8 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = model_name(normalize_size(parser.parse_args(arguments).size))
         before, now = roll_back(uri, name)
     except (LookupError, OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        return refuse(error)
     except MlflowException as error:
         print(refusal(uri, error), file=sys.stderr)
         return 1

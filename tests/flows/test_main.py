@@ -110,6 +110,8 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
         assert (state, status) == ("CRASHED", "KILLED")
         newest = max(path.name for path in tmp_path.glob("trainings/*/step-*"))
         assert newest > "step-00000000"  # of the step at which it was asked to stop
+        step = int(newest.removeprefix("step-"))
+        assert f"a checkpoint of step {step} is kept, and a run with the same parameters goes on" in output
 
 
 def rows(database: Path, query: str) -> list[tuple[str, ...]]:
@@ -155,10 +157,24 @@ def _imported(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("argument", ["epoch=1", "epochs=0", "nosuch", "--help", "dataset=/nowhere"])
-def test_a_mistake_is_answered_without_slow_imports(argument: str) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "epoch=1"],
+        ["run", "epochs=0"],
+        ["run", "nosuch"],
+        ["run", "--epoch", "1"],
+        ["run", "dataset=/nowhere"],
+        ["run", "--help"],
+        ["sweep", "--help"],
+        ["--help"],
+        ["rnu"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_answered_without_slow_imports(words: list[str]) -> None:
     """Their imports take seconds."""
-    imported = _imported(f"from flows.__main__ import main; main(['run', {argument!r}])")
+    imported = _imported(f"from flows.__main__ import main; main({words!r})")
     assert "pydantic" in imported, "the parameters were looked at"
     assert imported & {"torch", "prefect", "mlflow", "numpy", "pandas", "transformers", "datasets"} == set()
 

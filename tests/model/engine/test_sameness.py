@@ -203,7 +203,7 @@ def test_cache_changes_nothing(
     monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)  # so small a trunk would be computed faster than read
     config = config_of(max_steps=20)
     anew, result = run(build(), config, cache=TrunkCacheConfig(max_bytes=0))
-    assert result.trunk == "trunk outputs are computed anew each time"
+    assert result.trunk == "frozen blocks' outputs are computed anew in each pass"
     assert result.trunk_hit_share == 0
     for place, cache in (("host", TrunkCacheConfig()), ("file", TrunkCacheConfig(tmp_path / "cache"))):
         kept, result = run(build(), config, cache=cache)

@@ -463,13 +463,13 @@ def test_hit_share_is_a_share(outputs_of: Callable[..., TrunkOutputs]) -> None:
 
 def test_describe(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> None:
     """The line has size, place and share."""
-    assert outputs_of(uses=1).describe() == "trunk outputs are computed anew each time"
-    for place, outputs in (("host", outputs_of()), ("file", outputs_of(tmp_path))):
+    assert outputs_of(uses=1).describe() == "frozen blocks' outputs are computed anew in each pass"
+    for place, outputs in (("in memory", outputs_of()), ("in a file", outputs_of(tmp_path))):
         ask(outputs)
         ask(outputs)
         tokens = 2 * inputs_of(outputs, list(range(ROWS)))
-        size = f"{outputs.bytes / 1e9:.2f} GB"
-        assert outputs.describe() == f"trunk outputs: {size} on the {place}, 50% of {tokens:,} tokens from there"
+        kept = f"{outputs.bytes / 1e9:.2f} GB, 50% of {tokens:,} tokens taken from there"
+        assert outputs.describe() == f"frozen blocks' outputs kept {place}: {kept}"
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,8 @@ def test_versions_and_aliases_name_runs(settings: Settings, two: tuple[str, str]
     assert ("version", "models:/gpt2-code-tiny/1", "models:/gpt2-code-tiny/2") in compared.identity
 
 
-def _refused(capsys: pytest.CaptureFixture[str], first: str, second: str) -> str:
-    assert main([first, second]) == 1
+def _refused(capsys: pytest.CaptureFixture[str], first: str, second: str, status: int = 2) -> str:
+    assert main([first, second]) == status
     output = capsys.readouterr()
     assert output.out == ""
     (line,) = output.err.splitlines()
@@ -179,7 +179,7 @@ def test_a_run_from_before_the_records_is_named(
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    sentence = _refused(capsys, "0" * 32, "1" * 32)
+    sentence = _refused(capsys, "0" * 32, "1" * 32, 1)
     assert sentence.startswith("MLflow at http://127.0.0.1:9 refuses or does not answer")
 
 

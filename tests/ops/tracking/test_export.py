@@ -103,7 +103,7 @@ def occupied(request: Any, tmp_path: Path) -> Iterator[Path]:
 
 def test_nothing_is_overwritten(occupied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A directory with content is left alone."""
-    assert main([MODEL, "--directory", str(occupied)]) == 1
+    assert main([MODEL, "--directory", str(occupied)]) == 2
     assert "exists already: name a directory that does not, or is empty" in capsys.readouterr().err
 
 
@@ -145,7 +145,7 @@ def test_a_version_that_is_not_there(
     model: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One sentence, and nothing is written."""
-    assert main([model, "--directory", str(tmp_path / "model")]) == 1
+    assert main([model, "--directory", str(tmp_path / "model")]) == 2
     said = capsys.readouterr().err
     assert complaint in said
     assert said.count("\n") == 1

@@ -105,7 +105,7 @@ def test_what_cannot_be_written_is_one_sentence(
     ref = log_finished(settings, "a run", make_records(5))
     assert main([ref.run_id, "--html", "/nowhere/page.html"]) == 1
     assert main([ref.run_id, "--html", str(tmp_path)]) == 1
-    assert main(["0" * 32]) == 1
+    assert main(["0" * 32]) == 2
     first, second, _ = capsys.readouterr().err.splitlines()
     assert first.startswith("the page cannot be written to '/nowhere/page.html': No such file or directory. Name ")
     assert second.startswith(f"the page cannot be written to '{tmp_path}': Is a directory. Name another file")

@@ -1,0 +1,61 @@
+"""What a resumed and an interrupted training say."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from ops.tracking.runs import RunRef, client
+from tasks.resume import RESUMED_TAG, begin_attempt, correct_attempt, describe_kept, newest_step
+
+
+@pytest.fixture
+def runs(tmp_path: Path, mlflow_database: Path) -> list[RunRef]:
+    """Two MLflow runs."""
+    (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
+    mlflow = client(uri := f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = mlflow.create_experiment("finetune", tmp_path.as_uri())
+    return [RunRef(uri, experiment, mlflow.create_run(experiment).info.run_id) for _ in range(2)]
+
+
+def _tag(run: RunRef) -> str | None:
+    return client(run.tracking_uri).get_run(run.run_id).data.tags.get(RESUMED_TAG)
+
+
+def test_a_resumed_training_names_step_and_run(
+    tmp_path: Path, runs: list[RunRef], caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log when it begins, and as a tag."""
+    directory = tmp_path / "training"
+    directory.mkdir()
+    log = logging.getLogger("test")
+    with caplog.at_level(logging.INFO, logger="test"):
+        assert begin_attempt(runs[0], directory, log) == 0
+        assert (_tag(runs[0]), caplog.messages) == (None, [])
+        for step in (0, 100, 20):
+            (directory / f"step-{step:08}").mkdir()
+        (directory / "step-00000200.half").mkdir()  # of a writer that was killed
+        assert begin_attempt(runs[1], directory, log) == newest_step(directory) == 100
+    assert caplog.messages == [f"resuming at step 100, from the checkpoint of MLflow run {runs[0].run_id}"]
+    assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"
+    correct_attempt(runs[1], 100, 100)
+    assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"
+    correct_attempt(runs[1], 100, 20)
+    assert _tag(runs[1]) == "step 20"
+
+
+def test_an_earlier_run_that_is_not_known(tmp_path: Path, runs: list[RunRef]) -> None:
+    """A training of an earlier version of this project, or a damaged note."""
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "attempt.json").write_text("[")
+    assert begin_attempt(runs[0], tmp_path, logging.getLogger("test")) == 4
+    assert _tag(runs[0]) == "step 4 of an earlier run"
+
+
+def test_what_is_kept(tmp_path: Path) -> None:
+    """And how to go on."""
+    assert describe_kept(tmp_path).startswith("stopped before the first checkpoint")
+    (tmp_path / "step-00000012").mkdir()
+    assert "a checkpoint of step 12 is kept, and a run with the same parameters goes on" in describe_kept(tmp_path)
