@@ -65,6 +65,8 @@ def shortened(command: str) -> str:
         return f'make run ARGS="{SHORT}"'
     if command.startswith("finetune run ") and "--dry-run" not in command:
         return f"{command} {SHORT}"
+    if command.startswith("prefect deployment run "):
+        return " ".join([command, *(f"-p {each}" for each in SHORT.split())])
     return command
 
 
@@ -92,7 +94,8 @@ def run_commands(checkout: Path, commands: Sequence[str], seconds: float, **sett
     script = ["set -e -o pipefail"]
     for number, command in enumerate(commands):
         if command == "make up":
-            command = "make up > up.log 2>&1 & until grep -q 'deployment run' up.log; do kill -0 $!; sleep 1; done"
+            command = "touch up.log; make up > up.log 2>&1 &\nuntil grep -q 'deployment run' up.log; do\n"
+            command += "    kill -0 $! || { cat up.log; exit 1; }\n    sleep 1\ndone"
         script += [f"echo {shlex.quote('$ ' + command)}", command, f"echo {number} >> {done}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith((*FOREIGN, "PYTHON"))}
     environment |= {
