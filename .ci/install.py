@@ -26,7 +26,7 @@ SOURCES = ("index-url", "extra-index-url", "find-links", "no-index")
 CHOICE = ".torch-index"  # in the environment: the answer of the user, who is asked once
 # Packages, MB to download and MB on the disk, measured with Python 3.11 on Linux x86-64 on 2026-11-26.
 RUN = (181, 441, 1570)
-EXTRAS = {"dev": (32, 37, 110), "docs": (3, 19, 92)}
+EXTRAS = {"dev": (32, 37, 110), "docs": (4, 19, 92)}
 CUDA = 2540  # MB to download that PyPI's torch and its CUDA libraries are more than the CPU build
 
 
