@@ -273,7 +273,7 @@ def test_all_wrong_parameters_are_named_at_once(prefect_server: None, data_root:
     from flows.finetune import finetune
 
     with pytest.raises(ParameterTypeError) as caught:
-        finetune(model_size="124", epochs=0, top_p=2)
+        finetune(model_size="125", epochs=0, top_p=2)
     for name in ("model_size", "epochs", "top_p", "tiny, 124m, 355m, 774m, 1558m"):
         assert name in str(caught.value)
     assert not (data_root / "mlflow").exists()
@@ -290,10 +290,12 @@ def test_too_many_layers_are_refused_before_anything_is_fetched(
     assert not (data_root / "mlflow").exists()
 
 
-def test_a_failed_flow_is_a_failed_run(
+def test_a_mistake_before_the_training_leaves_no_run(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]
 ) -> None:
-    """MLflow says FAILED, and the error names the file."""
+    """The error names the file, and so does the state's message; the run is among MLflow's deleted ones."""
+    from mlflow.entities import ViewType
+
     from flows.finetune import finetune
     from ops.settings import Settings
     from ops.tracking.runs import client
@@ -301,9 +303,13 @@ def test_a_failed_flow_is_a_failed_run(
     missing = data_root / "no-such-rows.jsonl"
     with pytest.raises(FileNotFoundError, match=r"no-such-rows\.jsonl"):
         finetune(**{**tiny, "dataset": str(missing)})
+    state = finetune(**{**tiny, "dataset": str(missing)}, return_state=True)  # type: ignore[call-overload]
+    assert state.is_failed()
+    assert state.message == f"dataset {missing} does not exist: give a file or folder, or a hub id like owner/name"
     mlflow = client(Settings.load().tracking_uri)
-    (run,) = mlflow.search_runs([mlflow.get_experiment_by_name("finetune").experiment_id])
-    assert run.info.status == "FAILED"
+    experiment = mlflow.get_experiment_by_name("finetune").experiment_id
+    assert mlflow.search_runs([experiment]) == []
+    assert len(mlflow.search_runs([experiment], run_view_type=ViewType.DELETED_ONLY)) == 2
 
 
 def test_a_run_that_failed_behind_training_does_not_train_again(
