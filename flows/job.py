@@ -35,6 +35,7 @@ GROUP_TITLES = {
     "train": "Training",
     "sampling": "Evaluation",
     "hardware": "Hardware",
+    "record": "Name and records",
     "sweep": "Sweep",
 }
 _BEGIN, _END = "<!-- make parameters writes what follows -->\n", "<!-- end of the parameters -->\n"
