@@ -6,12 +6,14 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEVELOP := $(VENV)/.installed-dev
+DOCUMENT := $(VENV)/.installed-docs
 # As the command `finetune`, which `make install` puts beside it.
 FINETUNE := $(BIN)/python -m flows
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := true
 
-.PHONY: help install run test test-slow fuzz soak check format parameters bench up down doctor deploy worker watch rollback sample report compare export clean
+.PHONY: help install run test test-slow fuzz soak check docs format parameters bench up down doctor deploy worker watch rollback sample report compare export clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,10 +22,19 @@ help: ## List the targets
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
 
+# What is coming and how large it is, is said first. TORCH_INDEX=cpu, pypi or an address chooses PyTorch's build.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it with PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PYTHON) .ci/install.py $(VENV)
+	@touch $@
+
+# The developers' tools come with the first target that needs them.
+$(DEVELOP): $(INSTALLED)
+	@$(BIN)/python .ci/install.py $(VENV) dev
+	@touch $@
+
+$(DOCUMENT): $(INSTALLED)
+	@$(BIN)/python .ci/install.py $(VENV) docs
 	@touch $@
 
 install: $(INSTALLED) ## Create or update .venv from the pinned constraints, if they have changed
@@ -32,20 +43,20 @@ run: $(INSTALLED) ## Fine-tune the embedded tiny GPT-2; ARGS="epochs=1" changes 
 	@$(FINETUNE) run $(ARGS)
 
 # Two to four processes; the tests of a file stay in one, as many share a server.
-test: $(INSTALLED) ## Run the tests
+test: $(DEVELOP) ## Run the tests
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-slow: $(INSTALLED) ## Run the tests that need real servers or minutes
+test-slow: $(DEVELOP) ## Run the tests that need real servers or minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-fuzz: $(INSTALLED) ## Fuzz all that is read, for about an hour; EXAMPLES=1000 for minutes
+fuzz: $(DEVELOP) ## Fuzz all that is read, for about an hour; EXAMPLES=1000 for minutes
 	FINETUNE_FUZZ_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -k fuzz $(ARGS)
 
 soak: export PYTHONPATH := .:tests/helpers
-soak: $(INSTALLED) ## Kill servers, worker and runs 50 times over a training and three nights, and compare; ARGS="--seed 1"
+soak: $(DEVELOP) ## Kill servers, worker and runs 50 times over a training and three nights, and compare; ARGS="--seed 1"
 	$(BIN)/python -m soak $(ARGS)
 
-check: $(INSTALLED) ## Check lint, format, types, and the pinned versions for known vulnerabilities
+check: $(DEVELOP) ## Check lint, format, types, and the pinned versions for known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -54,10 +65,13 @@ check: $(INSTALLED) ## Check lint, format, types, and the pinned versions for kn
 bench: $(INSTALLED) ## Compare the training speed with other trainers; ARGS="--data rows --tokenizer DIR --size 355m"
 	$(FINETUNE) bench $(ARGS)
 
-parameters: $(INSTALLED) ## Write the README's table of parameters
-	$(BIN)/python -m flows.job README.md
+parameters: $(INSTALLED) ## Write the tables of docs/parameters.md
+	$(BIN)/python -m flows.job docs/parameters.md
 
-format: $(INSTALLED) ## Format the code
+docs: $(DOCUMENT) ## Build the pages into site/, and fail on a broken link
+	$(BIN)/python .ci/docs.py
+
+format: $(DEVELOP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

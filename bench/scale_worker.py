@@ -225,7 +225,7 @@ def measure(job: ScaleJob, batch_size: int, repeat: int, ranks: Ranks) -> Timing
         repeat,
         sum(tokens[:epoch]) / (reports[epoch] - reports[0]),
         sum(tokens[epoch:last]) / (reports[last] - reports[epoch]),
-        trunk.removeprefix("trunk outputs: "),
+        trunk.removeprefix("frozen blocks' outputs "),
         statistics.median(steps),
         max(steps),
         **parts,

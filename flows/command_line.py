@@ -19,22 +19,10 @@ from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 
 from flows.arguments import parse, suggestion
 from flows.commands import read_deployments
-from flows.job import all_parameters
+from flows.job import GROUP_TITLES, all_parameters
 from flows.trials import SweepJob, job_kind
 from ops.mistakes import DEBUG_VARIABLE, UsageError
 
-# The group of each field of a job, as its help shows it.
-_GROUPS = {
-    "sources": "Model and data set",
-    "prepare": "Rows",
-    "night": "Nights and promotion",
-    "freeze": "What trains",
-    "train": "Training",
-    "sampling": "Evaluation",
-    "hardware": "Hardware",
-    "record": "Name and records",
-    "sweep": "Sweep",
-}
 _TRUTHS = ("true", "false")
 _OPTIONS = Group("Options", sort_key=0)
 # The commands that have their options in their own modules: module, help.
@@ -113,7 +101,7 @@ def _flow_parameters(flow: str) -> list[inspect.Parameter]:
     """Each parameter of a flow as an option of text: one reader checks all values (flows/arguments.py)."""
     made: dict[str, inspect.Parameter] = {}
     for order, (field, group) in enumerate(job_kind(flow).groups().items(), 1):
-        shown = Group(_GROUPS[field], sort_key=order)
+        shown = Group(GROUP_TITLES[field], sort_key=order)
         for each in group.declared():
             kind: Any = bool | None if each.annotation is bool else Value | None
             details = Parameter(

@@ -1,6 +1,6 @@
-"""The flow's parameters: a job in groups, the flow's signature made from it, and the README's table.
+"""The flow's parameters: a job in groups, the flow's signature made from it, and the tables of docs/parameters.md.
 
-``python -m flows.job README.md`` writes the table anew.
+``python -m flows.job docs/parameters.md`` writes the tables anew.
 
 Nothing here imports torch, Prefect or MLflow, so that a wrong parameter is refused at once.
 """
@@ -26,7 +26,20 @@ from model.parameters import MOST, NonNegative, Parameter, Parameters, Share
 from tasks.config import SourceConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
-_TABLE = re.compile(r"^\| parameter \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
+# The group of each field of a job, as its help and docs/parameters.md show it.
+GROUP_TITLES = {
+    "sources": "Model and data set",
+    "prepare": "Rows",
+    "night": "Nights and promotion",
+    "freeze": "What trains",
+    "train": "Training",
+    "sampling": "Evaluation",
+    "hardware": "Hardware",
+    "record": "Name and records",
+    "sweep": "Sweep",
+}
+_BEGIN, _END = "<!-- make parameters writes what follows -->\n", "<!-- end of the parameters -->\n"
+_TABLES = re.compile(f"(?<={_BEGIN}).*?(?={_END})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -218,26 +231,37 @@ def with_parameters(function: F, kind: type[Job] = Job) -> F:
     return function
 
 
-def parameter_table() -> str:
-    """The parameters as a Markdown table: name, default, meaning."""
-    lines = ["| parameter | default | meaning |", "|---|---|---|"]
-    for each in all_parameters():
-        default = "null" if each.default is None else each.default
-        lines.append(f"| `{each.name}` | `{default}` | {each.meaning} |")
-    return "\n".join(lines) + "\n"
+def parameter_tables() -> str:
+    """The parameters in Markdown: for each group a heading and a table of name, default, meaning.
+
+    A parameter that several groups share stands in a table of its own, which comes last.
+    """
+    names = Counter(each.name for group in Job.groups().values() for each in group.declared())
+    parts = {
+        GROUP_TITLES[field]: [each for each in group.declared() if names[each.name] == 1]
+        for field, group in Job.groups().items()
+    }
+    parts["Shared by several groups"] = [each for each in all_parameters() if names[each.name] > 1]
+    lines: list[str] = []
+    for title, parameters in parts.items():
+        lines += ["", f"## {title}", "", "| parameter | default | meaning |", "|---|---|---|"]
+        for each in parameters:
+            default = "null" if each.default is None else each.default
+            lines.append(f"| `{each.name}` | `{default}` | {each.meaning} |")
+    return "\n".join(lines) + "\n\n"
 
 
-def write_table(page: Path) -> None:
-    """Replace the table of parameters in a Markdown page.
+def write_tables(page: Path) -> None:
+    """Replace the tables of parameters in a Markdown page.
 
     Raises:
-        ValueError: the page has no such table.
+        ValueError: the page has no place for them.
     """
-    text, count = _TABLE.subn(lambda match: parameter_table(), page.read_text())
+    text, count = _TABLES.subn(lambda match: parameter_tables(), page.read_text())
     if count != 1:
-        raise ValueError(f"{page} has {count} tables that begin with '| parameter |', one is needed")
+        raise ValueError(f"{page} has {count} places that begin with '{_BEGIN.strip()}', one is needed")
     page.write_text(text)
 
 
 if __name__ == "__main__":
-    write_table(Path(sys.argv[1]))
+    write_tables(Path(sys.argv[1]))

@@ -2,7 +2,7 @@
 
 A configuration is a frozen dataclass that derives from ``Parameters``. A field's annotation carries its bounds, and
 the string below the field says what it means, as in litgpt's ``args.py``. The flow's signature, its description on
-Prefect's server and the table of the README are made from these fields (``flows/job.py``).
+Prefect's server and the tables of docs/parameters.md are made from these fields (``flows/job.py``).
 """
 
 from __future__ import annotations

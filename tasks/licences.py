@@ -36,12 +36,14 @@ OPENAI_WEIGHTS = Licence(
     },
 )
 EMBEDDED_WEIGHTS = Licence(
-    "The embedded base was trained on the source of the Python standard library, and is under the PSF License 2.",
+    "The embedded base was trained by finetune-gpt2-code on the source of the Python standard library, and is under "
+    "the PSF License 2.",
     "the PSF License 2.",
     {"license": "other", "license_name": "psf-2.0", "license_link": "https://docs.python.org/3/license.html"},
 )
 CODEALPACA_ROWS = Licence(
-    "CodeAlpaca's rows are under CC BY-NC 4.0: a model trained on them is for non-commercial use.",
+    "CodeAlpaca's rows are under CC BY-NC 4.0: a model trained on them is for non-commercial use. Their texts were "
+    "generated with OpenAI's models.",
     "are under CC BY-NC 4.0: a model trained on them is for non-commercial use.",
     {"license": "cc-by-nc-4.0"},
 )

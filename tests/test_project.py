@@ -236,12 +236,13 @@ def test_every_test_that_is_named_as_a_proof_exists() -> None:
         assert "::" in proof or "not yet" in proof, f"row {number}"
 
 
-def test_make_targets_of_the_readme_exist() -> None:
-    """A reader can type every `make ...` that the README shows."""
-    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    shown = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", readme, flags=re.MULTILINE))
-    assert {"run", "test"} <= shown <= targets
+def test_make_targets_of_the_pages_exist() -> None:
+    """A reader can type every `make ...` that a page shows."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        shown = set(re.findall(r"(?:^|`)make ([a-z][a-z-]*)", page.read_text(), flags=re.MULTILINE))
+        assert shown <= targets | {"itself"}, page
+        assert page.name != "README.md" or {"run", "test"} <= shown
 
 
 def test_the_embedded_run_ends_with_its_two_lines(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""The flow's parameters: declared once, told to Prefect and to the README, and sorted into their groups."""
+"""The flow's parameters: declared once, told to Prefect and to docs/parameters.md, and sorted into their groups."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -11,30 +12,32 @@ import pytest
 
 from flows.arguments import complaint
 from flows.finetune import finetune
-from flows.job import Job, all_parameters, parameter_table, write_table
+from flows.job import Job, all_parameters, parameter_tables, write_tables
 from model.parameters import Parameter
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_readme_shows_the_table(tmp_path: Path) -> None:
-    """The README's table is the one that is made from the declarations; ``make parameters`` writes it anew."""
-    text = (ROOT / "README.md").read_text()
-    missing = [line for line in parameter_table().splitlines() if line not in text]
-    assert not missing, f"run `make parameters`: the README lacks {missing}"
-    assert parameter_table() in text
-    page = tmp_path / "README.md"
+def test_the_page_shows_the_tables(tmp_path: Path) -> None:
+    """docs/parameters.md has the tables that are made from the declarations; ``make parameters`` writes them anew."""
+    text = (ROOT / "docs" / "parameters.md").read_text()
+    missing = [line for line in parameter_tables().splitlines() if line not in text.splitlines()]
+    assert not missing, f"run `make parameters`: docs/parameters.md lacks {missing}"
+    assert parameter_tables() in text
+    shown = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert sorted(shown) == sorted(each.name for each in all_parameters()), "each stands there once"
+    page = tmp_path / "parameters.md"
     page.write_text(text.replace("| `epochs` | `3` |", "| `epochs` | `4` |"))
-    write_table(page)
+    write_tables(page)
     assert page.read_text() == text
 
 
-def test_a_page_without_the_table_is_refused(tmp_path: Path) -> None:
+def test_a_page_without_the_tables_is_refused(tmp_path: Path) -> None:
     """Nothing is written to it."""
     page = tmp_path / "page.md"
     page.write_text("no table\n")
-    with pytest.raises(ValueError, match="has 0 tables"):
-        write_table(page)
+    with pytest.raises(ValueError, match="has 0 places"):
+        write_tables(page)
     assert page.read_text() == "no table\n"
 
 

@@ -323,7 +323,7 @@ def test_rollback(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         assert f"was version {before}, and is version {now} again" in capsys.readouterr().out
         assert world.alias("champion") == now
         assert "rolled_back_at" in client(world.tracking).get_model_version(MODEL, before).tags
-    assert rollback.main(["tiny"]) == 1
+    assert rollback.main(["tiny"]) == 2
     assert f"models:/{MODEL}/1 is the first champion" in capsys.readouterr().err
     assert world.alias("champion") == "1"
 

@@ -179,7 +179,7 @@ def test_hundred_steps_in_float64(build: Build, run: Callable[..., Any], token_d
     model, reference = build(), build()
     got, result = run(model, config)
     want = plain_loop(reference, token_dir, config)
-    assert "on the host" in result.trunk
+    assert "in memory" in result.trunk
     assert result.trunk_hit_share > 0.9
     assert min(want["grad_norm"]) > 0
     assert max(want["grad_norm"]) > config.max_grad_norm  # clipping acts
@@ -205,9 +205,9 @@ def test_cache_changes_nothing(
     anew, result = run(build(), config, cache=TrunkCacheConfig(max_bytes=0))
     assert result.trunk == "frozen blocks' outputs are computed anew in each pass"
     assert result.trunk_hit_share == 0
-    for place, cache in (("host", TrunkCacheConfig()), ("file", TrunkCacheConfig(tmp_path / "cache"))):
+    for place, cache in (("in memory", TrunkCacheConfig()), ("in a file", TrunkCacheConfig(tmp_path / "cache"))):
         kept, result = run(build(), config, cache=cache)
-        assert f"on the {place}" in result.trunk
+        assert f"kept {place}:" in result.trunk
         assert result.trunk_hit_share > 0.5
         assert_same(kept, anew, 1e-10)
 
