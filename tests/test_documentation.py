@@ -37,6 +37,7 @@ def _check(commands: list[str], done: list[str], output: str) -> None:
     assert done == commands, f"{commands[len(done)]} failed:\n{output[-4000:]}"
 
 
+@pytest.mark.slow
 def test_commands_that_need_no_servers(tmp_path: Path) -> None:
     """Each command of README and quickstart ends well, in a copy of the checkout; trainings are short."""
     commands = _commands(servers=False)

@@ -245,6 +245,7 @@ def test_make_targets_of_the_pages_exist() -> None:
         assert page.name != "README.md" or {"run", "test"} <= shown
 
 
+@pytest.mark.slow
 def test_the_embedded_run_ends_with_its_two_lines(tmp_path: Path) -> None:
     """``make run`` in small: a fresh data root, no server; the last two lines are for scripts.
 

@@ -131,6 +131,7 @@ def test_memory_table(job: Job) -> None:
     assert lines[3] == ["engine,", "greedy:", "out", "of", "memory"]
 
 
+@pytest.mark.slow
 def test_a_run_for_the_memory_table(tmp_path: Path) -> None:
     """The command as users run it: one line and one record of finite numbers for each combination."""
     command = [sys.executable, "-m", "bench.train", "--device", "cpu", "--memory-table", "--precision", "fp32"]

@@ -45,6 +45,7 @@ def test_options_that_cannot_be_measured_are_refused(capsys: pytest.CaptureFixtu
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_on_a_cpu_are_measured(tmp_path: Path) -> None:
     """One and two ranks train the embedded rows; every line and the file have what was measured."""
     options = ["--device", "cpu", "--size", "tiny", "--rows", "32", "--batch-size", "16", "--epochs", "2"]

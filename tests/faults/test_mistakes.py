@@ -35,7 +35,12 @@ AT_ONCE = {"wrong path", "folder without rows", "too many layers", "unknown para
 _PROGRESS = re.compile(r"\d\d:\d\d:\d\d (?!error|warning)|  (model|rows|tokens|steps|device|disk) ")
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+_LONG = ("no network", "wrong weights", "full disk")  # they start a flow run each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in _LONG else []) for name in MISTAKES]
+)
 def test_a_mistake_is_one_sentence(name: str, tmp_path: Path) -> None:
     """With its exit status; nothing but lines of progress stands before it, and MLflow has no run of it."""
     status, pattern = EXPECTED[name]
@@ -102,6 +107,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     """An error that this project did not raise; the MLflow run stays, as FAILED."""
     with MISTAKES["unknown parameter"](tmp_path) as case:

@@ -314,6 +314,7 @@ def test_a_mistake_before_the_training_leaves_no_run(
     assert len(mlflow.search_runs([experiment], run_view_type=ViewType.DELETED_ONLY)) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_behind_training_does_not_train_again(
     prefect_server: None,
     data_root: Path,
@@ -348,6 +349,7 @@ def test_a_run_that_failed_behind_training_does_not_train_again(
     assert not directory.exists()
 
 
+@pytest.mark.slow
 def test_a_run_cut_behind_its_registration_registers_once(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ def _recording(seen: list[tuple[int, int]]) -> Callable[..., None]:
     return show_and_note
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +201,7 @@ def test_an_interrupted_sweep_goes_on(
     assert whole.best.trial.name == result.best.trial.name
 
 
+@pytest.mark.slow
 def test_a_sweep_that_failed_behind_its_trials_trains_nothing_again(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +281,7 @@ def test_a_sweep_without_a_finished_trial_fails(prefect_server: None, data_root:
         sweep(**{**tiny, **SHORT, "grid": {"learning_rate": [1e6]}})
 
 
+@pytest.mark.slow
 def test_unpromising_trials_end_early(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]
 ) -> None:
@@ -301,6 +304,7 @@ def test_unpromising_trials_end_early(
     assert mlflow.get_run(result.run.run_id).data.metrics["sweep/ended_early"] == 1
 
 
+@pytest.mark.slow
 def test_helpers_on_other_devices_equal_one_process(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,9 @@ def test_a_new_repository_may_be_private(hub: FakeHub, push: Push) -> None:
         (Fault("status", match="/create", status=403), r"\(HTTP 403\): log in with `hf auth login`, or set HF_TOKEN"),
         (Fault("status", match="/commit/", status=400), r"\(HTTP 400\): the hub refuses the content"),
         (Fault("status", match="/upload/", status=403), r"\(HTTP 403\)"),
-        (Fault("status", match="/preupload/", status=500), r"\(HTTP 500\): try again"),
+        pytest.param(
+            Fault("status", match="/preupload/", status=500), r"\(HTTP 500\): try again", marks=pytest.mark.slow
+        ),  # it is tried for 20 s
     ],
 )
 def test_a_hub_that_refuses_is_one_sentence(hub: FakeHub, push: Push, fault: Fault, complaint: str) -> None:

@@ -82,6 +82,7 @@ def test_two_processes_train_as_one(flow: Callable[..., Any], alone: Any, monkey
             assert value == pytest.approx(alone.metrics[name], rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_ranks_score_as_one_process(
     flow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -201,6 +201,7 @@ def test_all_ranks_end_where_a_loss_is_not_finite(
         assert all(np.array_equal(outcome.weights[name], weight) for name, weight in before[0].weights.items())
 
 
+@pytest.mark.slow
 def test_full_memory_of_one_rank_ends_within_the_timeout(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
     """That rank says how long passes should be; the other one gives up when an exchange takes too long."""
     gang = Gang(2, timeout=20)

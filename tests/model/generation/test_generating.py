@@ -200,10 +200,13 @@ def test_an_interrupt_ends_all_threads_at_their_next_token(
     monkeypatch.setattr(generating, "_ROWS_APART", 2)
     drawn: Counter[int] = Counter()
     failed, main = threading.Event(), threading.get_ident()
+    both = threading.Barrier(2, timeout=60)
     draw = Sampler.__call__
 
     def spy(self: Sampler, logits: Tensor, *rest: Any) -> Tensor:
         drawn[threading.get_ident()] += 1
+        if drawn[threading.get_ident()] == 1:
+            both.wait()  # else one thread may be interrupted before the other begins
         if drawn[threading.get_ident()] == 3:
             if not failed.is_set():
                 failed.set()
