@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from model.engine.checkpoint import newest_step
 from model.files import write_json
 from model.records import read_record
 from ops.tracking.runs import RunRef, set_tags
 
 RESUMED_TAG = "resumed_from"  # of an MLflow run: the step and the run that it goes on from
 _FILE = "attempt.json"  # of a training: the MLflow run that trains it, or did last
-_CHECKPOINT = re.compile(r"step-(\d{8})$")
 
 
 class _Attempt(BaseModel):
     """The MLflow run of an attempt."""
 
     run_id: str
-
-
-def newest_step(directory: Path) -> int:
-    """The step of a training's newest checkpoint; 0 without one. A checkpoint is complete or absent."""
-    matches = [_CHECKPOINT.match(path.name) for path in directory.glob("step-*")]
-    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def begin_attempt(run: RunRef, directory: Path, log: Any) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from model.engine.checkpoint import newest_step
 from ops.tracking.runs import RunRef, client
-from tasks.resume import RESUMED_TAG, begin_attempt, correct_attempt, describe_kept, newest_step
+from tasks.resume import RESUMED_TAG, begin_attempt, correct_attempt, describe_kept
 
 
 @pytest.fixture
