@@ -31,9 +31,13 @@ def begin_attempt(run: RunRef, directory: Path, log: Any) -> int:
     step = newest_step(directory)
     if step:
         earlier = _earlier_run(directory)
-        log.info("resuming at step %d, from the checkpoint of %s", step, earlier)
+        if earlier == run.run_id:  # a second try of the task: the run goes on from itself, which is no news to it
+            log.info("resuming at step %d, from the checkpoint of the try before", step)
+            return step
+        shown = f"MLflow run {earlier}" if earlier else "an earlier run"
+        log.info("resuming at step %d, from the checkpoint of %s", step, shown)
         try:
-            set_tags(run, {RESUMED_TAG: f"step {step} of {earlier}"})
+            set_tags(run, {RESUMED_TAG: f"step {step} of {shown}"})
         except Exception as error:  # a training goes on while MLflow is away
             log.warning("MLflow run %s has no tag %s: %s", run.run_id, RESUMED_TAG, error)
     write_json(directory / _FILE, _Attempt(run_id=run.run_id).model_dump())
@@ -55,8 +59,8 @@ def describe_kept(directory: Path) -> str:
 
 
 def _earlier_run(directory: Path) -> str:
-    """The MLflow run of the attempt before."""
+    """The id of the MLflow run of the attempt before; empty if it is not known."""
     try:
-        return f"MLflow run {read_record(directory / _FILE, _Attempt).run_id}"
+        return read_record(directory / _FILE, _Attempt).run_id
     except (OSError, ValueError):
-        return "an earlier run"
+        return ""
