@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -21,13 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.display import Display, mark_of
+from ops.mistakes import is_of_project
 from ops.text import printable
 
 if TYPE_CHECKING:
     from model.engine.trainer import StepReport
 
-_PROJECT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("flows", "tasks", "ops", "model")
 _TOLD_PHASES = 0.5  # seconds: a shorter phase is not worth a line; the table at the end has all
 
 
@@ -153,9 +151,7 @@ def _is_chatter(record: logging.LogRecord) -> bool:
     """Whether a record is Prefect's own and no warning; what this project prints in a flow passes through Prefect."""
     if record.levelno >= logging.WARNING or not record.name.startswith("prefect"):
         return False
-    path = Path(record.pathname)
-    inside = path.is_relative_to(_PROJECT) and path.relative_to(_PROJECT).parts[0] in _PACKAGES
-    return not inside and record.funcName != "print_as_log"
+    return not is_of_project(record.pathname) and record.funcName != "print_as_log"
 
 
 def show_logs(shown: Display) -> None:

@@ -51,10 +51,14 @@ def _is_raised_here(trace: TracebackType | None) -> bool:
     while trace.tb_next:
         trace = trace.tb_next
     code = trace.tb_frame.f_code
-    path = Path(code.co_filename)
-    ours = path.is_relative_to(_PROJECT) and path.relative_to(_PROJECT).parts[0] in _PACKAGES
     # In the same frame a function written in C may have raised it, such as int(): then the instruction is a call.
-    return ours and code.co_code[trace.tb_lasti] == _RAISE
+    return is_of_project(code.co_filename) and code.co_code[trace.tb_lasti] == _RAISE
+
+
+def is_of_project(file: str) -> bool:
+    """Whether a source file is of this project's packages; tests and libraries are not."""
+    path = Path(file)
+    return path.is_relative_to(_PROJECT) and path.relative_to(_PROJECT).parts[0] in _PACKAGES
 
 
 def sentence(error: BaseException) -> str:

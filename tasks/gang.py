@@ -27,7 +27,7 @@ from tasks.scoring import BothGiven, Scoring, give, read_given
 # nothing to gain. Not measured on several GPUs yet.
 _FEWEST_COMPLETIONS = 2_000
 WORKER = "tasks.rank_worker"  # the module that each rank runs
-# Errors that a rank raises by itself, and which mean the same when the task raises them.
+# Errors that a rank raises by itself, and which mean the same when the task raises them, if they are no bugs.
 _RAISED = (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError)
 _KNOWN = frozenset(kind.__name__ for kind in (*_RAISED, PassesTooLongError))
 
@@ -38,11 +38,11 @@ class Devices:
 
     Attributes:
         names: cpu or cuda:N, one for each process of a training; a CPU stands once for each process.
-        descriptors: of their lock files, which these processes keep open; None for a CPU that stands again.
+        descriptors: of their lock files, which these processes keep open; a CPU that stands again has the same one.
     """
 
     names: tuple[str, ...]
-    descriptors: tuple[int | None, ...]
+    descriptors: tuple[int, ...]
 
     @property
     def first(self) -> str:
@@ -107,10 +107,14 @@ def train_on(
     """
     results: list[TrainResult] = []
     stopped: list[str] = []
+    begun: list[int] = []  # the step of the checkpoint that the first gang started from, once it is known
 
     def hear(kind: str, content: dict[str, Any]) -> None:
         if kind == "step":
-            on_step(StepReport(**content))
+            report = StepReport(**content)
+            if not begun:
+                begun.append(max(0, report.step - 1))  # a fresh start reports step 0, the validation of the base
+            on_step(report)
         elif kind == "warning":
             log.warning(content["text"])
         elif kind == "stopped":
@@ -130,7 +134,8 @@ def train_on(
         raise TrainingStoppedError(stopped[0])
     if not results:
         raise GangError("all ranks have ended, and the first one has given no result")
-    return results[0]
+    # Of a gang that began again, the result has the checkpoint of the gang before it.
+    return replace(results[0], resumed_from=begun[0]) if begun else results[0]
 
 
 def score(scoring: Scoring, devices: Devices, trunk_cache_gb: float, log: Any) -> BothGiven:
@@ -164,8 +169,9 @@ def run_job(
     """Run this machine's part of a gang, and raise its error as if it had been raised here.
 
     Raises:
-        PassesTooLongError, NonFiniteError, ValueError, torch.OutOfMemoryError: a rank did.
-        GangError: a rank died, hung, or failed otherwise.
+        PassesTooLongError, NonFiniteError, ValueError, torch.OutOfMemoryError: a rank did, and it is a mistake
+            (ops/mistakes.py).
+        GangError: a rank died, hung, or failed otherwise, as by a bug.
     """
     directory = Path(job.training.directory)
     path = directory / f"gang-{node.number}.json"
@@ -177,6 +183,10 @@ def run_job(
         if PassesTooLongError.__name__ in error.kinds:
             raise PassesTooLongError(str(error), error.facts["micro_batch_tokens"]) from error
         for kind in _RAISED:
-            if kind.__name__ in error.kinds:
+            is_told = error.facts.get("is_mistake") or kind is torch.OutOfMemoryError
+            if kind.__name__ in error.kinds and is_told:
                 raise kind(str(error)) from error
+        if error.kinds:  # a bug, or the end of another machine's ranks
+            message = f"{error} ({error.kinds[0]}; the ranks' logs in {directory} have its traceback)"
+            raise GangError(message, error.kinds, error.facts) from error
         raise

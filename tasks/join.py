@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from model.engine.training import PassesTooLongError
 from ops.machine.gang import GangError, Node
 from ops.machine.torchrun import ASKING
+from ops.text import one_line
 from tasks.gang import held_devices, run_job
 from tasks.nodes import Announcement, find_store, is_over, read_newest, split_address
 
@@ -39,10 +40,17 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(f"python -m tasks.join HOST:PORT NUMBER, not {' '.join(arguments)} ({error})", file=sys.stderr)
         return 2
+    for each in ASKING:
+        signal.signal(each, signal.SIG_DFL)  # Python runs no handler of its own while torch looks for the store
+    _log.info("machine %d waits for a flow run at %s", place, text)
+    try:
+        store = find_store(address, port)
+    except RuntimeError as error:
+        print(f"no flow run was found at {text}, which FINETUNE_RENDEZVOUS names: {one_line(error)}", file=sys.stderr)
+        return 1
     stopping = threading.Event()
     for each in ASKING:
         signal.signal(each, lambda signum, frame: stopping.set())
-    store = find_store(address, port)
     _log.info("machine %d has found the flow run at %s", place, text)
     done, fitting = 0, None
     while not stopping.wait(_POLL_SECONDS):

@@ -11,6 +11,8 @@ import traceback
 from pathlib import Path
 
 from ops.machine.member import Member, take_place
+from ops.mistakes import exit_status
+from ops.text import one_line
 
 
 def main(arguments: list[str]) -> int:
@@ -22,7 +24,8 @@ def main(arguments: list[str]) -> int:
         traceback.print_exc()
         kinds = [kind.__name__ for kind in type(error).__mro__]
         passes = getattr(error, "micro_batch_tokens", None)  # of a PassesTooLongError
-        member.send("error", kinds=kinds, text=" ".join(str(error).split()), micro_batch_tokens=passes)
+        is_mistake = exit_status(error) is not None
+        member.send("error", kinds=kinds, text=one_line(error), micro_batch_tokens=passes, is_mistake=is_mistake)
         return 1
     member.send("end")
     return 0

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from model.engine.checkpoint import newest_step
 from model.files import write_json
 from model.records import read_record
 from ops.tracking.runs import RunRef, set_tags
 
 RESUMED_TAG = "resumed_from"  # of an MLflow run: the step and the run that it goes on from
 _FILE = "attempt.json"  # of a training: the MLflow run that trains it, or did last
-_CHECKPOINT = re.compile(r"step-(\d{8})$")
 
 
 class _Attempt(BaseModel):
     """The MLflow run of an attempt."""
 
     run_id: str
-
-
-def newest_step(directory: Path) -> int:
-    """The step of a training's newest checkpoint; 0 without one. A checkpoint is complete or absent."""
-    matches = [_CHECKPOINT.match(path.name) for path in directory.glob("step-*")]
-    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def begin_attempt(run: RunRef, directory: Path, log: Any) -> int:
@@ -38,9 +31,13 @@ def begin_attempt(run: RunRef, directory: Path, log: Any) -> int:
     step = newest_step(directory)
     if step:
         earlier = _earlier_run(directory)
-        log.info("resuming at step %d, from the checkpoint of %s", step, earlier)
+        if earlier == run.run_id:  # a second try of the task: the run goes on from itself, which is no news to it
+            log.info("resuming at step %d, from the checkpoint of the try before", step)
+            return step
+        shown = f"MLflow run {earlier}" if earlier else "an earlier run"
+        log.info("resuming at step %d, from the checkpoint of %s", step, shown)
         try:
-            set_tags(run, {RESUMED_TAG: f"step {step} of {earlier}"})
+            set_tags(run, {RESUMED_TAG: f"step {step} of {shown}"})
         except Exception as error:  # a training goes on while MLflow is away
             log.warning("MLflow run %s has no tag %s: %s", run.run_id, RESUMED_TAG, error)
     write_json(directory / _FILE, _Attempt(run_id=run.run_id).model_dump())
@@ -62,8 +59,8 @@ def describe_kept(directory: Path) -> str:
 
 
 def _earlier_run(directory: Path) -> str:
-    """The MLflow run of the attempt before."""
+    """The id of the MLflow run of the attempt before; empty if it is not known."""
     try:
-        return f"MLflow run {read_record(directory / _FILE, _Attempt).run_id}"
+        return read_record(directory / _FILE, _Attempt).run_id
     except (OSError, ValueError):
-        return "an earlier run"
+        return ""

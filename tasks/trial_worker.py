@@ -32,6 +32,7 @@ from model.net.device import resolve_device, resolve_precision
 from ops.machine.flock import hold_file
 from ops.machine.lock import TURN, exclusive_if_free
 from ops.machine.lock_file import shared_directory
+from ops.machine.torchrun import ASKING
 from ops.settings import Settings
 from ops.text import one_line
 from ops.tracking.runs import RunRef, set_tags
@@ -220,11 +221,13 @@ class MedianRule:
     def add(self, share: float, loss: float) -> None:
         """Take a validation into account.
 
+        A training that goes on from a checkpoint reports later validations again: they replace those of before.
+
         Args:
             share: of the trial's steps that are done.
             loss: in nats per response token.
         """
-        self.curve.append((share, loss))
+        self.curve = [*(each for each in self.curve if each[0] < share), (share, loss)]
         self._look()
 
     def _look(self) -> None:
@@ -288,7 +291,7 @@ def _watch_stdin() -> threading.Event:
 def main() -> None:
     """Help with a sweep on any of the order's devices that is free, until no trial is left."""
     # They reach the whole process group; the task closes stdin, and the training ends with a checkpoint.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ASKING:
         signal.signal(number, signal.SIG_IGN)
     order = read_order(Path(sys.argv[1]))
     closed = _watch_stdin()

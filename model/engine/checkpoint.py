@@ -42,6 +42,12 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
+def newest_step(directory: Path) -> int:
+    """The step of a training's newest checkpoint, which may be damaged; 0 without one."""
+    matches = [_NAME.match(path.name) for path in directory.glob("step-*")]
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The tensors of a checkpoint.

@@ -185,6 +185,7 @@ class Gang:
     ) -> None:
         while True:
             status = torchrun.poll()  # before messages are read: later there are none
+            looked = time.monotonic()
             for key, _ in selector.select(_POLL_SECONDS):
                 if key.fileobj is not server:
                     if not self._read(key.data, on_message):
@@ -195,7 +196,7 @@ class Gang:
                 self._stopped_at = time.monotonic()
                 for rank in self._ranks:
                     self._ask_to_stop(rank)
-            self._look_for_failures(status)
+            self._look_for_failures(status, looked)
             if status is not None:
                 self._ended_at = self._ended_at or time.monotonic()
                 is_silent = len(selector.get_map()) == 1  # the server alone is left
@@ -255,8 +256,13 @@ class Gang:
     def _died(self, rank: _Rank, how: str) -> str:
         return f"rank {rank.number} (pid {rank.identity.pid}) {how}{_tail(rank.log)}"
 
-    def _look_for_failures(self, status: int | None) -> None:
+    def _look_for_failures(self, status: int | None, looked: float) -> None:
         """Raise the failure that is the cause, some time after the first one.
+
+        Args:
+            status: of torchrun; None while it runs.
+            looked: when this process last began to read what the ranks have said. It may have been slow since, or
+                stopped, and that is not the ranks' silence.
 
         Raises:
             GangError: a rank has failed, died or been silent, or the ranks did not stop.
@@ -265,7 +271,7 @@ class Gang:
             raise GangError(f"torchrun was killed by signal {-status}")
         now = time.monotonic()
         for rank in self._ranks:
-            if not rank.is_over and now - rank.heard > _SILENCE_SECONDS:
+            if not rank.is_over and looked - rank.heard > _SILENCE_SECONDS:
                 how = f"has given no sign of life for {_SILENCE_SECONDS:.0f} s: it hangs, or was stopped"
                 self._fail(rank, GangError(self._died(rank, how)))
         if self._failed_at and now - self._failed_at > _REACTION_SECONDS:

@@ -12,7 +12,7 @@ import sys
 
 from ops.machine.process import die_with_parent
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a flow run to end
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a flow run, or a process of it, to end
 
 
 def main(arguments: list[str]) -> None:

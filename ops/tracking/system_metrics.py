@@ -44,12 +44,13 @@ def system_metrics(run: RunRef, wanted: bool, log: Any, seconds: float = SECONDS
 
 
 def _sample(run: RunRef, over: threading.Event, seconds: float, log: Any) -> None:
-    sensors = _sensors(log)
+    sensors: list[Any] = []
     begun, told = time.time(), False
     step = 0
     while True:
         ending = over.is_set()
         try:
+            sensors = sensors or _sensors(log)
             values = {f"{_PREFIX}{name}": value for sensor in sensors for name, value in _read(sensor).items()}
             log_metrics(run, values, step)
         except Exception as error:

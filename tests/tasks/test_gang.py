@@ -18,6 +18,7 @@ from ops.machine.lock_file import read_locks
 from ops.tracking.runs import client
 from tasks import gang
 from tasks.gang import Devices, held_devices
+from tasks.resume import RESUMED_TAG
 from tasks.scoring import Scoring
 
 TINY: dict[str, Any] = {
@@ -160,6 +161,28 @@ def test_a_rank_without_memory_halves_the_passes_of_all(
     assert "all ranks begin again from the last checkpoint" in said
     assert _curve(result, "train/loss") == pytest.approx(_curve(alone, "train/loss"), rel=1e-4)
     assert sorted(_curve(result, "train/loss")) == list(range(1, 13))
+    tags = client(result.run.tracking_uri).get_run(result.run.run_id).data.tags
+    assert RESUMED_TAG not in tags, "it goes on from no other run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["bug", "mistake"])
+def test_a_bug_of_a_rank_is_no_mistake(
+    flow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """A ValueError of a library is none of the user's, and its traceback is named."""
+    import flows.finetune as module
+
+    monkeypatch.setattr(gang, "WORKER", "wrong_rank")
+    monkeypatch.setenv("WRONG_RANK", what)
+    monkeypatch.setattr(module.train, "retries", 0)
+    expected = {
+        "bug": (GangError, r"^rank \d failed: invalid literal for int.* \(ValueError; the ranks' logs in .* have"),
+        "mistake": (ValueError, r"^rank \d failed: precision 'fp8' is none of"),
+    }
+    kind, message = expected[what]
+    with pytest.raises(kind, match=message):
+        flow(gpus=2, seed=11, score_rows=10)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +90,33 @@ def test_a_wrong_number_is_named(world: World) -> None:
     world.kill("run")
     assert other.wait(60) == 0
     assert run.returncode != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_wait_for_a_flow_run_ends_by_a_signal(number: signal.Signals) -> None:
+    """At once, and not when the first machine has been waited for in vain."""
+    (port,) = free_ports(1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tasks.join", f"127.0.0.1:{port}", "1"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"machine 1 waits for a flow run at 127.0.0.1:{port}\n"
+        time.sleep(2)  # torch is imported and tries to connect
+        process.send_signal(number)
+        assert process.wait(10) == -number
+    finally:
+        process.kill()
+
+
+def test_no_flow_run_is_one_sentence() -> None:
+    """After the time in which one may begin, which is shorter here."""
+    (port,) = free_ports(1)
+    code = (
+        "import sys, datetime; from tasks import join, nodes; nodes._CONNECT = datetime.timedelta(seconds=3);"
+        f"sys.exit(join.main(['127.0.0.1:{port}', '1']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert f"no flow run was found at 127.0.0.1:{port}, which FINETUNE_RENDEZVOUS names: " in done.stderr
+    assert "Traceback" not in done.stderr

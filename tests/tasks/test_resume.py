@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from model.engine.checkpoint import newest_step
 from ops.tracking.runs import RunRef, client
-from tasks.resume import RESUMED_TAG, begin_attempt, correct_attempt, describe_kept, newest_step
+from tasks.resume import RESUMED_TAG, begin_attempt, correct_attempt, describe_kept
 
 
 @pytest.fixture
@@ -39,6 +40,8 @@ def test_a_resumed_training_names_step_and_run(
         (directory / "step-00000200.half").mkdir()  # of a writer that was killed
         assert begin_attempt(runs[1], directory, log) == newest_step(directory) == 100
     assert caplog.messages == [f"resuming at step 100, from the checkpoint of MLflow run {runs[0].run_id}"]
+    assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"
+    assert begin_attempt(runs[1], directory, log) == 100  # the task is tried again
     assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"
     correct_attempt(runs[1], 100, 100)
     assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"

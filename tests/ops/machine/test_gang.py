@@ -102,6 +102,20 @@ def test_a_rank_that_hangs_ends_all(run: Run, monkeypatch: pytest.MonkeyPatch) -
         run("hang")
 
 
+def test_a_host_that_is_slow_takes_no_rank_for_dead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the ranks have said meanwhile is read before their silence is measured; the limit is shorter here."""
+    monkeypatch.setattr(module, "_SILENCE_SECONDS", 4.0)
+    heard: list[str] = []
+
+    def hear(kind: str, content: dict[str, Any]) -> None:
+        heard.append(kind)
+        if len(heard) == 2:
+            time.sleep(6)
+
+    Gang("gang_ranks", ["stop"], [Seat("cpu", None)] * 2, tmp_path).run(hear, lambda: len(heard) == 2)
+    assert heard == ["here", "here", "stopped", "stopped"]
+
+
 @pytest.mark.parametrize("known", ["LookupError", "none"])
 def test_the_cause_is_named_and_not_its_consequence(run: Run, known: str) -> None:
     """An error that is known as a cause goes before one that was told earlier; else the earlier one is named."""

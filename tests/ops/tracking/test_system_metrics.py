@@ -52,6 +52,20 @@ def test_a_short_run_has_a_sample(settings: Settings) -> None:
     assert CPU in client(settings.tracking_uri).get_run(run.run_id).data.metrics
 
 
+def test_a_machine_without_a_sensor_is_named(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """psutil finds no counters of a network in some containers; the run goes on, and its log says so once."""
+    import psutil
+
+    monkeypatch.setattr(psutil, "net_io_counters", lambda: None)
+    with tracked_run(settings, "a run", {}, {}) as run, system_metrics(run, True, LOG, 0.1):
+        time.sleep(1)
+    told = [record.getMessage() for record in caplog.records if record.name == LOG.name]
+    assert len(told) == 1
+    assert told[0].startswith("system metrics are missing while MLflow or a sensor does not answer: ")
+
+
 def test_nothing_is_logged_unless_it_is_wanted(settings: Settings) -> None:
     with tracked_run(settings, "a run", {}, {}) as run, system_metrics(run, False, LOG, 0.1):
         assert not _threads()
