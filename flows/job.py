@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 from pydantic import BeforeValidator, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from model.data.config import PrepareConfig
 from model.engine.config import TrainConfig
@@ -196,8 +197,14 @@ def refused_values(values: Mapping[str, Any], kind: type[Job] = Job) -> list[str
     try:
         taken_values(values, kind)
     except ValidationError as error:
-        return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        return [f"{'.'.join(map(str, each['loc']))}: {_reason(each)}" for each in error.errors()]
     return []
+
+
+def _reason(detail: ErrorDetails) -> str:
+    """Why a value is refused; of a validator of this project its own sentence, without pydantic's preface."""
+    own = detail.get("ctx", {}).get("error")
+    return str(own) if isinstance(own, ValueError) else detail["msg"]
 
 
 def taken_values(values: Mapping[str, Any], kind: type[Job] = Job) -> dict[str, Any]:
