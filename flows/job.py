@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 from pydantic import BeforeValidator, Field, ValidationError, create_model
-from pydantic_core import ErrorDetails
 
 from model.data.config import PrepareConfig
 from model.engine.config import TrainConfig
@@ -201,8 +200,8 @@ def refused_values(values: Mapping[str, Any], kind: type[Job] = Job) -> list[str
     return []
 
 
-def _reason(detail: ErrorDetails) -> str:
-    """Why a value is refused; of a validator of this project its own sentence, without pydantic's preface."""
+def _reason(detail: Mapping[str, Any]) -> str:
+    """Why a value is refused, of an entry of pydantic's errors; a validator's own sentence without the preface."""
     own = detail.get("ctx", {}).get("error")
     return str(own) if isinstance(own, ValueError) else detail["msg"]
 
