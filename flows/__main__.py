@@ -14,9 +14,10 @@ from ops.text import escape_output
 def open_streams() -> None:
     """Open /dev/null for a standard stream that is closed: the next file would get its number.
 
-    The temporary server inherits the streams, and ends at once if one of them is another file.
+    The temporary server inherits the streams, and ends at once if one of them is another file. Python has None for
+    such a stream, which cannot be asked whether it is a terminal.
     """
-    for number in (0, 1, 2):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
@@ -25,6 +26,8 @@ def open_streams() -> None:
                 os.dup2(opened, number)
                 os.close(opened)
             os.set_inheritable(number, True)  # os.open makes it for this process only
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - until the end
 
 
 def end_in_order() -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from flows.arguments import Request
 from flows.job import Job, taken_values
-from flows.plan import disk_needed
+from flows.plan import disk_needed, name_devices
 from flows.trials import SweepJob, job_kind
 from model.data.layout import find_layout
 from model.data.preparing import prepare
@@ -22,7 +22,7 @@ from model.demo import EMBEDDED_BASE, grammar
 from model.engine.flops import matmul_ceiling, necessary_flops
 from model.files import path_of
 from model.net.config import GPTConfig
-from model.net.device import resolve_device, resolve_precision
+from model.net.device import count_processes, resolve_device, resolve_precision
 from model.net.freezing import FreezePlan, plan_freeze
 from model.net.layout import CONFIG_FILE
 from model.net.tokenizer import load_tokenizer
@@ -104,7 +104,8 @@ def estimate(job: Job, rows: Rows | None) -> list[tuple[str, str]]:
     if trials > 1:
         lines.append(("trials", f"{trials}; steps and time are those of one"))
     lines += _row_lines(job, rows)
-    lines.append(("device", f"{device}, {str(dtype).removeprefix('torch.')}"))
+    devices = name_devices(device, count_processes(job.hardware.device, job.hardware.gpus))
+    lines.append(("device", f"{devices}, {str(dtype).removeprefix('torch.')}"))
     lines.append(("memory", _memory(plan, dtype)))
     disk = f"up to {disk_needed(plan) / 1e9:.1f} GB for checkpoints and the model"
     lines.append(("disk", disk + _kept(job, config, rows, dtype)))

@@ -196,8 +196,14 @@ def refused_values(values: Mapping[str, Any], kind: type[Job] = Job) -> list[str
     try:
         taken_values(values, kind)
     except ValidationError as error:
-        return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        return [f"{'.'.join(map(str, each['loc']))}: {_reason(each)}" for each in error.errors()]
     return []
+
+
+def _reason(detail: Mapping[str, Any]) -> str:
+    """Why a value is refused, of an entry of pydantic's errors; a validator's own sentence without the preface."""
+    own = detail.get("ctx", {}).get("error")
+    return str(own) if isinstance(own, ValueError) else detail["msg"]
 
 
 def taken_values(values: Mapping[str, Any], kind: type[Job] = Job) -> dict[str, Any]:

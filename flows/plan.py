@@ -84,7 +84,7 @@ def describe_plan(training: TrainingRef, device: str, processes: int = 1) -> Pla
     place = resolve_device(device)
     dtype = str(resolve_precision(config.precision, place)).removeprefix("torch.")
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
-    devices = str(place) if processes == 1 else f"{processes} processes on {place.type}"
+    devices = name_devices(place, processes)
     rows, tokens = counts["rows"], counts["tokens"]
     steps = config.total_steps(rows["train"])
     disk = disk_needed(freeze)
@@ -105,6 +105,11 @@ def describe_plan(training: TrainingRef, device: str, processes: int = 1) -> Pla
         "dtype": dtype,
     }
     return Plan(lines, params, disk)
+
+
+def name_devices(device: torch.device, processes: int) -> str:
+    """Where a run trains: its device, or the number of its processes on devices of a kind."""
+    return str(device) if processes == 1 else f"{processes} processes on {device.type}"
 
 
 def disk_needed(plan: FreezePlan) -> int:

@@ -47,8 +47,9 @@ def _open(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
 
 
-def none_registered(what: str, tracking_uri: str) -> LookupError:
-    """The error that no version is there."""
+def none_registered(wanted: str | None, tracking_uri: str) -> LookupError:
+    """The error that no version is there; of the models of this project, if none is named."""
+    what = f"{MODEL_PREFIX}*" if wanted is None else wanted or "''"
     return LookupError(
         f"no version of {what} is registered at {without_credentials(tracking_uri)}: run `make run`, or set "
         "MLFLOW_TRACKING_URI to the server of your runs"
@@ -77,7 +78,7 @@ class _Tables:
         else:
             found = self._version("name = ? OR run_id = ?", (wanted, wanted), latest)
         if not found:
-            raise none_registered(wanted or f"{MODEL_PREFIX}*", self.tracking_uri)
+            raise none_registered(wanted, self.tracking_uri)
         return found
 
     def _version(self, condition: str, values: Sequence[Any], order: str = "") -> KnownVersion | None:
@@ -118,7 +119,7 @@ def _ask(mlflow: MlflowClient, wanted: str | None) -> KnownVersion:
         conditions = [f"name = {_quoted(wanted)}", f"run_id = {_quoted(wanted)}"]
     versions = [version for condition in conditions for version in mlflow.search_model_versions(condition)]
     if not versions:
-        raise none_registered(wanted or f"{MODEL_PREFIX}*", str(mlflow.tracking_uri))
+        raise none_registered(wanted, str(mlflow.tracking_uri))
     return _known(mlflow, max(versions, key=lambda version: int(version.creation_timestamp)))
 
 

@@ -21,6 +21,7 @@ from model.net.loading import read_pretrained
 from model.net.plain_tokenizer import load_plain_tokenizer
 from model.net.tokenizer import tokenizer_hashes
 from ops.hub import PINNED_WEIGHTS, HubError, fetch_weights
+from ops.mistakes import refuse
 from ops.settings import Settings
 from ops.text import escape_output, unreadable_argument
 from ops.tracking.lookup import look_up
@@ -70,25 +71,13 @@ class _Answerer:
         print(text[len(shown) :] if text.startswith(shown) else f"\n{text}", flush=True)
 
 
-def _quoted(name: str) -> str:
-    """A name in a filter of MLflow, which has two kinds of quotes and no escapes.
-
-    Raises:
-        LookupError: the name has both kinds.
-    """
-    if "'" in name and '"' in name:
-        raise LookupError(f"{name} is no name of a registered model: it has both kinds of quotes")
-    quote = '"' if "'" in name else "'"
-    return f"{quote}{name}{quote}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print the completion of a prompt, or of each line that is typed. Returns the exit status."""
     parser = _parser()
     given = parser.parse_args(arguments)
     chats = given.prompt is None or not given.prompt.strip()
     if chats and not sys.stdin.isatty():
-        parser.error('the prompt is empty: make sample PROMPT="Write a function that ..."')
+        parser.error('the prompt is empty: finetune sample "Write a function that ..."')
     if not chats and (reason := unreadable_argument(given.prompt)):
         print(f"the prompt {reason}", file=sys.stderr)
         return 2
@@ -98,10 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         (first, *_) = error.errors()
         _tell(f"{first['loc'][0]} {first['input']}: {first['msg']}")
-        return 1
+        return 2
     except (LookupError, ValueError, RuntimeError, OSError, HubError) as error:
-        _tell(str(error))
-        return 1
+        return refuse(error)
     except Exception as error:
         if "mlflow" not in sys.modules or not _is_of_mlflow(error):
             raise

@@ -119,6 +119,13 @@ def test_a_wrong_command_line(words: list[str], said: str, capsys: pytest.Captur
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "two", "null"])
+def test_a_wrong_number_of_gpus(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sentence of this project's own, without pydantic's preface."""
+    assert main(["run", f"gpus={value}"]) == 2
+    assert capsys.readouterr().err == "gpus: a number of GPUs, at least 1, or all is needed\n"
+
+
 @pytest.mark.parametrize("command", ["worker", "watch"])
 def test_a_worker_needs_servers(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -43,6 +43,12 @@ def test_the_embedded_rows(show: Show) -> None:
     assert table["time"].startswith("about ")
 
 
+def test_processes_on_a_cpu(show: Show) -> None:
+    """As in the plan of a run: gpus=2 must not look like gpus=1."""
+    assert show("tiny", "device=cpu")["device"].startswith("cpu, ")
+    assert show("tiny", "device=cpu", "gpus=2")["device"].startswith("2 processes on cpu, ")
+
+
 def test_a_data_set_of_the_hub(show: Show) -> None:
     """Nothing is downloaded; what is not known is said to be so."""
     table = show("355m")

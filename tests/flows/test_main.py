@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -49,6 +50,31 @@ def test_a_run_without_servers(tmp_path: Path, environment: dict[str, str]) -> N
     links = rows(tmp_path / "mlflow" / "mlflow.db", "select value from tags where key = 'prefect.flow_run_url'")
     limits = rows(tmp_path / "prefect" / "prefect.db", "select name from concurrency_limit_v2")
     assert (links, limits) == ([], [])
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(environment: dict[str, str], closed: str) -> None:
+    """Python has None for a closed stream: every command finds a stream there, and nothing else at its number."""
+    asks = (
+        "import os, sys; import flows.__main__ as m; m.open_streams(); "
+        "sys.exit(any(s is None or s.isatty() or s.fileno() != n"
+        " for n, s in enumerate((sys.stdin, sys.stdout, sys.stderr))))"
+    )
+    command = f"{shlex.join([sys.executable, '-c', asks])} {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    chat = f"{shlex.join([sys.executable, '-m', 'flows', 'sample'])} {closed}"
+    done = subprocess.run(
+        chat,
+        shell=True,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.Monk
     ("arguments", "sentence"),
     [
         ([], r"no version of gpt2-code-\* is registered at sqlite:"),
+        (["--model", ""], "no version of '' is registered"),
         (["--model", "gpt2-code-355m"], "no version of gpt2-code-355m is registered"),
         (["--model", "a'b"], "no version of a'b is registered"),
         (["--model", "a' or name like '%"], "no version of a' or name like '% is registered"),
@@ -57,7 +58,7 @@ def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.Monk
 def test_no_answer_is_one_sentence(
     tracking_uri: str, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
-    assert main(["Write a function.", *arguments]) == 1
+    assert main(["Write a function.", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(sentence, line), line
 
@@ -135,7 +136,7 @@ def test_a_version_has_many_names(
 def test_a_version_that_is_not_there(
     registered: Path, capsys: pytest.CaptureFixture[str], wanted: str, sentence: str
 ) -> None:
-    assert main(["Write a function.", "--model", wanted]) == 1
+    assert main(["Write a function.", "--model", wanted]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(sentence, line), line
 
@@ -154,7 +155,7 @@ def test_a_base_that_is_not_known_is_one_sentence(
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / "root"))
     with tracked_run(Settings.load(), "a run", {}, {}) as run:
         log_model(run, EMBEDDED_BASE, "gpt2-code-tiny", {"base": "/no/such/folder"}, {"test/loss": 1.0}, 1)
-    assert main(["Write a function.", "--base"]) == 1
+    assert main(["Write a function.", "--base"]) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("the base of models:/gpt2-code-tiny/1 was /no/such/folder, which cannot be found")
 
