@@ -240,7 +240,7 @@ def empty(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["../gpt2-code-tiny", "/etc", "..", "x' OR name = 'gpt2-code-tiny", 'a"b'])
 def test_make_sample_with_a_path_for_a_model(empty: Settings, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    assert sample_main(["Write a function.", "--model", name]) == 1
+    assert sample_main(["Write a function.", "--model", name]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "is registered at sqlite:" in line or "MLflow at sqlite:" in line, line
     assert not (empty.data_root / "models").exists()
