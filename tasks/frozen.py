@@ -7,15 +7,28 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.engine.trunk import TrunkCacheConfig
+from model.engine.trunk_sharing import SharedTrunks
 from model.net.device import cast_frozen, give_memory_back
 from model.net.freezing import FreezePlan
 from model.net.gpt import GPTModel
 from model.net.loading import check_hashes, load_frozen_model
 from model.net.tokenizer import load_tokenizer
+from ops.settings import Settings
 from tasks.references import ModelRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def trunk_cache(gigabytes: float, shared: SharedTrunks | None = None) -> TrunkCacheConfig:
+    """Where this machine's processes keep the outputs of frozen blocks.
+
+    Args:
+        gigabytes: their limit.
+        shared: as ``TrunkCacheConfig``.
+    """
+    return TrunkCacheConfig(Settings.load().trunk_outputs, int(gigabytes * 1e9), shared)
 
 
 def load_frozen(model: ModelRef, plan: FreezePlan, device: torch.device, dtype: torch.dtype) -> GPTModel:

@@ -13,12 +13,12 @@ from pydantic import TypeAdapter
 
 from model.engine.trainer import NonFiniteError, StepReport, TrainingStoppedError, TrainResult
 from model.engine.training import PassesTooLongError
-from model.engine.trunk import TrunkCacheConfig
 from model.net.device import count_processes, device_choices, device_key, resolve_device
 from ops.machine.gang import Gang, GangError, Node, Seat
 from ops.machine.lock import TURN, exclusive_several
 from ops.machine.lock_file import shared_directory
 from ops.settings import Settings
+from tasks.frozen import trunk_cache
 from tasks.gang_job import GangJob, write_job
 from tasks.nodes import Nodes, announced
 from tasks.scoring import BothGiven, Scoring, give, read_given
@@ -27,9 +27,9 @@ from tasks.scoring import BothGiven, Scoring, give, read_given
 # nothing to gain. Not measured on several GPUs yet.
 _FEWEST_COMPLETIONS = 2_000
 WORKER = "tasks.rank_worker"  # the module that each rank runs
-# Errors that a rank raises by itself, and which mean the same when the task raises them, if they are no bugs.
-_RAISED = (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError)
-_KNOWN = frozenset(kind.__name__ for kind in (*_RAISED, PassesTooLongError))
+# Errors of a training that would come again. Of a rank they mean the same when the task raises them, if no bugs.
+RAISED = (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError)
+_KNOWN = frozenset(kind.__name__ for kind in (*RAISED, PassesTooLongError))
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ def score(scoring: Scoring, devices: Devices, trunk_cache_gb: float, log: Any) -
     """
     few = scoring.completions() < _FEWEST_COMPLETIONS * len(devices.names)
     if len(devices.names) == 1 or few:
-        cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
-        return give(scoring, resolve_device(devices.first), cache)
+        return give(scoring, resolve_device(devices.first), trunk_cache(trunk_cache_gb))
     log.info("%d processes share the test rows", len(devices.names))
     paths: list[Path] = []
 
@@ -182,7 +181,7 @@ def run_job(
     except GangError as error:
         if PassesTooLongError.__name__ in error.kinds:
             raise PassesTooLongError(str(error), error.facts["micro_batch_tokens"]) from error
-        for kind in _RAISED:
+        for kind in RAISED:
             is_told = error.facts.get("is_mistake") or kind is torch.OutOfMemoryError
             if kind.__name__ in error.kinds and is_told:
                 raise kind(str(error)) from error

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.engine.training import PassesTooLongError
-from ops.machine.gang import GangError, Node
+from ops.machine.gang import Node
 from ops.machine.torchrun import ASKING
 from ops.text import one_line
 from tasks.gang import held_devices, run_job
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         except PassesTooLongError as error:
             _log.error("%s", error)
             fitting = error.micro_batch_tokens  # all ranks take the shortest passes that one of them has
-        except (GangError, ArithmeticError, RuntimeError, ValueError, OSError) as error:
+        except (ArithmeticError, RuntimeError, ValueError, OSError) as error:
             _log.error("%s", error)  # the flow's own gang fails too, and announces the job again or ends
     return 0
 

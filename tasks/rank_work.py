@@ -15,11 +15,10 @@ import torch
 from model.engine.ranks import Ranks, join_ranks
 from model.engine.trainer import StepReport, TrainingStoppedError
 from model.engine.training import train as run_training
-from model.engine.trunk import TrunkCacheConfig
 from model.net.device import resolve_device, resolve_precision
 from ops.machine.member import Member
 from ops.settings import Settings
-from tasks.frozen import load_frozen
+from tasks.frozen import load_frozen, trunk_cache
 from tasks.gang_job import GangJob
 from tasks.progress import ProgressLines
 from tasks.scoring import Scoring, give, write_given
@@ -44,7 +43,7 @@ def train_rank(job: GangJob, member: Member) -> None:
                 training.identity,
                 on_step=_step_listener(member, ranks),
                 warn=lambda text: member.send("warning", text=text),
-                cache=_cache(job),
+                cache=trunk_cache(job.trunk_cache_gb),
                 should_stop=member.stopping.is_set,
                 ranks=ranks,
             )
@@ -59,7 +58,7 @@ def train_rank(job: GangJob, member: Member) -> None:
 def score_rank(job: GangJob, scoring: Scoring, member: Member) -> None:
     """Score test rows on this rank; the first rank writes what all of them found beside the checkpoints."""
     with _joined(job, member) as ranks:
-        given = give(scoring, ranks.device, _cache(job), ranks)
+        given = give(scoring, ranks.device, trunk_cache(job.trunk_cache_gb), ranks)
         if ranks.leads:
             path = Path(job.training.directory) / "given.json"
             write_given(path, given)
@@ -74,10 +73,6 @@ def _joined(job: GangJob, member: Member) -> Iterator[Ranks]:
         yield ranks
 
 
-def _cache(job: GangJob) -> TrunkCacheConfig:
-    return TrunkCacheConfig(Settings.load().trunk_outputs, int(job.trunk_cache_gb * 1e9))
-
-
 def rank_device(member: Member, kind: str) -> torch.device:
     """The device that the host gives this rank; without a host that of its local rank.
 
@@ -88,8 +83,7 @@ def rank_device(member: Member, kind: str) -> torch.device:
         ValueError: torch does not see that device.
     """
     by_hand = f"cuda:{member.local_rank}" if kind == "cuda" else kind
-    place = resolve_device(member.device or by_hand)
-    return place
+    return resolve_device(member.device or by_hand)
 
 
 def _step_listener(member: Member, ranks: Ranks) -> Callable[[StepReport], None]:

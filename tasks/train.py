@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from model.engine.config import TrainConfig
 from model.engine.patience import early_end
-from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainResult
+from model.engine.trainer import JOURNAL_FILE, StepReport, TrainResult
 from model.engine.training import train as run_training
 from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_json, write_json
@@ -27,8 +26,8 @@ from ops.settings import Settings
 from ops.tracking.runs import EARLY_END_TAG, RunRef, log_metrics, set_tags
 from ops.tracking.shipping import JournalShipper, must_be_logged
 from ops.tracking.steps import pipeline_step
-from tasks.frozen import load_frozen
-from tasks.gang import Devices, train_on
+from tasks.frozen import load_frozen, trunk_cache
+from tasks.gang import RAISED, Devices, train_on
 from tasks.gang_job import GangJob
 from tasks.progress import Progress
 from tasks.references import CheckpointRef, ModelRef, TokensRef, TrainingRef
@@ -44,7 +43,7 @@ def is_worth_a_retry(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     """Whether a second try may succeed: a wrong setting, a diverged training or too small a GPU fails again."""
     try:
         state.result(raise_on_failure=True)
-    except (NonFiniteError, ValueError, FileNotFoundError, torch.OutOfMemoryError):
+    except RAISED:
         return False
     except Exception:
         return True
@@ -119,8 +118,7 @@ def _train_here(
     """Load the base and train it in this process."""
     place = resolve_device(device)
     network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
-    cache = TrunkCacheConfig(Settings.load().trunk_outputs, int(trunk_cache_gb * 1e9))
-    return train_network(network, run, training, cache, progress.show, log)
+    return train_network(network, run, training, trunk_cache(trunk_cache_gb), progress.show, log)
 
 
 def train_network(
@@ -188,17 +186,18 @@ def log_training(
 
     with shipping:
         result = run_stoppable(partial(work, show_and_ship))
+    total = training.config.total_steps(training.tokens.counts["rows"]["train"])
+    ending = early_end(result.steps, total, training.config) if result.steps < total else ""
     with must_be_logged(run.tracking_uri, directory):
         shipper.finish()
-        _log_result(run, result, training)
+        _log_result(run, result, ending)
         correct_attempt(run, announced, result.resumed_from)
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
-    total = training.config.total_steps(training.tokens.counts["rows"]["train"])
-    if result.steps < total:
-        log.info(early_end(result.steps, total, training.config))
+    if ending:
+        log.info(ending)
     return CheckpointRef(
         directory=str(directory),
         best=str(result.best),
@@ -212,14 +211,17 @@ def log_training(
     )
 
 
-def _log_result(run: RunRef, result: TrainResult, training: TrainingRef) -> None:
-    """Log what is known at the end only. A training that was complete already has no first step."""
+def _log_result(run: RunRef, result: TrainResult, ending: str) -> None:
+    """Log what is known at the end only. A training that was complete already has no first step.
+
+    Args:
+        ending: why the training ended early; empty if it did not.
+    """
     measured = {
         "train/first_step_seconds": result.first_step_seconds,
         "train/peak_memory_gib": result.peak_memory_bytes / 2**30,
         "train/trunk_hit_share": result.trunk_hit_share,
     }
     log_metrics(run, {name: value for name, value in measured.items() if math.isfinite(value)}, step=0)
-    total = training.config.total_steps(training.tokens.counts["rows"]["train"])
-    if result.steps < total:
-        set_tags(run, {EARLY_END_TAG: early_end(result.steps, total, training.config)})
+    if ending:
+        set_tags(run, {EARLY_END_TAG: ending})

@@ -25,7 +25,6 @@ from pydantic import TypeAdapter
 from model.engine.median import Curve, is_unpromising, median_of_others
 from model.engine.scoring import perplexity
 from model.engine.trainer import JOURNAL_FILE, NonFiniteError, StepReport, TrainingStoppedError
-from model.engine.trunk import TrunkCacheConfig
 from model.engine.trunk_sharing import SharedTrunks
 from model.files import read_bytes, write_json
 from model.net.device import resolve_device, resolve_precision
@@ -38,7 +37,7 @@ from ops.text import one_line
 from ops.tracking.runs import RunRef, set_tags
 from ops.tracking.shipping import JournalShipper, must_be_logged
 from ops.tracking.trials import OUTCOME_TAG, TrialRun, adopt, log_once, tracked_trial
-from tasks.frozen import ReusableBase
+from tasks.frozen import ReusableBase, trunk_cache
 from tasks.progress import ProgressLines
 from tasks.references import SweepRef, TrialOutcome, TrialRef, TrialResult
 from tasks.train import train_network
@@ -106,8 +105,7 @@ class TrialWorker:
         self.base = ReusableBase(resolve_device(device))
         self.shared = SharedTrunks()
         self.ended: dict[str, TrialResult] = {}
-        outputs = Settings.load().trunk_outputs
-        self.cache = TrunkCacheConfig(outputs, int(order.trunk_cache_gb * 1e9), self.shared)
+        self.cache = trunk_cache(order.trunk_cache_gb, self.shared)
 
     def work(self) -> list[TrialResult]:
         """Train every trial that no other process has, in their order.

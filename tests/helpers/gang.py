@@ -22,6 +22,7 @@ from model.data.tokens import CodeAlpacaDataset
 from model.engine import saving, trunk
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
+from model.engine.journal import read_journal
 from model.engine.ranks import ALONE, Ranks, join_ranks
 from model.engine.scoring import row_losses
 from model.engine.trainer import TrainResult
@@ -234,6 +235,21 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
     weights = {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters() if not training.double}
     weights |= {name: p.detach().cpu().numpy() for name, p in model.named_parameters() if training.double}
     return Outcome(weights, result, error, asked, warnings)
+
+
+def metrics_of(directory: Path) -> list[tuple[int, dict[str, float]]]:
+    """Steps and metrics of a journal, but for those that depend on the clock."""
+    clocked = ("train/tokens_per_second", "train/mfu")
+    lines = read_journal(directory / "metrics.jsonl")
+    return [(line["step"], {k: v for k, v in line["metrics"].items() if k not in clocked}) for line in lines]
+
+
+def assert_equal(got: Path, want: Path, outcomes: list[Outcome], wanted: list[Outcome]) -> None:
+    """Journals, and weights of all ranks, are equal bit for bit."""
+    assert metrics_of(got) == metrics_of(want)
+    for outcome in outcomes:
+        for name, weight in wanted[0].weights.items():
+            assert np.array_equal(outcome.weights[name], weight), name
 
 
 def run_alone(training: Training, directory: Path) -> Outcome:

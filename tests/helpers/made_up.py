@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,18 @@ def free_ports(count: int) -> list[int]:
     finally:
         for listener in listeners:
             listener.close()
+
+
+def end_daemons(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes, the last one first; those that do not end within 20 s are killed."""
+    for daemon in reversed(started):
+        daemon.terminate()
+    for daemon in reversed(started):
+        try:
+            daemon.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
 
 
 def wait_for(what: str, ready: Callable[[], Any], seconds: float) -> Any:

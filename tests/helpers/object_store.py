@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from made_up import free_ports, wait_for
+from made_up import end_daemons, free_ports, wait_for
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph")
 BUCKET, USER, PASSWORD = "mlflow", "finetune", "object-store-secret"
@@ -101,14 +101,7 @@ def object_store(folder: Path) -> Iterator[dict[str, str]]:
         client(variables).create_bucket(Bucket=BUCKET)
         yield variables
     finally:
-        for daemon in reversed(started):
-            daemon.terminate()
-        for daemon in reversed(started):
-            try:
-                daemon.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        end_daemons(started)
 
 
 def client(variables: dict[str, str]):  # type: ignore[no-untyped-def]  # boto3 has no type hints

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from made_up import free_ports, wait_for
+from made_up import end_daemons, free_ports, wait_for
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel")
 NODES = ("node1", "node2")
@@ -88,11 +88,4 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         wait_for("two idle nodes", lambda: states() == ["idle", "idle"], 60)
         yield variables
     finally:
-        for daemon in reversed(started):
-            daemon.terminate()
-        for daemon in reversed(started):
-            try:
-                daemon.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        end_daemons(started)

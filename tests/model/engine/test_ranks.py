@@ -12,11 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gang import Gang, Outcome, Training, addends, agreements, run_alone, run_training, scores, sums
+from gang import (
+    Gang,
+    Outcome,
+    Training,
+    addends,
+    agreements,
+    assert_equal,
+    metrics_of,
+    run_alone,
+    run_training,
+    scores,
+    sums,
+)
 
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.checkpoint import checkpoint_path
-from model.engine.journal import read_journal
 from model.engine.ranks import ALONE, join_ranks
 
 ALL_BUT_ONE = -1  # rows of a step: the last step of an epoch has one row
@@ -50,13 +61,6 @@ def two_hosts() -> Iterator[Gang]:
     gang.end()
 
 
-def metrics_of(directory: Path) -> list[tuple[int, dict[str, float]]]:
-    """Steps and metrics of a journal, but for those that depend on the clock."""
-    clocked = ("train/tokens_per_second", "train/mfu")
-    lines = read_journal(directory / "metrics.jsonl")
-    return [(line["step"], {k: v for k, v in line["metrics"].items() if k not in clocked}) for line in lines]
-
-
 def assert_close(got: Path, want: Path, outcome: Outcome, wanted: Outcome) -> None:
     """Journals and weights agree to 1e-10."""
     pairs = list(zip(metrics_of(got), metrics_of(want), strict=True))
@@ -65,14 +69,6 @@ def assert_close(got: Path, want: Path, outcome: Outcome, wanted: Outcome) -> No
         assert some == pytest.approx(others, rel=1e-10, abs=1e-10)
     for name, weight in wanted.weights.items():
         np.testing.assert_allclose(outcome.weights[name], weight, rtol=1e-10, atol=1e-10, err_msg=name)
-
-
-def assert_equal(got: Path, want: Path, outcomes: list[Outcome], wanted: list[Outcome]) -> None:
-    """Journals, and weights of all ranks, are equal bit for bit."""
-    assert metrics_of(got) == metrics_of(want)
-    for outcome in outcomes:
-        for name, weight in wanted[0].weights.items():
-            assert np.array_equal(outcome.weights[name], weight), name
 
 
 @pytest.mark.parametrize(

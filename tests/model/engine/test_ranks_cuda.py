@@ -10,11 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gang import Gang, Outcome, Training, addends, agreements, build, fill, outputs_of, run_training, scores, sums
+from gang import (
+    Gang,
+    Outcome,
+    Training,
+    addends,
+    agreements,
+    assert_equal,
+    build,
+    fill,
+    metrics_of,
+    outputs_of,
+    run_training,
+    scores,
+    sums,
+)
 
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
-from model.engine.journal import read_journal
 from model.engine.ranks import ALONE
 from model.engine.trunk import TrunkCacheConfig
 from model.net.config import GPTConfig
@@ -60,21 +73,6 @@ def training(base: Path, token_dir: Path) -> Training:
 def run_on_one_gpu(training: Training, directory: Path) -> Outcome:
     """The same training in a world of one."""
     return run_training(replace(ALONE, device=CUDA), training, directory)
-
-
-def metrics_of(directory: Path) -> list[tuple[int, dict[str, float]]]:
-    """Steps and metrics of a journal, but for those that depend on the clock."""
-    clocked = ("train/tokens_per_second", "train/mfu")
-    lines = read_journal(directory / "metrics.jsonl")
-    return [(line["step"], {k: v for k, v in line["metrics"].items() if k not in clocked}) for line in lines]
-
-
-def assert_equal(got: Path, want: Path, outcomes: list[Outcome], wanted: list[Outcome]) -> None:
-    """Journals, and weights of all ranks, are equal bit for bit."""
-    assert metrics_of(got) == metrics_of(want)
-    for outcome in outcomes:
-        for name, weight in wanted[0].weights.items():
-            assert np.array_equal(outcome.weights[name], weight), name
 
 
 @pytest.mark.parametrize(
