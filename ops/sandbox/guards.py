@@ -8,15 +8,17 @@ all other code. Without a working bubblewrap such code is not executed.
 
 Behind both guards the code runs in a fresh, isolated interpreter whose environment has nothing but PYTHONHASHSEED=0,
 so that sets have the same order in every run (hence ``-P -s``, the parts of ``-I`` that do not ignore that variable).
-The interpreter has its own session and an empty working directory, which is removed as soon as it has started. It
-forks a child for each row, and only this child handles the generated text, parsing included.
+Several interpreters share the rows, each with its own session and an empty working directory, which is removed as
+soon as it has started. An interpreter forks a child for each row, and only this child handles the generated text,
+parsing included.
 
 Covered, by both guards:
 
 - Time: a row is killed after ``timeout_seconds`` of processor time, where the system tells it (Linux), and after four
   times as many by the wall clock; elsewhere after ``timeout_seconds`` by the wall clock. All processes are killed
   when the call ends, when it is interrupted, and (Linux) when the calling process dies.
-- Memory: the address space is limited to ``memory_bytes``; one row runs at a time, and no core is dumped.
+- Memory: the address space is limited to ``memory_bytes``; as many rows run at a time as there are processors, eight
+  at most, and no core is dumped.
 - Files: behind guard 1 none can be opened. In bubblewrap only /usr, the libraries, the interpreter and its
   site-packages can be read, nothing can be created, and no file can grow.
 - Processes: no process or thread can be started (RLIMIT_NPROC, which does not bind root, and a filter of system
@@ -62,7 +64,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,6 +86,8 @@ _PYTHON_OPTIONS = ["-P", "-s", "-S", "-B", "-W", "ignore"]
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 _SECONDS_TO_START = 30  # time limit for the interpreter's start
 _SECONDS_PER_ROW = 0.5  # for forking, in addition to the row's own time limit
+_ROWS_OF_A_SANDBOX = 16  # at least, so that starting it pays
+_MOST_SANDBOXES = 8
 
 # Code and tests that run in bubblewrap before its first use, and prove that guard 2 works on this machine.
 _PROBE = """
@@ -160,23 +166,46 @@ def _checked(outcome: str, reason: str) -> RowResult:
 def _run(
     command: list[str], rows: Sequence[Snippet], seconds: float, memory_bytes: int, *, listed: bool
 ) -> list[tuple[str, str]]:
-    """Run rows in ops/sandbox/child.py: outcome and reason of each.
+    """Run rows in ops/sandbox/child.py, dealt to several sandboxes: outcome and reason of each.
 
-    A row that ends the sandbox is an error; the rows behind it run in a new sandbox.
+    A row that ends its sandbox is an error; the rows behind it run in a new sandbox.
     """
-    answers: list[tuple[str, str]] = []
-    while len(answers) < len(rows):
-        more, ending = _run_once(command, rows[len(answers) :], seconds, memory_bytes, listed=listed)
-        answers += more
-        if len(answers) < len(rows):
-            answers.append(("error", ending))
-    return answers
+    count = max(1, min(len(rows) // _ROWS_OF_A_SANDBOX, _MOST_SANDBOXES, _processors()))
+    parts = [range(len(rows))[number::count] for number in range(count)]
+    answers: dict[int, tuple[str, str]] = {}
+    while parts := [part for part in parts if part]:
+        with ExitStack() as stack:
+            running = [
+                stack.enter_context(
+                    _sandbox(command, [rows[index] for index in part], seconds, memory_bytes, listed=listed)
+                )
+                for part in parts
+            ]
+            found = [answers_of() for answers_of in running]
+        for number, (part, (more, ending)) in enumerate(zip(parts, found, strict=True)):
+            if len(more) < len(part):
+                more.append(("error", ending))
+            answers.update(zip(part, more, strict=False))
+            parts[number] = part[len(more) :]
+    return [answers[index] for index in range(len(rows))]
 
 
-def _run_once(
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _sandbox(
     command: list[str], rows: Sequence[Snippet], seconds: float, memory_bytes: int, *, listed: bool
-) -> tuple[list[tuple[str, str]], str]:
-    """Run rows in one sandbox. Returns outcomes and reasons until it ended, and a message on how it ended."""
+) -> Iterator[Callable[[], tuple[list[tuple[str, str]], str]]]:
+    """A process that runs rows one after the other, until this context is left.
+
+    Its input and output are unnamed files, so that several can be started before the first is waited for.
+
+    Yields:
+        Waits for the process: outcomes and reasons until it ended, and a message on how it ended.
+    """
     request = {
         "rows": [(code, list(tests)) for code, tests in rows],
         "listed": listed,
@@ -184,34 +213,45 @@ def _run_once(
         "memory_bytes": memory_bytes,
         "parent": os.getpid() if listed else None,  # not visible in bubblewrap
     }
-    with tempfile.TemporaryFile() as errors:
+    deadline = time.monotonic() + _SECONDS_TO_START + len(rows) * (PATIENCE * seconds + _SECONDS_PER_ROW)
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        given.write(json.dumps(request).encode())
+        given.seek(0)
         with tempfile.TemporaryDirectory(
             prefix="sandbox-"
         ) as empty:  # removed as soon as the process has started in it
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdin=given,
+                stdout=output,
                 stderr=errors,
                 cwd=empty,
                 env=_ENVIRONMENT,
                 start_new_session=True,
             )
+
+        def answers() -> tuple[list[tuple[str, str]], str]:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _kill(process)
+            for file in (output, errors):
+                file.seek(0)
+            whole = [line for line in output.read().splitlines(keepends=True) if line.endswith(b"\n")]
+            found = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole[: len(rows)])]
+            said = errors.read().decode(errors="replace").strip()[-200:]
+            return found, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
+
         try:
-            deadline = _SECONDS_TO_START + len(rows) * (PATIENCE * seconds + _SECONDS_PER_ROW)
-            output, _ = process.communicate(json.dumps(request).encode(), timeout=deadline)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
+            yield answers
         finally:
-            if process.poll() is None:  # not reaped yet, so its pid cannot be another process's
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        whole = [line for line in output.splitlines(keepends=True) if line.endswith(b"\n")]
-        answers = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole)]
-        errors.seek(0)
-        said = errors.read().decode(errors="replace").strip()[-200:]
-    return answers, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:  # not reaped yet, so its pid cannot be another process's
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _bubblewrap() -> tuple[list[str] | None, str]:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -260,8 +261,9 @@ def test_hostile_rows_are_contained(seconds: int) -> None:
     assert set(results[1::2]) == {RowResult("passed")}
 
 
-def test_a_row_that_ends_the_sandbox_ends_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a row succeeds in killing its sandbox, the rows behind it run in a new one."""
+@pytest.fixture
+def _deadly_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row ``deadly`` ends its sandbox: real rows have found no way to do so."""
     child = tmp_path / "child.py"
     deadly = "        if code == 'deadly': os.kill(os.getpid(), 40)\n"
     source = sandbox._CHILD.read_text()
@@ -270,10 +272,48 @@ def test_a_row_that_ends_the_sandbox_ends_only_itself(tmp_path: Path, monkeypatc
     child.write_text(source.replace(loop, loop + deadly))
     os.chmod(tmp_path, 0o755)
     monkeypatch.setattr(sandbox, "_CHILD", child)
+
+
+DEADLY = ("deadly", ["assert True"])
+
+
+@pytest.mark.usefixtures("_deadly_rows")
+def test_a_row_that_ends_the_sandbox_ends_only_itself() -> None:
+    """If a row succeeds in killing its sandbox, the rows behind it run in a new one."""
     good = ("x = 1", ["assert x"])
-    results = run_tests([good, ("deadly", ["assert True"]), good, ("deadly", ["assert True"]), good])
+    results = run_tests([good, DEADLY, good, DEADLY, good])
     assert [result.outcome for result in results] == ["passed", "error", "passed", "error", "passed"]
     assert "ended early" in results[1].reason
+
+
+@pytest.mark.usefixtures("_deadly_rows")
+@pytest.mark.parametrize("processors", [1, 2, 3])
+def test_each_row_has_its_own_result_in_however_many_sandboxes(
+    processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are dealt to sandboxes, some of which a row ends: at its begin, in the middle, and at its end."""
+    monkeypatch.setattr(sandbox, "_processors", lambda: processors)
+    deadly = {0, 1, 25, 26, 53, 54}
+    rows = [DEADLY if n in deadly else (f"x = {n}", [f"assert x != {n} or {n % 3 == 0}"]) for n in range(55)]
+    expected = ["error" if n in deadly else "failed" if n % 3 else "passed" for n in range(55)]
+    assert [result.outcome for result in run_tests(rows)] == expected
+
+
+def test_sandboxes_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sandbox is started while the first one runs."""
+    monkeypatch.setattr(sandbox, "_processors", lambda: 2)
+    seen: list[int] = []
+    started = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        seen.append(sum(process.poll() is None for process in running))
+        running.append(started(*arguments, **options))
+        return running[-1]
+
+    running: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(sandbox.subprocess, "Popen", start)
+    assert {result.outcome for result in run_tests([("x = 1", ["assert x"])] * 32)} == {"passed"}
+    assert seen == [0, 1]  # processes that ran when each was started
 
 
 @needs_bubblewrap
