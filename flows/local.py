@@ -74,8 +74,6 @@ def _import_flow() -> None:
     """Import what a flow run needs until its first step, while the server starts on another core."""
     # Imports create objects that live to the end: collecting them takes a quarter of the import time.
     gc.disable()
-    import torch._dynamo  # noqa: F401  # torch's optimizers do so at first use
-
     import flows.finetune  # noqa: F401
 
     gc.freeze()

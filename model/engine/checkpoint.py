@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.engine.adamw import AdamW
 from model.engine.state import CheckpointFiles, CheckpointRecord
 from model.files import (
     atomic_directory,
@@ -63,7 +64,7 @@ class Snapshot:
 
 def take_snapshot(
     model: GPTModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     further: Mapping[str, Tensor] | None = None,
     copy: bool = False,
     device: torch.device = CPU,
@@ -175,7 +176,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_checkpoint(
-    path: Path, model: GPTModel, optimizer: torch.optim.Optimizer, further: Mapping[str, Tensor] | None = None
+    path: Path, model: GPTModel, optimizer: AdamW, further: Mapping[str, Tensor] | None = None
 ) -> None:
     """Restore trained tensors and optimizer, and overwrite ``further`` tensors of the training's state.
 
@@ -201,9 +202,7 @@ def load_checkpoint(
         raise ValueError(f"{path / TRAINER_FILE} is damaged: its moments are not those of the trained tensors")
     for key, value in trainer.items():
         kind, name = key.split(".", 1)
-        # torch keeps the step counter on the CPU unless the optimizer is fused.
-        on_cpu = kind == "step" and not optimizer.defaults.get("fused")
-        optimizer.state[parameters[name]][kind] = value if on_cpu else value.to(device)
+        optimizer.state_of(parameters[name])[kind] = value.to(device)
 
 
 class FoundCheckpoint(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.engine.adamw import AdamW
 from model.engine.checkpoint import MOMENTS, Snapshot, prune_checkpoints, take_snapshot, write_checkpoint
 from model.net.gpt import GPTModel
 
@@ -58,7 +59,7 @@ class CheckpointWriter:
         self,
         directory: Path,
         model: GPTModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         in_background: bool | None = None,
         further: Mapping[str, Tensor] | None = None,
     ):
@@ -107,7 +108,7 @@ class CheckpointWriter:
             self._is_urgent = False
             self._raise_error()
 
-    def _tensors(self) -> tuple[GPTModel, torch.optim.Optimizer, Mapping[str, Tensor] | None]:
+    def _tensors(self) -> tuple[GPTModel, AdamW, Mapping[str, Tensor] | None]:
         return self.model, self.optimizer, self.further
 
     def _copy(self) -> Callable[[], Snapshot]:

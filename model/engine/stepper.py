@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.data.packing import Pack, deal, pack, split_evenly
 from model.data.tokens import CodeAlpacaDataset
+from model.engine.adamw import AdamW, ParameterGroup
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
@@ -37,15 +38,12 @@ def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: GPTModel, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: GPTModel, config: TrainConfig) -> AdamW:
     """AdamW over the trainable parameters only, with weight decay on matrices, and none on biases and norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    # Only the fused kernel can skip an update without the host reading a result from the device: see Stepper.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
+    matrices = ParameterGroup([p for p in trained if p.dim() >= 2], config.weight_decay)
+    others = ParameterGroup([p for p in trained if p.dim() < 2], weight_decay=0.0)
+    return AdamW([matrices, others], config.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Stepper:
     def __init__(
         self,
         engine: Engine,
-        optimizer: torch.optim.AdamW,
+        optimizer: AdamW,
         dataset: CodeAlpacaDataset,
         trunk: TrunkOutputs,
         config: TrainConfig,
@@ -137,9 +135,7 @@ class Stepper:
         # The model stays unchanged from the first step on that was not finite, although the host reads that step's
         # loss some steps later.
         self.stopped = torch.zeros((), dtype=torch.bool, device=engine.device)
-        # Fused AdamW skips the update where this is 1, the mechanism that GradScaler uses.
-        self.skip = torch.zeros((), device=engine.device)
-        optimizer.found_inf = self.skip  # type: ignore[attr-defined]
+        self.skip = torch.zeros((), device=engine.device)  # 1 where AdamW is to change nothing
         self.gradients = GradientBuffer(self.trained, ranks.world) if ranks.world > 1 else None
         self.costs = self._costs() if ranks.world > 1 else None
 
@@ -153,8 +149,7 @@ class Stepper:
         Args:
             step: 0 for the first.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.optimizer.learning_rate = learning_rate
         lengths = self.dataset.lengths[rows, 0]
         weight = self.dataset.loss_weight(rows)
         targets = int(self.dataset.target_counts(rows).sum()) if weight > 0 else 0
@@ -256,13 +251,15 @@ class Stepper:
         Returns:
             Their norm before clipping.
         """
-        if self.loss_scale is None:
-            return torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         gradients = [p.grad for p in self.trained if p.grad is not None]
-        scale = self.loss_scale.scale
-        norm = torch.nn.utils.get_total_norm(gradients) / scale
-        # As clip_grad_norm_, and both factors in one pass over the gradients.
-        torch._foreach_mul_(gradients, (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
+        # As torch.nn.utils.clip_grad_norm_, which groups all tensors by device and dtype first.
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self.loss_scale is not None:
+            norm = norm / self.loss_scale.scale
+        factor = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if self.loss_scale is not None:
+            factor = factor / self.loss_scale.scale
+        torch._foreach_mul_(gradients, factor)
         return norm
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
@@ -278,7 +275,7 @@ class Stepper:
             self.loss_scale.update(overflow)
             self.stopped.logical_or_(self.loss_scale.scale < LEAST)
         self.skip.copy_(self.stopped | overflow)
-        self.optimizer.step()
+        self.optimizer.step(self.skip)
         if self.gradients is not None:
             return
         if self.engine.keeps_gradients:

@@ -261,7 +261,7 @@ class Trainer:
         done = self.pending.popleft()
         result = done.read()
         if result.stopped:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             other = "" if self.config.precision == "fp32" else " or use precision=fp32"
             raise NonFiniteError(
                 f"loss {result.loss} with gradient norm {result.grad_norm} at step {done.step}: stopped before the "

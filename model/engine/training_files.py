@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from model.engine.adamw import AdamW
 from model.engine.checkpoint import FoundCheckpoint, load_checkpoint
 from model.engine.digests import check_equal
 from model.engine.journal import MetricsJournal
@@ -35,7 +35,7 @@ class TrainingFiles:
         directory: Path,
         journal: str,
         model: GPTModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         further: Mapping[str, Tensor],
         ranks: Ranks,
     ):
@@ -72,11 +72,7 @@ class TrainingFiles:
         tensors = [*(p.data for p in trained), *self.further.values()]
         if self.ranks.from_first(lambda: bool(self.optimizer.state)):
             for parameter in trained:
-                state = self.optimizer.state[parameter]
-                if not self.ranks.leads:
-                    state["step"] = torch.zeros((), device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state = self.optimizer.state_of(parameter)
                 tensors += [state["step"], state["exp_avg"], state["exp_avg_sq"]]
         self.ranks.broadcast(tensors)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from model.net.config import FreezeConfig, GPTConfig
@@ -83,8 +82,7 @@ def plan_freeze(config: GPTConfig, freeze: FreezeConfig) -> FreezePlan:
     Raises:
         ValueError: as FreezeConfig.check.
     """
-    with torch.device("meta"):
-        model = GPTModel(config)
+    model = GPTModel.without_values(config)
     if freeze.freeze_layers:
         return freeze_bottom_layers(model, freeze.num_unfrozen_layers, freeze.train_head)
     return _describe(model, None, train_head=False)

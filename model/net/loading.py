@@ -182,8 +182,7 @@ def read_pretrained(
 def _build(weights: _Weights, device: torch.device, dtype: torch.dtype) -> GPTModel:
     """The model of open files; raises as read_pretrained."""
     config = weights.config
-    with torch.device("meta"):
-        model = GPTModel(config)
+    model = GPTModel.without_values(config)
     wanted = dict(model.named_parameters())
     state: dict[str, Tensor] = {}
     for name, tensor in weights.tensors():

@@ -15,17 +15,14 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ops.stack.busy import AnswerAgain, App, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SETTING = "FINETUNE_ALLOWED_HOSTS"
 _HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:[0-9]+)?")
@@ -86,7 +83,8 @@ def create_app() -> FastAPI:
 
 
 def _checked(app: FastAPI) -> FastAPI:
-    app.add_middleware(HostCheck, names=allowed_names())
+    app.add_middleware(AnswerAgain)
+    app.add_middleware(HostCheck, names=allowed_names())  # the last one comes first
     return app
 
 

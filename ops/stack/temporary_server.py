@@ -24,14 +24,7 @@ from ops.settings import PROJECT_ROOT
 
 _APP = "ops.stack.temporary_server:create_app"
 # As Prefect sets them for the server that its client starts: no pages, and only the services that a single run needs.
-_ENVIRONMENT = {
-    "PREFECT_UI_ENABLED": "0",
-    "PREFECT__SERVER_EPHEMERAL": "1",
-    "PREFECT__SERVER_FINAL": "1",
-    # States of tasks are written every 5 s and at the end, instead of at once. Written at once, they meet the next
-    # task's request in sqlite: the server refuses it, and the client waits 2 s (four runs of five, in 3.8.8).
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
-}
+_ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
 _STOP_SECONDS = 5.0  # from SIGINT to SIGKILL
 
 

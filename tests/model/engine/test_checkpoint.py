@@ -31,6 +31,7 @@ from torch import Tensor
 
 import model as package
 from model import GPTModel, freeze_bottom_layers
+from model.engine.adamw import AdamW
 from model.engine.checkpoint import (
     Snapshot,
     checkpoint_path,
@@ -70,7 +71,7 @@ def fresh(gpt2_dir: Path) -> Callable[[], GPTModel]:
     return load
 
 
-def trained_optimizer(model: GPTModel, steps: int = 2) -> torch.optim.AdamW:
+def trained_optimizer(model: GPTModel, steps: int = 2) -> AdamW:
     """An optimizer after some steps on the model."""
     optimizer = build_optimizer(model, CONFIG)
     for _ in range(steps):
@@ -80,9 +81,7 @@ def trained_optimizer(model: GPTModel, steps: int = 2) -> torch.optim.AdamW:
     return optimizer
 
 
-def write(
-    directory: Path, model: GPTModel, optimizer: torch.optim.Optimizer, step: int, state: dict[str, Any]
-) -> Path:
+def write(directory: Path, model: GPTModel, optimizer: AdamW, step: int, state: dict[str, Any]) -> Path:
     """A checkpoint whose state is complete: the best one is itself."""
     known = TrainingState("", 512, step, 0.5, 0.5, best_step=step, journal_lines=step + 1).to_json()
     return write_checkpoint(directory, take_snapshot(model, optimizer), step, {**known, **state})

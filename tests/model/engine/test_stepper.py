@@ -15,14 +15,14 @@ from model.engine.stepper import build_optimizer, learning_rate_at
 def test_optimizer_holds_the_trainable_alone_in_two_groups(tiny_model: GPTModel) -> None:
     """It has no frozen parameters; biases and norms have no weight decay."""
     optimizer = build_optimizer(tiny_model, TrainConfig(weight_decay=0.1, learning_rate=3e-4))
-    decayed, plain = optimizer.param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    decayed, plain = optimizer.groups
+    assert (decayed.weight_decay, plain.weight_decay, optimizer.learning_rate) == (0.1, 0.0, 3e-4)
     names = {p: name for name, p in tiny_model.named_parameters()}
-    assert {names[p] for p in decayed["params"]} == {
+    assert {names[p] for p in decayed.parameters} == {
         f"h.2.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
-    assert len(plain["params"]) == 10
-    together = {names[p] for group in optimizer.param_groups for p in group["params"]}
+    assert len(plain.parameters) == 10
+    together = {names[p] for group in optimizer.groups for p in group.parameters}
     assert together == {name for name, p in tiny_model.named_parameters() if p.requires_grad}
 
 

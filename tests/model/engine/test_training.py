@@ -22,6 +22,7 @@ from transformers import GPT2LMHeadModel
 from model import GPTModel, freeze_bottom_layers
 from model.data.packing import Pack, pack
 from model.data.tokens import CodeAlpacaDataset, epoch_order
+from model.engine.adamw import AdamW
 from model.engine.checkpoint import checkpoint_path, load_trained
 from model.engine.engine import Engine
 from model.engine.journal import read_journal
@@ -542,13 +543,13 @@ def test_nan_before_a_validation_is_not_saved(
     tiny_model: GPTModel, token_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NaN made by an update is found by the validation, before the checkpoint is saved."""
-    step = torch.optim.AdamW.step
+    step = AdamW.step
 
-    def bad_step(self: torch.optim.AdamW, *args: Any) -> None:
+    def bad_step(self: AdamW, *args: Any) -> None:
         step(self, *args)
-        self.param_groups[0]["params"][0].data[0, 0] = math.nan
+        self.groups[0].parameters[0].data[0, 0] = math.nan
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", bad_step)
+    monkeypatch.setattr(AdamW, "step", bad_step)
     config = TrainConfig(**{**vars(CONFIG), "eval_freq": 1})
     with pytest.raises(NonFiniteError, match="validation loss is nan at step 1"):
         train(tiny_model, token_dir, config, tmp_path, "identity")

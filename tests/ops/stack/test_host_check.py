@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from made_up import FOREIGN, ROOT, free_ports, wait_for
 
-from ops.stack.host_check import HostCheck, Receive, Scope, Send, allowed_names
+from ops.stack.busy import Receive, Scope, Send
+from ops.stack.host_check import HostCheck, allowed_names
 
 _ALLOWED = """
 127.0.0.1 127.0.0.1:4200 127.9.9.9 localhost localhost:80 LOCALHOST [::1] [::1]:4200 10.1.2.3:4200
