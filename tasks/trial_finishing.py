@@ -1,7 +1,8 @@
-"""The end of a trial, which is done while the next trial trains."""
+"""The stages of a trial: its end is done while the next trial trains."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Generator
 from concurrent import futures
@@ -11,6 +12,27 @@ from typing import Any
 from ops.threads import in_daemon_thread
 
 _SECONDS = 10.0  # that an interrupted sweep waits for the end of the trial before
+
+
+class Stages:
+    """Where a trial's time goes, in seconds: before its first step, in its steps, and after them."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.first_step = self.trained = 0.0
+
+    def end_step(self) -> None:
+        """A step has ended."""
+        self.trained = time.perf_counter()
+        self.first_step = self.first_step or self.trained
+
+    def describe(self) -> str:
+        """The three stages, as a part of a log line, when the trial is over; empty if it had no step."""
+        if not self.first_step:
+            return ""
+        before, steps = self.first_step - self.begun, self.trained - self.first_step
+        after = time.perf_counter() - self.trained
+        return f" ({before:.1f} s to the first step, {steps:.1f} s of steps, {after:.1f} s after)"
 
 
 class Finishing:

@@ -41,7 +41,7 @@ from tasks.frozen import ReusableBase, trunk_cache
 from tasks.progress import ProgressLines
 from tasks.references import SweepRef, TrialOutcome, TrialRef, TrialResult
 from tasks.train import train_network
-from tasks.trial_finishing import Finishing
+from tasks.trial_finishing import Finishing, Stages
 from tasks.trial_records import (
     curves_of_others,
     finished,
@@ -147,6 +147,7 @@ class TrialWorker:
                 self.ended[trial.name] = yield from self._train(trial)
 
     def _train(self, trial: TrialRef) -> Generator[None, None, TrialResult]:
+        stages = Stages()
         recorded = read_outcome(trial, self.attempt, self.log)
         of_mlflow = TrialRun(self.order.id, trial.training.identity, trial.name, trial.params)
         parent = self.order.run
@@ -157,7 +158,7 @@ class TrialWorker:
         try:
             with tracked_trial(parent, of_mlflow, self.order.tags) as ref:
                 if recorded is None:
-                    finish = self._do_steps(ref, trial)
+                    finish = self._do_steps(ref, trial, stages)
                     yield
                     outcome = finish()
                 else:
@@ -165,17 +166,18 @@ class TrialWorker:
                 write_outcome(trial, outcome)
                 self._log_outcome(ref, trial, outcome)
         except (NonFiniteError, torch.OutOfMemoryError) as error:
-            self.shared.clear()
+            if isinstance(error, torch.OutOfMemoryError):
+                self.shared.clear()
             outcome = unfinished(trial, False, one_line(error)[:_REASON], self.attempt)
             write_outcome(trial, outcome)
             set_tags(ref, {OUTCOME_TAG: outcome.describe()})
         keep_the_best(self.order.sweep, self.attempt, self.log)
         loss = outcome.best_eval_loss
         shown = "" if loss is None else f", best validation loss {loss:.4f} at step {outcome.best_step}"
-        self.log.info("trial %s %s%s", trial.name, outcome.describe(), shown)
+        self.log.info("trial %s %s%s%s", trial.name, outcome.describe(), shown, stages.describe())
         return TrialResult(trial, ref, outcome)
 
-    def _do_steps(self, ref: RunRef, trial: TrialRef) -> Callable[[], TrialOutcome]:
+    def _do_steps(self, ref: RunRef, trial: TrialRef, stages: Stages) -> Callable[[], TrialOutcome]:
         """Do the steps of a trial. Returns what waits for its last checkpoint and logs its results."""
         training = trial.training
         dtype = resolve_precision(training.config.precision, self.base.device)
@@ -188,6 +190,8 @@ class TrialWorker:
 
         def on_step(report: StepReport) -> None:
             self.progress.show(report)
+            if report.step:
+                stages.end_step()
             if rule and report.eval_loss is not None:
                 rule.add(report.step / max(1, report.total_steps), report.eval_loss)
 

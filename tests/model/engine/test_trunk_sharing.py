@@ -12,7 +12,7 @@ import torch
 from model import GPTModel, freeze_bottom_layers
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
-from model.engine.trainer import Trainer
+from model.engine.trainer import NonFiniteError, Trainer
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig
 from model.engine.trunk_sharing import SharedTrunks
@@ -69,6 +69,25 @@ def test_a_second_training_equals_one_alone_and_computes_no_trunk(
     assert result.trunk_hit_share == 1
     assert _files(tmp_path / "second") == _files(tmp_path / "alone")
     assert _files(tmp_path / "second") != _files(tmp_path / "first")
+
+
+def test_a_training_that_diverged_leaves_nothing_behind(
+    gpt2_dir: Path, token_dir: Path, tmp_path: Path, computed: list[int]
+) -> None:
+    """The next one equals one alone, and uses the outputs again."""
+    train(_model(gpt2_dir), token_dir, TrainConfig(**CONFIG), tmp_path / "alone", IDENTITY, cache=TrunkCacheConfig())
+    model, cache = _model(gpt2_dir), TrunkCacheConfig(shared=SharedTrunks())
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    diverging = TrainConfig(**{**CONFIG, "learning_rate": 1e30, "warmup_ratio": 0.0})
+    with pytest.raises(NonFiniteError):
+        train(model, token_dir, diverging, tmp_path / "first", IDENTITY, cache=cache)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(base[name])
+        parameter.grad = None
+    computed.clear()
+    train(model, token_dir, TrainConfig(**CONFIG), tmp_path / "second", IDENTITY, cache=cache)
+    assert len(computed) <= 1, "the first chunks are used again"
+    assert _files(tmp_path / "second") == _files(tmp_path / "alone")
 
 
 @pytest.mark.parametrize(

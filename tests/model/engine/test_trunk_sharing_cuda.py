@@ -12,6 +12,7 @@ import torch
 
 from model.engine import engine as engine_module
 from model.engine.config import TrainConfig
+from model.engine.trainer import NonFiniteError
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig
 from model.engine.trunk_sharing import SharedTrunks
@@ -103,6 +104,33 @@ def test_a_training_with_reused_graphs_equals_one_with_its_own(
     assert len(after) < len(alone)
     assert files(tmp_path / "second") == files(tmp_path / "alone")
     assert files(tmp_path / "second") != files(tmp_path / "first")
+
+
+def test_graphs_of_a_training_that_diverged_serve_the_next(token_dir: Path, tmp_path: Path) -> None:
+    """No NaN is left in what they read: the next training equals one alone, bit for bit."""
+    config = {**CONFIG, "precision": "bf16", "dropout": 0.1}
+    train(base_model("bf16"), token_dir, TrainConfig(**config), tmp_path / "alone", "x")
+    model, cache = base_model("bf16"), TrunkCacheConfig(shared=SharedTrunks())
+    loaded = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    with pytest.raises(NonFiniteError):
+        train(
+            model,
+            token_dir,
+            TrainConfig(**{**config, "learning_rate": 1e30, "warmup_ratio": 0.0}),
+            tmp_path / "first",
+            "x",
+            cache=cache,
+        )
+    assert cache.shared is not None
+    assert cache.shared._engine is not None
+    diverged = cache.shared._engine[1]
+    assert diverged.keeps_gradients
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(loaded[name])
+        parameter.grad = None
+    train(model, token_dir, TrainConfig(**config), tmp_path / "second", "x", cache=cache)
+    assert cache.shared._engine[1] is diverged
+    assert files(tmp_path / "second") == files(tmp_path / "alone")
 
 
 def test_replaced_gradients_are_refused(token_dir: Path, tmp_path: Path) -> None:
