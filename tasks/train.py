@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def _train_here(
     """Load the base and train it in this process."""
     place = resolve_device(device)
     network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
-    return train_network(network, run, training, trunk_cache(trunk_cache_gb), progress.show, log)
+    return train_network(network, run, training, trunk_cache(trunk_cache_gb), progress.show, log)()
 
 
 def train_network(
@@ -129,17 +130,25 @@ def train_network(
     on_step: Callable[[StepReport], None],
     log: Any,
     should_end: Callable[[], bool] = lambda: False,
-) -> CheckpointRef:
+    waits: bool = True,
+) -> Callable[[], CheckpointRef]:
     """Train a base that is loaded and frozen as planned; its metrics go to an MLflow run.
 
     Args:
         log: a logger.
         should_end: whether to end before the next step for another reason than a signal.
+        waits: until the last checkpoints are on disk. If not, the base may be trained again while the result waits
+            for them.
+
+    Returns:
+        What logs the results; call it once. It raises NotLoggedError as ``train``, and OSError if a checkpoint that
+        it waits for cannot be written.
 
     Raises:
         TrainingStoppedError: ``should_end`` returned true.
-        NonFiniteError, NotLoggedError: as ``train``.
+        NonFiniteError: as ``train``.
     """
+    writing: list[Callable[[], None]] = []
 
     def work(show: Callable[[StepReport], None], should_stop: Callable[[], bool]) -> TrainResult:
         return run_training(
@@ -152,9 +161,10 @@ def train_network(
             warn=log.warning,
             cache=cache,
             should_stop=lambda: should_stop() or should_end(),
+            finish=(lambda wait: wait()) if waits else writing.append,
         )
 
-    return log_training(run, training, work, on_step, log)
+    return _log_steps(run, training, work, on_step, log, writing)
 
 
 def log_training(
@@ -173,6 +183,22 @@ def log_training(
     Raises:
         NotLoggedError: as ``train``; and what ``work`` raises.
     """
+    return _log_steps(run, training, work, on_step, log, [])()
+
+
+def _log_steps(
+    run: RunRef,
+    training: TrainingRef,
+    work: Callable[[Callable[[StepReport], None], Callable[[], bool]], TrainResult],
+    on_step: Callable[[StepReport], None],
+    log: Any,
+    writing: Sequence[Callable[[], None]],
+) -> Callable[[], CheckpointRef]:
+    """The first part of ``log_training``. Returns the second, which logs the results.
+
+    Args:
+        writing: what the second part waits for.
+    """
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)
@@ -184,20 +210,33 @@ def log_training(
         on_step(report)
         shipping.offer(report.step)
 
-    with shipping:
+    with ExitStack() as stack:
+        stack.enter_context(shipping)
         result = run_stoppable(partial(work, show_and_ship))
+        shipped = stack.pop_all()
     total = training.config.total_steps(training.tokens.counts["rows"]["train"])
     ending = early_end(result.steps, total, training.config) if result.steps < total else ""
-    with must_be_logged(run.tracking_uri, directory):
-        shipper.finish()
-        _log_result(run, result, ending)
-        correct_attempt(run, announced, result.resumed_from)
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
     if ending:
         log.info(ending)
+
+    def finish() -> CheckpointRef:
+        with shipped:
+            for wait in writing:
+                wait()
+        with must_be_logged(run.tracking_uri, directory):
+            shipper.finish()
+            _log_result(run, result, ending)
+            correct_attempt(run, announced, result.resumed_from)
+        return _checkpoint_of(directory, result)
+
+    return finish
+
+
+def _checkpoint_of(directory: Path, result: TrainResult) -> CheckpointRef:
     return CheckpointRef(
         directory=str(directory),
         best=str(result.best),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,20 @@ def read_curve(trial: TrialRef) -> Curve:
     return [(step / max(1, total), loss) for step, loss in losses]
 
 
-def curves_of_others(sweep: SweepRef, trial: TrialRef, attempt: str, log: Any) -> list[Curve]:
-    """The validations of the other trials that have finished, or were ended early."""
-    outcomes = [(other, read_outcome(other, attempt, log)) for other in sweep.trials if other.name != trial.name]
-    return [read_curve(other) for other, outcome in outcomes if outcome and outcome.outcome != "failed"]
+def curves_of_others(
+    sweep: SweepRef, trial: TrialRef, attempt: str, log: Any, trained: Collection[str] = ()
+) -> list[Curve]:
+    """The validations of the other trials that have finished, or were ended early.
+
+    Args:
+        trained: names of trials that have no more steps to do, although their outcome may not be recorded yet.
+    """
+
+    def has_ended(other: TrialRef) -> bool:
+        outcome = read_outcome(other, attempt, log)
+        return outcome.outcome != "failed" if outcome else other.name in trained
+
+    return [read_curve(other) for other in sweep.trials if other.name != trial.name and has_ended(other)]
 
 
 def unfinished(trial: TrialRef, ended_early: bool, reason: str, attempt: str) -> TrialOutcome:

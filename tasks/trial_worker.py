@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from tasks.frozen import ReusableBase, trunk_cache
 from tasks.progress import ProgressLines
 from tasks.references import SweepRef, TrialOutcome, TrialRef, TrialResult
 from tasks.train import train_network
+from tasks.trial_finishing import Finishing, Stages
 from tasks.trial_records import (
     curves_of_others,
     finished,
@@ -84,6 +85,8 @@ class Order:
 class TrialWorker:
     """Trains trials on one device. The base stays loaded, and the outputs of its frozen blocks are kept.
 
+    While the last checkpoint of a trial is written, and MLflow takes its results, the next trial trains.
+
     Args:
         order: of the sweep.
         device: that this process holds.
@@ -105,6 +108,8 @@ class TrialWorker:
         self.base = ReusableBase(resolve_device(device))
         self.shared = SharedTrunks()
         self.ended: dict[str, TrialResult] = {}
+        self.trained: set[str] = set()  # names of trials whose steps are done
+        self.finishing = Finishing(log)
         self.cache = trunk_cache(order.trunk_cache_gb, self.shared)
 
     def work(self) -> list[TrialResult]:
@@ -118,22 +123,31 @@ class TrialWorker:
             NotLoggedError: a trial is finished, and MLflow could not take its metrics.
         """
         trials = self.order.sweep.trials
-        for number, trial in enumerate(trials):
-            if trial.name in self.ended:
-                continue
-            with claimed(trial) as is_mine:
-                if is_mine:
-                    self.progress.begin_part(trial.name, number, len(trials))
-                    self.ended[trial.name] = self.train(trial)
+        with self.finishing:
+            for number, trial in enumerate(trials):
+                if trial.name not in self.ended:
+                    self.finishing.follow(self._take(number, trial))
+            self.finishing.wait()
         return [self.ended[trial.name] for trial in trials if trial.name in self.ended]
 
     def train_again(self, trial: TrialRef) -> None:
         """Forget how a trial ended."""
         remove_outcome(trial)
         del self.ended[trial.name]
+        self.trained.discard(trial.name)
 
-    def train(self, trial: TrialRef) -> TrialResult:
-        """Train a trial that this process has claimed, or find what an earlier attempt has made of it."""
+    def _take(self, number: int, trial: TrialRef) -> Generator[None]:
+        """Train a trial unless another process has it, or find what an earlier attempt has made of it.
+
+        Yields once, when its steps are done and the device is free. Another thread may do the rest.
+        """
+        with claimed(trial) as is_mine:
+            if is_mine:
+                self.progress.begin_part(trial.name, number, len(self.order.sweep.trials))
+                self.ended[trial.name] = yield from self._train(trial)
+
+    def _train(self, trial: TrialRef) -> Generator[None, None, TrialResult]:
+        stages = Stages()
         recorded = read_outcome(trial, self.attempt, self.log)
         of_mlflow = TrialRun(self.order.id, trial.training.identity, trial.name, trial.params)
         parent = self.order.run
@@ -143,21 +157,28 @@ class TrialWorker:
             return TrialResult(trial, ref, recorded)
         try:
             with tracked_trial(parent, of_mlflow, self.order.tags) as ref:
-                outcome = recorded or self._train(ref, trial)
+                if recorded is None:
+                    finish = self._do_steps(ref, trial, stages)
+                    yield
+                    outcome = finish()
+                else:
+                    outcome = recorded
                 write_outcome(trial, outcome)
                 self._log_outcome(ref, trial, outcome)
         except (NonFiniteError, torch.OutOfMemoryError) as error:
-            self.shared.clear()
+            if isinstance(error, torch.OutOfMemoryError):
+                self.shared.clear()
             outcome = unfinished(trial, False, one_line(error)[:_REASON], self.attempt)
             write_outcome(trial, outcome)
             set_tags(ref, {OUTCOME_TAG: outcome.describe()})
         keep_the_best(self.order.sweep, self.attempt, self.log)
         loss = outcome.best_eval_loss
         shown = "" if loss is None else f", best validation loss {loss:.4f} at step {outcome.best_step}"
-        self.log.info("trial %s %s%s", trial.name, outcome.describe(), shown)
+        self.log.info("trial %s %s%s%s", trial.name, outcome.describe(), shown, stages.describe())
         return TrialResult(trial, ref, outcome)
 
-    def _train(self, ref: RunRef, trial: TrialRef) -> TrialOutcome:
+    def _do_steps(self, ref: RunRef, trial: TrialRef, stages: Stages) -> Callable[[], TrialOutcome]:
+        """Do the steps of a trial. Returns what waits for its last checkpoint and logs its results."""
         training = trial.training
         dtype = resolve_precision(training.config.precision, self.base.device)
         if not self.base.has(training.model, training.plan, dtype):
@@ -165,24 +186,31 @@ class TrialWorker:
         network = self.base.get(training.model, training.plan, dtype)
         rule = None
         if self.order.sweep.end_early:
-            sweep = self.order.sweep
-            rule = MedianRule(read_curve(trial), lambda: curves_of_others(sweep, trial, self.attempt, self.log))
+            rule = MedianRule(read_curve(trial), lambda: self._curves_of_others(trial))
 
         def on_step(report: StepReport) -> None:
             self.progress.show(report)
+            if report.step:
+                stages.end_step()
             if rule and report.eval_loss is not None:
                 rule.add(report.step / max(1, report.total_steps), report.eval_loss)
 
         def should_end() -> bool:
-            return self.should_stop() or (rule is not None and rule.ends)
+            return self.should_stop() or self.finishing.has_failed or (rule is not None and rule.ends)
 
         try:
-            checkpoint = train_network(network, ref, training, self.cache, on_step, self.log, should_end)
+            finish = train_network(network, ref, training, self.cache, on_step, self.log, should_end, waits=False)
         except TrainingStoppedError:
             if rule is None or not rule.ends:
                 raise
-            return unfinished(trial, True, rule.reason, self.attempt)
-        return finished(checkpoint, self.attempt)
+            reason = rule.reason
+            self.trained.add(trial.name)
+            return lambda: unfinished(trial, True, reason, self.attempt)
+        self.trained.add(trial.name)
+        return lambda: finished(finish(), self.attempt)
+
+    def _curves_of_others(self, trial: TrialRef) -> list[Curve]:
+        return curves_of_others(self.order.sweep, trial, self.attempt, self.log, self.trained)
 
     def _log_outcome(self, ref: RunRef, trial: TrialRef, outcome: TrialOutcome) -> None:
         """Log what a run of this training alone would log about it, and how it ended."""

@@ -115,6 +115,7 @@ THEMES = {
         "engine/test_fuzz.py",
         "engine/test_ranks_cuda.py",
         "engine/test_sameness.py",
+        "engine/test_trunk_sharing_cuda.py",
         "generation/test_cuda.py",
         "net/test_fuzz.py",
     },

@@ -75,10 +75,24 @@ class Engine:
         used = {id(p) for part in (*model.h[model.num_frozen :], model.ln_f) for p in part.parameters()}
         self._masters = {name: p for name, p in self._top.named_parameters() if id(p) in used}
         self._origin = torch.tensor([seed, 0], device=self.device)
-        self._graph_steps = graph_steps
+        self.graph_steps = graph_steps
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+        self._gradients: dict[str, Tensor] = {}  # to whose memory the graphs write
         self._buffers: _Buffers | None = None
         self.latest_tokens = 0  # tokens of the pass that was started last
+
+    def restart(self, seed: int) -> None:
+        """Serve another training of the same model with the same dropout, in any thread; graphs stay.
+
+        Its trained parameters may have been overwritten, but not replaced. Gradients of the training before are
+        there again, as they are from one step to the next.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
+        self._origin.copy_(torch.tensor([seed, 0]))
+        for name, gradient in self._gradients.items():
+            self._masters[name].grad = gradient
+        self.latest_tokens = 0
 
     @functools.cached_property
     def trunk_sha256(self) -> str:
@@ -155,7 +169,7 @@ class Engine:
     def _replay(self, x: Tensor, batch: Pack, loss: Loss, first: bool) -> Tensor:
         # The shapes of a graph follow from its pack alone. They decide how a matrix product rounds, and a resumed
         # training, whose first pack is another, must repeat the original bit for bit.
-        size = _graph_size(x.size(0), self._graph_steps)
+        size = _graph_size(x.size(0), self.graph_steps)
         predictors = -(-4 * len(batch.predictors) // size) * size // 4  # rounded up to a quarter of the size
         if self._buffers is None or size > len(self._buffers.x):
             self._allocate_buffers(size, x)
@@ -163,10 +177,15 @@ class Engine:
         noise = self.documents(batch).noise
         key = size, predictors, first
         if key not in self._graphs:
-            for master in self._masters.values():
+            for name, master in self._masters.items():
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
+                self._gradients[name] = master.grad
             self._graphs[key] = _Graph(self._top, self._masters, *key, self._buffers, noise)
+        if any(self._masters[name].grad is not gradient for name, gradient in self._gradients.items()):
+            raise RuntimeError(
+                "gradients were replaced, and CUDA graphs write to those of before: keep them allocated"
+            )
         return self._graphs[key].run(x, batch, noise, loss)
 
     def _allocate_buffers(self, size: int, x: Tensor) -> None:

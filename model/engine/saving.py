@@ -21,6 +21,8 @@ from model.net.gpt import GPTModel
 _SECONDS_BETWEEN = 15.0  # between two checkpoints that are written in the background: as much is lost by a kill
 _LARGE = 4 * 10**9  # bytes of a snapshot
 
+_Training = tuple[GPTModel, AdamW, Mapping[str, Tensor] | None]  # as for take_snapshot
+
 
 @dataclass(frozen=True)
 class _Waiting:
@@ -46,7 +48,7 @@ class CheckpointWriter:
     every ``_SECONDS_BETWEEN`` at most, and the last one in the end. One that waits is dropped if a newer one makes it
     superfluous. A training that is killed resumes from the newest checkpoint on disk, and no checkpoint is deleted
     before a newer one is written. An error of a write is raised by a later ``save`` or ``wait``, or at the end of the
-    context.
+    context, which waits for all checkpoints unless ``close`` was called.
 
     Args:
         directory: directory of the training.
@@ -64,9 +66,7 @@ class CheckpointWriter:
         further: Mapping[str, Tensor] | None = None,
     ):
         self.directory = directory
-        self.model = model
-        self.optimizer = optimizer
-        self.further = further
+        self._training: _Training | None = (model, optimizer, further)
         self.in_background = model.wte.weight.is_cuda if in_background is None else in_background
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: list[_Waiting] = []
@@ -108,12 +108,33 @@ class CheckpointWriter:
             self._is_urgent = False
             self._raise_error()
 
-    def _tensors(self) -> tuple[GPTModel, AdamW, Mapping[str, Tensor] | None]:
-        return self.model, self.optimizer, self.further
+    def close(self) -> Callable[[], None]:
+        """Take no further checkpoint, and write those that wait at once. The training's tensors may change now.
+
+        Returns:
+            What waits until all checkpoints are on disk. It raises OSError if one could not be written.
+        """
+        self._close()
+        return self._finish
+
+    def _close(self) -> None:
+        self._training = None  # frees the optimizer's memory while the last checkpoint is written
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _finish(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._raise_error()
+
+    def _tensors(self) -> _Training:
+        assert self._training is not None, "the writer is closed"
+        return self._training
 
     def _copy(self) -> Callable[[], Snapshot]:
         """Copy the present tensors: within a GPU if it has room for that, which takes a millisecond."""
-        device = self.model.wte.weight.device
+        device = self._tensors()[0].wte.weight.device
         if device.type == "cuda" and 10 * self._snapshot_bytes() < torch.cuda.mem_get_info(device)[0]:
             copied = take_snapshot(*self._tensors(), copy=True, device=device)
             return partial(_bring_to_host, copied, torch.cuda.current_stream(device).record_event())
@@ -121,7 +142,7 @@ class CheckpointWriter:
         return lambda: snapshot
 
     def _snapshot_bytes(self) -> int:
-        return (1 + len(MOMENTS)) * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        return (1 + len(MOMENTS)) * sum(p.nbytes for p in self._tensors()[0].parameters() if p.requires_grad)
 
     def _work(self) -> None:
         """Write what waits, until the context ends."""
@@ -163,9 +184,9 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        if kind is None and self._is_closed:  # the caller of close() waits
+            return
+        self._close()
         if self._thread is not None:
             self._thread.join()  # also after a failed training: a retry resumes from what is written
         if kind is None:

@@ -103,7 +103,7 @@ class Call:
     """What all attempts of one call of ``train`` share.
 
     Attributes:
-        tokens, config, directory, identity, on_step, warn, cache, should_stop, ranks: arguments of ``train``.
+        tokens, config, directory, identity, on_step, warn, cache, should_stop, ranks, finish: arguments of ``train``.
         resumed_from: step of the checkpoint that the first attempt started from; 0 without one.
     """
 
@@ -116,6 +116,7 @@ class Call:
     cache: TrunkCacheConfig
     should_stop: Callable[[], bool]
     ranks: Ranks
+    finish: Callable[[Callable[[], None]], None]
     resumed_from: int
 
 
@@ -190,11 +191,13 @@ class Trainer:
         try:
             with self.files:
                 self.train()
+                result = self.result()  # what it reads may belong to another training as soon as files are closed
+                self.call.finish(self.files.close())
         except (TrainingStoppedError, NonFiniteError):  # raised on all ranks
             self.ranks.barrier()  # the last checkpoint is on disk: a launcher may end all ranks once one of them ends
             raise
         self.ranks.barrier()
-        return self.result()
+        return result
 
     def train(self) -> None:
         """Validate the base, then queue and report all steps."""

@@ -64,6 +64,7 @@ def train(
     cache: TrunkCacheConfig = TrunkCacheConfig(),  # noqa: B008
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
+    finish: Callable[[Callable[[], None]], None] = lambda wait: wait(),
 ) -> TrainResult:
     """Train a model in place, from the newest checkpoint in ``directory`` if it belongs to the same training.
 
@@ -91,6 +92,9 @@ def train(
         should_stop: called before each step; if it returns true, the training ends there and can be resumed. With
             several ranks it ends one step later on all of them, if it returned true on any.
         ranks: processes that train together.
+        finish: called after the last step with what waits until the last checkpoints are on disk, and raises OSError
+            if one cannot be written. The default waits. Without it ``train`` returns earlier, and the model may be
+            used for another training meanwhile.
 
     Raises:
         TrainingStoppedError: should_stop returned true; a checkpoint of the last step was saved. Raised on all ranks.
@@ -112,7 +116,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
     if not ranks.leads:
         on_step, warn = (lambda report: None), (lambda message: None)
-    call = Call(tokens, config, directory, identity, on_step, warn, cache, should_stop, ranks, 0)
+    call = Call(tokens, config, directory, identity, on_step, warn, cache, should_stop, ranks, finish, 0)
     found = ranks.from_first(lambda: _find_checkpoint(call))
     resumed_from = int(found.state["step"]) if found else 0
     return _train_in_passes_that_fit(model, dtype, replace(call, resumed_from=resumed_from), found)
@@ -149,6 +153,9 @@ def _train_in_passes_that_fit(
         if found:  # a resumed training keeps the passes that memory held
             tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens") or tokens_per_pass)
         engine = Engine(model, dtype, call.config.seed, 128 if call.ranks.world == 1 else _GRAPH_STEPS_OF_RANKS)
+        if call.cache.shared is not None:
+            passes = tokens_per_pass, call.config.batch_size
+            engine = call.cache.shared.engine(engine, call.config.seed, passes)
         trainer: Trainer | None = None
         try:
             trainer = Trainer(engine, call, tokens_per_pass, found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -110,6 +110,10 @@ class TrainingFiles:
         """
         if self.writer is not None:
             self.writer.wait()
+
+    def close(self) -> Callable[[], None]:
+        """End with the checkpoints that were saved so far, as ``CheckpointWriter.close``."""
+        return (lambda: None) if self.writer is None else self.writer.close()
 
     def __enter__(self) -> TrainingFiles:
         return self

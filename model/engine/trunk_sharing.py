@@ -1,4 +1,4 @@
-"""Outputs of the trunk that the trainings of one process hand on to one another."""
+"""Outputs of the trunk, and an engine, that the trainings of one process hand on to one another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from model.net.device import uses_tf32
 
 
 class SharedTrunks:
-    """Outputs in memory that several trainings of one model use in turn, in one process.
+    """Outputs in memory that several trainings of one model use in turn, in one process, and their engine.
 
     A training is handed the outputs of an earlier one if they have the bits that it would have computed itself: those
-    of the same trunk, rows, chunks and dtype. Otherwise the earlier ones are dropped.
+    of the same trunk, rows, chunks and dtype. Otherwise the earlier ones are dropped. Likewise it is handed the
+    engine, which has captured CUDA graphs, if it would capture the same ones.
     """
 
     def __init__(self) -> None:
+        self._engine: tuple[tuple[Any, ...], Engine] | None = None
         self._kept: dict[Path, tuple[tuple[Any, ...], TrunkOutputs]] = {}
 
     def take(self, key: tuple[Any, ...], dataset: CodeAlpacaDataset) -> TrunkOutputs | None:
@@ -31,16 +33,35 @@ class SharedTrunks:
         if kept is not None and kept[0] == key:
             return kept[1]
         if kept is not None:
-            self.clear()
+            self._kept.clear()
         return None
 
     def keep(self, key: tuple[Any, ...], outputs: TrunkOutputs) -> None:
         """Keep outputs for the trainings that follow."""
         self._kept[outputs.dataset.ids_file] = key, outputs
 
+    def engine(self, fresh: Engine, seed: int, passes: tuple[int, ...]) -> Engine:
+        """The engine of the training before, restarted, if its graphs fit; else ``fresh``, for those that follow.
+
+        Args:
+            fresh: an engine for the training.
+            seed: of ``fresh``.
+            passes: numbers that decide how many tokens a pass has. Trainings with other passes would add graphs of
+                other sizes to those that take memory already.
+        """
+        model = fresh.model
+        # Dropout's rate, TF32 and dtype are constants of a captured graph.
+        key = model, model.num_frozen, model.config.dropout, fresh.dtype, uses_tf32(), fresh.graph_steps, passes
+        if self._engine is not None and self._engine[0] == key:
+            self._engine[1].restart(seed)
+        else:
+            self._engine = key, fresh
+        return self._engine[1]
+
     def clear(self) -> None:
-        """Drop all outputs, and free their memory."""
+        """Drop all outputs and the engine, and free their memory."""
         self._kept.clear()
+        self._engine = None
 
 
 def trunk_outputs(

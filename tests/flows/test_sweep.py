@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,58 @@ def test_an_interrupted_sweep_goes_on(
 
 
 @pytest.mark.slow
+def test_a_trial_that_cannot_be_finished_stops_the_next(
+    prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one trains meanwhile, and keeps a checkpoint of its last step; no step of either is done twice."""
+    import flows.sweep as module
+    from tasks import trial_worker
+    from tasks.progress import Progress
+
+    parameters = {**tiny, **SHORT, "grid": {"learning_rate": [0.001, 0.002, 0.003]}}
+    seen: list[tuple[int, int]] = []
+    overlaps, has_failed = threading.Event(), threading.Event()
+    show = _recording(seen)
+
+    def and_wait(self: Progress, report: StepReport) -> None:
+        show(self, report)
+        if (self.part, report.step) == (1, 3):
+            overlaps.set()
+            assert has_failed.wait(60)
+            wait_for("the failure is known", lambda: not _is_running("finish-trial"), 60)
+
+    def broken(trial: Any, outcome: Any) -> None:
+        assert overlaps.wait(60), "the next trial trains"
+        has_failed.set()
+        raise Interruption("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "show", and_wait)
+        patch.setattr(trial_worker, "write_outcome", broken)
+        patch.setattr(module.train_trials, "retries", 0)
+        with pytest.raises(Interruption, match="injected"):
+            module.sweep(**parameters)
+    assert seen == [(0, step) for step in range(9)] + [(1, step) for step in range(4)]
+    mlflow = client(f"sqlite:///{data_root}/mlflow/mlflow.db")
+    experiment = mlflow.get_experiment_by_name("finetune").experiment_id
+    before = {run.info.run_name: run for run in mlflow.search_runs([experiment]) if PARENT_TAG in run.data.tags}
+    assert {name: run.info.status for name, run in before.items()} == {"lr 0.001": "FAILED", "lr 0.002": "KILLED"}
+    seen.clear()
+    monkeypatch.setattr(Progress, "show", _recording(seen))
+    result = module.sweep(**parameters)
+    assert seen == [(1, step) for step in range(4, 9)] + [(2, step) for step in range(9)]
+    children = _children(result.run)
+    assert {run.info.status for run in children} == {"FINISHED"}
+    assert {run.info.run_id for run in before.values()} < {run.info.run_id for run in children}
+    for run in children:
+        assert [step for step, _ in _curves(result.run.tracking_uri, run.info.run_id)["train/loss"]] == [*range(1, 9)]
+
+
+def _is_running(name: str) -> bool:
+    return any(thread.name == name for thread in threading.enumerate())
+
+
+@pytest.mark.slow
 def test_a_sweep_that_failed_behind_its_trials_trains_nothing_again(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,8 +386,11 @@ def test_helpers_on_other_devices_equal_one_process(
 
 
 SWEEP = """
-import json, sys
+import json, sys, time
 import flows.sweep as module
+import tasks.trial_worker
+if len(sys.argv) > 2:  # trials are never finished, and the next ones train meanwhile
+    tasks.trial_worker.write_outcome = lambda trial, outcome: time.sleep(1e6)
 module.other_devices = lambda device, held: {"cpu 2": "cpu"}  # a second lock stands for a second device
 state = module.sweep(**json.loads(sys.argv[1]), return_state=True)
 print(state.name, state.message)
@@ -342,7 +398,15 @@ print(state.name, state.message)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["the flow, kill -9", "the flow's group, SIGTERM", "the helper, kill -9"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "the flow, kill -9",
+        "the flow's group, SIGTERM",
+        "the helper, kill -9",
+        "the flow at the end of a trial, kill -9",
+    ],
+)
 def test_a_killed_sweep_goes_on(tmp_path: Path, tiny: dict[str, Any], victim: str) -> None:
     """With one MLflow run a trial, no process and no lock left behind, and the bits of a sweep in one piece."""
     grid = {"learning_rate": [0.0005, 0.001, 0.002]}
@@ -350,22 +414,26 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, tiny: dict[str, Any], victim: st
     with World(tmp_path) as world:
         world.start_prefect()  # a run's own server would outlive it, and keep its pipe open
 
-        def begin() -> subprocess.Popen[str]:
+        def begin(*options: str) -> subprocess.Popen[str]:
             world.processes["run"] = process = subprocess.Popen(
-                [sys.executable, "-c", SWEEP, parameters], cwd=tmp_path, env=world.environment,
+                [sys.executable, "-c", SWEEP, parameters, *options], cwd=tmp_path, env=world.environment,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 start_new_session=True,
             )  # fmt: skip
             return process
 
-        process = begin()
+        ends = victim == "the flow at the end of a trial, kill -9"
+        process = begin("never finished") if ends else begin()
         trials = world.base / "data" / "trainings"
         wait_for("two trials train", lambda: _steps(trials, 1) > 60 and _steps(trials, 2) > 60, 240)
+        if ends:
+            wait_for("the first trial ends", lambda: _steps(trials, 1) == 400 and _steps(trials, 3) > 60, 300)
+            assert not [*trials.glob("*/trial-001/outcome.json")]
         (helper,) = _helpers_of(process.pid)
         if victim == "the flow's group, SIGTERM":
             os.killpg(process.pid, signal.SIGTERM)
         else:
-            os.kill(process.pid if victim == "the flow, kill -9" else helper.pid, signal.SIGKILL)
+            os.kill(helper.pid if victim == "the helper, kill -9" else process.pid, signal.SIGKILL)
         if victim == "the helper, kill -9":
             assert world.finish(process).splitlines()[-1].startswith("Completed")
         else:

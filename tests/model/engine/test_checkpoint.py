@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -385,6 +386,41 @@ def test_a_failed_write_is_raised_later(fresh: Callable[[], GPTModel], tmp_path:
         with pytest.raises(OSError, match="too large"), full_disk():
             save(wait)
         assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_closed_writer_leaves_the_tensors_alone_and_the_waiting_to_the_caller(
+    fresh: Callable[[], GPTModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next training may use the model during the last write; a failure is raised where one waits for it."""
+    model = fresh()
+    optimizer = trained_optimizer(model)
+    released = threading.Event()
+
+    def slow(tensors: dict[str, Tensor], path: Path) -> None:
+        assert released.wait(60)
+        save_file(tensors, path)
+
+    monkeypatch.setattr("model.engine.checkpoint.save_tensors", slow)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with CheckpointWriter(tmp_path, model, optimizer, in_background=True) as writer:
+        writer.save(4, {"identity": "me"}, keep=[4])
+        wait = writer.close()
+        freed = weakref.ref(optimizer)
+        del optimizer
+    assert freed() is None, "its moments take memory that the next training needs"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert not [*tmp_path.glob("step-*")]
+    released.set()
+    wait()
+    assert same_tensors(load_file(tmp_path / "step-00000004" / "model.safetensors"), before)
+    monkeypatch.undo()
+    with CheckpointWriter(tmp_path, model, trained_optimizer(model), in_background=True) as writer, full_disk():
+        writer.save(8, {"identity": "me"}, keep=[8])
+        wait = writer.close()
+        with pytest.raises(OSError, match="too large"):
+            wait()
 
 
 def test_a_failed_write_is_raised_by_a_later_save(

@@ -12,6 +12,7 @@ import torch
 from model import GPTModel, freeze_bottom_layers
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
+from model.engine.trainer import NonFiniteError, Trainer
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig
 from model.engine.trunk_sharing import SharedTrunks
@@ -68,6 +69,62 @@ def test_a_second_training_equals_one_alone_and_computes_no_trunk(
     assert result.trunk_hit_share == 1
     assert _files(tmp_path / "second") == _files(tmp_path / "alone")
     assert _files(tmp_path / "second") != _files(tmp_path / "first")
+
+
+def test_a_training_that_diverged_leaves_nothing_behind(
+    gpt2_dir: Path, token_dir: Path, tmp_path: Path, computed: list[int]
+) -> None:
+    """The next one equals one alone, and uses the outputs again."""
+    train(_model(gpt2_dir), token_dir, TrainConfig(**CONFIG), tmp_path / "alone", IDENTITY, cache=TrunkCacheConfig())
+    model, cache = _model(gpt2_dir), TrunkCacheConfig(shared=SharedTrunks())
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    diverging = TrainConfig(**{**CONFIG, "learning_rate": 1e30, "warmup_ratio": 0.0})
+    with pytest.raises(NonFiniteError):
+        train(model, token_dir, diverging, tmp_path / "first", IDENTITY, cache=cache)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(base[name])
+        parameter.grad = None
+    computed.clear()
+    train(model, token_dir, TrainConfig(**CONFIG), tmp_path / "second", IDENTITY, cache=cache)
+    assert len(computed) <= 1, "the first chunks are used again"
+    assert _files(tmp_path / "second") == _files(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"learning_rate": 0.01, "seed": 8, "max_steps": 3}, True),
+        ({"dropout": 0.1}, False),
+        ({"batch_size": 5}, False),
+        ({"micro_batch_tokens": 64}, False),
+        ({"precision": "bf16"}, False),
+    ],
+)
+def test_an_engine_is_handed_on_only_if_its_graphs_fit(
+    gpt2_dir: Path,
+    token_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    same: bool,
+) -> None:
+    """A rate of dropout and a dtype are constants of a graph, and other passes need other graphs. A seed is not."""
+    engines: list[Engine] = []
+    train_steps = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: (engines.append(self.engine), train_steps(self)))
+    first = {**CONFIG, "dropout": 0.3, "micro_batch_tokens": 128}
+    second = TrainConfig(**{**first, **changes})
+    train(_model(gpt2_dir), token_dir, second, tmp_path / "alone", IDENTITY, cache=TrunkCacheConfig())
+    model, cache = _model(gpt2_dir), TrunkCacheConfig(shared=SharedTrunks())
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, token_dir, TrainConfig(**first), tmp_path / "first", IDENTITY, cache=cache)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(base[name])
+        parameter.grad = None
+    train(model, token_dir, second, tmp_path / "second", IDENTITY, cache=cache)
+    _, before, after = engines
+    assert (before is after) == same
+    assert _files(tmp_path / "second") == _files(tmp_path / "alone")
 
 
 @pytest.mark.parametrize(
