@@ -426,10 +426,10 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, tiny: dict[str, Any], victim: st
         process = begin("never finished") if ends else begin()
         trials = world.base / "data" / "trainings"
         wait_for("two trials train", lambda: _steps(trials, 1) > 60 and _steps(trials, 2) > 60, 240)
+        (helper,) = _helpers_of(process.pid)
         if ends:
             wait_for("the first trial ends", lambda: _steps(trials, 1) == 400 and _steps(trials, 3) > 60, 300)
             assert not [*trials.glob("*/trial-001/outcome.json")]
-        (helper,) = _helpers_of(process.pid)
         if victim == "the flow's group, SIGTERM":
             os.killpg(process.pid, signal.SIGTERM)
         else:
