@@ -17,11 +17,12 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 
-from flows.arguments import parse, suggestion
+from flows.arguments import parse
 from flows.commands import read_deployments
 from flows.job import GROUP_TITLES, all_parameters
 from flows.trials import SweepJob, job_kind
 from ops.mistakes import DEBUG_VARIABLE, UsageError
+from ops.text import suggestion
 
 _TRUTHS = ("true", "false")
 _OPTIONS = Group("Options", sort_key=0)
@@ -47,6 +48,7 @@ app = App(
     help_format="plaintext",
     version_flags=[],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # cyclopts would end the process without a word
 )
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from flows.terminal import LogLines, PlainDisplay, TerminalDisplay, open_display
 from model.engine.trainer import StepReport
-from ops.display import SHOWN, STEP
+from ops.display import KEPT, SHOWN, STEP
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["max_steps=12", "eval_freq=6", "eval_rows=40", "sample_rows=2", "pass_rows=2", "max_new_tokens=8"]
@@ -89,17 +89,26 @@ def test_records_that_are_shown(
         _record("Prefect warns", prefect, logging.WARNING),
         _record("a table", own, **SHOWN),
         _record("step 3/4", own, **STEP),
+        _record("Crash detected! Execution was aborted by an interrupt signal.", prefect, logging.ERROR),
+        _record("Crash detected! Request to the server failed.", prefect, logging.ERROR),
+        _record("stopped: a checkpoint is kept", own, logging.WARNING, **KEPT),
     ]
     live, stream = terminal
+    lines = PlainDisplay()
     for record in records:
         LogLines(live).handle(record)
-        LogLines(PlainDisplay()).handle(record)
+        LogLines(lines).handle(record)
     live.close()
+    assert live.kept == lines.kept == "stopped: a checkpoint is kept"
     plain, text = capsys.readouterr().err, _text(stream.getvalue())
-    assert [line[9:] for line in plain.splitlines()] == ["ours", "printed", "warning: Prefect warns", "step 3/4"]
+    assert [line[9:] for line in plain.splitlines()] == [
+        "ours", "printed", "warning: Prefect warns", "step 3/4", "error: Crash detected! Request to the server failed.",
+    ]  # fmt: skip
     for message, expected in (("ours", True), ("Prefect warns", True), ("Beginning", False), ("step 3/4", False)):
         assert (message in text) == expected
     assert "a table" not in text
+    assert "aborted" not in plain + text, "the command says it, in its last line"
+    assert "is kept" not in plain + text
 
 
 def test_a_line_moves_no_cursor(terminal: tuple[TerminalDisplay, io.StringIO]) -> None:
