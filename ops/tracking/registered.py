@@ -62,8 +62,8 @@ def ask_registered(mlflow: MlflowClient, name: str | None) -> Registered:
     models = mlflow.search_registered_models()
     for model in models:
         if model.name == name:
-            versions = mlflow.search_model_versions(f"name = {quoted(name)}")
-            return Registered([name], [int(each.version) for each in versions], model.aliases)
+            versions = mlflow.search_model_versions(f"name = {quoted(model.name)}")
+            return Registered([model.name], [int(each.version) for each in versions], model.aliases)
     return Registered([model.name for model in models])
 
 

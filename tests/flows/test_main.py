@@ -139,14 +139,10 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
         newest = max(path.name for path in tmp_path.glob("trainings/*/step-*"))
         assert newest > "step-00000000"  # of the step at which it was asked to stop
         step = int(newest.removeprefix("step-"))
-        assert (
-            told
-            == f"stopped: a checkpoint of step {step} is kept, and a run with the same parameters goes on from there"
-        )
-        states = rows(
-            tmp_path / "prefect" / "prefect.db", "select message from flow_run_state where type = 'CRASHED'"
-        )
-        assert "Execution was aborted" in states[0][0]
+        kept = f"a checkpoint of step {step} is kept, and a run with the same parameters goes on from there"
+        assert told == f"stopped: {kept}"
+        crashes = "select message from flow_run_state where type = 'CRASHED'"
+        assert "Execution was aborted" in rows(tmp_path / "prefect" / "prefect.db", crashes)[0][0]
     else:
         assert told == "interrupted: the same command goes on from what is done"
 
