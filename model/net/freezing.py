@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from model.net.config import FreezeConfig, GPTConfig
+from model.net.empty import empty_models
 from model.net.gpt import GPTModel
 
 
@@ -83,7 +83,7 @@ def plan_freeze(config: GPTConfig, freeze: FreezeConfig) -> FreezePlan:
     Raises:
         ValueError: as FreezeConfig.check.
     """
-    with torch.device("meta"):
+    with empty_models():
         model = GPTModel(config)
     if freeze.freeze_layers:
         return freeze_bottom_layers(model, freeze.num_unfrozen_layers, freeze.train_head)
