@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import main
+from flows.__main__ import command, main
 from flows.arguments import complaint, parse
 from flows.local import RUN
 from ops.machine.process import end_processes, identify_process, tagged
@@ -75,6 +75,32 @@ def test_closed_streams(environment: dict[str, str], closed: str) -> None:
         timeout=60,
     )
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "told"),
+    [
+        (["run"], "flows.invoke._invoke", "interrupted: the same command goes on from what is done\n"),
+        (["run", "--dry-run"], "flows.dry_run.show_estimate", "interrupted\n"),
+        (["nightly"], "ops.stack.nightly.main", "interrupted\n"),
+    ],
+)
+def test_ctrl_c_is_one_line(
+    words: list[str], where: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever command it ends, with status 130."""
+
+    def interrupt(*given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    monkeypatch.setattr(sys, "argv", ["finetune", *words])
+    for name in ("open_streams", "end_in_order", "escape_output"):
+        monkeypatch.setattr(f"flows.__main__.{name}", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.slow
