@@ -1,4 +1,4 @@
-"""Command line of ``python -m bench.train``."""
+"""Command line of ``finetune bench``, also as ``python -m bench.train``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bench.measure import DTYPES
 from bench.processes import not_negative, parse_list, positive, share
 from model.engine.trunk import TrunkCacheConfig
 from model.net.config import PRESETS
+from ops.options import OptionParser
 
 PEERS = ("engine", "tutorial", "hf", "trl")
 _GPU_ONLY = ("fp16", "tf32")
@@ -22,8 +23,8 @@ _CACHE_GB = f"{TrunkCacheConfig.max_bytes / 1e9:g},0"
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; defaults depend on device and data."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.train",
+    parser = OptionParser(
+        prog="finetune bench",
         description="Training speed of the engine and of its peers, at their best and at their defaults.",
     )
     _add_job(parser)

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from flows.command_line import dispatch
-from ops.mistakes import tell
+from ops.mistakes import exit_status, tell
 from ops.text import escape_output
 
 
@@ -54,13 +54,35 @@ def command() -> None:
     escape_output()
     end_in_order()
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(_run())
     except BrokenPipeError:  # the reader of the output has gone; Python would complain once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where the training stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _run() -> int:
+    """Run the command of the process's arguments. Returns the exit status.
+
+    Raises:
+        BrokenPipeError: the reader of the output has gone, perhaps before it got what is still in the buffer.
+    """
+    try:
+        try:
+            return main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # rich's consoles end the process with status 1
+            raise ended.__context__ from None
+        raise
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or exit_status(error) is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return tell(error)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ Nothing here imports torch, Prefect or MLflow, so that a mistake is answered at 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from model.files import read_bytes, shown
 from model.net.config import normalize_size
 from model.yaml_text import parse_yaml
 from ops.mistakes import UsageError, exit_status, sentence
-from ops.text import storable, unreadable_argument
+from ops.text import storable, suggestion, unreadable_argument
 from tasks.config import SourceConfig
 from tasks.paths import check_paths
 
@@ -99,11 +99,19 @@ def _changes(words: Sequence[str], options: Mapping[str, str]) -> dict[str, Any]
         name, _, value = argument.partition("=")
         if name in changes:
             raise UsageError(f"{brief(name)} is given twice")
+        if control := [c for c in value if unicodedata.category(c) == "Cc" and c not in "\n\t"]:
+            raise UsageError(_control_character(name, control[0]))
         try:
             changes[name] = parse_yaml(value)
         except ValueError:
             raise UsageError(f"{brief(argument)}: the value is not YAML; quote it") from None
+        if isinstance(changes[name], str) and "\n" in value:  # YAML has made a space of it, or nothing
+            raise UsageError(_control_character(name, "\n"))
     return changes
+
+
+def _control_character(name: str, character: str) -> str:
+    return f"{brief(name)} has the control character {character!r}: printable characters on one line are allowed"
 
 
 def _read_config(path: Path, flow: str) -> dict[str, Any]:
@@ -137,13 +145,6 @@ def brief(typed: str) -> str:
     """What was typed, for a message: on one line, and cut where it is long."""
     line = " ".join(typed.split())
     return line if len(line) < 100 else f"{line[:100]}..."
-
-
-def suggestion(typed: str, known: Iterable[str]) -> str:
-    """``: did you mean NAME?`` for what is nearly a known name; else nothing."""
-    by_form = {name.lower().replace("-", "_"): name for name in known}
-    near = difflib.get_close_matches(typed.lower().replace("-", "_"), by_form)
-    return f": did you mean {by_form[near[0]]}?" if near else ""
 
 
 def complaint(parameters: Mapping[str, Any], flow: str = "finetune", alone: bool = False) -> str | None:

@@ -11,17 +11,18 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
 
-from flows.arguments import parse, suggestion
+from flows.arguments import parse
 from flows.commands import read_deployments
 from flows.job import GROUP_TITLES, all_parameters
 from flows.trials import SweepJob, job_kind
 from ops.mistakes import DEBUG_VARIABLE, UsageError
+from ops.text import suggestion
 
 _TRUTHS = ("true", "false")
 _OPTIONS = Group("Options", sort_key=0)
@@ -40,13 +41,24 @@ MODULES = {
     "bench": ("bench.train", "Compare the training speed with other trainers."),
 }
 
+
+def _version() -> str:
+    """The version of the installed package."""
+    try:
+        return f"finetune-gpt2-code {metadata.version('finetune-gpt2-code')}"
+    except metadata.PackageNotFoundError:
+        return "finetune-gpt2-code, not installed: `make install` installs it"
+
+
 app = App(
     name="finetune",
     help="Fine-tune GPT-2 for code: run by Prefect, remembered by MLflow.",
     help_epilogue="`finetune COMMAND --help` shows the options of a command; docs/commands.md has all of them.",
     help_format="plaintext",
-    version_flags=[],
+    version=_version,
+    version_flags=["--version"],
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # cyclopts would end the process without a word
 )
 
 
@@ -239,5 +251,6 @@ def _sentence(error: CycloptsError, arguments: Sequence[str]) -> str:
     if isinstance(error, UnknownOptionError):
         option = str(error.token.keyword or error.token.value).partition("=")[0] if error.token else ""
         _, _, near = text.partition(" Did you mean ")
-        return f"there is no option {option}: {f'did you mean {near}' if near else '--help lists them'}"
+        remedy = f"did you mean {near}" if near else f"`finetune {arguments[0]} --help` lists them"
+        return f"there is no option {option}: {remedy}"
     return text

@@ -158,7 +158,15 @@ def _time(job: Job, config: GPTConfig, rows: Rows | None, device: torch.device, 
     passed, predicted, once = (round(share) for share in (epochs * tokens, epochs * targets, min(1, epochs) * tokens))
     flops = necessary_flops(config, frozen, passed, predicted, once, job.freeze.train_head)
     speed = matmul_ceiling(device, dtype)
+    seconds = flops / speed
+    length = f"about {seconds:,.0f} s" if seconds >= 1 else "less than 1 s"
     return (
-        f"about {flops / speed:,.0f} s of training, if its matrix products run at {speed / 1e12:.2f} TFLOP/s as on "
-        "this device just now; validations and the evaluation come on top"
+        f"{length} of training, if its matrix products run at {_shown_speed(speed)} as on this device just now; "
+        "validations and the evaluation come on top"
     )
+
+
+def _shown_speed(flops: float) -> str:
+    """Operations per second with three digits; a busy processor does less than a hundredth of a TFLOP/s."""
+    number, unit = (flops / 1e12, "TFLOP/s") if flops >= 1e12 else (flops / 1e9, "GFLOP/s")
+    return f"{number:.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ from flows.arguments import Request, complaint, wrong_paths
 from flows.local import embed, start
 from flows.terminal import open_display, show_logs
 from ops.display import Display, show_on
+from ops.machine.stopping import insistent_signals
 from ops.mistakes import MACHINE, UsageError, exit_status, sentence
 from ops.settings import Settings
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
+
+_INTERRUPTED = "interrupted: the same command goes on from what is done"
 
 
 class CannotStartError(OSError):
@@ -50,20 +54,33 @@ def invoke(request: Request, verbose: bool = False) -> int:
 
     Raises:
         UsageError, CannotStartError, RuntimeError: the run cannot start.
+        SystemExit: a signal asked the process to end.
     """
-    begun = time.perf_counter()
     check(request)
     shown = Display() if verbose else open_display()
     show_on(shown)
+    try:
+        return _invoke(request, shown, verbose)
+    except (KeyboardInterrupt, SystemExit) as interruption:
+        print(shown.kept or _INTERRUPTED, file=sys.stderr)
+        if isinstance(interruption, SystemExit):
+            raise
+        return 128 + signal.SIGINT
+
+
+def _invoke(request: Request, shown: Display, verbose: bool) -> int:
+    """Start what a flow needs, run it, and print how it ended. Returns the exit status."""
+    begun = time.perf_counter()
     with contextlib.closing(shown):
         shown.line("importing torch and Prefect, and starting Prefect's temporary server ...")
-        _start()
+        with insistent_signals():
+            _start()
+            if request.flow == "sweep":
+                from flows.sweep import sweep as function
+            else:
+                from flows.finetune import finetune as function
         if not verbose:
             show_logs(shown)
-        if request.flow == "sweep":
-            from flows.sweep import sweep as function
-        else:
-            from flows.finetune import finetune as function
         started = time.perf_counter()
         shown.phase("start", started - begun)
         state: State[Any] = function(**request.parameters, return_state=True)  # type: ignore[assignment]

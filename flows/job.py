@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-from pydantic import BeforeValidator, Field, ValidationError, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, create_model
 
 from model.data.config import PrepareConfig
 from model.engine.config import TrainConfig
@@ -68,6 +69,14 @@ def _number_or_all(value: Any) -> Any:
 GpuCount = Annotated[Annotated[int, Field(ge=1, le=MOST)] | Literal["all"], BeforeValidator(_number_or_all)]
 
 
+def _on_one_line(name: str) -> str:
+    """Refuse what would break the lines of a log or move the cursor of a terminal."""
+    for character in name:
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+            raise ValueError(f"printable characters on one line are allowed, not {character!r}")
+    return name
+
+
 @dataclass(frozen=True)
 class HardwareConfig(Parameters):
     """What a run may use of its machine."""
@@ -85,7 +94,7 @@ class HardwareConfig(Parameters):
 class RecordConfig(Parameters):
     """How a run is recorded."""
 
-    run_name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    run_name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_on_one_line)] | None = None
     """Name of the run in MLflow and in Prefect; null makes one of the parameters."""
     system_metrics: bool | None = None
     """Log the use of processor, memory, disk, network and GPU to MLflow every 10 s; null does so on a GPU."""

@@ -26,6 +26,7 @@ from ops.text import printable
 if TYPE_CHECKING:
     from model.engine.trainer import StepReport
 
+_ENDED_BY_SIGNAL = "Execution was aborted by"  # in Prefect's records, of three kinds
 _TOLD_PHASES = 0.5  # seconds: a shorter phase is not worth a line; the table at the end has all
 
 
@@ -130,7 +131,10 @@ def open_display() -> Display:
 
 
 class LogLines(logging.Handler):
-    """Shows log records of a run as lines; Prefect's own reports of its engine's states are left out."""
+    """Shows log records of a run as lines; Prefect's own reports of its engine's states are left out.
+
+    What an interrupted training keeps is no line here, but the last line of the command.
+    """
 
     def __init__(self, shown: Display):
         super().__init__()
@@ -142,15 +146,23 @@ class LogLines(logging.Handler):
         if mark == "shown" or (mark == "step" and live) or _is_chatter(record):
             return
         try:
-            self.shown.line(self.format(record), record.levelno)
+            if mark == "kept":
+                self.shown.kept = self.format(record)
+            else:
+                self.shown.line(self.format(record), record.levelno)
         except Exception:
             self.handleError(record)
 
 
 def _is_chatter(record: logging.LogRecord) -> bool:
-    """Whether a record is Prefect's own and no warning; what this project prints in a flow passes through Prefect."""
-    if record.levelno >= logging.WARNING or not record.name.startswith("prefect"):
+    """Whether a record is Prefect's own and no warning, or says that a signal ended the run: the command says that.
+
+    What this project prints in a flow passes through Prefect.
+    """
+    if not record.name.startswith("prefect"):
         return False
+    if record.levelno >= logging.WARNING:
+        return _ENDED_BY_SIGNAL in record.getMessage()
     return not is_of_project(record.pathname) and record.funcName != "print_as_log"
 
 

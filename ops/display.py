@@ -1,7 +1,8 @@
 """What a run shows to the person who started it. In a worker and in tests nobody looks, and nothing is shown.
 
-The command line sets a display (flows/terminal.py). Log records may carry two marks, as ``extra``, that it heeds:
-``SHOWN`` for what the display has shown in its own form, ``STEP`` for the line of a training step.
+The command line sets a display (flows/terminal.py). Log records may carry a mark, as ``extra``, that it heeds:
+``SHOWN`` for what the display has shown in its own form, ``STEP`` for the line of a training step, ``KEPT`` for what
+an interrupted training keeps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 SHOWN = {"finetune_mark": "shown"}
 STEP = {"finetune_mark": "step"}
+KEPT = {"finetune_mark": "kept"}
 
 
 def mark_of(record: logging.LogRecord) -> str:
@@ -23,7 +25,13 @@ def mark_of(record: logging.LogRecord) -> str:
 
 
 class Display:
-    """Shows nothing."""
+    """Shows nothing.
+
+    Attributes:
+        kept: what an interrupted run keeps, for its last line; empty if it has not said so.
+    """
+
+    kept = ""
 
     def line(self, text: str, level: int = logging.INFO) -> None:
         """A line of text; warnings stand out."""

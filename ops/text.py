@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +30,18 @@ def as_setting(value: Any) -> str:
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks and runs of white space."""
     return " ".join(str(error).split())
+
+
+def suggestion(typed: str, known: Iterable[str]) -> str:
+    """``: did you mean NAME?`` for what is nearly a known name; else nothing."""
+    by_form = {_form(name): name for name in known}
+    near = difflib.get_close_matches(_form(typed), by_form)
+    return f": did you mean {by_form[near[0]]}?" if near else ""
+
+
+def _form(name: str) -> str:
+    """A name without what a person may write in another way; the dashes of an option would make all options alike."""
+    return name.lower().replace("-", "_").lstrip("_")
 
 
 def escape_output() -> None:

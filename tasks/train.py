@@ -22,6 +22,7 @@ from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
 from model.net.gpt import GPTModel
 from model.net.tokenizer import import_ahead
+from ops.display import KEPT
 from ops.machine.stopping import run_stoppable
 from ops.settings import Settings
 from ops.tracking.runs import EARLY_END_TAG, RunRef, log_metrics, set_tags
@@ -109,7 +110,7 @@ def train(run: RunRef, training: TrainingRef, devices: Devices, trunk_cache_gb: 
             return _train_here(run, training, devices.first, trunk_cache_gb, progress, log)
     except BaseException as error:
         if not isinstance(error, Exception):  # a signal, or a cancellation
-            log.warning(describe_kept(Path(training.directory)))
+            log.warning(describe_kept(Path(training.directory)), extra=KEPT)
         raise
 
 

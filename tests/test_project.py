@@ -126,7 +126,14 @@ THEMES = {
         "stack/test_postgres.py",
         "stack/test_secured.py",
     },
-    "flows": {"test_deployments.py", "test_fuzz.py", "test_nights.py", "test_resume.py", "test_main.py"},
+    "flows": {
+        "test_deployments.py",
+        "test_fuzz.py",
+        "test_nights.py",
+        "test_pictures.py",
+        "test_resume.py",
+        "test_main.py",
+    },
     "tasks": {"test_fuzz.py"},
 }
 

@@ -60,7 +60,7 @@ def device_choices(device: str) -> list[torch.device]:
 
 
 def count_processes(device: str, gpus: int | str) -> int:
-    """How many processes train: one on each GPU; on a CPU as many as are asked for.
+    """How many processes train: one on each GPU; with ``device=cpu`` as many as are asked for.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
@@ -72,6 +72,10 @@ def count_processes(device: str, gpus: int | str) -> int:
     choices = device_choices(device)
     if gpus == "all":
         return len(choices)
+    if device == "auto" and choices[0].type == "cpu" and int(gpus) > 1:
+        raise ValueError(
+            f"gpus {gpus} is too many: torch sees no GPU: use gpus=1, or device=cpu for {gpus} processes on the CPU"
+        )
     if choices[0].type == "cuda" and int(gpus) > len(choices):
         if device.startswith("cuda:"):
             raise ValueError(f"gpus {gpus} is too many: device {device!r} is one GPU: use device=cuda")

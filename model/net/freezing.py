@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from model.net.config import FreezeConfig, GPTConfig
+from model.net.empty import empty_models
 from model.net.gpt import GPTModel
 
 
@@ -82,7 +83,8 @@ def plan_freeze(config: GPTConfig, freeze: FreezeConfig) -> FreezePlan:
     Raises:
         ValueError: as FreezeConfig.check.
     """
-    model = GPTModel.without_values(config)
+    with empty_models():
+        model = GPTModel(config)
     if freeze.freeze_layers:
         return freeze_bottom_layers(model, freeze.num_unfrozen_layers, freeze.train_head)
     return _describe(model, None, train_head=False)

@@ -12,15 +12,13 @@ layout, (..., D): only the layout's attention knows which of them belong togethe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from model.net.attention import Layer, Layout, Rows
 from model.net.config import GPTConfig
@@ -70,18 +68,6 @@ class Block(nn.Module):
         return x + layer.drop(self.mlp(self.ln_2(x)), MLP_BRANCH, dropout)  # (..., D)
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Skips ``torch.nn.init``, which on the meta device takes a second, and imports torch._dynamo, for nothing."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
 class GPTModel(nn.Module):
     """GPT-2 with a language-modelling head; the head is the token embedding unless the config unties it.
 
@@ -113,12 +99,6 @@ class GPTModel(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-
-    @classmethod
-    def without_values(cls, config: GPTConfig) -> GPTModel:
-        """A model on the meta device: names and shapes of its parameters, to which values can be assigned."""
-        with torch.device("meta"), _NoInitialisation():
-            return cls(config)
 
     def set_dropout(self, dropout: float) -> None:
         """Set the dropout rate of every block; only blocks above the trunk, in training mode, use it."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.files import ChangedFileError, save_tensors, sha256_file
 from model.net.config import GPTConfig
+from model.net.empty import empty_models
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
 from model.net.keys import EMBEDDING, HEAD, PREFIX, Match, is_conv1d, match_keys
@@ -182,7 +183,8 @@ def read_pretrained(
 def _build(weights: _Weights, device: torch.device, dtype: torch.dtype) -> GPTModel:
     """The model of open files; raises as read_pretrained."""
     config = weights.config
-    model = GPTModel.without_values(config)
+    with empty_models():
+        model = GPTModel(config)
     wanted = dict(model.named_parameters())
     state: dict[str, Tensor] = {}
     for name, tensor in weights.tensors():

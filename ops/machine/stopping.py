@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from ops.threads import in_daemon_thread
@@ -49,3 +52,37 @@ def run_stoppable(work: Callable[[Callable[[], bool]], T]) -> T:
     if interruption is not None:
         raise interruption
     return result.result()
+
+
+@contextmanager
+def insistent_signals() -> Iterator[None]:
+    """Raise at its end what the handler of SIGINT or SIGTERM raised within the block, if it was lost.
+
+    Imports of torch and numpy catch every exception: they go on with half a module, and fail much later with another
+    error. To be used in the main thread, as signal.signal is.
+    """
+    raised: list[BaseException] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        try:
+            handlers[signal.Signals(number)](number, frame)  # type: ignore[operator, misc]
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, handle)
+    try:
+        yield
+    except Exception:
+        if raised:
+            raise raised[0] from None
+        raise
+    finally:
+        for number, handler in handlers.items():
+            if callable(handler):
+                signal.signal(number, handler)
+    if raised:
+        raise raised[0]

@@ -6,7 +6,6 @@ The lock files decide who has a device. Prefect's and MLflow's records only disp
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
@@ -23,6 +22,7 @@ from prefect.settings import PREFECT_API_URL
 
 from ops.machine.lock_file import read_locks
 from ops.machine.process import Process, end_processes, find_process
+from ops.options import OptionParser
 from ops.recovery.limits import (
     LEASE_SECONDS,
     LIMIT,
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
     Returns:
         The exit status: 0 if there is no finding left, 1 if there is, 2 for a wrong setting.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="finetune doctor",
         description="Compare limits, leases, locks, states and processes, and print each contradiction.",
     )

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from ops.options import OptionParser
 from ops.redaction import redact
 from ops.servers import Servers
 
@@ -91,17 +92,16 @@ def describe(active: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Switch the nights on or off, or say which it is. Returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given not in ([], ["on"], ["off"]):
-        print(f"finetune nightly [on|off], not {' '.join(given)}", file=sys.stderr)
-        return 2
+    parser = OptionParser(prog="finetune nightly", description=__doc__)
+    parser.add_argument("state", nargs="?", choices=("on", "off"), help="what it is to be; left out, it is said")
+    given = parser.parse_args(arguments).state
     try:
         url, auth = os.environ.get("PREFECT_API_URL"), os.environ.get("PREFECT_API_AUTH_STRING")
         if not url:
             known = Servers.load().client_environment()
             url, auth = known["PREFECT_API_URL"], known.get("PREFECT_API_AUTH_STRING")
         if given:
-            switch(url, auth, given == ["on"])
+            switch(url, auth, given == "on")
         print(describe(is_on(url, auth)))
     except (NightlyError, ValueError, OSError) as error:
         print(redact(str(error)), file=sys.stderr)

@@ -5,7 +5,6 @@ A and B are run ids, models:/NAME/VERSION or models:/NAME@ALIAS.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from model.evaluation.comparison import Difference, compare, join, judge
 from model.evaluation.scores import HUMANEVAL
 from ops.mistakes import refuse
+from ops.options import OptionParser
 from ops.redaction import without_credentials
 from ops.report.contents import SCORE_NOTES, ScoreLine, extreme_rows, failures, gains, score_lines, summary
 from ops.report.render import render, write_page
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print a comparison, and write it as a page. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = argparse.ArgumentParser(prog="finetune compare", description=__doc__)
+    parser = OptionParser(prog="finetune compare", description=__doc__)
     parser.add_argument("first", metavar="A")
     parser.add_argument("second", metavar="B")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as a page")

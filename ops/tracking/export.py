@@ -5,7 +5,6 @@ It leaves as a plain Hugging Face directory, as a repository of a hub, as a GGUF
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from model.files import atomic_directory, path_of
 from ops.hub import HubError
 from ops.hub_push import push_directory
 from ops.mistakes import refuse
+from ops.options import OptionParser
 from ops.redaction import without_credentials
 from ops.settings import Settings
 from ops.text import escape_output
@@ -100,10 +100,12 @@ def write_model_as_gguf(model: Exported, file: Path, dtype: str = "f32") -> None
     write_gguf(model.directory, file, dtype, name, model.files)  # type: ignore[arg-type]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="finetune export", description=__doc__)
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="finetune export", description=__doc__)
     parser.add_argument(
-        "model", help="models:/NAME/VERSION or models:/NAME@ALIAS, as models:/gpt2-code-355m@champion"
+        "model",
+        metavar="MODEL",
+        help="models:/NAME/VERSION or models:/NAME@ALIAS, as models:/gpt2-code-355m@champion",
     )
     parser.add_argument("--directory", help="write the Hugging Face directory; it must not exist, or be empty")
     parser.add_argument(

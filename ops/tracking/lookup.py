@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from ops.redaction import without_credentials
 from ops.tracking.models import FILES_TAG, LOGGED, file_hashes
+from ops.tracking.registered import Registered, ask_registered, not_registered, quoted
 from ops.tracking.registry import KnownVersion, find_version, matched_uri
 from ops.tracking.runs import MODEL_PREFIX, client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+_LIVE = "current_stage != 'Deleted_Internal'"  # a version that was deleted stays in the table, in a stage of its own
 
 
 def look_up(tracking_uri: str, wanted: str | None) -> KnownVersion:
@@ -47,15 +49,6 @@ def _open(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5)
 
 
-def none_registered(wanted: str | None, tracking_uri: str) -> LookupError:
-    """The error that no version is there; of the models of this project, if none is named."""
-    what = f"{MODEL_PREFIX}*" if wanted is None else wanted or "''"
-    return LookupError(
-        f"no version of {what} is registered at {without_credentials(tracking_uri)}: run `make run`, or set "
-        "MLFLOW_TRACKING_URI to the server of your runs"
-    )
-
-
 class _Tables:
     """MLflow's tables of the registry."""
 
@@ -63,10 +56,11 @@ class _Tables:
         self.database, self.tracking_uri = database, tracking_uri
 
     def look_up(self, wanted: str | None) -> KnownVersion:
+        match = matched_uri(wanted) if wanted else None
         latest = "ORDER BY creation_time DESC, version DESC LIMIT 1"
         if wanted is None:
             found = self._version("name LIKE ?", (f"{MODEL_PREFIX}%",), latest)
-        elif match := matched_uri(wanted):
+        elif match:
             name, number = match["name"], match["version"]
             if match["alias"]:
                 alias = (name, match["alias"])
@@ -78,13 +72,21 @@ class _Tables:
         else:
             found = self._version("name = ? OR run_id = ?", (wanted, wanted), latest)
         if not found:
-            raise none_registered(wanted, self.tracking_uri)
+            raise not_registered(wanted, self.tracking_uri, self._registered(match["name"] if match else wanted))
         return found
+
+    def _registered(self, name: str | None) -> Registered:
+        """What is registered, with the versions of one model."""
+        names = [row[0] for row in self._rows("SELECT name FROM registered_models", ())]
+        if name not in names:
+            return Registered(names)
+        listed = f"SELECT version FROM model_versions WHERE {_LIVE} AND name = ?"
+        aliases = dict(self._rows("SELECT alias, version FROM registered_model_aliases WHERE name = ?", (name,)))
+        return Registered([str(name)], [int(row[0]) for row in self._rows(listed, (name,))], aliases)
 
     def _version(self, condition: str, values: Sequence[Any], order: str = "") -> KnownVersion | None:
         columns = "name, version, source, run_id, storage_location"
-        # A version that was deleted stays in the table, in a stage of its own.
-        where = f"current_stage != 'Deleted_Internal' AND ({condition})"
+        where = f"{_LIVE} AND ({condition})"
         rows = self._rows(f"SELECT {columns} FROM model_versions WHERE {where} {order}", values)
         if not rows:
             return None
@@ -114,25 +116,13 @@ def _ask(mlflow: MlflowClient, wanted: str | None) -> KnownVersion:
         return _known(mlflow, find_version(mlflow, wanted, "--model", ""))
     if wanted is None:
         names = [model.name for model in mlflow.search_registered_models(f"name LIKE '{MODEL_PREFIX}%'")]
-        conditions = [f"name = {_quoted(name)}" for name in names]
+        conditions = [f"name = {quoted(name)}" for name in names]
     else:
-        conditions = [f"name = {_quoted(wanted)}", f"run_id = {_quoted(wanted)}"]
+        conditions = [f"name = {quoted(wanted)}", f"run_id = {quoted(wanted)}"]
     versions = [version for condition in conditions for version in mlflow.search_model_versions(condition)]
     if not versions:
-        raise none_registered(wanted, str(mlflow.tracking_uri))
+        raise not_registered(wanted, str(mlflow.tracking_uri), ask_registered(mlflow, wanted))
     return _known(mlflow, max(versions, key=lambda version: int(version.creation_timestamp)))
-
-
-def _quoted(name: str) -> str:
-    """A name in a filter of MLflow, which has two kinds of quotes and no escapes.
-
-    Raises:
-        LookupError: the name has both kinds.
-    """
-    if "'" in name and '"' in name:
-        raise LookupError(f"{name} is no name of a registered model: it has both kinds of quotes")
-    quote = '"' if "'" in name else "'"
-    return f"{quote}{name}{quote}"
 
 
 def _known(mlflow: MlflowClient, version: ModelVersion) -> KnownVersion:

@@ -21,6 +21,7 @@ from ops.redaction import redact, without_credentials
 from ops.settings import Settings
 from ops.tracking.flavour import REGISTERED_META, hash_version, plain_part
 from ops.tracking.models import FILES_TAG, TRAINING_TAG, file_hashes
+from ops.tracking.registered import ask_registered, not_registered
 from ops.tracking.runs import (
     MODEL_PREFIX,
     PROMOTION_TAG,
@@ -129,10 +130,7 @@ def find_version(
             raise
         found = None
     if found is None:
-        raise LookupError(
-            f"{uri} is not registered at {without_credentials(mlflow.tracking_uri)}: choose a version from its "
-            "Models page, or set MLFLOW_TRACKING_URI to the server that has it"
-        )
+        raise not_registered(uri, mlflow.tracking_uri, ask_registered(mlflow, match["name"]))
     return found
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from model.net.config import normalize_size
 from ops.mistakes import refuse
+from ops.options import OptionParser
 from ops.settings import Settings
 from ops.tracking.promotion import roll_back
 from ops.tracking.registry import model_name
@@ -17,8 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Move the alias champion back, and print both versions. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = argparse.ArgumentParser(prog="finetune rollback", description=__doc__)
-    parser.add_argument("size", help="tiny, 124m, 355m, 774m or 1558m")
+    parser = OptionParser(prog="finetune rollback", description=__doc__)
+    parser.add_argument("size", metavar="SIZE", help="tiny, 124m, 355m, 774m or 1558m")
     uri = Settings.load().tracking_uri
     try:
         name = model_name(normalize_size(parser.parse_args(arguments).size))

@@ -1,6 +1,6 @@
-"""``python -m ops.tracking.sample [PROMPT]``: ask a tuned model of MLflow's registry.
+"""``finetune sample [PROMPT]``: ask a tuned model of MLflow's registry.
 
-Without a prompt, on a terminal, it answers line by line until the end of the input.
+Without a prompt it answers line by line on a terminal, and else reads the prompt from standard input, as ``-`` does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from model.net.loading import read_pretrained
 from model.net.plain_tokenizer import load_plain_tokenizer
 from model.net.tokenizer import tokenizer_hashes
 from ops.hub import PINNED_WEIGHTS, HubError, fetch_weights
-from ops.mistakes import refuse
+from ops.mistakes import UsageError, refuse
+from ops.options import OptionParser
 from ops.settings import Settings
 from ops.text import escape_output, unreadable_argument
 from ops.tracking.lookup import look_up
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _REMEDY = "Restore its artifacts, or name another registered model with --model"
 _SHORT_OF = "the base of {uri} was {base}, which cannot be found on this machine: leave --base out"
+_LONGEST_PROMPT = 1_000_000  # bytes; a model's context holds some thousand
 _PENDING = "\ufffd"  # stands at the end of a text whose last character has bytes to come
 
 
@@ -75,20 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the completion of a prompt, or of each line that is typed. Returns the exit status."""
     parser = _parser()
     given = parser.parse_args(arguments)
-    chats = given.prompt is None or not given.prompt.strip()
-    if chats and not sys.stdin.isatty():
-        parser.error('the prompt is empty: finetune sample "Write a function that ..."')
-    if not chats and (reason := unreadable_argument(given.prompt)):
-        print(f"the prompt {reason}", file=sys.stderr)
-        return 2
+    prompt = given.prompt or ""
+    chats = not prompt.strip() and sys.stdin.isatty()
     try:
+        if prompt.strip() in ("", "-") and not chats:
+            prompt = _read_prompt()
+        elif reason := unreadable_argument(prompt):
+            raise UsageError(f"the prompt {reason}")
         sampling = _sampling(given)
         models = _load(Settings.load(), given.model, given.base)
     except ValidationError as error:
         (first, *_) = error.errors()
         _tell(f"{first['loc'][0]} {first['input']}: {first['msg']}")
         return 2
-    except (LookupError, ValueError, RuntimeError, OSError, HubError) as error:
+    except (UsageError, LookupError, ValueError, RuntimeError, OSError, HubError) as error:
         return refuse(error)
     except Exception as error:
         if "mlflow" not in sys.modules or not _is_of_mlflow(error):
@@ -96,33 +98,61 @@ def main(arguments: list[str] | None = None) -> int:
         _tell(refusal(Settings.load().tracking_uri, error))
         return 1
     try:
-        for prompt in _typed() if chats else [given.prompt]:
+        for asked in _typed() if chats else [prompt]:
             for each in models:
                 if len(models) > 1:
                     print(f"--- {each.title}")
-                each.answer(prompt, sampling, _tell)
+                each.answer(asked, sampling, _tell)
     except KeyboardInterrupt:
         print()
         return 128 + signal.SIGINT
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="finetune sample", description=__doc__)
-    parser.add_argument("prompt", nargs="?", help="the instruction, as in the data set's prompt column")
+def _parser() -> OptionParser:
+    parser = OptionParser(prog="finetune sample", description=__doc__)
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the instruction, as in the data set's prompt column"
+    )
     parser.add_argument(
         "--model",
         help=f"models:/NAME/VERSION, models:/NAME@ALIAS, the id of a run, or a registered model, such as "
         f"{MODEL_PREFIX}355m, for its latest version; default: the latest of any size",
     )
     parser.add_argument("--base", action="store_true", help="also show what the untouched base answers")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1 changes nothing, the default")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=128, help="at most, for an answer; default: 128"
+    )
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy, the default")
+    parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens only")
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, help="draw from the likeliest tokens that have this probability together"
+    )
+    parser.add_argument(
+        "--repetition-penalty", metavar="X", type=float, default=1.0, help="1 changes nothing, the default"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the draws, where temperature is not 0; default: 0"
+    )
     return parser
+
+
+def _read_prompt() -> str:
+    """The prompt that stands in standard input.
+
+    Raises:
+        UsageError: it is empty, too long to be one, or no text.
+    """
+    text = sys.stdin.buffer.read(_LONGEST_PROMPT + 1)
+    if len(text) > _LONGEST_PROMPT:
+        raise UsageError(f"standard input has more than {_LONGEST_PROMPT:,} bytes: give one prompt")
+    try:
+        prompt = text.decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise UsageError("the prompt in standard input is not valid UTF-8: save or type it as UTF-8") from None
+    if not prompt.strip():
+        raise UsageError('the prompt is empty: finetune sample "Write a function that ..."')
+    return prompt
 
 
 def _sampling(given: argparse.Namespace) -> SamplingConfig:

@@ -242,7 +242,7 @@ def empty(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch
 def test_make_sample_with_a_path_for_a_model(empty: Settings, capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert sample_main(["Write a function.", "--model", name]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is registered at sqlite:" in line or "MLflow at sqlite:" in line, line
+    assert "is not registered at sqlite:" in line or "MLflow at sqlite:" in line, line
     assert not (empty.data_root / "models").exists()
 
 

@@ -56,6 +56,13 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(re.findall(r"`finetune ([a-z]+)", page)) <= COMMANDS
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """That of the package which is installed."""
+    assert main(["--version"]) == 0
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"{project['name']} {project['version']}\n"
+
+
 def test_modules_have_a_main() -> None:
     """Which takes arguments and returns an exit status."""
     for module, _ in MODULES.values():
@@ -108,6 +115,7 @@ def test_ways_to_give_a_parameter(words: list[str], name: str, value: object, re
         (["qqq"], "there is no command qqq: `finetune --help` lists them"),
         (["run", "--epoch", "1"], "there is no option --epoch: did you mean --epochs?"),
         (["run", "--epochs"], "--epochs"),
+        (["run", "-x"], "there is no option -x: `finetune run --help` lists them"),
         (["up", "--secured"], "there is no option --secured: did you mean --secure?"),
     ],
 )

@@ -49,6 +49,18 @@ def test_processes_on_a_cpu(show: Show) -> None:
     assert show("tiny", "device=cpu", "gpus=2")["device"].startswith("2 processes on cpu, ")
 
 
+@pytest.mark.parametrize(
+    ("speed", "shown"),
+    [(4e9, "4 GFLOP/s"), (0.0876e12, "87.6 GFLOP/s"), (1.2e6, "0.0012 GFLOP/s"), (7.123e14, "712 TFLOP/s")],
+)
+def test_a_slow_and_a_fast_device(speed: float, shown: str, show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed has three digits, and no time is 0 s."""
+    monkeypatch.setattr("flows.dry_run.matmul_ceiling", lambda device, dtype: speed)
+    time = show("tiny", "max_steps=1")["time"]
+    assert f" at {shown} as on this device" in time
+    assert not time.startswith("about 0 s")
+
+
 def test_a_data_set_of_the_hub(show: Show) -> None:
     """Nothing is downloaded; what is not known is said to be so."""
     table = show("355m")

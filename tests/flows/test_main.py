@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.__main__ import main
-from flows.arguments import complaint
+from flows.__main__ import command, main
+from flows.arguments import complaint, parse
 from flows.local import RUN
 from ops.machine.process import end_processes, identify_process, tagged
 
@@ -77,6 +77,32 @@ def test_closed_streams(environment: dict[str, str], closed: str) -> None:
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
 
 
+@pytest.mark.parametrize(
+    ("words", "where", "told"),
+    [
+        (["run"], "flows.invoke._invoke", "interrupted: the same command goes on from what is done\n"),
+        (["run", "--dry-run"], "flows.dry_run.show_estimate", "interrupted\n"),
+        (["nightly"], "ops.stack.nightly.main", "interrupted\n"),
+    ],
+)
+def test_ctrl_c_is_one_line(
+    words: list[str], where: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever command it ends, with status 130."""
+
+    def interrupt(*given: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    monkeypatch.setattr(sys, "argv", ["finetune", *words])
+    for name in ("open_streams", "end_in_order", "escape_output"):
+        monkeypatch.setattr(f"flows.__main__.{name}", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.slow
 def test_what_a_killed_run_left_is_ended(environment: dict[str, str]) -> None:
     """Its server, perhaps at work on the databases; the server of a run that lives stays."""
@@ -127,7 +153,9 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
         output, _ = run.communicate(timeout=30)
         assert run.returncode == 128 + (signal.SIGTERM if number == signal.SIGHUP else number), output[-3000:]
         assert "Traceback" not in output, output[-3000:]
+        assert "Execution was aborted" not in output, "Prefect's log has it"
         assert tagged(RUN, mark) == []
+        told = output.splitlines()[-1]
     finally:
         end_processes(lambda: tagged(RUN, mark), 0)
     if moment == "training":
@@ -137,7 +165,37 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
         newest = max(path.name for path in tmp_path.glob("trainings/*/step-*"))
         assert newest > "step-00000000"  # of the step at which it was asked to stop
         step = int(newest.removeprefix("step-"))
-        assert f"a checkpoint of step {step} is kept, and a run with the same parameters goes on" in output
+        kept = f"a checkpoint of step {step} is kept, and a run with the same parameters goes on from there"
+        assert told == f"stopped: {kept}"
+        crashes = "select message from flow_run_state where type = 'CRASHED'"
+        assert "Execution was aborted" in rows(tmp_path / "prefect" / "prefect.db", crashes)[0][0]
+    else:
+        assert told == "interrupted: the same command goes on from what is done"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["sample", "--help"], ["run", "--dry-run"]])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_gone(words: list[str], buffered: bool, environment: dict[str, str]) -> None:
+    """As of `finetune --help | head -1`: no word, and the exit status of a process that SIGPIPE ended."""
+    environment |= {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "flows", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=theirs, stderr=subprocess.PIPE, timeout=60)
+    os.close(theirs)
+    assert done.stderr == b""
+    # argparse passes over the error if it writes at once.
+    assert done.returncode == (0 if words[0] == "sample" and not buffered else 128 + signal.SIGPIPE)
+
+
+def test_an_output_that_is_full(environment: dict[str, str]) -> None:
+    """One sentence, in place of Python's when it ends."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", "sample", "--help"],
+            cwd=ROOT, env=environment | {"PYTHONUNBUFFERED": ""}, stdout=full, stderr=subprocess.PIPE, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, b"No space left on device\n")
 
 
 def rows(database: Path, query: str) -> list[tuple[str, ...]]:
@@ -238,6 +296,34 @@ def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixtur
     """Before anything is started."""
     assert main(["run", argument]) == 2
     assert capsys.readouterr().err.startswith(f"{argument}: ")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("run_name=a\nb", "run_name has the control character '\\n': "),
+        ("dataset='a\nb'", "dataset has the control character '\\n': "),
+        ("run_name=a\x01b", "run_name has the control character '\\x01': "),
+        ("dataset=\x1b[2J", "dataset has the control character '\\x1b': "),
+        ('run_name="a\\tb"', "run_name: "),
+        ('run_name="a\\u2028b"', "run_name: "),
+    ],
+)
+def test_control_characters(
+    argument: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parameter, character and what is allowed are named; YAML would make a space of a line break."""
+    monkeypatch.setattr("flows.invoke._invoke", lambda *given: 0)  # where it is not refused, nothing is trained
+    assert main(["run", argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert "printable characters on one line are allowed" in error
+    assert error.count("\n") == 1
+
+
+def test_a_list_may_have_several_lines() -> None:
+    """As a grid that a shell script writes."""
+    assert parse(["sweep-tiny", "grid={epochs: [1,\n 2]}"]).parameters["grid"] == {"epochs": [1, 2]}
 
 
 @pytest.mark.parametrize(

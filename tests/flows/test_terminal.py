@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import logging
 import math
 import os
-import pty
 import re
-import struct
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from terminals import plain, run_at_terminal
 
 from flows.terminal import LogLines, PlainDisplay, TerminalDisplay, open_display
 from model.engine.trainer import StepReport
-from ops.display import SHOWN, STEP
+from ops.display import KEPT, SHOWN, STEP
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["max_steps=12", "eval_freq=6", "eval_rows=40", "sample_rows=2", "pass_rows=2", "max_new_tokens=8"]
@@ -42,10 +38,6 @@ def terminal() -> tuple[TerminalDisplay, io.StringIO]:
     return TerminalDisplay(Console(file=stream, force_terminal=True, width=100, legacy_windows=False)), stream
 
 
-def _text(written: str) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
-
-
 def test_a_training_on_a_terminal(terminal: tuple[TerminalDisplay, io.StringIO]) -> None:
     """A bar with loss, tokens/s and time left, a line for each validation, and seconds of a phase."""
     shown, stream = terminal
@@ -55,7 +47,7 @@ def test_a_training_on_a_terminal(terminal: tuple[TerminalDisplay, io.StringIO])
     shown.step("", VALIDATION)
     shown.phase("wait", 0.01)
     shown.close()
-    text = _text(stream.getvalue())
+    text = plain(stream.getvalue())
     assert "✓ prepare  2.3 s" in text
     assert re.search(r"step 30/40 [━╸╺]+ loss 0\.5000  12,346 tokens/s  1:15 left", text)
     assert "step 30/40  validation loss 1.2500" in text
@@ -89,17 +81,27 @@ def test_records_that_are_shown(
         _record("Prefect warns", prefect, logging.WARNING),
         _record("a table", own, **SHOWN),
         _record("step 3/4", own, **STEP),
+        _record("Crash detected! Execution was aborted by an interrupt signal.", prefect, logging.ERROR),
+        _record("Crash detected! Request to the server failed.", prefect, logging.ERROR),
+        _record("stopped: a checkpoint is kept", own, logging.WARNING, **KEPT),
     ]
     live, stream = terminal
+    lines = PlainDisplay()
     for record in records:
         LogLines(live).handle(record)
-        LogLines(PlainDisplay()).handle(record)
+        LogLines(lines).handle(record)
     live.close()
-    plain, text = capsys.readouterr().err, _text(stream.getvalue())
-    assert [line[9:] for line in plain.splitlines()] == ["ours", "printed", "warning: Prefect warns", "step 3/4"]
+    assert live.kept == lines.kept == "stopped: a checkpoint is kept"
+    written, text = capsys.readouterr().err, plain(stream.getvalue())
+    assert [line[9:] for line in written.splitlines()] == [
+        "ours", "printed", "warning: Prefect warns", "step 3/4",
+        "error: Crash detected! Request to the server failed.",
+    ]  # fmt: skip
     for message, expected in (("ours", True), ("Prefect warns", True), ("Beginning", False), ("step 3/4", False)):
         assert (message in text) == expected
     assert "a table" not in text
+    assert "aborted" not in written + text, "the command says it, in its last line"
+    assert "is kept" not in written + text
 
 
 def test_a_line_moves_no_cursor(terminal: tuple[TerminalDisplay, io.StringIO]) -> None:
@@ -107,25 +109,7 @@ def test_a_line_moves_no_cursor(terminal: tuple[TerminalDisplay, io.StringIO]) -
     shown, stream = terminal
     shown.line("rows \x1b[2J.jsonl [bold]x[/bold]")
     shown.close()
-    assert "rows \\x1b[2J.jsonl [bold]x[/bold]" in _text(stream.getvalue())
-
-
-def _at_a_terminal(words: list[str], environment: dict[str, str]) -> tuple[int, str, float]:
-    """Run a process at a pseudo-terminal. Returns exit status, output, and the seconds to the first of it."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    began, first, output = time.monotonic(), math.nan, b""
-    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # the process has closed its end
-            break
-        first = time.monotonic() - began if math.isnan(first) else first
-        output += chunk
-    os.close(ours)
-    return process.wait(60), _text(output.decode()), first
+    assert "rows \\x1b[2J.jsonl [bold]x[/bold]" in plain(stream.getvalue())
 
 
 @pytest.mark.slow
@@ -133,9 +117,10 @@ def test_a_run_at_a_terminal(tmp_path: Path) -> None:
     """From the first line, before anything slow is imported, to the scores; Prefect's chatter is left out."""
     environment = {**os.environ, "FINETUNE_DATA_ROOT": str(tmp_path), "FINETUNE_LOCKS": str(tmp_path / "device")}
     environment |= {"TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
-    status, text, first = _at_a_terminal([sys.executable, "-m", "flows", "run", *SHORT], environment)
-    print(f"first output after {first:.1f} s")
-    assert status == 0, text[-3000:]
+    done = run_at_terminal([sys.executable, "-m", "flows", "run", *SHORT], ROOT, environment)
+    print(f"first output after {done.first:.1f} s")
+    text = plain(done.text)
+    assert done.status == 0, text[-3000:]
     assert text.lstrip().startswith("importing torch and Prefect")
     for expected in (
         r"│ rows   │ 3,426 train, 174 validation, 324 test",

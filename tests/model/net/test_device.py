@@ -40,6 +40,10 @@ def test_device_names() -> None:
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One on each GPU, and at most as many as there are; on a CPU any number. Three GPUs are made up here."""
     assert [count_processes("cpu", gpus) for gpus in (1, 5, "all")] == [1, 5, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [count_processes("auto", gpus) for gpus in (1, "all")] == [1, 1]
+    with pytest.raises(ValueError, match=r"^gpus 2 is too many: torch sees no GPU: use gpus=1, or device=cpu for 2 "):
+        count_processes("auto", 2)
     three = [torch.device("cuda", index) for index in range(3)]
     monkeypatch.setattr(device, "device_choices", lambda name: three[1:2] if name == "cuda:1" else three)
     assert [count_processes("auto", gpus) for gpus in (1, 3, "all")] == [1, 3, 3]

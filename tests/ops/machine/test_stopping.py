@@ -12,7 +12,7 @@ from types import FrameType
 
 import pytest
 
-from ops.machine.stopping import run_stoppable
+from ops.machine.stopping import insistent_signals, run_stoppable
 
 
 class Stopped(BaseException):
@@ -72,3 +72,29 @@ def test_without_a_signal_the_work_is_just_called() -> None:
     assert run_stoppable(lambda should_stop: (variable.get(), should_stop())) == ("the caller's", False)
     with pytest.raises(ZeroDivisionError):
         run_stoppable(lambda should_stop: 1 / 0)
+
+
+def _import_badly(number: int, then: Exception | None) -> None:
+    """What an import does that catches every error: it goes on, and perhaps fails later."""
+    try:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    except BaseException:
+        if then:
+            raise then from None
+
+
+@pytest.mark.parametrize("then", [None, RecursionError("half a module")])
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)])
+def test_a_lost_signal_is_raised_again(
+    terminable: None, number: int, error: type[BaseException], then: Exception | None
+) -> None:
+    """In place of the later error, too; the handlers are those of before."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error), insistent_signals():
+        _import_badly(number, then)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(RecursionError), insistent_signals():  # without a signal nothing is changed
+        raise RecursionError
+    with insistent_signals():
+        pass

@@ -13,8 +13,11 @@ from ops.stack.nightly import main
 
 @pytest.mark.parametrize("arguments", [["maybe"], ["on", "off"]])
 def test_other_words_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 2
-    assert capsys.readouterr().err.startswith("finetune nightly [on|off], not ")
+    """In one sentence."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_no_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

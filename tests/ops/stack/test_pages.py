@@ -6,22 +6,19 @@ FINETUNE_SCREENSHOTS=docs/images takes the pictures of docs/reports.md, of longe
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from browser import SCREENSHOTS, open_browser, save_picture
 from finished_runs import HOSTILE, make_records
-from made_up import ROOT, MadeUp, made_up
-from PIL import Image  # a dependency of matplotlib
+from made_up import MadeUp, made_up
 
 from ops.report.contents import extreme_rows
 from ops.report.render import render
@@ -30,22 +27,12 @@ from ops.tracking.views import view_url
 
 pytestmark = pytest.mark.slow
 RATES = ("0.0001", "0.0003", "0.001")
-SCREENSHOTS = os.environ.get("FINETUNE_SCREENSHOTS")
 FEW_STEPS = (
     ("max_steps=160", "eval_freq=40", "max_new_tokens=64")
     if SCREENSHOTS
     else ("max_steps=20", "eval_freq=5", "eval_rows=20", "score_rows=40", "pass_rows=1", "max_new_tokens=4")
 )
 WIDTHS = (1280, 390)
-# No request goes to other hosts than the two servers. Chromium's sandbox does not work for root.
-FLAGS = [
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 SECONDS = 60  # time limit for a page to show something, on a busy machine
 DRAWN = """
     () => [...document.querySelectorAll(".js-plotly-plot")].map(plot => ({
@@ -70,22 +57,10 @@ class Seen:
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
     """A page of the system's Chromium, high enough for lists that draw only visible entries."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not chromium:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
-    api = pytest.importorskip(
-        "playwright.sync_api",
-        reason="playwright is not installed (pip install -c constraints.txt -e '.[dev,pages]')",
-    )
-    with api.sync_playwright() as playwright:
-        sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=chromium, args=[*FLAGS, *sandbox])
-        try:
-            opened = browser.new_page(viewport={"width": 1400, "height": 1600})
-            opened.set_default_timeout(SECONDS * 1000)
-            yield opened
-        finally:
-            browser.close()
+    with open_browser() as browser:
+        opened = browser.new_page(viewport={"width": 1400, "height": 1600})
+        opened.set_default_timeout(SECONDS * 1000)
+        yield opened
 
 
 @contextmanager
@@ -253,8 +228,7 @@ def _screenshot(page: Any, name: str) -> None:
         if name.startswith("mlflow") and assistant.count():
             assistant.first.click()
             page.wait_for_timeout(1000)
-        picture = Image.open(BytesIO(page.screenshot()))
-        picture.convert("RGB").quantize(64).save(ROOT / SCREENSHOTS / f"{name}.png", optimize=True)
+        save_picture(page, name)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

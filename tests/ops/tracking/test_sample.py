@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,9 @@ from ops.tracking.models import log_model
 from ops.tracking.runs import client, tracked_run
 from ops.tracking.sample import main
 
+GONE = r"is not registered at sqlite:\S+, which has"
+NAME_ONE = "name one of them, or set MLFLOW_TRACKING_URI to the server of your runs$"
+
 
 @pytest.fixture
 def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -37,13 +42,16 @@ def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], r"no version of gpt2-code-\* is registered at sqlite:"),
-        (["--model", ""], "no version of '' is registered"),
-        (["--model", "gpt2-code-355m"], "no version of gpt2-code-355m is registered"),
-        (["--model", "a'b"], "no version of a'b is registered"),
-        (["--model", "a' or name like '%"], "no version of a' or name like '% is registered"),
-        (["--model", 'a"b'], 'no version of a"b is registered'),
-        (["--model", "a'b\"c"], "no version of a'b\"c is registered at "),
+        (
+            [],
+            r"gpt2-code-\* is not registered at sqlite:\S+, which has no model: run `make run`, or set MLFLOW_",
+        ),
+        (["--model", ""], "'' is not registered"),
+        (["--model", "gpt2-code-355m"], "gpt2-code-355m is not registered"),
+        (["--model", "a'b"], "a'b is not registered"),
+        (["--model", "a' or name like '%"], "a' or name like '% is not registered"),
+        (["--model", 'a"b'], 'a"b is not registered'),
+        (["--model", "a'b\"c"], "a'b\"c is not registered at "),
         (["--top-p", "1.5"], "top_p 1.5 is not in"),
         (["--repetition-penalty", "0"], "repetition_penalty 0.0 is not between 1e-06 and"),
         (["--repetition-penalty", "nan"], "repetition_penalty nan is not between 1e-06 and"),
@@ -63,10 +71,45 @@ def test_no_answer_is_one_sentence(
     assert re.match(sentence, line), line
 
 
-def test_an_empty_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["  "])
-    assert "the prompt is empty" in capsys.readouterr().err
+@pytest.fixture
+def type_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """type_in(content): what standard input has, which is no terminal."""
+    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", 'the prompt is empty: finetune sample "Write a function that ..."'),
+        (b" \n\n", 'the prompt is empty: finetune sample "Write a function that ..."'),
+        (b"gr\xf6\xdfe", "the prompt in standard input is not valid UTF-8: save or type it as UTF-8"),
+        (b"x" * 1_000_001, "standard input has more than 1,000,000 bytes: give one prompt"),
+    ],
+    ids=["empty", "blank", "no UTF-8", "long"],
+)
+@pytest.mark.parametrize("arguments", [[], ["  "], ["-"]], ids=["none", "blank", "dash"])
+def test_standard_input_that_is_no_prompt(
+    content: bytes,
+    said: str,
+    arguments: list[str],
+    type_in: Callable[[bytes], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    type_in(content)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["-"]], ids=["none", "dash"])
+def test_a_prompt_in_standard_input(
+    registered: Path, arguments: list[str], type_in: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its lines are one prompt; the answer is that to the same prompt on the command line."""
+    assert main(["Write a function.\nIt adds é.", "--max-new-tokens", "8"]) == 0
+    answer = capsys.readouterr().out
+    type_in("Write a function.\nIt adds é.\n".encode())
+    assert main([*arguments, "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out == answer
 
 
 @pytest.mark.parametrize("prompt", ["gr\udcf6\udcdfe", "\ud83d"])
@@ -127,18 +170,30 @@ def test_a_version_has_many_names(
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ("models:/gpt2-code-tiny/7", "no version of models:/gpt2-code-tiny/7 is registered at sqlite:"),
-        ("models:/gpt2-code-tiny@best", "no version of models:/gpt2-code-tiny@best is registered at sqlite:"),
+        (
+            "models:/gpt2-code-tiny/7",
+            rf"models:/gpt2-code-tiny/7 {GONE} version 1 of it and alias best \(version 1\): {NAME_ONE}",
+        ),
+        ("models:/gpt2-code-tiny@worst", rf"models:/gpt2-code-tiny@worst {GONE} version 1 of it and alias best"),
+        ("gpt2-code-355m", rf"gpt2-code-355m {GONE} the models gpt2-code-tiny: {NAME_ONE}"),
+        ("models:/gpt2-code-355m/1", rf"models:/gpt2-code-355m/1 {GONE} the models gpt2-code-tiny: {NAME_ONE}"),
         ("models:/x", "--model 'models:/x' is none of models:/NAME/VERSION and models:/NAME@ALIAS"),
-        ("0" * 32, "no version of 0{32} is registered"),
+        ("0" * 32, rf"0{{32}} {GONE} the models gpt2-code-tiny: {NAME_ONE}"),
     ],
 )
 def test_a_version_that_is_not_there(
-    registered: Path, capsys: pytest.CaptureFixture[str], wanted: str, sentence: str
+    registered: Path, tracking_uri: str, capsys: pytest.CaptureFixture[str], wanted: str, sentence: str
 ) -> None:
+    """What is there is named: read from the tables, and asked of MLflow's client."""
+    mlflow = client(tracking_uri)
+    mlflow.set_registered_model_alias("gpt2-code-tiny", "best", "1")
     assert main(["Write a function.", "--model", wanted]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(sentence, line), line
+    if "is none of" not in sentence:
+        with pytest.raises(LookupError) as error:
+            _ask(mlflow, wanted)
+        assert str(error.value) == line
 
 
 def test_the_base_is_shown_beside(registered: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,14 +254,13 @@ def test_tokens_appear_as_they_are_drawn(registered: Path, tracking_uri: str, tm
     assert len(pieces) > 10, "an answer of 60 tokens comes in pieces"
 
 
-def test_an_answer_waits_for_neither_mlflow_nor_transformers(
-    registered: Path, tracking_uri: str, tmp_path: Path
-) -> None:
-    """Their imports take seconds; the registry on sqlite and the tokenizer are read without them."""
+def test_an_answer_waits_for_no_slow_import(registered: Path, tracking_uri: str, tmp_path: Path) -> None:
+    """Each takes a second or more; the registry on sqlite, the tokenizer and the model are read without them."""
     script = (
         "import sys\nfrom ops.tracking.sample import main\n"
+        "SLOW = ('mlflow', 'transformers', 'pandas', 'sqlalchemy', 'torch._dynamo', 'sympy')\n"
         "status = main(['Write a function.', '--max-new-tokens', '2'])\n"
-        "print(status, [name for name in ('mlflow', 'transformers', 'pandas', 'sqlalchemy') if name in sys.modules])"
+        "print(status, [name for name in SLOW if name in sys.modules])"
     )
     environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, "FINETUNE_DATA_ROOT": str(tmp_path / "root")}
     done = subprocess.run(
@@ -225,7 +279,7 @@ def test_the_client_finds_what_the_tables_hold(registered: Path, tracking_uri: s
         assert read.folder is not None
         assert replace(read, folder=None) == _ask(mlflow, wanted)
     mlflow.delete_model_version("gpt2-code-tiny", "1")
-    with pytest.raises(LookupError, match="no version of gpt2-code-tiny is registered"):
+    with pytest.raises(LookupError, match="gpt2-code-tiny is not registered"):
         look_up(tracking_uri, "gpt2-code-tiny")
 
 
