@@ -305,7 +305,9 @@ def _watch_stdin() -> threading.Event:
     closed = threading.Event()
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not by sys.stdin: Python aborts where a thread holds its lock when the main thread ends.
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
         closed.set()
         time.sleep(_END_SECONDS)
         os._exit(1)

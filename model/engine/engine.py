@@ -28,11 +28,11 @@ Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int, steps: int) -> int:
-    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 or of about ``tokens / steps``.
+    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 to 512, about ``tokens / steps``.
 
     So there are few graphs, and little of each is unused.
     """
-    quantum = max(128, (1 << tokens.bit_length()) // steps)
+    quantum = max(128, min(512, (1 << tokens.bit_length()) // steps))
     return (tokens // quantum + 1) * quantum
 
 

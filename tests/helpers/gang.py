@@ -318,6 +318,7 @@ def sums(ranks: Ranks, sizes: list[int], dtype: torch.dtype) -> list[np.ndarray[
 
 def agreements(ranks: Ranks) -> dict[str, Any]:
     """What the ranks say to small questions about their numbers."""
+    own = torch.full((2,), float(ranks.rank), dtype=torch.bfloat16, device=ranks.device)
     return {
         "third": ranks.agree(ranks.rank == 2),
         "none": ranks.agree(False),
@@ -329,6 +330,6 @@ def agreements(ranks: Ranks) -> dict[str, Any]:
         "gathered": ranks.gather(f"rank {ranks.rank}"),
         "first": ranks.from_first(lambda: ranks.rank),
         "first of host": ranks.from_first(lambda: ranks.rank, local=True),
-        "host": ranks.gather_on_host(torch.full((2,), float(ranks.rank), dtype=torch.bfloat16)).tolist(),
+        "host": ranks.gather_on_host(own).tolist(),
         "merged": ranks.merge(np.where(np.arange(4) == ranks.rank, 0.1 + ranks.rank, 0.0)).tolist(),
     }
