@@ -26,7 +26,8 @@ def test_a_helper_watches_its_stdin_without_holding_it(is_closed: bool) -> None:
     end = "closed.wait(60)" if is_closed else "time.sleep(0.3)"
     script = f"import time; from tasks.trial_worker import _watch_stdin; closed = _watch_stdin(); {end}"
     helper = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert helper.stdin is not None and helper.stderr is not None
+    assert helper.stdin is not None
+    assert helper.stderr is not None
     if is_closed:
         helper.stdin.close()
     assert (helper.wait(60), helper.stderr.read()) == (0, b"")
