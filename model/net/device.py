@@ -60,14 +60,16 @@ def device_choices(device: str) -> list[torch.device]:
 
 
 def count_processes(device: str, gpus: int | str) -> int:
-    """How many processes train: one on each GPU; on a CPU as many as are asked for.
+    """How many processes train: one on each GPU; on a CPU as many as are asked for, up to one a processor.
+
+    Two are possible on any CPU, to try what several GPUs do.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
         gpus: a number; or "all": the GPUs that satisfy ``device``, and 1 on a CPU.
 
     Raises:
-        ValueError: fewer GPUs satisfy ``device``; or as resolve_device.
+        ValueError: fewer GPUs satisfy ``device``, or the CPU has fewer processors; or as resolve_device.
     """
     choices = device_choices(device)
     if gpus == "all":
@@ -76,7 +78,17 @@ def count_processes(device: str, gpus: int | str) -> int:
         if device.startswith("cuda:"):
             raise ValueError(f"gpus {gpus} is too many: device {device!r} is one GPU: use device=cuda")
         raise ValueError(f"gpus {gpus} is too many: torch sees {len(choices)} GPUs: use fewer, or gpus=all")
+    if choices[0].type == "cpu" and int(gpus) > (most := max(2, _processors())):
+        raise ValueError(
+            f"gpus {gpus} is too many: on a CPU each is a process, and this one has processors for {most}: use "
+            f"gpus={most} or fewer"
+        )
     return int(gpus)
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_key(device: torch.device) -> str:

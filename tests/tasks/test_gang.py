@@ -140,8 +140,9 @@ def test_devices_are_held_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert devices.names == ("cuda:0", "cuda:1", "cuda:2")
 
 
-def test_a_cpu_stands_for_each_of_its_processes() -> None:
-    """It is held once, and each process keeps that lock."""
+def test_a_cpu_stands_for_each_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held once, and each process keeps that lock. It has four processors here."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     with held_devices("cpu", 3, "a run", pytest.fail) as devices:
         assert devices.names == ("cpu",) * 3
         assert len({*devices.descriptors}) == 1

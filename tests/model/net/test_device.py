@@ -38,8 +38,7 @@ def test_device_names() -> None:
 
 
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One on each GPU, and at most as many as there are; on a CPU any number. Three GPUs are made up here."""
-    assert [count_processes("cpu", gpus) for gpus in (1, 5, "all")] == [1, 5, 1]
+    """One on each GPU, and at most as many as there are. Three GPUs are made up here."""
     three = [torch.device("cuda", index) for index in range(3)]
     monkeypatch.setattr(device, "device_choices", lambda name: three[1:2] if name == "cuda:1" else three)
     assert [count_processes("auto", gpus) for gpus in (1, 3, "all")] == [1, 3, 3]
@@ -48,6 +47,16 @@ def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         count_processes("cuda", 4)
     with pytest.raises(ValueError, match=r"^gpus 2 is too many: device 'cuda:1' is one GPU: use device=cuda$"):
         count_processes("cuda:1", 2)
+
+
+def test_number_of_processes_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most one for each processor that this process may use, or two. The processors are made up here."""
+    for processors, most in ((8, 8), (1, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=processors: {*range(count)}, raising=False)
+        assert [count_processes("cpu", gpus) for gpus in (1, most, "all")] == [1, most, 1]
+        expected = f"^gpus 1000 is too many: .* has processors for {most}: use gpus={most} or fewer$"
+        with pytest.raises(ValueError, match=expected):
+            count_processes("cpu", 1000)
 
 
 def test_precision_names() -> None:
