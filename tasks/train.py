@@ -180,7 +180,12 @@ def log_training(
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     shipping = shipper.in_background()
 
+    begun: list[int] = []  # the step that the training began after, once it is known
+
     def show_and_ship(report: StepReport) -> None:
+        if not begun:
+            begun.append(max(0, report.step - 1))  # a fresh start reports step 0, the validation of the base
+            correct_attempt(run, directory, announced, begun[0], log)
         on_step(report)
         shipping.offer(report.step)
 
@@ -191,7 +196,7 @@ def log_training(
     with must_be_logged(run.tracking_uri, directory):
         shipper.finish()
         _log_result(run, result, ending)
-        correct_attempt(run, announced, result.resumed_from)
+        correct_attempt(run, directory, announced, result.resumed_from, log)
     log.info(result.trunk)
     if result.resumed_from:
         log.info("this training was resumed at step %d", result.resumed_from)
