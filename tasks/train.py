@@ -203,17 +203,7 @@ def log_training(
     log.info("best validation loss %.4f at step %d of %d", result.best_eval_loss, result.best_step, result.steps)
     if ending:
         log.info(ending)
-    return CheckpointRef(
-        directory=str(directory),
-        best=str(result.best),
-        best_step=result.best_step,
-        best_eval_loss=result.best_eval_loss,
-        base_eval_loss=result.base_eval_loss,
-        steps=result.steps,
-        resumed_from=result.resumed_from,
-        micro_batch_tokens=result.micro_batch_tokens,
-        journal=str(directory / JOURNAL_FILE),
-    )
+    return CheckpointRef.of(directory, result)
 
 
 def _log_result(run: RunRef, result: TrainResult, ending: str) -> None:
