@@ -138,6 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="flow runs at a time; by default as many as the work pool allows")
     parser.add_argument("--with-healthcheck", action="store_true", help="answer at /health while it polls")
     options = parser.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        parser.error(f"--limit {options.limit} is no number of flow runs: 1 is the lowest")
+    if not os.environ.get("PREFECT_API_URL"):
+        parser.error("PREFECT_API_URL must be set to the server's address, as client.env of make up does")
     asyncio.run(_serve(options.name, options.limit, options.with_healthcheck))
     return 0
 
