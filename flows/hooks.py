@@ -71,7 +71,8 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
             finished.append(has_finished(run, flow_run))
             ref = RunRef(uri, run.info.experiment_id, run.info.run_id)
             found.append((ref, REASON_TAG in run.data.tags and not is_retried(run, flow_run)))
-            close_run(ref, status, f"Prefect: {state.name}")
+            if close_run(ref, status, f"Prefect: {state.name}"):  # a reaper may have failed after it had set the tag
+                found[-1] = ref, False
 
     closing = in_daemon_thread(close, "close-mlflow-run")
     wait([closing], _MLFLOW_SECONDS)
