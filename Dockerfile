@@ -61,5 +61,6 @@ WORKDIR /data
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=5)"]
 
-# PREFECT_API_URL and MLFLOW_TRACKING_URI name the servers. A worker has the name of its machine, as with `make worker`.
-CMD ["sh", "-c", "exec prefect worker start --pool gpu --name \"$(uname -n)\" --with-healthcheck"]
+# PREFECT_API_URL and MLFLOW_TRACKING_URI name the servers. The worker has the name of its machine. When the container is
+# stopped (SIGTERM) it ends after its flow runs, each of which saves a checkpoint.
+CMD ["python", "-m", "ops.stack.worker", "--with-healthcheck"]

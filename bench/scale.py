@@ -25,6 +25,7 @@ from bench.scale_worker import ScaleJob
 from bench.train import describe_processor, prepare_job, versions
 from model.files import write_json
 from model.net.config import PRESETS
+from model.net.device import count_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 _MEASURES = ("first_epoch", "cached_epochs", "step_ms", "slowest_step_ms", "exchange_ms", "waiting_ms")
@@ -91,6 +92,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.repeats = 1
     if options.device == "cuda" and max(options.gpus) > torch.cuda.device_count():
         parser.error(f"--gpus {max(options.gpus)}: torch sees {torch.cuda.device_count()}; add --device cpu or fewer")
+    if options.device == "cpu":
+        try:
+            count_processes("cpu", max(options.gpus))
+        except ValueError as error:
+            parser.error(f"--{error}")
     return options
 
 

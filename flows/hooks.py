@@ -63,6 +63,7 @@ def after_cancellation(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any
 def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str, word: str | None) -> None:
     log = flow_run_logger(flow_run, flow)
     found: list[tuple[RunRef, bool]] = []
+    names: list[str] = []  # the flow gives both runs a name; the worker knows the one that Prefect had given
     finished: list[bool] = []
 
     def close() -> None:
@@ -70,8 +71,10 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
         for run in runs_of(uri, str(flow_run.id)):
             finished.append(has_finished(run, flow_run))
             ref = RunRef(uri, run.info.experiment_id, run.info.run_id)
+            names.append(run.info.run_name or flow_run.name)
             found.append((ref, REASON_TAG in run.data.tags and not is_retried(run, flow_run)))
-            close_run(ref, status, f"Prefect: {state.name}")
+            if close_run(ref, status, f"Prefect: {state.name}"):  # a reaper may have failed after it had set the tag
+                found[-1] = ref, False
 
     closing = in_daemon_thread(close, "close-mlflow-run")
     wait([closing], _MLFLOW_SECONDS)
@@ -87,7 +90,7 @@ def _end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any], status: str
     name = f"{flow.name}/{deployment.name}" if deployment.name else flow.name
     message = (state.message or "").strip()[:_MESSAGE]
     notify(
-        f"{name} {word}: {flow_run.name}",
+        f"{name} {word}: {[*names, flow_run.name][0]}",
         [message] if message else [],
         {"MLflow run": found[0][0].url if found else None},
         str(flow_run.id),

@@ -8,13 +8,11 @@ thread, and is given up when no more bytes arrive.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import wait
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -25,6 +23,7 @@ from urllib.parse import urlsplit
 from model.data.formats import READERS, SUFFIXES
 from model.files import leads_outside, sha256_file
 from ops.hub_answers import refuse_unsafe_answers
+from ops.hub_blobs import HASH, blob_hash, name_of_blob, part_files
 from ops.threads import in_daemon_thread
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ _WEIGHTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenize
             "merges.txt", "model.safetensors")  # fmt: skip
 _CARDS = ("README.md",)  # it may name configurations and the files of splits
 _TABLES = tuple(f"*{suffix}" for suffix in SUFFIXES)
-_HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # the hub's hash of a file in git (sha1) or in LFS (sha256)
 
 
 class HubError(RuntimeError):
@@ -160,7 +158,7 @@ class _Repo:
         for name in wanted:
             lfs = files[name].lfs
             hashes[name] = (lfs.sha256 if lfs else files[name].blob_id) or ""
-            if not _HASH.fullmatch(hashes[name]):
+            if not HASH.fullmatch(hashes[name]):
                 raise self.error(f"the hub gives no hash of {name}")
             folder = self.download(name, hashes[name], str(info.sha))
         # All files are there. This call only records the list of files, and the commit of a branch, in the cache, so
@@ -196,10 +194,10 @@ class _Repo:
             return None
         paths = (path for path in folder.rglob("*") if path.is_file())
         names = self.wanted(path.relative_to(folder).as_posix() for path in paths)
-        hashes = {name: blob for name in names if (blob := _name_of_blob(folder / name))}
+        hashes = {name: blob for name in names if (blob := name_of_blob(folder / name))}
         if self.missing(names) or len(hashes) < len(names):
             return None
-        damaged = [name for name, expected in hashes.items() if _hash(folder / name, expected) != expected]
+        damaged = [name for name, expected in hashes.items() if blob_hash(folder / name, expected) != expected]
         for name in damaged:
             self.remove(folder / name)
         return None if damaged else (folder, hashes)
@@ -221,7 +219,7 @@ class _Repo:
 
         def arrived() -> int:
             # Part files count too: another process may be downloading this file while this one waits for its lock.
-            return received + sum(part.st_size for part in _parts(blobs, expected).values())
+            return received + sum(part.st_size for part in part_files(blobs, expected).values())
 
         fetch = partial(
             hf_hub_download, self.repo_id, name, repo_type=self.repo_type, revision=commit,
@@ -230,12 +228,12 @@ class _Repo:
         try:
             for _ in range(2):
                 path = Path(self.attempt(fetch, STALL_SECONDS, name, arrived))
-                if (actual := _hash(path, expected)) == expected:
+                if (actual := blob_hash(path, expected)) == expected:
                     return path.parents[name.count("/")]
                 self.remove(path)
         finally:
             # Part files of a download that was given up, here or by a killed process: the library never reuses them.
-            for part, stat in _parts(blobs, expected).items():
+            for part, stat in part_files(blobs, expected).items():
                 if time.time() - stat.st_mtime > STALL_SECONDS / 2:
                     part.unlink(missing_ok=True)
         raise self.error(f"{name} was downloaded twice with hash {actual} instead of {expected}, and was not kept")
@@ -322,30 +320,3 @@ def _watched(call: Callable[[], T], limit: float, arrived: ByteCount) -> T:
         elif time.monotonic() - grown_at > limit:
             raise _Stalled(f"nothing arrived for {limit:g} s")
     return future.result()
-
-
-def _parts(blobs: Path, expected: str) -> dict[Path, os.stat_result]:
-    """Return the part files of one blob, those of other processes included."""
-    parts = {}
-    for path in blobs.glob(f"{expected}.*.incomplete"):
-        with suppress(FileNotFoundError):  # finished and renamed since it was listed
-            parts[path] = path.stat()
-    return parts
-
-
-def _name_of_blob(path: Path) -> str | None:
-    """Return the name of the blob to which a file of a snapshot links: the hub's hash of its content.
-
-    Only one link is followed: a blob may itself link into the cache's store for Xet, where the names look like a
-    sha256 but are another hash. A cache without links (Windows) has no such names.
-    """
-    name = Path(os.readlink(path)).name if path.is_symlink() else ""
-    return name if _HASH.fullmatch(name) else None
-
-
-def _hash(path: Path, like: str) -> str:
-    """Hash a file as the hub does: by sha256 (LFS), or as a git blob id if ``like`` has 40 digits."""
-    if len(like) == 40:  # small files only
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    return sha256_file(path)

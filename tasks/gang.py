@@ -21,7 +21,7 @@ from ops.settings import Settings
 from tasks.frozen import trunk_cache
 from tasks.gang_job import GangJob, write_job
 from tasks.nodes import Nodes, announced
-from tasks.scoring import BothGiven, Scoring, give, read_given
+from tasks.scoring import BothOutputs, Scoring, read_outputs, score_models
 
 # Per process. A gang starts in the time in which one process completes some thousand prompts; with fewer there is
 # nothing to gain. Not measured on several GPUs yet.
@@ -138,7 +138,7 @@ def train_on(
     return replace(results[0], resumed_from=begun[0]) if begun else results[0]
 
 
-def score(scoring: Scoring, devices: Devices, trunk_cache_gb: float, log: Any) -> BothGiven:
+def score(scoring: Scoring, devices: Devices, trunk_cache_gb: float, log: Any) -> BothOutputs:
     """Score base and tuned model: on all devices if it pays, else on the first one.
 
     Raises:
@@ -146,16 +146,16 @@ def score(scoring: Scoring, devices: Devices, trunk_cache_gb: float, log: Any) -
     """
     few = scoring.completions() < _FEWEST_COMPLETIONS * len(devices.names)
     if len(devices.names) == 1 or few:
-        return give(scoring, resolve_device(devices.first), trunk_cache(trunk_cache_gb))
+        return score_models(scoring, resolve_device(devices.first), trunk_cache(trunk_cache_gb))
     log.info("%d processes share the test rows", len(devices.names))
     paths: list[Path] = []
 
     def hear(kind: str, content: dict[str, Any]) -> None:
-        if kind == "given":
+        if kind == "outputs":
             paths.append(Path(content["path"]))
 
     run_job(devices, GangJob(scoring.training, trunk_cache_gb, scoring=scoring), hear, lambda: False)
-    return read_given(paths[0])
+    return read_outputs(paths[0])
 
 
 def run_job(

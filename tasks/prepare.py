@@ -16,7 +16,8 @@ from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE
 from model.net.tokenizer import VOCABULARY_FILES, load_tokenizer
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, log_data, log_params, log_table, set_tags
+from ops.tracking.data import log_data, log_table
+from ops.tracking.runs import RunRef, log_params, set_tags
 from ops.tracking.steps import pipeline_step
 from tasks.references import Sources, TokensRef
 

@@ -10,7 +10,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from ops.text import storable
-from ops.tracking.runs import RunRef, log_metrics, log_params, log_table, set_tags
+from ops.tracking.data import log_table
+from ops.tracking.runs import RunRef, log_metrics, log_params, set_tags
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from ops.tracking.trials import BEST_TAG

@@ -21,7 +21,7 @@ from ops.settings import Settings
 from tasks.frozen import load_frozen, trunk_cache
 from tasks.gang_job import GangJob
 from tasks.progress import ProgressLines
-from tasks.scoring import Scoring, give, write_given
+from tasks.scoring import Scoring, score_models, write_outputs
 
 TIMEOUT_VARIABLE = "FINETUNE_GANG_TIMEOUT"  # seconds that a rank waits for the others, in a step or at the start
 _TIMEOUT_SECONDS = 600.0  # other ranks may load, capture graphs and write checkpoints meanwhile
@@ -58,11 +58,11 @@ def train_rank(job: GangJob, member: Member) -> None:
 def score_rank(job: GangJob, scoring: Scoring, member: Member) -> None:
     """Score test rows on this rank; the first rank writes what all of them found beside the checkpoints."""
     with _joined(job, member) as ranks:
-        given = give(scoring, ranks.device, trunk_cache(job.trunk_cache_gb), ranks)
+        outputs = score_models(scoring, ranks.device, trunk_cache(job.trunk_cache_gb), ranks)
         if ranks.leads:
-            path = Path(job.training.directory) / "given.json"
-            write_given(path, given)
-            member.send("given", path=str(path))
+            path = Path(job.training.directory) / "outputs.json"
+            write_outputs(path, outputs)
+            member.send("outputs", path=str(path))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from model.engine.checkpoint import checkpoint_path
 from model.engine.config import TrainConfig
-from model.engine.trainer import JOURNAL_FILE
+from model.engine.trainer import JOURNAL_FILE, TrainResult
 from model.evaluation.comparison import Difference
 from model.files import sha256_file
 from model.net.freezing import FreezePlan
@@ -173,20 +173,45 @@ class CheckpointRef:
 
     Attributes:
         directory: of the training.
-        best: checkpoint directory with the lowest validation loss.
+        best_step: step of the checkpoint with the lowest validation loss.
+        best_eval_loss, base_eval_loss: that loss, and the base's, in nats per response token.
+        steps: optimizer steps done.
+        resumed_from: step at which its last attempt resumed it; 0 for none.
         micro_batch_tokens: tokens that one pass of it took in the end.
-        journal: the metrics, one JSON line a step.
     """
 
     directory: str
-    best: str
     best_step: int
     best_eval_loss: float
     base_eval_loss: float
     steps: int
     resumed_from: int
     micro_batch_tokens: int
-    journal: str
+
+    @classmethod
+    def of(cls, directory: Path, found: TrainResult | TrialOutcome) -> CheckpointRef:
+        """The reference to a training in a directory, of which it is known how it ended, validations included."""
+        assert found.best_eval_loss is not None
+        assert found.base_eval_loss is not None
+        return cls(
+            directory=str(directory),
+            best_step=found.best_step,
+            best_eval_loss=found.best_eval_loss,
+            base_eval_loss=found.base_eval_loss,
+            steps=found.steps,
+            resumed_from=found.resumed_from,
+            micro_batch_tokens=found.micro_batch_tokens,
+        )
+
+    @property
+    def best(self) -> str:
+        """The directory of the best checkpoint."""
+        return str(checkpoint_path(Path(self.directory), self.best_step))
+
+    @property
+    def journal(self) -> str:
+        """The file of its metrics, one JSON line a step."""
+        return str(Path(self.directory) / JOURNAL_FILE)
 
 
 @dataclass(frozen=True)
@@ -276,20 +301,7 @@ class TrialResult:
     @property
     def checkpoint(self) -> CheckpointRef:
         """The finished training; only the best trial of a sweep keeps its checkpoints."""
-        found, directory = self.outcome, self.directory
-        assert found.best_eval_loss is not None
-        assert found.base_eval_loss is not None
-        return CheckpointRef(
-            directory=str(directory),
-            best=str(checkpoint_path(directory, found.best_step)),
-            best_step=found.best_step,
-            best_eval_loss=found.best_eval_loss,
-            base_eval_loss=found.base_eval_loss,
-            steps=found.steps,
-            resumed_from=found.resumed_from,
-            micro_batch_tokens=found.micro_batch_tokens,
-            journal=str(directory / JOURNAL_FILE),
-        )
+        return CheckpointRef.of(self.directory, self.outcome)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What base and tuned model give on the test rows: losses and completions, by one process or by several ranks."""
+"""Outputs of base and tuned model on the test rows: losses and completions, by one process or by several ranks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Given:
-    """What one model gives.
+class ModelOutputs:
+    """Losses and completions of one model.
 
     Attributes:
         losses: of each test row, summed over its response, in nats.
@@ -51,17 +51,20 @@ class Given:
     refusal: str = ""
 
 
+Given = ModelOutputs  # its name in tasks/evaluate.py
+
+
 @dataclass(frozen=True)
-class BothGiven:
-    """What both models give.
+class BothOutputs:
+    """Losses and completions of both models.
 
     Attributes:
         tokens: of each test row's response.
     """
 
     tokens: list[int]
-    base: Given
-    tuned: Given
+    base: ModelOutputs
+    tuned: ModelOutputs
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Scoring:
         return 2 * (drawn + 164 * self.sampling.humaneval_samples)
 
 
-def give(scoring: Scoring, place: torch.device, cache: TrunkCacheConfig, ranks: Ranks = ALONE) -> BothGiven:
+def score_models(scoring: Scoring, place: torch.device, cache: TrunkCacheConfig, ranks: Ranks = ALONE) -> BothOutputs:
     """Score and complete the test rows by the base and by the tuned model.
 
     Several ranks share the packs and the prompts, and each returns everything. The losses have the bits of one
@@ -112,15 +115,15 @@ def give(scoring: Scoring, place: torch.device, cache: TrunkCacheConfig, ranks: 
     trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache, ranks=ranks)
     fill_together(trunk, np.arange(len(test)))
     base_losses, tokens = row_losses(engine, test, max_tokens, trunk, ranks)
-    base = given_by(base_losses, network, tokenizer, test, sampling, dtype, ranks)
+    base = outputs_of(base_losses, network, tokenizer, test, sampling, dtype, ranks)
     load_trained(Path(scoring.best), network)
     tuned_losses, _ = row_losses(engine, test, max_tokens, trunk, ranks)
     del trunk  # the completions need its memory
-    tuned = given_by(tuned_losses, network, tokenizer, test, sampling, dtype, ranks)
-    return BothGiven(tokens.tolist(), base, tuned)
+    tuned = outputs_of(tuned_losses, network, tokenizer, test, sampling, dtype, ranks)
+    return BothOutputs(tokens.tolist(), base, tuned)
 
 
-def given_by(
+def outputs_of(
     losses: np.ndarray,
     network: GPTModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,7 +131,7 @@ def given_by(
     sampling: SamplingConfig,
     dtype: torch.dtype,
     ranks: Ranks,
-) -> Given:
+) -> ModelOutputs:
     """Complete the prompts; where sampling is greedy too, each prompt once.
 
     A model whose logits are not finite is a result, as its losses are, and its training is worth a report.
@@ -154,8 +157,8 @@ def given_by(
             of_sampled, of_tested = draw(sampled, sampling), draw(tested, replace(sampling, temperature=0.0))
         tasks = complete_tasks(network, tokenizer, sampling, dtype, ranks)
     except ArithmeticError as error:
-        return Given(losses.tolist(), {}, {}, [], str(error))
-    return Given(losses.tolist(), of_sampled, of_tested, tasks)
+        return ModelOutputs(losses.tolist(), {}, {}, [], str(error))
+    return ModelOutputs(losses.tolist(), of_sampled, of_tested, tasks)
 
 
 def _chosen(test: CodeAlpacaDataset, sampling: SamplingConfig) -> tuple[list[int], list[int]]:
@@ -170,11 +173,11 @@ def _share(prompts: Mapping[int, str], ranks: Ranks) -> list[int]:
     return [index for index, prompt in prompts.items() if numbers[prompt] % ranks.world == ranks.rank]
 
 
-def write_given(path: Path, given: BothGiven) -> None:
-    """Write what both models give as JSON."""
-    write_json(path, asdict(given))
+def write_outputs(path: Path, outputs: BothOutputs) -> None:
+    """Write the outputs of both models as JSON."""
+    write_json(path, asdict(outputs))
 
 
-def read_given(path: Path) -> BothGiven:
-    """What ``write_given`` wrote."""
-    return TypeAdapter(BothGiven).validate_python(json.loads(read_bytes(path)))
+def read_outputs(path: Path) -> BothOutputs:
+    """What ``write_outputs`` wrote."""
+    return TypeAdapter(BothOutputs).validate_python(json.loads(read_bytes(path)))

@@ -207,7 +207,12 @@ def _log_steps(
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
     shipping = shipper.in_background()
 
+    begun: list[int] = []  # the step that the training began after, once it is known
+
     def show_and_ship(report: StepReport) -> None:
+        if not begun:
+            begun.append(max(0, report.step - 1))  # a fresh start reports step 0, the validation of the base
+            correct_attempt(run, directory, announced, begun[0], log)
         on_step(report)
         shipping.offer(report.step)
 
@@ -231,24 +236,10 @@ def _log_steps(
         with must_be_logged(run.tracking_uri, directory):
             shipper.finish()
             _log_result(run, result, ending)
-            correct_attempt(run, announced, result.resumed_from)
-        return _checkpoint_of(directory, result)
+            correct_attempt(run, directory, announced, result.resumed_from, log)
+        return CheckpointRef.of(directory, result)
 
     return finish
-
-
-def _checkpoint_of(directory: Path, result: TrainResult) -> CheckpointRef:
-    return CheckpointRef(
-        directory=str(directory),
-        best=str(result.best),
-        best_step=result.best_step,
-        best_eval_loss=result.best_eval_loss,
-        base_eval_loss=result.base_eval_loss,
-        steps=result.steps,
-        resumed_from=result.resumed_from,
-        micro_batch_tokens=result.micro_batch_tokens,
-        journal=str(directory / JOURNAL_FILE),
-    )
 
 
 def _log_result(run: RunRef, result: TrainResult, ending: str) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from model.data.schemas import COLUMNS, SCHEMAS, UnusableRow
-from model.files import HEAD_BYTES, check_plain, describe_bytes, reason_of
+from model.file_contents import HEAD_BYTES, describe_bytes
+from model.files import check_plain, reason_of
 
 _GZIP = ".gz"
 _SEPARATORS = ",;\t|"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ def row_losses(
     max_tokens: int,
     trunk: TrunkOutputs | None = None,
     ranks: Ranks = ALONE,
+    before_each: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score every row on its response.
 
@@ -32,6 +33,7 @@ def row_losses(
         trunk: cache of the trunk's outputs for this data set; None computes them each time.
         ranks: processes that score together: each takes some of the packs, and all get all results. The packs, and so
             the results, are those of one process.
+        before_each: called before each pack, equally often on all ranks; what it raises ends the scoring.
 
     Returns:
         For each row the summed loss in nats (float64), and the number of response tokens.
@@ -42,9 +44,12 @@ def row_losses(
     counts = np.zeros(len(dataset), dtype=np.int64)
     training = model.training
     model.eval()
-    packs = split_evenly(np.arange(len(dataset)), dataset.lengths[:, 0], max_tokens)
-    for rows in islice(packs, ranks.rank, None, ranks.world):
-        batch = pack(dataset, rows, engine.device)
+    packs = [*split_evenly(np.arange(len(dataset)), dataset.lengths[:, 0], max_tokens)]
+    for first in range(0, len(packs), ranks.world):
+        before_each()
+        if first + ranks.rank >= len(packs):
+            continue
+        batch = pack(dataset, packs[first + ranks.rank], engine.device)
         if not len(batch.targets):
             continue
         x = trunk(batch) if trunk is not None else engine.trunk(batch)

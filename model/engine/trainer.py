@@ -91,7 +91,7 @@ class TrainResult:
 
 
 class TrainingStoppedError(Exception):
-    """The training stopped because the caller requested it; a checkpoint of the last step was saved."""
+    """The training stopped because the caller requested it; a checkpoint of the last step, if any, was saved."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -201,10 +201,10 @@ class Trainer:
 
     def train(self) -> None:
         """Validate the base, then queue and report all steps."""
-        fill_together(self.validation_trunk, np.arange(len(self.validation_rows)))
+        fill_together(self.validation_trunk, np.arange(len(self.validation_rows)), self.check_stop)
         if self.fresh:
             self.call.on_step(StepReport(0, self.total_steps, math.nan, 0.0, math.nan, self.validate()))
-        fill_together(self.trunk, self.rows_to_come())
+        fill_together(self.trunk, self.rows_to_come(), self.check_stop)
         self.speed.restart()
         for rows in self.batches(self.state.step):
             if ran_out(self.state.step, self.state.best_step, self.config):
@@ -228,6 +228,15 @@ class Trainer:
         # Two epochs of steps, wherever they begin, contain a whole epoch.
         batches = list(islice(self.batches(self.state.step), 2 * self.steps_per_epoch))
         return np.unique(np.concatenate(batches)) if batches else np.empty(0, dtype=np.int64)
+
+    def check_stop(self) -> None:
+        """End the training before its first step in this process, if it should stop; all ranks call it.
+
+        Raises:
+            TrainingStoppedError: it should; on all ranks. There has been no step since the last checkpoint.
+        """
+        if self.ranks.agree(self.call.should_stop()):
+            raise TrainingStoppedError(f"stopped on request before step {self.state.step + 1} of {self.total_steps}")
 
     def should_stop(self) -> bool:
         """Whether the training ends before the next step, on all ranks.
@@ -294,11 +303,13 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss is not finite; no checkpoint is saved.
+            TrainingStoppedError: as ``check_stop``, in the base's validation. Any later one comes to its end, as its
+                step has no checkpoint yet.
         """
         state = self.state
-        scores = row_losses(
-            self.engine, self.validation_rows, self.micro_batch_tokens, self.validation_trunk, self.ranks
-        )
+        check = self.check_stop if state.step == 0 else lambda: None
+        rows, trunk = self.validation_rows, self.validation_trunk
+        scores = row_losses(self.engine, rows, self.micro_batch_tokens, trunk, self.ranks, check)
         loss = mean_loss(*scores)
         if not math.isfinite(loss):
             raise NonFiniteError(f"validation loss is {loss} at step {state.step}: lower the learning rate")

@@ -7,10 +7,6 @@ alone: any epoch, order, packing and learning rate can use it again.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +20,15 @@ from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
 from model.engine.ranks import ALONE, Ranks
+from model.engine.trunk_file import TrunkFile, open_trunk_file
 from model.files import sha256_file, sha256_json
-from model.net.device import pin, uses_tf32
+from model.net.device import available_memory, pin, uses_tf32
 
 if TYPE_CHECKING:
     from model.engine.trunk_sharing import SharedTrunks
 
 _CODE_VERSION = 3  # increase it when the same inputs give other outputs
 _IN_WORDS = {"device": "on the device", "host": "in memory", "file": "in a file"}
-_VALUES, _CHECKSUMS = "values.bin", "checksums.bin"
 _READ_BYTES = 1e9  # bytes per second: assumed lower bound for reading a file
 _TRUNK_FLOPS = {"cuda": 4e14, "cpu": 2e12}  # per second: assumed upper bound for computing the trunk
 
@@ -90,7 +86,7 @@ class TrunkOutputs:
         self.engine = engine
         self.ranks = ranks
         self.dataset = dataset
-        self.file: _File | None = None
+        self.file: TrunkFile | None = None
         self.values: Tensor | None = None
         self.place = "none"
         self.requested = self.computed = 0
@@ -128,7 +124,7 @@ class TrunkOutputs:
         elif fits_host:
             self.place, self.values = "host", torch.empty(self.shape, dtype=dtype)
 
-    def _find_file(self, config: TrunkCacheConfig) -> _File | None:
+    def _find_file(self, config: TrunkCacheConfig) -> TrunkFile | None:
         """A file for these outputs, if reading it is faster than computing them and the disk has room."""
         engine = self.engine
         flops = necessary_flops(engine.model.config, engine.model.num_frozen, 0, 0, trunk_tokens=1)
@@ -136,12 +132,13 @@ class TrunkOutputs:
         reads_faster = flops / _TRUNK_FLOPS[engine.device.type] > token_bytes / _READ_BYTES
         if config.directory is None or not reads_faster:
             return None
-        file: _File | None = None
+        file: TrunkFile | None = None
         key = self.ranks.from_first(lambda: _key(engine, self.dataset), local=True)
+        directory, layout = config.directory / key, (self.shape, len(self.dataset), engine.dtype)
         if self.ranks.local_rank == 0:
-            file = _open_file(config, key, self.shape, len(self.dataset), engine.dtype)
+            file = open_trunk_file(directory, config.max_bytes, *layout)
         if self.ranks.agree(file is not None, local=True) and file is None:
-            file = _File(config.directory / key, self.shape, len(self.dataset), engine.dtype)
+            file = TrunkFile(directory, *layout)
         return file
 
     def hand_on(self, engine: Engine, dataset: CodeAlpacaDataset) -> None:
@@ -226,41 +223,6 @@ class TrunkOutputs:
         self.ready[chunk] = True  # rows without a target too: they are in no pack
 
 
-class _File:
-    """Outputs in a memory-mapped file, with a second file of one checksum per row, by which damage is detected.
-
-    Raises:
-        OSError: the disk has no room for the file.
-    """
-
-    def __init__(self, directory: Path, shape: tuple[int, int], rows: int, dtype: torch.dtype):
-        directory.mkdir(parents=True, exist_ok=True)
-        size = shape[0] * shape[1]
-        for name, length in ((_VALUES, size * dtype.itemsize), (_CHECKSUMS, 4 * rows)):
-            with (directory / name).open("ab") as stream:
-                if stream.tell() != length:
-                    stream.truncate(length)
-                # Allocate the blocks now: writing to a mapped file on a disk that has become full kills the process
-                # (SIGBUS).
-                if length and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(stream.fileno(), 0, length)
-        os.utime(directory)  # marks the file as used now
-        self.values = torch.from_file(str(directory / _VALUES), shared=True, size=size, dtype=dtype).view(shape)
-        self.checksums = np.memmap(directory / _CHECKSUMS, dtype="<u4", mode="r+")
-
-    def is_valid(self, row: int, slots: slice) -> bool:
-        """Whether a row's outputs were written, and are undamaged."""
-        return self.checksums[row] != 0 and self.checksums[row] == self._checksum(slots)
-
-    def write_checksum(self, row: int, slots: slice) -> None:
-        """Mark a row's outputs as written."""
-        self.checksums[row] = self._checksum(slots)
-
-    def _checksum(self, slots: slice) -> int:
-        """CRC-32, never 0, which stands for a row that was not written."""
-        return zlib.crc32(self.values[slots].view(torch.uint8).numpy().data) or 1
-
-
 def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:
     """A sha256 over everything that determines the outputs, such as the trunk's weights, and over nothing else."""
     model = engine.model
@@ -277,77 +239,3 @@ def _key(engine: Engine, dataset: CodeAlpacaDataset) -> str:
             "lengths": hashlib.sha256(dataset.lengths[:, 0].tobytes()).hexdigest(),
         }
     )
-
-
-def _open_file(
-    config: TrunkCacheConfig, key: str, shape: tuple[int, int], rows: int, dtype: torch.dtype
-) -> _File | None:
-    """Open or create the file of this key, and delete others to stay within the limit. None if the disk is full."""
-    assert config.directory is not None
-    size = shape[0] * shape[1] * dtype.itemsize
-    directory = config.directory / key
-    config.directory.mkdir(parents=True, exist_ok=True)
-    _evict(config.directory, config.max_bytes - size, keep=directory)
-    exists = directory.exists()
-    if not exists and size > 0.5 * shutil.disk_usage(config.directory).free:
-        return None
-    try:
-        return _File(directory, shape, rows, dtype)
-    except OSError:
-        if not exists:
-            shutil.rmtree(directory, ignore_errors=True)
-        return None
-
-
-def _evict(root: Path, max_bytes: int, keep: Path) -> None:
-    """Delete the files that were not used for the longest time, until the others take ``max_bytes`` at most.
-
-    Args:
-        root: directory of all files.
-        max_bytes: limit for all files but ``keep``.
-        keep: directory of the file that is not deleted.
-    """
-    used: dict[Path, float] = {}
-    sizes: dict[Path, int] = {}
-    for path in root.iterdir():
-        with suppress(FileNotFoundError, NotADirectoryError):  # another process may delete files at the same time
-            if path != keep:
-                used[path], sizes[path] = path.stat().st_mtime, (path / _VALUES).stat().st_size
-    total = sum(sizes.values())
-    for path in sorted(sizes, key=lambda path: used[path]):
-        if total <= max_bytes:
-            break
-        shutil.rmtree(path, ignore_errors=True)  # a process that has the file mapped can go on reading it
-        total -= sizes[path]
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be allocated now: the system's, or those of a container whose limit is lower.
-
-    Args:
-        root: directory that contains ``proc`` and ``sys``.
-    """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):  # free pages do not include the page cache, which can be reclaimed
-        available = _field(root / "proc" / "meminfo", "MemAvailable:") * 1024
-    cgroups = root / "sys" / "fs" / "cgroup"
-    for cgroup, limit, used in (  # versions 2 and 1
-        (cgroups, "memory.max", "memory.current"),
-        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # "max", which is no number, stands for no limit
-            free = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
-            available = min(available, free + _field(cgroup / "memory.stat", "inactive_file"))
-    return max(0, available)
-
-
-def _field(file: Path, name: str) -> int:
-    """The number that follows a name in a file of the kernel.
-
-    Raises:
-        OSError: the file or the name does not exist.
-    """
-    for words in map(str.split, file.read_text().splitlines()):
-        if words[0] == name:
-            return int(words[1])
-    raise OSError(f"{file} has no line {name}")

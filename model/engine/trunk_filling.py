@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ from model.data.packing import pack
 from model.engine.trunk import TrunkOutputs
 
 
-def fill_together(outputs: TrunkOutputs, rows: np.ndarray[Any, Any]) -> None:
+def fill_together(
+    outputs: TrunkOutputs, rows: np.ndarray[Any, Any], before_each: Callable[[], None] = lambda: None
+) -> None:
     """Compute the outputs of rows once per host, if they are kept at all, and make them ready on all its ranks.
 
     The chunks are those of a training on one device, so that outputs have the same bits. They are dealt to the ranks
@@ -19,19 +23,24 @@ def fill_together(outputs: TrunkOutputs, rows: np.ndarray[Any, Any]) -> None:
     Args:
         outputs: of the same rows, in the same place, on all ranks of the host.
         rows: rows that will be needed.
+        before_each: called before each chunk, equally often on all ranks of all hosts; what it raises ends the
+            filling, and rows that are not complete are computed when they are needed.
     """
-    if not outputs.keeps or outputs.ranks.world == 1:
+    ranks = outputs.ranks
+    if ranks.world == 1:
         return
-    needed = np.unique(outputs.chunk_of[rows[~outputs.ready[rows]]])
-    chunks = [outputs.chunks[number] for number in needed]
-    world = outputs.ranks.local_world
-    if outputs.place == "file":  # shared by the ranks of the host
-        for chunk in chunks[outputs.ranks.local_rank :: world]:
-            outputs.fill(chunk)
-        outputs.ranks.barrier(local=True)
-    else:
-        for first in range(0, len(chunks), world):
-            _exchange(outputs, chunks[first : first + world])
+    missing = rows[~outputs.ready[rows]] if outputs.keeps else rows[:0]
+    chunks = [outputs.chunks[number] for number in np.unique(outputs.chunk_of[missing])]
+    is_shared = outputs.place == "file"  # by the ranks of the host
+    for number in range(ranks.highest(math.ceil(len(chunks) / ranks.local_world))):
+        before_each()
+        part = chunks[number * ranks.local_world : (number + 1) * ranks.local_world]
+        if part and not is_shared:
+            _exchange(outputs, part)
+        elif ranks.local_rank < len(part):
+            outputs.fill(part[ranks.local_rank])
+    if is_shared:
+        ranks.barrier(local=True)
     for chunk in chunks:
         outputs.ready[chunk] = True
 

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from model.files import describe_content, shown, unique_keys
+from model.file_contents import describe_content
+from model.files import shown, unique_keys
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Bytes of one value; a dtype that is not listed, such as one of four bits, is not checked against its size.

@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from model.files import ChangedFileError, describe_content, parse_json, read_bytes, reason_of
+from model.file_contents import describe_content
+from model.files import ChangedFileError, parse_json, read_bytes, reason_of
 from model.net.prompt import encode
 
 if TYPE_CHECKING:

@@ -78,15 +78,28 @@ class GangError(RuntimeError):
 
 @dataclass
 class _Rank:
-    """A rank that has connected."""
+    """A rank that has connected.
+
+    Attributes:
+        log: its output: torchrun's, until it has one of its own.
+        heard: when it gave the last sign of life, in seconds of the monotonic clock.
+        number: among all ranks; None until it has said it, as is ``identity``.
+        text: the beginning of a message that has not arrived whole.
+        is_over: whether it has ended, or failed.
+    """
 
     connection: socket.socket
-    identity: ProcessIdentity
     log: Path
     heard: float
-    number: int = -1
+    number: int | None = None
+    identity: ProcessIdentity | None = None
     text: bytes = b""
     is_over: bool = False
+
+    @property
+    def name(self) -> str:
+        """For a sentence."""
+        return "a rank" if self.identity is None else f"rank {self.number} (pid {self.identity.pid})"
 
 
 @dataclass
@@ -187,15 +200,16 @@ class Gang:
             status = torchrun.poll()  # before messages are read: later there are none
             looked = time.monotonic()
             for key, _ in selector.select(_POLL_SECONDS):
-                if key.fileobj is not server:
-                    if not self._read(key.data, on_message):
-                        selector.unregister(key.fileobj)
-                elif rank := self._welcome(server):
+                if key.fileobj is server:
+                    rank = self._accept(server)
                     selector.register(rank.connection, selectors.EVENT_READ, rank)
+                elif not self._read(key.data, on_message):
+                    selector.unregister(key.fileobj)
             if self._stopped_at is None and should_stop():
                 self._stopped_at = time.monotonic()
                 for rank in self._ranks:
-                    self._ask_to_stop(rank)
+                    if rank.identity is not None:  # else it is asked once it has its seat
+                        self._ask_to_stop(rank)
             self._look_for_failures(status, looked)
             if status is not None:
                 self._ended_at = self._ended_at or time.monotonic()
@@ -203,23 +217,28 @@ class Gang:
                 if is_silent or time.monotonic() - self._ended_at > _REACTION_SECONDS:
                     return self._check_end(status)
 
-    def _welcome(self, server: socket.socket) -> _Rank | None:
-        """Give a rank that connects its seat; None if it has died already."""
+    def _accept(self, server: socket.socket) -> _Rank:
+        """Let a rank connect."""
         connection, _ = server.accept()
         connection.settimeout(_SILENCE_SECONDS)
-        hello, _, rest = connection.recv(_TAIL_BYTES).partition(b"\n")
-        if not hello:
-            return None
-        said = json.loads(hello)
-        seat = self.seats[said["local_rank"]]
-        log = self.directory / f"rank-{said['rank']}.log"
-        welcome = json.dumps({"device": seat.device, "log": str(log)}).encode() + b"\n"
-        socket.send_fds(connection, [welcome], [] if seat.descriptor is None else [seat.descriptor])
-        rank = _Rank(connection, identify_process(said["pid"]), log, time.monotonic(), said["rank"], rest)
+        rank = _Rank(connection, self._launcher_log, time.monotonic())
         self._ranks.append(rank)
+        return rank
+
+    def _welcome(self, rank: _Rank, said: Mapping[str, Any]) -> None:
+        """Give a rank that has said its numbers its seat."""
+        rank.number, rank.identity = said["rank"], identify_process(said["pid"])
+        seat = self.seats[said["local_rank"]]
+        log = self.directory / f"rank-{rank.number}.log"
+        log.unlink(missing_ok=True)  # that of an earlier gang
+        welcome = json.dumps({"device": seat.device, "log": str(log)}).encode() + b"\n"
+        try:
+            socket.send_fds(rank.connection, [welcome], [] if seat.descriptor is None else [seat.descriptor])
+        except OSError:  # _read hears of its death; what it said is in torchrun's output
+            return
+        rank.log = log
         if self._stopped_at is not None:
             self._ask_to_stop(rank)
-        return rank
 
     @staticmethod
     def _ask_to_stop(rank: _Rank) -> None:
@@ -230,14 +249,16 @@ class Gang:
         """Read what a rank has said. Returns whether it may say more."""
         try:
             received = rank.connection.recv(65536)
-        except ConnectionResetError:
+        except OSError:  # it was killed
             received = b""
         rank.heard = time.monotonic()
         *lines, rank.text = (rank.text + received).split(b"\n")
         for line in lines:
             content = json.loads(line)
             kind = content.pop("kind")
-            if kind == "end":
+            if kind == "hello":
+                self._welcome(rank, content)
+            elif kind == "end":
                 rank.is_over = True
             elif kind == "error":
                 text = f"rank {rank.number} failed: {content.pop('text')}"
@@ -245,16 +266,14 @@ class Gang:
             elif kind != "alive":
                 on_message(kind, content)
         if not received and not rank.is_over:
-            self._fail(rank, GangError(self._died(rank, "died")))
+            how = "died" if rank.identity else "died before it had said its number"
+            self._fail(rank, GangError(f"{rank.name} {how}{_tail(rank.log)}"))
         return bool(received)
 
     def _fail(self, rank: _Rank, error: GangError) -> None:
         rank.is_over = True
         self._errors.append(error)
         self._failed_at = self._failed_at or time.monotonic()
-
-    def _died(self, rank: _Rank, how: str) -> str:
-        return f"rank {rank.number} (pid {rank.identity.pid}) {how}{_tail(rank.log)}"
 
     def _look_for_failures(self, status: int | None, looked: float) -> None:
         """Raise the failure that is the cause, some time after the first one.
@@ -273,7 +292,7 @@ class Gang:
         for rank in self._ranks:
             if not rank.is_over and looked - rank.heard > _SILENCE_SECONDS:
                 how = f"has given no sign of life for {_SILENCE_SECONDS:.0f} s: it hangs, or was stopped"
-                self._fail(rank, GangError(self._died(rank, how)))
+                self._fail(rank, GangError(f"{rank.name} {how}{_tail(rank.log)}"))
         if self._failed_at and now - self._failed_at > _REACTION_SECONDS:
             raise self._cause()
         if status is None and self._stopped_at and now - self._stopped_at > _STOP_SECONDS:
@@ -300,11 +319,12 @@ class Gang:
         torchrun.wait()
         for rank in self._ranks:
             rank.connection.close()
+        known = [rank.identity for rank in self._ranks if rank.identity is not None]
         deadline = time.monotonic() + _KILL_SECONDS
-        while time.monotonic() < deadline and (left := [r for r in self._ranks if r.identity.is_alive]):
-            for rank in left:
+        while time.monotonic() < deadline and (left := [each for each in known if each.is_alive]):
+            for identity in left:
                 with suppress(ProcessLookupError):
-                    os.kill(rank.identity.pid, 9)
+                    os.kill(identity.pid, 9)
             time.sleep(0.05)
 
 

@@ -60,6 +60,9 @@ def take_place() -> Member:
 
     Output goes to the file that the host names. The descriptor of the device's lock, which the host sends, stays open
     as long as the process lives.
+
+    Raises:
+        SystemExit: the host has gone.
     """
     die_with_parent()
     member = Member(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]))
@@ -71,9 +74,14 @@ def take_place() -> Member:
     for number in ASKING:  # they may reach every process of a flow run; the host decides
         signal.signal(number, signal.SIG_IGN)
     member.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    member.connection.connect(path)
-    member.send("hello", rank=member.rank, local_rank=member.local_rank, pid=os.getpid())
-    welcome, _, _, _ = socket.recv_fds(member.connection, _MOST_BYTES, 1)
+    try:
+        member.connection.connect(path)
+        member.send("hello", rank=member.rank, local_rank=member.local_rank, pid=os.getpid())
+        welcome, _, _, _ = socket.recv_fds(member.connection, _MOST_BYTES, 1)
+    except OSError:
+        welcome = b""
+    if not welcome:
+        raise SystemExit(f"rank {member.rank}: the process that started this gang has ended")
     line, _, rest = welcome.partition(b"\n")
     seat = json.loads(line)
     member.device = seat["device"]

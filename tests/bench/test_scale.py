@@ -39,7 +39,11 @@ def test_medians_are_compared_with_one_gpu() -> None:
 
 def test_options_that_cannot_be_measured_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """With a message, before anything runs."""
-    for options, message in ((["--epochs", "1"], "2 are the fewest"), (["--gpus", "99"], "add --device cpu")):
+    for options, message in (
+        (["--epochs", "1"], "2 are the fewest"),
+        (["--gpus", "99"], "add --device cpu"),
+        (["--gpus", "1", "1000", "--device", "cpu"], "--gpus 1000 is too many: on a CPU"),
+    ):
         with pytest.raises(SystemExit):
             parse(options)
         assert message in capsys.readouterr().err

@@ -51,7 +51,7 @@ def training(sources: Sources) -> TrainingRef:
 
 
 CPU = Devices(("cpu",), (None,))
-CHECKPOINT = CheckpointRef("no", "no", 0, 0.0, 0.0, 0, 0, 2_048, "no")
+CHECKPOINT = CheckpointRef("no", 0, 0.0, 0.0, 0, 0, 2_048)
 # Each step that loads the base or its tokenizer.
 LOADINGS: dict[str, Callable[[Sources, TrainingRef], object]] = {
     "prepare": lambda sources, _: find_or_write_tokens(sources, replace(PREPARE, max_length=70)),

@@ -11,9 +11,18 @@ from prefect.client.orchestration import get_client
 
 from flows.finetune import finetune
 from flows.hooks import after_crash
-from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG
+from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, close_run
 from ops.settings import Settings
-from ops.tracking.runs import PARENT_TAG, client, tracked_run
+from ops.tracking.runs import (
+    PARENT_TAG,
+    REASON_TAG,
+    RunRef,
+    client,
+    create_run,
+    open_experiment,
+    set_tags,
+    tracked_run,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,4 +64,31 @@ def test_a_process_that_dies_after_its_work(
         after_crash(finetune, flow_run, crashed)
         assert prefect.read_flow_run(made.id).state.type.value == end
     assert client(run.tracking_uri).get_run(run.run_id).info.status == status
+    # The name that the flow gave its run, and not that of Prefect, which the worker knows.
+    assert [notice[0] for notice in sent] == ["finetune crashed: a run"] * notices
+    assert made.name != "a run"
+
+
+@pytest.mark.parametrize(("is_closed", "notices"), [(True, 0), (False, 1)])
+def test_one_notice_of_hook_and_reaper(
+    prefect_server: None, data_root: Path, monkeypatch: pytest.MonkeyPatch, is_closed: bool, notices: int
+) -> None:
+    """The reaper has closed the run and sent its notice; or MLflow failed after it had said why, and before that."""
+    sent: list[Any] = []
+    monkeypatch.setattr("flows.hooks.notify", lambda *arguments: sent.append(arguments))
+    settings = Settings.load()
+    mlflow = client(settings.tracking_uri)
+    with get_client(sync_client=True) as prefect:
+        crashed = states.Crashed(message="exit code -9")
+        made = prefect.create_flow_run(finetune, parameters={}, state=states.Running())
+        prefect.set_flow_run_state(made.id, crashed, force=True)
+        tags = {FLOW_RUN_TAG: str(made.id), ATTEMPT_TAG: "1"}
+        opened = create_run(mlflow, open_experiment(mlflow, settings), "a run", tags)
+        run = RunRef(settings.tracking_uri, opened.info.experiment_id, opened.info.run_id)
+        if is_closed:
+            assert close_run(run, "KILLED", "Prefect: Crashed")
+        else:
+            set_tags(run, {REASON_TAG: "Prefect: Crashed"})
+        after_crash(finetune, prefect.read_flow_run(made.id), crashed)
+    assert mlflow.get_run(run.run_id).info.status == "KILLED"
     assert len(sent) == notices

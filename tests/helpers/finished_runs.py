@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, client, log_metrics, log_params, log_table, tracked_run
+from ops.tracking.data import log_table
+from ops.tracking.runs import RunRef, client, log_metrics, log_params, tracked_run
 
 HOSTILE = (
     '<script>document.title = "hacked"</script>',

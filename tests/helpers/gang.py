@@ -25,7 +25,7 @@ from model.engine.engine import Engine
 from model.engine.journal import read_journal
 from model.engine.ranks import ALONE, Ranks, join_ranks
 from model.engine.scoring import row_losses
-from model.engine.trainer import TrainResult
+from model.engine.trainer import Trainer, TrainResult
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.engine.trunk_filling import fill_together
@@ -137,6 +137,7 @@ class Training:
         double: compute in float64.
         cache: settings of ``TrunkCacheConfig``.
         stop: (rank, step): this rank wants to stop before this step.
+        stop_early: (rank, number): this rank wants to stop when it is asked for this time before the first step.
         kill: (rank, step): this rank is killed when it has queued this step.
         spoil: (rank, step, value): before this step this rank adds the value to a weight.
         poison: (rank, step): in this step this rank's gradient is not finite.
@@ -153,6 +154,7 @@ class Training:
     double: bool = True
     cache: dict[str, Any] = field(default_factory=dict)
     stop: tuple[int, int] | None = None
+    stop_early: tuple[int, int] | None = None
     kill: tuple[int, int] | None = None
     spoil: tuple[int, int, float] | None = None
     poison: tuple[int, int] | None = None
@@ -169,7 +171,9 @@ class Outcome:
         weights: all weights at the end by name.
         result: None if it raised.
         error: name of the type and message of what it raised; empty if it raised nothing.
-        asked: how often the rank was asked whether to stop.
+        asked: how often the rank was asked before a step whether to stop.
+        asked_early: how often it was asked before the first step, while the frozen blocks' outputs and the base's
+            validation were computed.
         warnings: messages to ``warn``.
     """
 
@@ -177,6 +181,7 @@ class Outcome:
     result: TrainResult | None
     error: str
     asked: int
+    asked_early: int
     warnings: list[str]
 
 
@@ -198,10 +203,20 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
     saving._SECONDS_BETWEEN = 0.0  # else a tiny training on a GPU writes its last checkpoint only
     if training.odd == ranks.rank:
         model.wte.weight.data[5, 7] += 1e-3
-    asked, warnings = 0, list[str]()
+    asked, asked_early, is_early, warnings = 0, 0, False, list[str]()
+    plain = Trainer.check_stop
+
+    def check_stop(trainer: Trainer) -> None:
+        nonlocal is_early
+        is_early = True
+        plain(trainer)
+        is_early = False
 
     def should_stop() -> bool:
-        nonlocal asked
+        nonlocal asked, asked_early
+        if is_early:
+            asked_early += 1
+            return training.stop_early == (ranks.rank, asked_early - 1)
         step, asked = asked, asked + 1
         if training.kill == (ranks.rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -214,6 +229,7 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
         return training.stop == (ranks.rank, step)
 
     result, error = None, ""
+    Trainer.check_stop = check_stop  # type: ignore[method-assign]
     try:
         result = train(
             model,
@@ -232,9 +248,11 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
         if type(raised).__name__ != "TrainingStoppedError":
             raise
         error = f"{type(raised).__name__}: {raised}"
+    finally:
+        Trainer.check_stop = plain  # type: ignore[method-assign]
     weights = {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters() if not training.double}
     weights |= {name: p.detach().cpu().numpy() for name, p in model.named_parameters() if training.double}
-    return Outcome(weights, result, error, asked, warnings)
+    return Outcome(weights, result, error, asked, asked_early, warnings)
 
 
 def metrics_of(directory: Path) -> list[tuple[int, dict[str, float]]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 
-from ops.machine.member import Member, take_place
+from ops.machine.member import HOST_VARIABLE, Member, take_place
 
 RANK = int(os.environ["RANK"])
 
@@ -39,7 +40,23 @@ def do(what: str, member: Member) -> None:
     time.sleep(600)  # also where it is to ignore that it should stop
 
 
+def fail_to_join(what: str) -> None:
+    """Connect to the host as ``take_place`` does, and die, or hang, before the host's welcome has arrived."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(os.environ[HOST_VARIABLE])
+    connection.shutdown(socket.SHUT_RD)  # as after its death: what the host sends does not arrive
+    hello = {"kind": "hello", "rank": RANK, "local_rank": RANK, "pid": os.getpid()}
+    text = json.dumps(hello).encode() + b"\n"
+    if what != "say nothing":
+        connection.sendall(text[:10] if what == "die in its hello" else text)
+    if what == "say nothing":
+        time.sleep(600)
+    os._exit(1)
+
+
 def main() -> int:
+    if RANK and sys.argv[1] in ("die before its welcome", "die in its hello", "say nothing"):
+        fail_to_join(sys.argv[1])
     member = take_place()
     try:
         do(sys.argv[1], member)

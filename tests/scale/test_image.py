@@ -50,7 +50,7 @@ def test_it_holds_the_project_and_nothing_else(store: Store, container: list[str
     """No root, no tools of development, no data, no history, and nothing of the machine that built it."""
     config = store.configuration(IMAGE)
     assert config["User"] == "finetune"
-    assert "prefect worker start --pool gpu" in config["Cmd"][-1]
+    assert config["Cmd"][:3] == ["python", "-m", "ops.stack.worker"]
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert not any(name in text for text in config["Env"] for name in ("PIP_", "AWS_", "PASSWORD"))
     assert _output(container, "id", "-u").split() == ["1000"]
@@ -99,4 +99,4 @@ def test_its_command_is_a_worker(store: Store, container: list[str], tmp_path: P
             for pid in servers.descendants("PREFECT_API_URL"):
                 if Path(f"/proc/{pid}/root").readlink() != Path("/"):
                     subprocess.run(["kill", str(pid)])
-            worker.wait(timeout=60)
+            assert worker.wait(timeout=60) == 0

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from installation import Installation, installed
+from installation import installed
 from made_up import BIN, FOREIGN, ROOT, free_ports, wait_for
 from slurm import slurm
 
+from model.engine.checkpoint import newest_step
 from ops.machine.process import end_processes, tagged
+from ops.tracking.runs import client as client_of
 
 pytestmark = pytest.mark.slow
 SCRIPTS = ROOT / "docs" / "slurm"
@@ -119,8 +123,9 @@ def _losses(log: str) -> list[float]:
     return [float(found) for found in re.findall(r"step \d+/.* validation loss ([\d.]+)", log)]
 
 
-def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str], tmp_path: Path) -> None:
-    """It completes a run, and scancel ends it."""
+@pytest.mark.parametrize("how", ["scancel", "--signal=TERM"])
+def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str], tmp_path: Path, how: str) -> None:
+    """It completes a run. scancel, or the signal before the time limit, ends it: the next run saves its last step."""
     (tmp_path / "servers").mkdir()
     with installed(tmp_path / "servers", worker=False) as servers:
         names = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "PREFECT_WORKER_QUERY_SECONDS", "PREFECT_HOME")
@@ -130,12 +135,29 @@ def test_a_worker_takes_runs_for_the_time_of_its_job(environment: dict[str, str]
         try:
             said, _ = servers.run(*FEW_STEPS, "max_steps=3").communicate(timeout=400)
             assert "Completed" in said, said[-3000:] + log.read_text()[-3000:]
+            long = servers.run(*FEW_STEPS[1:], "eval_freq=100000", "max_steps=100000", "epochs=1000", "batch_size=8")
+            training = wait_for("a long training", lambda: _training(environment, 20), 240)
         finally:
-            subprocess.run(["scancel", job], env=environment, check=True)
+            began = time.monotonic()
+            subprocess.run(["scancel", *[how] * (how != "scancel"), job], env=environment, check=True)
         wait_for("the end of the job", lambda: job not in _jobs(environment), 90)
-        assert not _workers(servers)
+        print(f"the job has ended after {time.monotonic() - began:.1f} s")
+        said, _ = long.communicate(timeout=60)
+        assert "Crashed" in said, said[-3000:] + log.read_text()[-3000:]
+        assert newest_step(training) == _steps(training) >= 20
+        runs = client_of(servers.tracking).search_runs(["1"])
+        assert sorted(run.info.status for run in runs) == ["FINISHED", "KILLED"]
+        wait_for("the end of its processes", lambda: not servers.descendants("SLURM_JOB_ID", job), 10)
 
 
-def _workers(servers: Installation) -> list[int]:
-    found = servers.descendants("PREFECT_API_URL")
-    return [pid for pid in found if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+def _steps(training: Path) -> int:
+    """The newest step in a training's journal."""
+    return int(json.loads((training / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+
+
+def _training(environment: dict[str, str], steps: int) -> Path | None:
+    """The directory of a training that has done so many steps."""
+    for journal in Path(environment["FINETUNE_DATA_ROOT"]).glob("trainings/*/metrics.jsonl"):
+        if journal.read_text().count("train/loss") > steps:
+            return journal.parent
+    return None

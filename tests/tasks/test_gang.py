@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from made_up import ROOT
+from made_up import ROOT, wait_for
 
 import model.net.device
 from ops.machine.gang import GangError
@@ -140,8 +143,9 @@ def test_devices_are_held_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert devices.names == ("cuda:0", "cuda:1", "cuda:2")
 
 
-def test_a_cpu_stands_for_each_of_its_processes() -> None:
-    """It is held once, and each process keeps that lock."""
+def test_a_cpu_stands_for_each_of_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held once, and each process keeps that lock. It has four processors here."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     with held_devices("cpu", 3, "a run", pytest.fail) as devices:
         assert devices.names == ("cpu",) * 3
         assert len({*devices.descriptors}) == 1
@@ -163,6 +167,32 @@ def test_a_rank_without_memory_halves_the_passes_of_all(
     assert sorted(_curve(result, "train/loss")) == list(range(1, 13))
     tags = client(result.run.tracking_uri).get_run(result.run.run_id).data.tags
     assert RESUMED_TAG not in tags, "it goes on from no other run"
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_computation_of_frozen_blocks(
+    flow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would take a minute: Ctrl-C in it ends all ranks within seconds, in order."""
+    chunks = tmp_path / "chunks"
+    monkeypatch.setattr(gang, "WORKER", "slow_to_fill")
+    monkeypatch.setenv("CHUNKS", str(chunks))
+    caplog.set_level(logging.WARNING)
+    sent: list[float] = []
+
+    def interrupt() -> None:
+        wait_for("chunks of the training rows", lambda: chunks.read_text().count("\n") > 12, 200)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        flow(gpus=2, seed=12, max_steps=300, score_rows=10)
+    print(f"ended after {time.monotonic() - sent[0]:.1f} s, of {chunks.read_text().count(chr(10))} chunks")
+    assert time.monotonic() - sent[0] < 15
+    assert "stopped: a checkpoint of step" not in caplog.text
+    assert any("the same parameters start the training again" in line for line in _warnings(caplog))
+    assert not any(lock.held for lock in read_locks(Path(os.environ["FINETUNE_LOCKS"])))
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def _score(data: Path, start_from: str = "base") -> tuple[RivalRef, Any]:
         sources = _download(data, start_from=start_from)
         tokens = find_or_write_tokens(sources, config)
         model = check_weights(sources.weights, "tiny")
-        checkpoint = CheckpointRef(str(data.with_name("training")), "", 0, 0.0, 0.0, 0, 0, 2_048, "")
+        checkpoint = CheckpointRef(str(data.with_name("training")), 0, 0.0, 0.0, 0, 0, 2_048)
         plan = plan_freeze(GPTConfig(**model.config), FreezeConfig(num_unfrozen_layers=2))
         training = identify_training(tokens, model, plan, TrainConfig(precision="fp32"), "cpu")
         rival = score_champion.fn(training, checkpoint, None, "cpu")

@@ -14,11 +14,11 @@ from tasks.resume import RESUMED_TAG, begin_attempt, correct_attempt, describe_k
 
 @pytest.fixture
 def runs(tmp_path: Path, mlflow_database: Path) -> list[RunRef]:
-    """Two MLflow runs."""
+    """Three MLflow runs."""
     (tmp_path / "mlflow.db").write_bytes(mlflow_database.read_bytes())
     mlflow = client(uri := f"sqlite:///{tmp_path}/mlflow.db")
     experiment = mlflow.create_experiment("finetune", tmp_path.as_uri())
-    return [RunRef(uri, experiment, mlflow.create_run(experiment).info.run_id) for _ in range(2)]
+    return [RunRef(uri, experiment, mlflow.create_run(experiment).info.run_id) for _ in range(3)]
 
 
 def _tag(run: RunRef) -> str | None:
@@ -43,10 +43,33 @@ def test_a_resumed_training_names_step_and_run(
     assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"
     assert begin_attempt(runs[1], directory, log) == 100  # the task is tried again
     assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"
-    correct_attempt(runs[1], 100, 100)
+    correct_attempt(runs[1], directory, 100, 100, log)
     assert _tag(runs[1]) == f"step 100 of MLflow run {runs[0].run_id}"
-    correct_attempt(runs[1], 100, 20)
+    correct_attempt(runs[1], directory, 100, 20, log)
     assert _tag(runs[1]) == "step 20"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_named(
+    tmp_path: Path, runs: list[RunRef], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run that saved the checkpoint is, also where the task of a later one is tried again."""
+    log = logging.getLogger("test")
+    caplog.set_level(logging.INFO, logger="test")
+    begin_attempt(runs[0], tmp_path, log)
+    (tmp_path / "step-00000100").mkdir()
+    begin_attempt(runs[1], tmp_path, log)  # and dies
+    begin_attempt(runs[2], tmp_path, log)  # and dies, and is tried again
+    begin_attempt(runs[2], tmp_path, log)
+    assert caplog.messages == [f"resuming at step 100, from the checkpoint of MLflow run {runs[0].run_id}"] * 3
+    assert _tag(runs[2]) == f"step 100 of MLflow run {runs[0].run_id}"
+    (tmp_path / "step-00000120").mkdir()
+    begin_attempt(runs[2], tmp_path, log)
+    assert caplog.messages[3:] == ["resuming at step 120, from the checkpoint of the try before"]
+    correct_attempt(runs[2], tmp_path, 120, 100, log)  # that one is damaged
+    (tmp_path / "step-00000120").rmdir()
+    (tmp_path / "step-00000110").mkdir()
+    begin_attempt(runs[1], tmp_path, log)
+    assert caplog.messages[4:] == [f"resuming at step 110, from the checkpoint of MLflow run {runs[2].run_id}"]
 
 
 def test_an_earlier_run_that_is_not_known(tmp_path: Path, runs: list[RunRef]) -> None:

@@ -1,4 +1,4 @@
-"""What a broken model gives; the flow's tests show what others give."""
+"""The outputs of a broken model; the flow's tests show those of others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.evaluation.config import SamplingConfig
 from model.net.gpt import GPTModel
 from model.net.tokenizer import load_tokenizer
 from tasks.humaneval import score_tasks
-from tasks.scoring import given_by
+from tasks.scoring import outputs_of
 
 
 class _Rows(SimpleNamespace):
@@ -37,7 +37,7 @@ def test_a_model_whose_logits_are_not_finite_has_no_completions(value: float, te
     rows: list[dict[str, Any]] = [{"prompt": "Write a function."}, {"prompt": "Add 1.", "tests": ["assert True"]}]
     test = cast(CodeAlpacaDataset, _Rows(rows=rows))
     settings = SamplingConfig(max_new_tokens=3)
-    found = given_by(np.ones(2), model, tokenizer, test, settings, torch.float32, ALONE)
+    found = outputs_of(np.ones(2), model, tokenizer, test, settings, torch.float32, ALONE)
     assert (found.losses, len(found.sampled), len(found.greedy), found.tasks) == ([1.0, 1.0], texts, texts // 2, [])
     assert found.refusal.startswith("the model's logits are not finite") == (not texts)
 

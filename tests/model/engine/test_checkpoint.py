@@ -795,12 +795,30 @@ def test_stopped_on_request(
     reports: list[StepReport] = []
 
     def asked() -> bool:
-        return reports[-1].step == step
+        return bool(reports) and reports[-1].step == step
 
     with pytest.raises(TrainingStoppedError, match=f"after step {step} of 15"):
         train(fresh(), token_dir, config, tmp_path / "cut", "me", reports.append, should_stop=asked)
     assert len([metrics for _, metrics in record(tmp_path / "cut") if "train/loss" in metrics]) == step
     resume(config, tmp_path / "cut", step)
+
+
+def test_stopped_while_the_base_is_validated(
+    fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path, resume: Resume
+) -> None:
+    """Before the first step a training ends after a pass, not after a validation; the next one starts afresh."""
+    config = config_of(micro_batch_tokens=200)
+    asked: list[bool] = []
+
+    def second_time() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    with pytest.raises(TrainingStoppedError, match=r"^stopped on request before step 1 of 15$"):
+        train(fresh(), token_dir, config, tmp_path / "cut", "me", should_stop=second_time)
+    assert len(asked) == 2
+    assert not [*(tmp_path / "cut").glob("step-*")]
+    resume(config, tmp_path / "cut", 0)
 
 
 def test_finished_training_is_not_repeated(fresh: Callable[[], GPTModel], token_dir: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from model.engine.engine import Engine
 from model.engine.journal import read_journal
 from model.engine.loss import cross_entropy, head_loss, padded_head
 from model.engine.scoring import row_losses
-from model.engine.trainer import TrainingStoppedError
+from model.engine.trainer import StepReport, TrainingStoppedError
 from model.engine.training import train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.attention import Documents
@@ -406,10 +406,15 @@ def test_stopped_on_request_equals_uninterrupted_bit_for_bit(token_dir: Path, tm
     """Queued steps are finished and reported, and the checkpoint is of the last of them."""
     config = TrainConfig(epochs=4, batch_size=8, eval_freq=5, precision="bf16", learning_rate=1e-3, dropout=0.1)
     asked = count()
+    reports: list[StepReport] = []
     whole, cut, again = small_model(), small_model(), small_model()
     train(whole, token_dir, config, tmp_path / "whole", "x")
+
+    def should_stop() -> bool:
+        return bool(reports) and next(asked) == step  # reports are late, but for that of the base
+
     with pytest.raises(TrainingStoppedError, match=f"after step {step} of"):
-        train(cut, token_dir, config, tmp_path / "cut", "x", should_stop=lambda: next(asked) == step)
+        train(cut, token_dir, config, tmp_path / "cut", "x", reports.append, should_stop=should_stop)
     assert [p.name for p in (tmp_path / "cut").glob(f"step-{step:08d}")]
     assert train(again, token_dir, config, tmp_path / "cut", "x").resumed_from == step
     assert_same_training(whole, again, tmp_path)

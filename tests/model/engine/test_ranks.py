@@ -141,6 +141,35 @@ def test_one_rank_stops_all(
     assert_equal(tmp_path / "cut", tmp_path / "whole", again, whole)
 
 
+@pytest.mark.parametrize("options", [{}, {"from_files": True}], ids=["in memory", "in a file"])
+def test_one_rank_stops_all_before_the_first_step(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """While the frozen blocks' outputs and the base's validation are computed; nothing is lost, and no rank waits."""
+    cache = {"directory": tmp_path / "cache"} if options else {}
+    config = {**CONFIG, "max_steps": 9, "eval_freq": 5, "dropout": 0.1}
+    training = Training(gpt2_dir, token_dir, config, cache=cache, **options)
+    whole = gangs[3].call(run_training, training, tmp_path / "whole")
+    (count,) = {outcome.asked_early for outcome in whole}
+    assert count > 5
+    for rank, number in ((0, 0), (1, count // 2), (2, count - 1)):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        cut = gangs[3].call(run_training, replace(training, stop_early=(rank, number)), tmp_path / str(number))
+        said = "TrainingStoppedError: stopped on request before step 1 of 9"
+        assert [(outcome.error, outcome.asked_early, outcome.asked) for outcome in cut] == [(said, number + 1, 0)] * 3
+        if number in (0, count - 1):  # before and after the base's validation
+            assert checkpoint_path(tmp_path / str(number), 0).is_dir() == (number > 0)
+        again = gangs[3].call(run_training, training, tmp_path / str(number))
+        assert_equal(tmp_path / str(number), tmp_path / "whole", again, whole)
+    cut = gangs[3].call(run_training, replace(training, stop=(0, 6)), tmp_path / "late")
+    for _ in range(2):
+        cut = gangs[3].call(run_training, replace(training, stop_early=(1, 0)), tmp_path / "late")
+        assert {outcome.error for outcome in cut} == {"TrainingStoppedError: stopped on request before step 8 of 9"}
+    again = gangs[3].call(run_training, training, tmp_path / "late")
+    assert [outcome.result.resumed_from for outcome in again] == [7] * 3
+    assert_equal(tmp_path / "late", tmp_path / "whole", again, whole)
+
+
 def test_checkpoint_is_read_at_any_number_of_ranks(
     gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.scoring import row_losses
 from model.engine.training import train
-from model.engine.trunk import TrunkCacheConfig, TrunkOutputs, available_memory
+from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.attention import Rows
 
 CPU = torch.device("cpu")
@@ -429,12 +429,12 @@ def test_no_file_on_a_full_disk(
     """A new file takes at most half of the free space; an existing file is used in any case."""
     size = outputs_of().bytes
     usage = type("usage", (), {"free": 2 * size - 1})
-    monkeypatch.setattr("model.engine.trunk.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("model.engine.trunk_file.shutil.disk_usage", lambda path: usage)
     assert outputs_of(tmp_path).place == "host"
     monkeypatch.undo()
     monkeypatch.setattr("model.engine.trunk._READ_BYTES", 1e30)
     ask(outputs_of(tmp_path))
-    monkeypatch.setattr("model.engine.trunk.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("model.engine.trunk_file.shutil.disk_usage", lambda path: usage)
     assert outputs_of(tmp_path).place == "file"
 
 
@@ -470,25 +470,3 @@ def test_describe(outputs_of: Callable[..., TrunkOutputs], tmp_path: Path) -> No
         tokens = 2 * inputs_of(outputs, list(range(ROWS)))
         kept = f"{outputs.bytes / 1e9:.2f} GB, 50% of {tokens:,} tokens taken from there"
         assert outputs.describe() == f"frozen blocks' outputs kept {place}: {kept}"
-
-
-@pytest.mark.parametrize(
-    ("files", "available"),
-    [
-        ({}, 8000 * 1024),
-        ({"memory.max": "max", "memory.current": "900"}, 8000 * 1024),
-        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 3\ninactive_file 50\n"}, 150),
-        ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "400",
-          "memory/memory.stat": "cache 90\ninactive_file 20\n"}, 620),
-        ({"memory.max": "1000", "memory.current": "1900", "memory.stat": "inactive_file 0\n"}, 0),
-    ],
-)  # fmt: skip
-def test_available_memory_heeds_a_containers_limit(tmp_path: Path, files: dict[str, str], available: int) -> None:
-    """The limit is read for both cgroup versions; the page cache counts as available."""
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
-    for name, text in files.items():
-        path = tmp_path / "sys" / "fs" / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert available_memory(tmp_path) == available

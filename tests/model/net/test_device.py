@@ -15,6 +15,7 @@ from model import GPTModel
 from model.net import device
 from model.net.device import (
     autocast,
+    available_memory,
     cast_frozen,
     count_processes,
     let_memory_grow,
@@ -38,12 +39,7 @@ def test_device_names() -> None:
 
 
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One on each GPU, and at most as many as there are; on a CPU any number. Three GPUs are made up here."""
-    assert [count_processes("cpu", gpus) for gpus in (1, 5, "all")] == [1, 5, 1]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [count_processes("auto", gpus) for gpus in (1, "all")] == [1, 1]
-    with pytest.raises(ValueError, match=r"^gpus 2 is too many: torch sees no GPU: use gpus=1, or device=cpu for 2 "):
-        count_processes("auto", 2)
+    """One on each GPU, and at most as many as there are. Three GPUs are made up here."""
     three = [torch.device("cuda", index) for index in range(3)]
     monkeypatch.setattr(device, "device_choices", lambda name: three[1:2] if name == "cuda:1" else three)
     assert [count_processes("auto", gpus) for gpus in (1, 3, "all")] == [1, 3, 3]
@@ -52,6 +48,20 @@ def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         count_processes("cuda", 4)
     with pytest.raises(ValueError, match=r"^gpus 2 is too many: device 'cuda:1' is one GPU: use device=cuda$"):
         count_processes("cuda:1", 2)
+
+
+def test_number_of_processes_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most one for each processor that this process may use, or two. The processors are made up here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [count_processes("auto", gpus) for gpus in (1, "all")] == [1, 1]
+    with pytest.raises(ValueError, match=r"^gpus 2 is too many: torch sees no GPU: use gpus=1, or device=cpu for 2 "):
+        count_processes("auto", 2)
+    for processors, most in ((8, 8), (1, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, count=processors: {*range(count)}, raising=False)
+        assert [count_processes("cpu", gpus) for gpus in (1, most, "all")] == [1, most, 1]
+        expected = f"^gpus 1000 is too many: .* has processors for {most}: use gpus={most} or fewer$"
+        with pytest.raises(ValueError, match=expected):
+            count_processes("cpu", 1000)
 
 
 def test_precision_names() -> None:
@@ -163,3 +173,25 @@ def test_segments_grow_where_the_driver_can(
     monkeypatch.setattr(torch, "empty", allocate)
     let_memory_grow.__wrapped__(torch.device("cuda", 0))  # without the cache, which allows one call per process
     assert settings == chosen
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8000 * 1024),
+        ({"memory.max": "max", "memory.current": "900"}, 8000 * 1024),
+        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 3\ninactive_file 50\n"}, 150),
+        ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "400",
+          "memory/memory.stat": "cache 90\ninactive_file 20\n"}, 620),
+        ({"memory.max": "1000", "memory.current": "1900", "memory.stat": "inactive_file 0\n"}, 0),
+    ],
+)  # fmt: skip
+def test_available_memory_heeds_a_containers_limit(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    """The limit is read for both cgroup versions; the page cache counts as available."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
+    for name, text in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert available_memory(tmp_path) == available

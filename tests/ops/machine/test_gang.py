@@ -95,6 +95,29 @@ def test_a_rank_that_dies_ends_all(run: Run, tmp_path: Path) -> None:
     assert str(caught.value).endswith(f" died; the last lines of {tmp_path}/rank-1.log: one line | and another")
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("die before its welcome", r"^rank 1 \(pid \d+\) died; the last lines of "),
+        ("die in its hello", r"^a rank died before it had said its number; the last lines of .*torchrun-0.log"),
+        ("say nothing", r"^a rank has given no sign of life for 5 s: it hangs, or was stopped"),
+    ],
+)
+def test_a_rank_that_does_not_join_ends_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str, message: str
+) -> None:
+    """Between its connection and the host's welcome; words of an earlier gang in its log are none of its own."""
+    monkeypatch.setattr(module, "_SILENCE_SECONDS", 5.0)
+    (tmp_path / "rank-1.log").write_text("words of an earlier gang\n")
+    pids: list[int] = []
+    with pytest.raises(GangError, match=message) as caught:
+        Gang("gang_ranks", [what], [Seat("cpu", None)] * 2, tmp_path).run(
+            lambda kind, content: pids.append(content["pid"])
+        )
+    assert "an earlier gang" not in str(caught.value)
+    assert not any(_lives(pid) for pid in pids)
+
+
 def test_a_rank_that_hangs_ends_all(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP: after a bounded wait, of which the limit is shorter here."""
     monkeypatch.setattr(module, "_SILENCE_SECONDS", 6.0)

@@ -268,6 +268,7 @@ def test_a_signal_ends_everything_and_a_training_too(number: signal.Signals, up:
 def test_processes_left_by_a_crash_are_ended_by_up_and_down(up: MadeUp) -> None:
     """After kill -9 of supervisord and of `make up` itself, with fewer GPUs than before."""
     up.environment["FINETUNE_GPUS"] = "1"
+    up.stop()  # what an earlier test has left, where this one runs alone
     up.start()
     assert up.api("/work_pools/gpu")["concurrency_limit"] == 3
     assert up.api("/v2/concurrency_limits/tag:gpu")["limit"] == 1
@@ -321,6 +322,7 @@ def test_make_up_alone_killed_ends_the_rest(up: MadeUp) -> None:
 
 
 def test_supervisord_alone_killed_ends_the_rest(up: MadeUp) -> None:
+    up.stop()  # what an earlier test has left, where this one runs alone
     up.start()
     os.kill(up.one("supervisord").pid, signal.SIGKILL)
     assert up.process
@@ -332,7 +334,12 @@ def test_supervisord_alone_killed_ends_the_rest(up: MadeUp) -> None:
 @pytest.mark.parametrize(
     ("variable", "address", "complaint"),
     [
-        ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "postgresql+asyncpg://u:s3cret@127.0.0.1:9/x", "Prefect's server"),
+        # A socket: `make up` leaves it to the driver to look whether a database answers there.
+        (
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+            "postgresql+asyncpg://u:s3cret@/x?host=/nowhere&port=9",
+            "Prefect's server",
+        ),
         ("MLFLOW_BACKEND_STORE_URI", "mysql+none://u:s3cret@127.0.0.1:9/x", "MLflow's server"),
     ],
 )

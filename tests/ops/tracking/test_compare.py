@@ -17,9 +17,10 @@ from model.evaluation.comparison import compare
 from model.evaluation.scores import HUMANEVAL
 from ops.settings import Settings
 from ops.tracking.compare import compare_runs, comparison_page, comparison_text, main
+from ops.tracking.data import log_table
 from ops.tracking.finished import read_run
 from ops.tracking.report import run_lines
-from ops.tracking.runs import client, log_table, tracked_run
+from ops.tracking.runs import client, tracked_run
 
 
 @pytest.fixture
