@@ -323,7 +323,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     order = read_order(Path(sys.argv[1]))
     closed = _watch_stdin()
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    # force: Prefect has set up the root logger when it was imported, for warnings alone.
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     log = logging.getLogger("sweep")
     settings = Settings.load()

@@ -359,7 +359,11 @@ def test_unpromising_trials_end_early(
 
 @pytest.mark.slow
 def test_helpers_on_other_devices_equal_one_process(
-    prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    prefect_server: None,
+    data_root: Path,
+    tiny: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A process for each further device takes trials that nobody has; the results are those of one process.
 
@@ -377,6 +381,10 @@ def test_helpers_on_other_devices_equal_one_process(
     pids = [json.loads(run.data.tags["process"])["pid"] for run in _children(result.run)]
     assert len(pids) == 4
     assert {os.getpid()} < {*pids}, "the helper trained some trials, and this process others"
+    [helper] = {*pids} - {os.getpid()}
+    told = capfd.readouterr().err
+    assert f"[helper {helper}] helps on cpu" in told
+    assert "ended with the status" not in told
     for one, two in zip(alone.trials, result.trials, strict=True):
         uri = result.run.tracking_uri
         assert _curves(uri, one.run.run_id) == _curves(uri, two.run.run_id)
