@@ -167,8 +167,7 @@ def worker() -> int:
     _need_servers()
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # s; after three missed ones a run is Crashed
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
-    words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "gpu", "--name", os.uname().nodename]
-    os.execv(sys.executable, words)
+    os.execv(sys.executable, [sys.executable, "-m", "ops.stack.worker"])
 
 
 @app.command

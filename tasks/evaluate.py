@@ -29,7 +29,7 @@ from tasks.frozen import load_its_tokenizer
 from tasks.gang import Devices, score
 from tasks.humaneval import score_tasks
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
-from tasks.scoring import Given, Scoring
+from tasks.scoring import ModelOutputs, Scoring
 
 
 @task(name="evaluate", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
@@ -54,14 +54,14 @@ def evaluate(
     scoring = Scoring(training, checkpoint.best, checkpoint.micro_batch_tokens, sampling)
     test = scoring.rows
     log.info("scoring %d rows of the test split; score_rows and sample_rows limit them", len(test))
-    given = score(scoring, devices, trunk_cache_gb, log)
-    for name, each in (("base", given.base), ("tuned model", given.tuned)):
+    outputs = score(scoring, devices, trunk_cache_gb, log)
+    for name, each in (("base", outputs.base), ("tuned model", outputs.tuned)):
         if each.refusal:
             log.warning("the %s has no completions: %s", name, each.refusal)
-    (base, base_refused), (tuned, refused) = (_answers(test, each, log) for each in (given.base, given.tuned))
-    tokenizer, tokens = load_its_tokenizer(training.model), np.array(given.tokens)
+    (base, base_refused), (tuned, refused) = (_answers(test, each, log) for each in (outputs.base, outputs.tuned))
+    tokenizer, tokens = load_its_tokenizer(training.model), np.array(outputs.tokens)
     records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
-    task_records = score_tasks(given.base.tasks, given.tuned.tasks, sampling, log)
+    task_records = score_tasks(outputs.base.tasks, outputs.tuned.tasks, sampling, log)
     tasks = compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
     differences = judge([*compare(records, sampling.seed), *tasks])
     metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
@@ -105,13 +105,13 @@ def _say(
         )
 
 
-def _answers(test: CodeAlpacaDataset, given: Given, log: Any) -> tuple[Answers, int]:
+def _answers(test: CodeAlpacaDataset, outputs: ModelOutputs, log: Any) -> tuple[Answers, int]:
     """What a model gave on each row, and how many completions could not be executed.
 
     The greedy completions of rows with tests are run in the sandbox.
     """
-    snippets = [(extract_code(found.text), test.rows[index]["tests"]) for index, found in given.greedy.items()]
-    results = dict(zip(given.greedy, run_tests(snippets), strict=True))
+    snippets = [(extract_code(found.text), test.rows[index]["tests"]) for index, found in outputs.greedy.items()]
+    results = dict(zip(outputs.greedy, run_tests(snippets), strict=True))
     refused = [result for result in results.values() if result.outcome == "not_executed"]
     if refused:
         log.warning("%d of %d completions were not executed: %s", len(refused), len(results), refused[0].reason)
@@ -119,8 +119,8 @@ def _answers(test: CodeAlpacaDataset, given: Given, log: Any) -> tuple[Answers, 
     passed = {index: result.outcome == "passed" for index, result in results.items()}
     failures = {index: result.reason for index, result in results.items() if not passed[index]}
     answers = Answers(
-        losses=np.array(given.losses),
-        completions=[given.sampled.get(index) for index in rows],
+        losses=np.array(outputs.losses),
+        completions=[outputs.sampled.get(index) for index in rows],
         passed=[passed.get(index) for index in rows],
         failures=[failures.get(index) for index in rows],
     )

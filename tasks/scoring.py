@@ -51,9 +51,6 @@ class ModelOutputs:
     refusal: str = ""
 
 
-Given = ModelOutputs  # its name in tasks/evaluate.py
-
-
 @dataclass(frozen=True)
 class BothOutputs:
     """Losses and completions of both models.

@@ -89,15 +89,17 @@ def train(
             memory ran out are reported again.
         warn: called with a message for each damaged checkpoint, and each time that memory does not hold a pass.
         cache: where the frozen blocks' outputs may be kept; it affects speed only.
-        should_stop: called before each step; if it returns true, the training ends there and can be resumed. With
-            several ranks it ends one step later on all of them, if it returned true on any.
+        should_stop: called before each step, and often before the first one, while the base is validated; if it
+            returns true, the training ends there and can be resumed. With several ranks it ends one step later on all
+            of them, if it returned true on any.
         ranks: processes that train together.
         finish: called after the last step with what waits until the last checkpoints are on disk, and raises OSError
             if one cannot be written. The default waits. Without it ``train`` returns earlier, and the model may be
             used for another training meanwhile.
 
     Raises:
-        TrainingStoppedError: should_stop returned true; a checkpoint of the last step was saved. Raised on all ranks.
+        TrainingStoppedError: should_stop returned true; a checkpoint of the last step, if any, was saved. Raised on
+            all ranks.
         NonFiniteError: loss or gradient is not finite; the model is unchanged since the step before, and every
             checkpoint is finite. Raised on all ranks.
         RanksDifferError: parameters are not equal on all ranks. Raised on all ranks.

@@ -18,4 +18,6 @@ def test_what_it_cannot_do_is_one_sentence(
     ):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
-        assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
+        assert capsys.readouterr().err == (
+            f"python -m ops.stack.worker: {message}; `python -m ops.stack.worker --help` shows its options\n"
+        )
