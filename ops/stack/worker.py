@@ -8,6 +8,7 @@ takes no more runs, asks those that it has to end, and stays until Prefect knows
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -23,7 +24,6 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
 from ops.machine.process import ProcessIdentity, identify_process
-from ops.options import OptionParser
 from ops.recovery.limits import POOL
 from ops.stack.up import SAVE_SECONDS
 
@@ -133,7 +133,7 @@ async def _serve(name: str, limit: int | None, with_healthcheck: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a worker until SIGTERM or Ctrl-C. Returns the exit status."""
-    parser = OptionParser(prog="python -m ops.stack.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m ops.stack.worker", description=__doc__)
     parser.add_argument("--name", default=os.uname().nodename, help="its name; by default that of the machine")
     parser.add_argument("--limit", type=int, help="flow runs at a time; by default as many as the work pool allows")
     parser.add_argument("--with-healthcheck", action="store_true", help="answer at /health while it polls")
