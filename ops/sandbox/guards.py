@@ -68,6 +68,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
@@ -222,39 +223,42 @@ def _sandbox(
         "memory_bytes": memory_bytes,
         "parent": os.getpid() if listed else None,  # not visible in bubblewrap
     }
+    process: subprocess.Popen[bytes] | None = None
     deadline = time.monotonic() + _SECONDS_TO_START + len(rows) * (PATIENCE * seconds + _SECONDS_PER_ROW)
     with _file_in_memory() as given, _file_in_memory() as output, _file_in_memory() as errors:
         given.write(json.dumps(request).encode())
         given.seek(0)
-        with tempfile.TemporaryDirectory(
-            prefix="sandbox-"
-        ) as empty:  # removed as soon as the process has started in it
-            process = subprocess.Popen(
-                command,
-                stdin=given,
-                stdout=output,
-                stderr=errors,
-                cwd=empty,
-                env=_ENVIRONMENT,
-                start_new_session=True,
-            )
-
-        def answers() -> tuple[list[tuple[str, str]], str]:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _kill(process)
-            for file in (output, errors):
-                file.seek(0)
-            whole = [line for line in output.read().splitlines(keepends=True) if line.endswith(b"\n")]
-            found = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole[: len(rows)])]
-            said = errors.read().decode(errors="replace").strip()[-200:]
-            return found, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
-
         try:
-            yield answers
+            with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:  # removed as soon as the process is in it
+                process = subprocess.Popen(
+                    command,
+                    stdin=given,
+                    stdout=output,
+                    stderr=errors,
+                    cwd=empty,
+                    env=_ENVIRONMENT,
+                    start_new_session=True,
+                )
+            yield partial(_answers, process, deadline, len(rows), output, errors)
         finally:
-            _kill(process)
+            if process is not None:
+                _kill(process)
+
+
+def _answers(
+    process: subprocess.Popen[bytes], deadline: float, rows: int, output: IO[bytes], errors: IO[bytes]
+) -> tuple[list[tuple[str, str]], str]:
+    """Wait for a sandbox until its deadline. Returns what ``_sandbox`` says."""
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        _kill(process)
+    for file in (output, errors):
+        file.seek(0)
+    whole = [line for line in output.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    found = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole[:rows])]
+    said = errors.read().decode(errors="replace").strip()[-200:]
+    return found, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
