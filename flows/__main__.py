@@ -6,9 +6,7 @@ import os
 import signal
 import sys
 
-from flows.command_line import dispatch
-from ops.mistakes import exit_status, tell
-from ops.text import escape_output
+# The modules of the commands are imported in ``command``, where Ctrl-C is one line.
 
 
 def open_streams() -> None:
@@ -42,6 +40,9 @@ def end_in_order() -> None:
 
 def main(arguments: list[str]) -> int:
     """Run a command; a mistake is one sentence on stderr. Returns the exit status."""
+    from flows.command_line import dispatch
+    from ops.mistakes import tell
+
     try:
         return dispatch(arguments)
     except Exception as error:
@@ -51,7 +52,6 @@ def main(arguments: list[str]) -> int:
 def command() -> None:
     """The entry point of the command line."""
     open_streams()
-    escape_output()
     end_in_order()
     try:
         sys.exit(_run())
@@ -69,6 +69,10 @@ def _run() -> int:
     Raises:
         BrokenPipeError: the reader of the output has gone, perhaps before it got what is still in the buffer.
     """
+    from ops.mistakes import exit_status, tell
+    from ops.text import escape_output
+
+    escape_output()
     try:
         try:
             return main(sys.argv[1:])

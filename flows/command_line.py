@@ -235,15 +235,18 @@ def dispatch(arguments: list[str]) -> int:
         arguments = [word for n, word in enumerate(arguments) if word != "--debug" or n >= len(options)]
     if arguments and arguments[0] in MODULES:
         return _run_module(arguments[0], arguments[1:])
+    words = _complete(arguments)
     try:
-        return int(app(_complete(arguments), exit_on_error=False, print_error=False) or 0)
+        return int(app(words, exit_on_error=False, print_error=False) or 0)
     except CycloptsError as error:
-        raise UsageError(_sentence(error, arguments)) from None
+        raise UsageError(_sentence(error, words)) from None
 
 
 def _sentence(error: CycloptsError, arguments: Sequence[str]) -> str:
     """The mistake in a command line in one line."""
     text = " ".join(str(error).split())
+    if "Unknown command" in text and arguments and arguments[0].startswith("-"):
+        return f"there is no option {arguments[0].partition('=')[0]}: `finetune --help` lists them"
     if "Unknown command" in text and arguments:
         near = suggestion(arguments[0], [name for name in app if not name.startswith("-")])
         return f"there is no command {arguments[0]}{near or ': `finetune --help` lists them'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,8 @@ def _train_here(
     """Load the base and train it in this process."""
     place = resolve_device(device)
     network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
-    return train_network(network, run, training, trunk_cache(trunk_cache_gb), progress.show, log)()
+    with ExitStack() as rest:
+        return train_network(network, run, training, trunk_cache(trunk_cache_gb), progress.show, log, rest)()
 
 
 def train_network(
@@ -130,6 +131,7 @@ def train_network(
     cache: TrunkCacheConfig,
     on_step: Callable[[StepReport], None],
     log: Any,
+    rest: ExitStack,
     should_end: Callable[[], bool] = lambda: False,
     waits: bool = True,
 ) -> Callable[[], CheckpointRef]:
@@ -137,19 +139,25 @@ def train_network(
 
     Args:
         log: a logger.
+        rest: closing it ends what goes on after the last step: the journal is sent and, unless ``waits``, the last
+            checkpoints are written. It raises OSError if one cannot be written.
         should_end: whether to end before the next step for another reason than a signal.
-        waits: until the last checkpoints are on disk. If not, the base may be trained again while the result waits
-            for them.
+        waits: until the last checkpoints are on disk. If not, the base may be trained again before ``rest`` is
+            closed.
 
     Returns:
-        What logs the results; call it once. It raises NotLoggedError as ``train``, and OSError if a checkpoint that
-        it waits for cannot be written.
+        What closes ``rest`` and logs the results; call it once. It raises NotLoggedError as ``train``.
 
     Raises:
         TrainingStoppedError: ``should_end`` returned true.
         NonFiniteError: as ``train``.
     """
-    writing: list[Callable[[], None]] = []
+
+    def finish(wait: Callable[[], None]) -> None:
+        if waits:
+            wait()
+        else:
+            rest.callback(wait)
 
     def work(show: Callable[[StepReport], None], should_stop: Callable[[], bool]) -> TrainResult:
         return run_training(
@@ -162,10 +170,10 @@ def train_network(
             warn=log.warning,
             cache=cache,
             should_stop=lambda: should_stop() or should_end(),
-            finish=(lambda wait: wait()) if waits else writing.append,
+            finish=finish,
         )
 
-    return _log_steps(run, training, work, on_step, log, writing)
+    return _log_steps(run, training, work, on_step, log, rest)
 
 
 def log_training(
@@ -184,7 +192,8 @@ def log_training(
     Raises:
         NotLoggedError: as ``train``; and what ``work`` raises.
     """
-    return _log_steps(run, training, work, on_step, log, [])()
+    with ExitStack() as rest:
+        return _log_steps(run, training, work, on_step, log, rest)()
 
 
 def _log_steps(
@@ -193,20 +202,15 @@ def _log_steps(
     work: Callable[[Callable[[StepReport], None], Callable[[], bool]], TrainResult],
     on_step: Callable[[StepReport], None],
     log: Any,
-    writing: Sequence[Callable[[], None]],
+    rest: ExitStack,
 ) -> Callable[[], CheckpointRef]:
-    """The first part of ``log_training``. Returns the second, which logs the results.
-
-    Args:
-        writing: what the second part waits for.
-    """
+    """The first part of ``log_training``. Returns the second, which closes ``rest`` and logs the results."""
     directory = Path(training.directory)
     # For people who find the directory: it says which base, rows and settings the checkpoints belong to.
     write_json(directory / "training.json", training.determinants)
     announced = begin_attempt(run, directory, log)
     shipper = JournalShipper(run, directory / JOURNAL_FILE)
-    shipping = shipper.in_background()
-
+    shipping = rest.enter_context(shipper.in_background())
     begun: list[int] = []  # the step that the training began after, once it is known
 
     def show_and_ship(report: StepReport) -> None:
@@ -216,10 +220,7 @@ def _log_steps(
         on_step(report)
         shipping.offer(report.step)
 
-    with ExitStack() as stack:
-        stack.enter_context(shipping)
-        result = run_stoppable(partial(work, show_and_ship))
-        shipped = stack.pop_all()
+    result = run_stoppable(partial(work, show_and_ship))
     total = training.config.total_steps(training.tokens.counts["rows"]["train"])
     ending = early_end(result.steps, total, training.config) if result.steps < total else ""
     log.info(result.trunk)
@@ -230,9 +231,7 @@ def _log_steps(
         log.info(ending)
 
     def finish() -> CheckpointRef:
-        with shipped:
-            for wait in writing:
-                wait()
+        rest.close()
         with must_be_logged(run.tracking_uri, directory):
             shipper.finish()
             _log_result(run, result, ending)

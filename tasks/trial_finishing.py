@@ -70,10 +70,17 @@ class Finishing:
             try:
                 self.wait()
             except BaseException:
-                trial.close()  # now, and not when nothing refers to it any more
+                self._give_up(trial)  # now, and not when nothing refers to it any more
                 raise
             self._rest = in_daemon_thread(lambda: deque(trial, maxlen=0), "finish-trial")
             return
+
+    def _give_up(self, trial: Generator[None]) -> None:
+        """End a trial whose steps are done; what fails in this is no cause, and is logged."""
+        try:
+            trial.close()
+        except Exception as error:
+            self.log.warning("the last trial was not finished: %s", error)
 
     def wait(self) -> None:
         """Return when every trial is finished.

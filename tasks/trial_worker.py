@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,9 +156,10 @@ class TrialWorker:
             ref = RunRef(parent.tracking_uri, found.info.experiment_id, found.info.run_id)
             return TrialResult(trial, ref, recorded)
         try:
-            with tracked_trial(parent, of_mlflow, self.order.tags) as ref:
+            # A trial that is given up after its steps waits for its checkpoints too: the next attempt writes there.
+            with tracked_trial(parent, of_mlflow, self.order.tags) as ref, ExitStack() as rest:
                 if recorded is None:
-                    finish = self._do_steps(ref, trial, stages)
+                    finish = self._do_steps(ref, trial, stages, rest)
                     yield
                     outcome = finish()
                 else:
@@ -177,8 +178,12 @@ class TrialWorker:
         self.log.info("trial %s %s%s%s", trial.name, outcome.describe(), shown, stages.describe())
         return TrialResult(trial, ref, outcome)
 
-    def _do_steps(self, ref: RunRef, trial: TrialRef, stages: Stages) -> Callable[[], TrialOutcome]:
-        """Do the steps of a trial. Returns what waits for its last checkpoint and logs its results."""
+    def _do_steps(self, ref: RunRef, trial: TrialRef, stages: Stages, rest: ExitStack) -> Callable[[], TrialOutcome]:
+        """Do the steps of a trial. Returns what waits for its last checkpoint and logs its results.
+
+        Args:
+            rest: as for ``train_network``.
+        """
         training = trial.training
         dtype = resolve_precision(training.config.precision, self.base.device)
         if not self.base.has(training.model, training.plan, dtype):
@@ -199,12 +204,13 @@ class TrialWorker:
             return self.should_stop() or self.finishing.has_failed or (rule is not None and rule.ends)
 
         try:
-            finish = train_network(network, ref, training, self.cache, on_step, self.log, should_end, waits=False)
+            finish = train_network(network, ref, training, self.cache, on_step, self.log, rest, should_end, False)
         except TrainingStoppedError:
             if rule is None or not rule.ends:
                 raise
             reason = rule.reason
             self.trained.add(trial.name)
+            rest.close()
             return lambda: unfinished(trial, True, reason, self.attempt)
         self.trained.add(trial.name)
         return lambda: finished(finish(), self.attempt)

@@ -122,6 +122,7 @@ THEMES = {
     "ops": {
         "machine/test_fuzz.py",
         "sandbox/test_processes.py",
+        "sandbox/test_siblings.py",
         "stack/test_pages.py",
         "stack/test_postgres.py",
         "stack/test_secured.py",

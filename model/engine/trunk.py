@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.available import available_memory
 from model.data.packing import Pack, pack
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.engine import Engine
@@ -22,7 +23,7 @@ from model.engine.flops import necessary_flops
 from model.engine.ranks import ALONE, Ranks
 from model.engine.trunk_file import TrunkFile, open_trunk_file
 from model.files import sha256_file, sha256_json
-from model.net.device import available_memory, pin, uses_tf32
+from model.net.device import pin, uses_tf32
 
 if TYPE_CHECKING:
     from model.engine.trunk_sharing import SharedTrunks

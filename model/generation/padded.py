@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from model.available import available_memory
 from model.generation.slots import Row, Slots
 from model.net.attention import Layer, Rows
 from model.net.config import GPTConfig
-from model.net.device import available_memory
 from model.net.gpt import MLP, GPTModel
 
 _SLOTS = {"cpu": 64}  # with more rows, a step of a CPU no longer fits its cache memory

@@ -1,4 +1,4 @@
-"""Device and precision of the computation, settings of torch's memory, and main memory that is free."""
+"""Device and precision of the computation, and settings of torch's memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from model.available import available_processors
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "tf32")
 _WITH_FP16 = (7, 0)  # compute capability of the oldest GPUs with fast products of fp16 (Volta)
@@ -83,17 +84,12 @@ def count_processes(device: str, gpus: int | str) -> int:
         if device.startswith("cuda:"):
             raise ValueError(f"gpus {gpus} is too many: device {device!r} is one GPU: use device=cuda")
         raise ValueError(f"gpus {gpus} is too many: torch sees {len(choices)} GPUs: use fewer, or gpus=all")
-    if choices[0].type == "cpu" and int(gpus) > (most := max(2, _processors())):
+    if choices[0].type == "cpu" and int(gpus) > (most := max(2, available_processors())):
         raise ValueError(
             f"gpus {gpus} is too many: on a CPU each is a process, and this one has processors for {most}: use "
             f"gpus={most} or fewer"
         )
     return int(gpus)
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_key(device: torch.device) -> str:
@@ -233,35 +229,3 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Mixed precision for a forward pass; does nothing in fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be allocated now: the system's, or those of a container whose limit is lower.
-
-    Args:
-        root: directory that contains ``proc`` and ``sys``.
-    """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError):  # free pages do not include the page cache, which can be reclaimed
-        available = _field(root / "proc" / "meminfo", "MemAvailable:") * 1024
-    cgroups = root / "sys" / "fs" / "cgroup"
-    for cgroup, limit, used in (  # versions 2 and 1
-        (cgroups, "memory.max", "memory.current"),
-        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # "max", which is no number, stands for no limit
-            free = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
-            available = min(available, free + _field(cgroup / "memory.stat", "inactive_file"))
-    return max(0, available)
-
-
-def _field(file: Path, name: str) -> int:
-    """The number that follows a name in a file of the kernel.
-
-    Raises:
-        OSError: the file or the name does not exist.
-    """
-    for words in map(str.split, file.read_text().splitlines()):
-        if words[0] == name:
-            return int(words[1])
-    raise OSError(f"{file} has no line {name}")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.available import available_processors
 from ops.machine.member import HOST_VARIABLE
 from ops.machine.process import ProcessIdentity, identify_process
 
@@ -181,7 +182,7 @@ class Gang:
         ]  # fmt: skip
 
     def _environment(self, path: str) -> dict[str, str]:
-        threads = max(1, (os.cpu_count() or 1) // len(self.seats))
+        threads = max(1, available_processors() // len(self.seats))
         environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
         if self.node.count == 1 and sys.platform == "linux":
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not be resolved

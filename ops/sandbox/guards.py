@@ -17,8 +17,8 @@ Covered, by both guards:
 - Time: a row is killed after ``timeout_seconds`` of processor time, where the system tells it (Linux), and after four
   times as many by the wall clock; elsewhere after ``timeout_seconds`` by the wall clock. All processes are killed
   when the call ends, when it is interrupted, and (Linux) when the calling process dies.
-- Memory: the address space is limited to ``memory_bytes``; as many rows run at a time as there are processors, eight
-  at most, and no core is dumped.
+- Memory: the address space is limited to ``memory_bytes``, and no core is dumped. As many rows run at a time as there
+  are processors, and as free memory has room for with this limit; eight at most.
 - Files: behind guard 1 none can be opened. In bubblewrap only /usr, the libraries, the interpreter and its
   site-packages can be read, nothing can be created, and no file can grow.
 - Processes: no process or thread can be started (RLIMIT_NPROC, which does not bind root, and a filter of system
@@ -68,9 +68,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
+from model.available import available_memory, available_processors
 from ops.sandbox.child import PATIENCE
 
 Outcome = Literal["passed", "failed", "error", "timeout", "not_executed"]
@@ -170,7 +172,7 @@ def _run(
 
     A row that ends its sandbox is an error; the rows behind it run in a new sandbox.
     """
-    count = max(1, min(len(rows) // _ROWS_OF_A_SANDBOX, _MOST_SANDBOXES, _processors()))
+    count = _count_sandboxes(len(rows), memory_bytes)
     parts = [range(len(rows))[number::count] for number in range(count)]
     answers: dict[int, tuple[str, str]] = {}
     while parts := [part for part in parts if part]:
@@ -190,9 +192,17 @@ def _run(
     return [answers[index] for index in range(len(rows))]
 
 
-def _processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _count_sandboxes(rows: int, memory_bytes: int) -> int:
+    """How many sandboxes share the rows: each has a processor to itself, and its row has the memory of its limit."""
+    fitting = available_memory() // memory_bytes
+    return max(1, min(rows // _ROWS_OF_A_SANDBOX, _MOST_SANDBOXES, available_processors(), fitting))
+
+
+def _file_in_memory() -> IO[bytes]:
+    """A file without a name. On Linux it needs no disk, which may be full: answers would be lost."""
+    if sys.platform == "linux":
+        return os.fdopen(os.memfd_create("sandbox"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 @contextmanager
@@ -201,7 +211,7 @@ def _sandbox(
 ) -> Iterator[Callable[[], tuple[list[tuple[str, str]], str]]]:
     """A process that runs rows one after the other, until this context is left.
 
-    Its input and output are unnamed files, so that several can be started before the first is waited for.
+    Its input and output are files, so that several can be started before the first is waited for.
 
     Yields:
         Waits for the process: outcomes and reasons until it ended, and a message on how it ended.
@@ -213,39 +223,42 @@ def _sandbox(
         "memory_bytes": memory_bytes,
         "parent": os.getpid() if listed else None,  # not visible in bubblewrap
     }
+    process: subprocess.Popen[bytes] | None = None
     deadline = time.monotonic() + _SECONDS_TO_START + len(rows) * (PATIENCE * seconds + _SECONDS_PER_ROW)
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+    with _file_in_memory() as given, _file_in_memory() as output, _file_in_memory() as errors:
         given.write(json.dumps(request).encode())
         given.seek(0)
-        with tempfile.TemporaryDirectory(
-            prefix="sandbox-"
-        ) as empty:  # removed as soon as the process has started in it
-            process = subprocess.Popen(
-                command,
-                stdin=given,
-                stdout=output,
-                stderr=errors,
-                cwd=empty,
-                env=_ENVIRONMENT,
-                start_new_session=True,
-            )
-
-        def answers() -> tuple[list[tuple[str, str]], str]:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                _kill(process)
-            for file in (output, errors):
-                file.seek(0)
-            whole = [line for line in output.read().splitlines(keepends=True) if line.endswith(b"\n")]
-            found = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole[: len(rows)])]
-            said = errors.read().decode(errors="replace").strip()[-200:]
-            return found, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
-
         try:
-            yield answers
+            with tempfile.TemporaryDirectory(prefix="sandbox-") as empty:  # removed as soon as the process is in it
+                process = subprocess.Popen(
+                    command,
+                    stdin=given,
+                    stdout=output,
+                    stderr=errors,
+                    cwd=empty,
+                    env=_ENVIRONMENT,
+                    start_new_session=True,
+                )
+            yield partial(_answers, process, deadline, len(rows), output, errors)
         finally:
-            _kill(process)
+            if process is not None:
+                _kill(process)
+
+
+def _answers(
+    process: subprocess.Popen[bytes], deadline: float, rows: int, output: IO[bytes], errors: IO[bytes]
+) -> tuple[list[tuple[str, str]], str]:
+    """Wait for a sandbox until its deadline. Returns what ``_sandbox`` says."""
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        _kill(process)
+    for file in (output, errors):
+        file.seek(0)
+    whole = [line for line in output.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    found = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole[:rows])]
+    said = errors.read().decode(errors="replace").strip()[-200:]
+    return found, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Answers a request to Prefect's server again if it met a busy sqlite database, instead of sending the client away.
+"""Repeats, within Prefect's server, a request that met a busy sqlite database.
 
 A request that reads and then writes fails at once where another one has written in between (SQLITE_BUSY_SNAPSHOT).
 Prefect answers it with 503, and its client waits two seconds and more before it asks again (seen in 3.8.8). A task
@@ -22,7 +22,7 @@ _BUSY = 503
 _PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)  # seconds before each further attempt
 
 
-class AnswerAgain:
+class RetryWhenBusy:
     """ASGI middleware: an answer 503 is kept back, and the request is repeated, a few times within two seconds.
 
     A client would repeat it too, only later: what was not stored is stored once.

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from ops.stack.busy import AnswerAgain, App, Receive, Scope, Send
+from ops.stack.busy import App, Receive, RetryWhenBusy, Scope, Send
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -83,7 +83,7 @@ def create_app() -> FastAPI:
 
 
 def _checked(app: FastAPI) -> FastAPI:
-    app.add_middleware(AnswerAgain)
+    app.add_middleware(RetryWhenBusy)
     app.add_middleware(HostCheck, names=allowed_names())  # the last one comes first
     return app
 

@@ -59,12 +59,17 @@ def _listed(each: Sequence[object]) -> str:
 
 def ask_registered(mlflow: MlflowClient, name: str | None) -> Registered:
     """What is registered, by MLflow's client, with the versions of one model."""
-    models = mlflow.search_registered_models()
-    for model in models:
-        if model.name == name:
-            versions = mlflow.search_model_versions(f"name = {quoted(model.name)}")
-            return Registered([model.name], [int(each.version) for each in versions], model.aliases)
-    return Registered([model.name for model in models])
+    names: list[str] = []
+    page = None
+    while page != "":  # MLflow gives a hundred models at a time
+        models = mlflow.search_registered_models(page_token=page)
+        for model in models:
+            if model.name == name:
+                versions = mlflow.search_model_versions(f"name = {quoted(model.name)}")
+                return Registered([model.name], [int(each.version) for each in versions], model.aliases)
+            names.append(model.name)
+        page = models.token or ""
+    return Registered(names)
 
 
 def quoted(name: str) -> str:

@@ -147,7 +147,7 @@ def _read_prompt() -> str:
     if len(text) > _LONGEST_PROMPT:
         raise UsageError(f"standard input has more than {_LONGEST_PROMPT:,} bytes: give one prompt")
     try:
-        prompt = text.decode().rstrip("\r\n")
+        prompt = text.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         raise UsageError("the prompt in standard input is not valid UTF-8: save or type it as UTF-8") from None
     if not prompt.strip():

@@ -116,6 +116,8 @@ def test_ways_to_give_a_parameter(words: list[str], name: str, value: object, re
         (["run", "--epoch", "1"], "there is no option --epoch: did you mean --epochs?"),
         (["run", "--epochs"], "--epochs"),
         (["run", "-x"], "there is no option -x: `finetune run --help` lists them"),
+        (["learning_rate=0.1", "-x"], "there is no option -x: `finetune run --help` lists them"),
+        (["--quiet=1"], "there is no option --quiet: `finetune --help` lists them"),
         (["up", "--secured"], "there is no option --secured: did you mean --secure?"),
     ],
 )

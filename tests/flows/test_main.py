@@ -95,12 +95,23 @@ def test_ctrl_c_is_one_line(
 
     monkeypatch.setattr(where, interrupt)
     monkeypatch.setattr(sys, "argv", ["finetune", *words])
-    for name in ("open_streams", "end_in_order", "escape_output"):
-        monkeypatch.setattr(f"flows.__main__.{name}", lambda: None)
+    for name in ("flows.__main__.open_streams", "flows.__main__.end_in_order", "ops.text.escape_output"):
+        monkeypatch.setattr(name, lambda: None)
     with pytest.raises(SystemExit) as ended:
         command()
     assert ended.value.code == 130
     assert capsys.readouterr().err == told
+
+
+def test_ctrl_c_is_one_line_while_a_command_is_imported(tmp_path: Path) -> None:
+    """Its modules take a third of a second, and more on a slow machine."""
+    package = tmp_path / "cyclopts"  # in place of the library, so that the moment is certain
+    package.mkdir()
+    (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "flows", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 @pytest.mark.slow

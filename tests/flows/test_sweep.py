@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,38 @@ def test_a_trial_that_cannot_be_finished_stops_the_next(
     assert {run.info.run_id for run in before.values()} < {run.info.run_id for run in children}
     for run in children:
         assert [step for step, _ in _curves(result.run.tracking_uri, run.info.run_id)["train/loss"]] == [*range(1, 9)]
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_given_up_leaves_no_thread(
+    prefect_server: None, data_root: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps are done when the trial before fails: its checkpoints, slow ones here, are on disk in the end."""
+    import flows.sweep as module
+    from model.engine import saving, training_files
+    from tasks import trial_worker
+    from tasks.progress import Progress
+
+    seen: list[tuple[int, int]] = []
+    write = saving.write_checkpoint
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(2)
+        write(*arguments)
+
+    def broken(trial: Any, outcome: Any) -> None:
+        wait_for("the steps of the next trial are done", lambda: (1, 8) in seen, 60)
+        raise Interruption("injected")
+
+    monkeypatch.setattr(saving, "write_checkpoint", slowly)
+    in_background = partial(saving.CheckpointWriter, in_background=True)  # as on a GPU
+    monkeypatch.setattr(training_files, "CheckpointWriter", in_background)
+    monkeypatch.setattr(Progress, "show", _recording(seen))
+    monkeypatch.setattr(trial_worker, "write_outcome", broken)
+    monkeypatch.setattr(module.train_trials, "retries", 0)
+    with pytest.raises(Interruption, match="injected"):
+        module.sweep(**{**tiny, **SHORT}, grid={"learning_rate": [0.001, 0.002]})
+    assert [name for name in ("finish-trial", "checkpoint", "ship-journal") if _is_running(name)] == []
 
 
 def _is_running(name: str) -> bool:

@@ -114,6 +114,27 @@ def test_what_fails_at_the_end_of_a_trial_is_raised_once(when: str) -> None:
     assert seen == expected.get(when, ["one begins"])
 
 
+def test_a_trial_that_cannot_be_given_up_does_not_hide_why_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """Its checkpoints may not fit on the disk either."""
+    one = Rest([], "one", ConnectionError("MLflow is away"))
+
+    def two() -> Generator[None]:
+        one.released.set()
+        try:
+            yield
+        finally:
+            raise OSError("the disk is full")
+
+    def run() -> None:
+        with Finishing(LOG) as finishing:
+            finishing.follow(one.trial())
+            finishing.follow(two())
+
+    with pytest.raises(ConnectionError, match="MLflow is away"):
+        run()
+    assert "the last trial was not finished: the disk is full" in caplog.text
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interruption_waits_for_a_bounded_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException]

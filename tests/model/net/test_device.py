@@ -15,7 +15,6 @@ from model import GPTModel
 from model.net import device
 from model.net.device import (
     autocast,
-    available_memory,
     cast_frozen,
     count_processes,
     let_memory_grow,
@@ -173,25 +172,3 @@ def test_segments_grow_where_the_driver_can(
     monkeypatch.setattr(torch, "empty", allocate)
     let_memory_grow.__wrapped__(torch.device("cuda", 0))  # without the cache, which allows one call per process
     assert settings == chosen
-
-
-@pytest.mark.parametrize(
-    ("files", "available"),
-    [
-        ({}, 8000 * 1024),
-        ({"memory.max": "max", "memory.current": "900"}, 8000 * 1024),
-        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 3\ninactive_file 50\n"}, 150),
-        ({"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "400",
-          "memory/memory.stat": "cache 90\ninactive_file 20\n"}, 620),
-        ({"memory.max": "1000", "memory.current": "1900", "memory.stat": "inactive_file 0\n"}, 0),
-    ],
-)  # fmt: skip
-def test_available_memory_heeds_a_containers_limit(tmp_path: Path, files: dict[str, str], available: int) -> None:
-    """The limit is read for both cgroup versions; the page cache counts as available."""
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:   8000 kB\n")
-    for name, text in files.items():
-        path = tmp_path / "sys" / "fs" / "cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert available_memory(tmp_path) == available

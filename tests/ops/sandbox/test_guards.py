@@ -10,7 +10,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -250,9 +249,11 @@ HOSTILE = {
 
 
 @needs_bubblewrap
+@pytest.mark.parametrize("sandboxes", [1, 2])
 @pytest.mark.parametrize("seconds", [1, 10])
-def test_hostile_rows_are_contained(seconds: int) -> None:
-    """Each hostile row gets its outcome, and the correct rows between them pass."""
+def test_hostile_rows_are_contained(seconds: int, sandboxes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each hostile row gets its outcome, and the correct rows pass: between them, or in the sandbox beside them."""
+    monkeypatch.setattr(sandbox, "_count_sandboxes", lambda rows, memory_bytes: sandboxes)
     rows = {name: row for name, row in HOSTILE.items() if ("timeout" in row[1]) == (seconds == 1)}
     between = [row for code, _ in rows.values() for row in ((code, ["assert True"]), NEEDS_IMPORT)]
     results = run_tests(between, timeout_seconds=seconds)
@@ -292,28 +293,11 @@ def test_each_row_has_its_own_result_in_however_many_sandboxes(
     processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are dealt to sandboxes, some of which a row ends: at its begin, in the middle, and at its end."""
-    monkeypatch.setattr(sandbox, "_processors", lambda: processors)
+    monkeypatch.setattr(sandbox, "available_processors", lambda: processors)
     deadly = {0, 1, 25, 26, 53, 54}
     rows = [DEADLY if n in deadly else (f"x = {n}", [f"assert x != {n} or {n % 3 == 0}"]) for n in range(55)]
     expected = ["error" if n in deadly else "failed" if n % 3 else "passed" for n in range(55)]
     assert [result.outcome for result in run_tests(rows)] == expected
-
-
-def test_sandboxes_run_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second sandbox is started while the first one runs."""
-    monkeypatch.setattr(sandbox, "_processors", lambda: 2)
-    seen: list[int] = []
-    started = subprocess.Popen
-
-    def start(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
-        seen.append(sum(process.poll() is None for process in running))
-        running.append(started(*arguments, **options))
-        return running[-1]
-
-    running: list[subprocess.Popen[bytes]] = []
-    monkeypatch.setattr(sandbox.subprocess, "Popen", start)
-    assert {result.outcome for result in run_tests([("x = 1", ["assert x"])] * 32)} == {"passed"}
-    assert seen == [0, 1]  # processes that ran when each was started
 
 
 @needs_bubblewrap

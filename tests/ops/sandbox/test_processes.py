@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +72,9 @@ def test_no_process_remains() -> None:
 def test_the_sandbox_dies_with_its_caller(row: tuple[str, list[str]]) -> None:
     """kill -9 of the calling process leaves no process, although the row would have taken a minute."""
     before = _descendants(os.getpid())
-    script = f"from ops.sandbox import guards\nguards.run_tests([{row!r}], timeout_seconds=60)"
+    script = f"""from ops.sandbox import guards
+guards._count_sandboxes = lambda rows, memory_bytes: 2
+guards.run_tests([{row!r}] * 2, timeout_seconds=60)"""
     caller = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
@@ -87,8 +90,12 @@ def test_the_sandbox_dies_with_its_caller(row: tuple[str, list[str]]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 @pytest.mark.usefixtures("_adopts_orphans")
 @pytest.mark.parametrize("row", BEHIND_EACH_GUARD)
-def test_an_interrupted_call_leaves_no_process(row: tuple[str, list[str]]) -> None:
-    """Ctrl-C, or any other exception, ends the row too, although the calling process lives on."""
+@pytest.mark.parametrize("sandboxes", [1, 2])
+def test_an_interrupted_call_leaves_no_process(
+    row: tuple[str, list[str]], sandboxes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, or any other exception, ends the rows too, although the calling process lives on."""
+    monkeypatch.setattr(sandbox, "_count_sandboxes", lambda rows, memory_bytes: sandboxes)
 
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -98,10 +105,27 @@ def test_an_interrupted_call_leaves_no_process(row: tuple[str, list[str]]) -> No
     signal.setitimer(signal.ITIMER_REAL, 1)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_tests([row], timeout_seconds=60)
+            run_tests([row] * sandboxes, timeout_seconds=60)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+    assert _remaining(before) == set()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.usefixtures("_adopts_orphans")
+def test_a_call_that_is_interrupted_while_a_sandbox_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C may come when the process exists, and before any row is waited for."""
+    cleanup = tempfile.TemporaryDirectory.cleanup
+
+    def interrupted(directory: tempfile.TemporaryDirectory[str]) -> None:
+        cleanup(directory)
+        raise KeyboardInterrupt
+
+    before = _descendants(os.getpid())
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_tests([LOOPS[0]], timeout_seconds=60)
     assert _remaining(before) == set()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ops.stack import busy
-from ops.stack.busy import AnswerAgain, Receive, Scope, Send
+from ops.stack.busy import Receive, RetryWhenBusy, Scope, Send
 from ops.stack.temporary_server import start_temporary_server
 
 
@@ -56,7 +56,7 @@ def request(application: Application) -> list[Scope]:
     async def send(message: Scope) -> None:
         sent.append(message)
 
-    asyncio.run(AnswerAgain(application)({"type": "http"}, receive, send))
+    asyncio.run(RetryWhenBusy(application)({"type": "http"}, receive, send))
     return sent
 
 

@@ -100,14 +100,19 @@ def test_standard_input_that_is_no_prompt(
     assert capsys.readouterr().err == f"{said}\n"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("arguments", [[], ["-"]], ids=["none", "dash"])
 def test_a_prompt_in_standard_input(
-    registered: Path, arguments: list[str], type_in: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+    registered: Path,
+    arguments: list[str],
+    encoding: str,
+    type_in: Callable[[bytes], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its lines are one prompt; the answer is that to the same prompt on the command line."""
+    """Its lines are one prompt; the answer is that to the same prompt on the command line. No mark is part of it."""
     assert main(["Write a function.\nIt adds é.", "--max-new-tokens", "8"]) == 0
     answer = capsys.readouterr().out
-    type_in("Write a function.\nIt adds é.\n".encode())
+    type_in("Write a function.\nIt adds é.\n".encode(encoding))
     assert main([*arguments, "--max-new-tokens", "8"]) == 0
     assert capsys.readouterr().out == answer
 
