@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import pytest
@@ -33,6 +34,12 @@ WRONG = [
     ("nightly", ["maybe"], "finetune nightly: argument state: invalid choice: 'maybe' (choose from "),
     ("bench", ["--foo"], "there is no option --foo: `finetune bench --help` lists them"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark sets variables for its children before it reads its options: other tests must not see them."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
 @pytest.mark.parametrize(("command", "words", "said"), WRONG)

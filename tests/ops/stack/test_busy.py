@@ -90,6 +90,7 @@ def test_other_answers_and_errors_are_not_repeated() -> None:
     assert request(application)[0]["status"] == 409
 
 
+@pytest.mark.slow
 def test_a_real_server_under_load_turns_nobody_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two clients take slots of a limit, and two create flow runs. Without the module some of them get 503."""
     monkeypatch.undo()
