@@ -339,6 +339,7 @@ def test_a_trial_that_diverges_is_a_result(prefect_server: None, data_root: Path
     assert result.best.trial.name == "lr 0.002, max_grad_norm 1000000.0"
 
 
+@pytest.mark.slow
 def test_seeds_are_compared_on_the_same_rows(
     prefect_server: None, data_root: Path, tiny: dict[str, Any], mlflow_of: Callable[[Any], Any]
 ) -> None:

@@ -80,7 +80,7 @@ def assert_close(got: Path, want: Path, outcome: Outcome, wanted: Outcome) -> No
         pytest.param({"dropout": 0.2, "batch_size": 7}, {}, id="dropout"),
         pytest.param({"prompt_loss_weight": 0.3}, {"train_head": True}, id="prompts and head"),
         pytest.param({"dropout": 0.1}, {"unfrozen": None}, id="everything"),
-        pytest.param({"dropout": 0.1}, {"cache": {"max_bytes": 0}}, id="nothing kept"),
+        pytest.param({"dropout": 0.1}, {"cache": {"max_bytes": 0}}, id="nothing kept", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_agree_with_one_process(

@@ -125,6 +125,7 @@ def test_a_rank_that_hangs_ends_all(run: Run, monkeypatch: pytest.MonkeyPatch) -
         run("hang")
 
 
+@pytest.mark.slow
 def test_a_host_that_is_slow_takes_no_rank_for_dead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the ranks have said meanwhile is read before their silence is measured; the limit is shorter here."""
     monkeypatch.setattr(module, "_SILENCE_SECONDS", 4.0)
