@@ -35,19 +35,10 @@ TRAINING = {
 }
 
 
-def _directory(platform: Installation, seed: int) -> Path:
-    (found,) = [
-        path.parent
-        for path in (platform.base / "data" / "trainings").glob("*/training.json")
-        if json.loads(path.read_text())["config"]["seed"] == seed
-    ]
-    return found
-
-
 def _steps(platform: Installation, seed: int) -> int:
     """The newest step in the training's journal; 0 without one."""
     try:
-        lines = (_directory(platform, seed) / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+        lines = (platform.training(seed) / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     except (ValueError, FileNotFoundError):  # it has not begun
         return 0
     return int(json.loads(lines[-1])["step"]) if lines else 0
@@ -55,7 +46,7 @@ def _steps(platform: Installation, seed: int) -> int:
 
 def _checkpoint(platform: Installation, seed: int) -> int:
     """The step of the newest checkpoint."""
-    return max(int(path.name.removeprefix("step-")) for path in _directory(platform, seed).glob("step-*"))
+    return max(int(path.name.removeprefix("step-")) for path in platform.training(seed).glob("step-*"))
 
 
 def _gang(run: Run) -> dict[str, list[psutil.Process]]:
@@ -167,7 +158,7 @@ def test_cancellation_and_sigterm(platform: Installation, submit: Callable[..., 
     began = time.time() * 1000
     last = submit(parameters)
     wait_for("a later step", lambda: _steps(platform, 105) > steps[-1] + 5, 240)
-    lines = map(json.loads, (_directory(platform, 105) / "metrics.jsonl").read_text().splitlines()[:-1])
+    lines = map(json.loads, (platform.training(105) / "metrics.jsonl").read_text().splitlines()[:-1])
     assert next(line["step"] for line in lines if line["time"] > began) == steps[-1] + 1
     last.kill(signal.SIGTERM)
     last.wait_for_both("CRASHED", "KILLED", 60)

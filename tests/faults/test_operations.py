@@ -29,16 +29,6 @@ pytestmark = pytest.mark.slow
 _PIDFD_GETFD = 438  # the system call's number, on every architecture
 
 
-def _training(platform: Installation, seed: int) -> Path:
-    """The directory of the training with that seed, while it is there."""
-    (found,) = [
-        path.parent
-        for path in (platform.base / "data" / "trainings").glob("*/training.json")
-        if json.loads(path.read_text())["config"]["seed"] == seed
-    ]
-    return found
-
-
 def test_kill_9_of_the_holder_lets_the_next_one_in(
     platform: Installation, submit: Callable[..., Run], webhook: Webhook
 ) -> None:
@@ -67,7 +57,7 @@ def test_kill_9_of_the_holder_lets_the_next_one_in(
         first.wait_for_both("CRASHED", "KILLED", 45)
         print(f"KILLED after {time.time() - killed:.1f} s")
         wait_for("no process of it", lambda: not platform.descendants("PREFECT__FLOW_RUN_ID", first.id), 10)
-        last = json.loads((_training(platform, 1) / "metrics.jsonl").read_text().splitlines()[-1])["time"]
+        last = json.loads((platform.training(1) / "metrics.jsonl").read_text().splitlines()[-1])["time"]
         wait_for("a step of the second", lambda: second.losses, 95)
         began = second.losses[0].timestamp / 1000
         print(f"the next one trains after {began - killed:.1f} s")
@@ -209,7 +199,7 @@ def test_cancel_and_sigterm_end_a_training_with_a_checkpoint(
         print(f"{how}: the trainer is gone after {time.time() - began:.1f} s")
         run.wait_for_both(prefect, "KILLED", 30)
         print(f"{how}: both sides after {time.time() - began:.1f} s, {run.state['message']}")
-        step = max(int(path.name.removeprefix("step-")) for path in _training(platform, 6).glob("step-*"))
+        step = max(int(path.name.removeprefix("step-")) for path in platform.training(6).glob("step-*"))
         assert step not in (0, 1100)
         steps.append(step)
         assert any(run.prefect["name"] in text for text in webhook.texts) == (how == "SIGTERM")
@@ -257,7 +247,7 @@ def test_a_cancellation_without_a_worker(platform: Installation, submit: Callabl
         wait_for("the end of the trainer", lambda: run.process.is_dead, 125)
         print(f"the trainer is gone after {time.time() - began:.1f} s")
         run.wait_for_both("CRASHED", "KILLED", 30)
-        step = max(int(path.name.removeprefix("step-")) for path in _training(platform, 14).glob("step-*"))
+        step = max(int(path.name.removeprefix("step-")) for path in platform.training(14).glob("step-*"))
         assert step > 0
     finally:
         platform.start_worker()

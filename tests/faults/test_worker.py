@@ -19,16 +19,6 @@ from model.engine.checkpoint import newest_step
 pytestmark = pytest.mark.slow
 
 
-def _training(platform: Installation, seed: int) -> Path:
-    """The directory of the training with that seed."""
-    (found,) = [
-        path.parent
-        for path in (platform.base / "data" / "trainings").glob("*/training.json")
-        if json.loads(path.read_text())["config"]["seed"] == seed
-    ]
-    return found
-
-
 def _last_step(training: Path) -> int:
     return int(json.loads((training / "metrics.jsonl").read_text().splitlines()[-1])["step"])
 
@@ -57,8 +47,8 @@ def test_a_signal_to_a_worker_saves_the_last_step(
     assert worker.wait(30) == 0
     print(f"the worker has ended after {time.time() - began:.1f} s")
     assert run.both == ("CRASHED", "KILLED")
-    step = newest_step(_training(platform, seed))
-    assert 0 < step == _last_step(_training(platform, seed))
+    step = newest_step(platform.training(seed))
+    assert 0 < step == _last_step(platform.training(seed))
     assert not platform.descendants("PREFECT__FLOW_RUN_ID", run.id)
 
 

@@ -36,6 +36,15 @@ class Installation:
         """Directory of its data, logs and databases."""
         return self.cwd.parent
 
+    def training(self, seed: int) -> Path:
+        """The directory of the training with that seed, while it is there."""
+        (found,) = [
+            path.parent
+            for path in (self.base / "data" / "trainings").glob("*/training.json")
+            if json.loads(path.read_text())["config"]["seed"] == seed
+        ]
+        return found
+
     def api(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Ask Prefect's REST API."""
         data = None if body is None else json.dumps(body).encode()
