@@ -107,14 +107,10 @@ def train_on(
     """
     results: list[TrainResult] = []
     stopped: list[str] = []
-    begun: list[int] = []  # the step of the checkpoint that the first gang started from, once it is known
 
     def hear(kind: str, content: dict[str, Any]) -> None:
         if kind == "step":
-            report = StepReport(**content)
-            if not begun:
-                begun.append(max(0, report.step - 1))  # a fresh start reports step 0, the validation of the base
-            on_step(report)
+            on_step(StepReport(**content))
         elif kind == "warning":
             log.warning(content["text"])
         elif kind == "stopped":
@@ -134,8 +130,7 @@ def train_on(
         raise TrainingStoppedError(stopped[0])
     if not results:
         raise GangError("all ranks have ended, and the first one has given no result")
-    # Of a gang that began again, the result has the checkpoint of the gang before it.
-    return replace(results[0], resumed_from=begun[0]) if begun else results[0]
+    return results[0]
 
 
 def score(scoring: Scoring, devices: Devices, trunk_cache_gb: float, log: Any) -> BothOutputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,6 +222,8 @@ def _log_steps(
         shipping.offer(report.step)
 
     result = run_stoppable(partial(work, show_and_ship))
+    if begun:  # of a gang that began again, the result has the checkpoint of the gang before it
+        result = replace(result, resumed_from=begun[0])
     total = training.config.total_steps(training.tokens.counts["rows"]["train"])
     ending = early_end(result.steps, total, training.config) if result.steps < total else ""
     log.info(result.trunk)

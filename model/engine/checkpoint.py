@@ -202,7 +202,7 @@ def load_checkpoint(
         raise ValueError(f"{path / TRAINER_FILE} is damaged: its moments are not those of the trained tensors")
     for key, value in trainer.items():
         kind, name = key.split(".", 1)
-        optimizer.state_of(parameters[name])[kind] = value.to(device)
+        optimizer.state.setdefault(parameters[name], {})[kind] = value.to(device)
 
 
 class FoundCheckpoint(NamedTuple):
