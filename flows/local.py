@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import threading
 
 from flows.databases import open_mlflow
+from model.net.tokenizer import import_ahead
 from ops.databases import check_database
 from ops.machine.lock import exclusive
 from ops.machine.process import end_processes, identify_process, left_behind
@@ -15,6 +17,7 @@ from ops.settings import Settings
 from ops.stack.temporary_server import start_temporary_server
 
 _SERVER_SECONDS = 120.0  # a fresh database takes 23 s on two cores
+_IDLE_SECONDS = 0.2  # of waiting for it, after which there is time to import what is needed later
 RUN = "FINETUNE_RUN"  # environment variable: names the run that started a process, so that the next can end strays
 _SERVERS = (
     "PREFECT_API_URL",
@@ -67,7 +70,11 @@ def start(settings: Settings) -> None:
         os.environ |= {"PREFECT_API_URL": server.url, TEMPORARY_SERVER_VARIABLE: server.url}
         _import_flow()
         open_mlflow(settings.tracking_uri)
+        idle = threading.Timer(_IDLE_SECONDS, import_ahead)
+        idle.daemon = True
+        idle.start()
         server.wait(_SERVER_SECONDS)
+        idle.cancel()
 
 
 def _import_flow() -> None:

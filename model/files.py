@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from model.file_contents import HEAD_BYTES, describe_bytes
+from model.file_memory import recall, remember
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,14 +24,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256_file(path: Path) -> str:
-    """The file's sha256 in hex.
+    """The file's sha256 in hex; it is read only if this process has not hashed it before (model.file_memory).
 
     Raises:
         OSError: it cannot be read, or is no file.
     """
     check_plain(path)
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        status = os.fstat(stream.fileno())
+        if known := recall(status):
+            return known.sha256
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+        remember(status, os.fstat(stream.fileno()), found)
+        return found
 
 
 def leads_outside(path: str) -> bool:

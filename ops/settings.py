@@ -91,6 +91,11 @@ class Settings:
         return self.data_root / "trunk-outputs"
 
     @property
+    def flavours(self) -> Path:
+        """Files of MLflow's transformers flavour, named by the hash of everything that determines them."""
+        return self.data_root / "flavours"
+
+    @property
     def locks(self) -> Path:
         """Lock files of trainings."""
         return (self.data_root / "locks").resolve()

@@ -16,6 +16,7 @@ from model.engine.checkpoint import load_trained
 from model.engine.journal import read_journal
 from model.evaluation.scores import headline
 from model.net.loading import write_with_tokenizer
+from ops.settings import Settings
 from ops.text import storable
 from ops.tracking.data import log_table
 from ops.tracking.flavour import add_flavour
@@ -90,7 +91,7 @@ def export(training: TrainingRef, checkpoint: CheckpointRef, directory: Path, ca
     load_trained(Path(checkpoint.best), network)
     write_with_tokenizer(network, tokenizer, directory)
     (directory / "README.md").write_text(storable(card))
-    add_flavour(directory, model_name(training.model.model_size))
+    add_flavour(directory, model_name(training.model.model_size), Settings.load().flavours)
 
 
 def _log_tables(run: RunRef, checkpoint: CheckpointRef, evaluation: EvaluationRef) -> None:

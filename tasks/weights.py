@@ -14,7 +14,7 @@ from model.files import sha256_file, write_json
 from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE, model_files
 from model.net.loading import check_size, hash_pretrained
-from model.net.tokenizer import hash_tokenizer, load_tokenizer, tokenizer_hashes
+from model.net.tokenizer import hash_tokenizer, import_ahead, load_tokenizer, tokenizer_hashes
 from model.records import read_record
 from ops.hub import PINNED_WEIGHTS, fetch_weights
 from ops.machine.flock import hold_file
@@ -36,6 +36,7 @@ def find_weights(settings: Settings, size: str, weights_dir: str | None, tokeniz
     tokenizer = directory_of("tokenizer_dir", tokenizer_dir) if tokenizer_dir else None
     if weights_dir:
         directory = directory_of("weights_dir", weights_dir)
+        import_ahead()  # while the weights are read and hashed
         with _first_uses(settings) as record:
             files = record.weights(directory)
             vocab_size = GPTConfig.from_json(directory / CONFIG_FILE, files[CONFIG_FILE]).vocab_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,9 @@ class _Weights:
     expected: Hashes | None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter with its name, as stored, in the order of the files. All bytes are read, once, and hashed.
+        """Each parameter with its name, as stored, in the order of the files. All bytes are read, once.
+
+        They are hashed and checked, unless this process has done so with the same file before (model.file_memory).
 
         A tensor is valid until the next one.
 
@@ -56,7 +59,7 @@ class _Weights:
             for key, tensor in file.tensors():
                 if key not in names:
                     continue
-                if not _is_finite(tensor):
+                if not file.is_checked and not _is_finite(tensor):
                     faults.append(key)
                 if HEAD in self.match.keys and self.config.tie_word_embeddings and names[key] in (EMBEDDING, HEAD):
                     tied[names[key]] = tensor.clone()
@@ -68,6 +71,7 @@ class _Weights:
                     f"{file.path} holds NaN or infinite values, in {', '.join(faults[:3])}{more}: they are damaged, "
                     "or their training diverged; take an earlier checkpoint, or copy the file again"
                 )
+            file.keep_as_checked()
         if HEAD in tied and not torch.equal(tied[HEAD].float(), tied[EMBEDDING].float()):
             raise ValueError(
                 f"{self.directory}: lm_head.weight differs from wte.weight, but {CONFIG_FILE} ties them; "
@@ -221,6 +225,7 @@ def write_pretrained(model: GPTModel, directory: Path, eos_token_id: int | None 
 def write_with_tokenizer(model: GPTModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a directory that transformers' pipeline loads: weights, config, and tokenizer with the prompt format."""
     write_pretrained(model, directory, tokenizer.eos_token_id)
+    tokenizer = copy(tokenizer)  # what is set here is not for others
     tokenizer.model_max_length = model.config.n_positions
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(str(directory))

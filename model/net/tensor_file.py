@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.file_contents import describe_content
+from model.file_memory import recall, remember, stamp_of
 from model.files import shown, unique_keys
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,6 +50,7 @@ class TensorFile:
 
     Attributes:
         entries: key -> place of each tensor, in the order of the file.
+        is_checked: whether this process has read the file before, and found its values finite.
         sha256: of the whole file; empty until ``tensors`` has come to the end.
     """
 
@@ -56,6 +58,9 @@ class TensorFile:
         self.path = path
         self.sha256 = ""
         self._stream = stream
+        self._status = os.fstat(stream.fileno())
+        self._known = recall(self._status)
+        self.is_checked = self._known is not None and self._known.is_checked
         self._digest = hashlib.sha256()
         self.entries = self._read_header()
 
@@ -63,7 +68,8 @@ class TensorFile:
         """Each tensor of a dtype in FLOATS with its key, on the CPU, in the order of the file. All bytes are read.
 
         A tensor is valid until the next one; it must not be changed. Its bytes are hashed in a thread, while the
-        caller works with it and while the next one is read into other memory.
+        caller works with it and while the next one is read into other memory. They are not hashed again if this
+        process has hashed the file before, and it has not changed since.
 
         Raises:
             ValueError: the file became shorter.
@@ -76,11 +82,21 @@ class TensorFile:
             for number, (key, entry) in enumerate(self.entries.items()):
                 content = scratch[number % 2][: entry.end - entry.begin]
                 self._fill(content.numpy().data)
-                hashing.result()  # of the tensor before: the next one goes into its memory
-                hashing = thread.submit(self._digest.update, content.numpy().data)
+                if not self._known:
+                    hashing.result()  # of the tensor before: the next one goes into its memory
+                    hashing = thread.submit(self._digest.update, content.numpy().data)
                 if entry.dtype in FLOATS:
                     yield key, content.view(FLOATS[entry.dtype]).view(entry.shape)
-        self.sha256 = self._digest.hexdigest()
+        if not self._known:
+            self.sha256 = self._digest.hexdigest()
+        elif stamp_of(os.fstat(self._stream.fileno())) == stamp_of(self._status):
+            self.sha256 = self._known.sha256
+        else:
+            self.sha256 = "unknown, as it was written to while it was read"
+
+    def keep_as_checked(self) -> None:
+        """Remember that all values are finite; to be called after ``tensors`` has come to the end."""
+        remember(self._status, os.fstat(self._stream.fileno()), self.sha256, is_checked=True)
 
     def _fill(self, target: memoryview) -> None:
         done = 0

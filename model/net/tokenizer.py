@@ -8,6 +8,7 @@ import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,10 +70,11 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, pad = eos, and check that it gives back the text that it encodes.
 
-    It is made from copies of the files that were hashed, so that what is hashed is what is loaded. It decodes without
+    It is made from copies of the files that were hashed, so that what is hashed is what is loaded. With the same
+    ``files`` a process gets the same object again, which is not to be changed. It decodes without
     ``clean_up_tokenization_spaces``, whatever its files say: that setting changes text.
 
-    Loaded by AutoTokenizer, because in transformers 5 ``GPT2TokenizerFast(vocab_file=..., merges_file=...)``
+    Loaded by ``from_pretrained``, because in transformers 5 ``GPT2TokenizerFast(vocab_file=..., merges_file=...)``
     silently returns a tokenizer with a single token.
 
     Args:
@@ -87,6 +89,26 @@ def load_tokenizer(
             encoding that is not GPT-2's although the vocabulary is.
     """
     directory = Path(directory)
+    if files is None:
+        return _load_checked(directory, vocab_size, None, gpt2)
+    for name, known in files.items():
+        if (found := _hash(directory / name)) != known:
+            raise ChangedFileError(directory / name, known, found)
+    return _load_once(directory, vocab_size, tuple(files.items()), gpt2)
+
+
+@lru_cache(maxsize=4)
+def _load_once(
+    directory: Path, vocab_size: int, files: tuple[tuple[str, str], ...], gpt2: bool
+) -> PreTrainedTokenizerBase:
+    """What load_tokenizer does, once for the same files; an error is not kept."""
+    return _load_checked(directory, vocab_size, dict(files), gpt2)
+
+
+def _load_checked(
+    directory: Path, vocab_size: int, files: Mapping[str, str] | None, gpt2: bool
+) -> PreTrainedTokenizerBase:
+    """Load and check a tokenizer; raises as load_tokenizer."""
     tokenizer = _load(directory, files)
     # No text is changed when ids are decoded. Rows are cut at max_length, and counted, elsewhere: no warning.
     tokenizer.clean_up_tokenization_spaces = False
@@ -108,11 +130,11 @@ def load_tokenizer(
 
 def hash_tokenizer(directory: Path) -> dict[str, str]:
     """The sha256 of each file that a tokenizer is made from, by its name."""
-    return {
-        name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
-        for name in TOKENIZER_FILES
-        if (directory / name).is_file()
-    }
+    return {name: _hash(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none, it is missing"
 
 
 def tokenizer_hashes(files: Mapping[str, str]) -> dict[str, str]:
@@ -129,18 +151,18 @@ _ahead: list[threading.Thread] = []  # that import transformers
 
 
 def import_ahead() -> threading.Thread:
-    """Import transformers' tokenizers in a thread, while other work goes on; returns the thread.
+    """Import transformers' tokenizers in a thread, while this one waits for something; returns the thread.
 
-    With files that are not in the system's cache the import takes seconds, and a run that finds its tokens on disk
-    needs it in the evaluation alone. ``load_tokenizer`` waits for the thread: transformers replaces its own module
-    while it is imported, and who imports it at that moment gets the one that has nothing in it. Python locks each
-    module while it is imported. Two threads could wait for one another only over modules that import each other in a
-    circle: of the modules imported here none is torch's or Triton's, which a training may import meanwhile.
+    The import takes a second, and several with files that are not in the system's cache. ``load_tokenizer`` waits for
+    the thread: transformers replaces its own module while it is imported, and who imports it at that moment gets the
+    one that has nothing in it. Python locks each module while it is imported. Two threads could wait for one another
+    only over modules that import each other in a circle: of the modules imported here none is torch's or Triton's,
+    which a training may import meanwhile.
     """
 
     def work() -> None:
         with suppress(Exception):  # it is raised where the tokenizer is loaded
-            import_module("transformers.models.auto.tokenization_auto")
+            import_module("transformers.models.gpt2.tokenization_gpt2")
 
     thread = threading.Thread(target=work, name="import-transformers", daemon=True)
     _ahead.append(thread)
@@ -149,18 +171,19 @@ def import_ahead() -> threading.Thread:
 
 
 def _load(directory: Path, files: Mapping[str, str] | None) -> PreTrainedTokenizerBase:
-    while _ahead:
-        _ahead.pop().join()
-    from transformers import AutoTokenizer
-
     names = [name for name in TOKENIZER_FILES if (directory / name).is_file()] if files is None else list(files)
     with TemporaryDirectory() as scratch:
-        for name in TOKENIZER_FILES:
-            if name in names:
-                content = _content(directory / name, files[name] if files else None)
-                (Path(scratch) / name).write_bytes(content)
+        contents = {
+            name: _content(directory / name, files[name] if files else None)
+            for name in TOKENIZER_FILES
+            if name in names
+        }
+        for name, content in contents.items():
+            (Path(scratch) / name).write_bytes(content)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(scratch, local_files_only=True, trust_remote_code=False)
+            tokenizer = _tokenizer_class(contents).from_pretrained(
+                scratch, local_files_only=True, trust_remote_code=False
+            )
         except BaseException as error:
             if not _is_of_tokenizers(error):
                 raise
@@ -171,6 +194,31 @@ def _load(directory: Path, files: Mapping[str, str] | None) -> PreTrainedTokeniz
             ) from error
     tokenizer.name_or_path = str(directory)
     return tokenizer
+
+
+def _tokenizer_class(contents: Mapping[str, bytes]) -> Any:
+    """The class that AutoTokenizer chooses for files; AutoTokenizer itself for files that are no GPT-2's.
+
+    AutoTokenizer imports the models of transformers; in 5.17 torch's compiler and scipy with them, for 3 to 5 s.
+    """
+    while _ahead:
+        _ahead.pop().join()
+    import transformers
+
+    stated, of_model = (_object(contents.get(name)) for name in ("tokenizer_config.json", "config.json"))
+    if of_model.get("model_type", "gpt2") == "gpt2" and "auto_map" not in stated | of_model:
+        name = stated.get("tokenizer_class") or of_model.get("tokenizer_class") or of_model.get("model_type")
+        if name in ("gpt2", "GPT2Tokenizer", "GPT2TokenizerFast"):
+            return transformers.GPT2Tokenizer
+        if name in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
+
+
+def _object(content: bytes | None) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none, or something else."""
+    value = json.loads(content) if content else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _is_of_tokenizers(error: BaseException) -> bool:
@@ -188,8 +236,6 @@ def _content(path: Path, sha256: str | None) -> bytes:
         ChangedFileError: it is missing, or has another hash.
         ValueError: it is no JSON; the message says what it is instead.
     """
-    if not path.is_file():
-        raise ChangedFileError(path, sha256, "none, it is missing")
     content = read_bytes(path, sha256)
     if path.suffix != ".json":
         if other := describe_content(path):

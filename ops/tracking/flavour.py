@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from model.files import sha256_file
+from model.files import atomic_directory, sha256_file, sha256_json, write_json
 from model.net.prompt import format_prompt
+from model.records import read_record
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -41,6 +43,7 @@ CODE = "code"
 SERVED_MODEL = "served_model"  # module of this package that answers requests; it stands in the folder CODE
 REGISTERED_META = "registered_model_meta"  # MLflow adds it to a version's files when they are downloaded
 FLAVOUR_PATTERNS = (*FLAVOUR_FILES, REGISTERED_META, f"{COMPONENTS}/*", f"{CODE}/*")
+_RECORD = "sha256.json"  # hashes of the files of a flavour that is kept
 _EXAMPLE = "Write a Python function that adds two numbers."
 # What a request may set, with what it is otherwise: the names and neutral values of transformers' generate.
 _PARAMETERS: tuple[tuple[str, str, Any], ...] = (
@@ -60,10 +63,14 @@ def is_of_flavour(name: str) -> bool:
     return name in (*FLAVOUR_FILES, REGISTERED_META) or name.startswith((f"{COMPONENTS}/", f"{CODE}/"))
 
 
-def hash_version(directory: Path) -> dict[str, str]:
-    """The sha256 of each file of a version, by its path in the version's directory."""
+def hash_version(directory: Path, but: str = REGISTERED_META) -> dict[str, str]:
+    """The sha256 of each file of a version, by its path in the version's directory.
+
+    Args:
+        but: the file that is left out.
+    """
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    return {name: sha256_file(files[name]) for name in sorted(files) if name != REGISTERED_META}
+    return {name: sha256_file(files[name]) for name in sorted(files) if name != but}
 
 
 def plain_part(files: Mapping[str, str]) -> dict[str, str]:
@@ -71,7 +78,7 @@ def plain_part(files: Mapping[str, str]) -> dict[str, str]:
     return {name: sha256 for name, sha256 in files.items() if not is_of_flavour(name)}
 
 
-def add_flavour(directory: Path, name: str) -> None:
+def add_flavour(directory: Path, name: str, kept: Path | None = None) -> None:
     """Write the flavour's files into a Hugging Face directory; equal directories get equal files.
 
     ``mlflow models serve`` takes an instruction, renders it in the training's format and answers with the completion
@@ -80,29 +87,67 @@ def add_flavour(directory: Path, name: str) -> None:
     Args:
         directory: with config.json and the tokenizer's files; its weights are not read.
         name: of the model, as MLflow records its source.
+        kept: folder in which the files are kept for directories that get the same ones, some 3 MB each; to make them,
+            the models of transformers are imported, which takes seconds.
 
     Raises:
         OSError, ValueError: transformers cannot read the tokenizer.
     """
+    plain = {path.name: path for path in directory.iterdir() if path.is_file() and not is_of_flavour(path.name)}
+    if kept is None:
+        _write_flavour(directory, directory)
+    else:
+        template = kept / _key([path for path in plain.values() if path.suffix in (".json", ".txt", ".jinja")])
+        if not _is_whole(template):
+            with atomic_directory(template) as scratch:
+                _write_flavour(directory, scratch)
+                write_json(scratch / _RECORD, hash_version(scratch))
+        shutil.copytree(template, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RECORD))
+    _point_at_directory(directory / MLMODEL, name, sum(path.stat().st_size for path in plain.values()))
+
+
+def _key(files: Sequence[Path]) -> str:
+    """A sha256 over all that determines the flavour's files: the directory's config and tokenizer, versions, code."""
+    code = [sha256_file(path) for path in (Path(__file__), _served_model())]
+    of_files = {path.name: sha256_file(path) for path in files}
+    return sha256_json([of_files, _requirements(), sys.version, format_prompt({"prompt": "{prompt}"}), code])
+
+
+def _is_whole(template: Path) -> bool:
+    """Whether a kept flavour has the files that were written."""
+    try:
+        return read_record(template / _RECORD, dict[str, str]) == hash_version(template, but=_RECORD)
+    except (OSError, ValueError):
+        return False
+
+
+def _write_flavour(directory: Path, target: Path) -> None:
+    """Write the flavour's files of a directory into ``target``; errors as in ``add_flavour``."""
     from mlflow import transformers as flavour
 
-    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file() and not is_of_flavour(path.name))
     with TemporaryDirectory() as scratch, _quiet():
         saved = Path(scratch) / "saved"
         flavour.save_model(
             _stand_in(directory),
             str(saved),
-            pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in _REQUIREMENTS],
+            pip_requirements=_requirements(),
             signature=_signature(),
             input_example=([_EXAMPLE], {parameter: default for parameter, _, default in _PARAMETERS}),
             prompt_template=format_prompt({"prompt": "{prompt}"}),
         )
-        _point_at_directory(saved / MLMODEL, name, size)
         for file in FLAVOUR_FILES:
-            shutil.copyfile(saved / file, directory / file)
-        shutil.copytree(saved / COMPONENTS, directory / COMPONENTS, dirs_exist_ok=True)
-    (directory / CODE).mkdir(exist_ok=True)
-    shutil.copyfile(Path(__file__).with_name(f"{SERVED_MODEL}.py"), directory / CODE / f"{SERVED_MODEL}.py")
+            shutil.copyfile(saved / file, target / file)
+        shutil.copytree(saved / COMPONENTS, target / COMPONENTS, dirs_exist_ok=True)
+    (target / CODE).mkdir(exist_ok=True)
+    shutil.copyfile(_served_model(), target / CODE / f"{SERVED_MODEL}.py")
+
+
+def _requirements() -> list[str]:
+    return [f"{package}=={version(package).partition('+')[0]}" for package in _REQUIREMENTS]
+
+
+def _served_model() -> Path:
+    return Path(__file__).with_name(f"{SERVED_MODEL}.py")
 
 
 def _stand_in(directory: Path) -> Pipeline:

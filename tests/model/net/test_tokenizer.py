@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import GPT2TokenizerFast
+from transformers import AutoTokenizer, GPT2TokenizerFast
 
+from model.demo import EMBEDDED_BASE
 from model.files import ChangedFileError
 from model.net.prompt import encode
 from model.net.tokenizer import hash_tokenizer, load_tokenizer, unknown_ids
@@ -293,6 +294,63 @@ def test_a_file_that_came_later_has_no_effect(tokenizer_dir: Path, tmp_path: Pat
     files = hash_tokenizer(tmp_path / "t")
     (tmp_path / "t" / "added_tokens.json").write_text(json.dumps({"<late>": 320}))
     assert len(load_tokenizer(tmp_path / "t", 400, files)) == 320
+
+
+@pytest.mark.parametrize(
+    "stated", [None, "GPT2Tokenizer", "GPT2TokenizerFast", "TokenizersBackend", "LlamaTokenizer"]
+)
+@pytest.mark.parametrize("of_model", [None, {"model_type": "gpt2"}, {"model_type": "bert"}])
+def test_the_class_is_that_of_auto_tokenizer(
+    tokenizer_dir: Path, tmp_path: Path, stated: str | None, of_model: dict[str, str] | None
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer_dir / "tokenizer.json").read_bytes())
+    settings = {"eos_token": "<|endoftext|>", "add_prefix_space": False}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(settings | ({"tokenizer_class": stated} if stated else {}))
+    )
+    if of_model:
+        (tmp_path / "config.json").write_text(json.dumps(of_model))
+    wanted = AutoTokenizer.from_pretrained(tmp_path)
+    try:
+        loaded = load_tokenizer(tmp_path, 50_000)
+    except ValueError:  # what another class makes of GPT-2's files is refused for the text that it changes
+        assert stated == "LlamaTokenizer" or of_model == {"model_type": "bert"}
+        return
+    assert type(loaded) is type(wanted)
+    assert loaded.backend_tokenizer.to_str() == wanted.backend_tokenizer.to_str()
+    assert loaded.special_tokens_map == wanted.special_tokens_map | {"pad_token": loaded.eos_token}
+
+
+_LIGHT = """
+import sys
+from model.net.tokenizer import load_tokenizer
+load_tokenizer(sys.argv[1], 50_000)
+heavy = {"transformers.modeling_utils", "transformers.models.auto.modeling_auto", "torch._dynamo", "scipy"}
+assert not heavy & {*sys.modules}, heavy & {*sys.modules}
+"""
+
+
+@pytest.mark.parametrize("whose", ["gpt2", "embedded"])
+def test_no_models_of_transformers_are_imported(tokenizer_dir: Path, whose: str) -> None:
+    directory = EMBEDDED_BASE if whose == "embedded" else tokenizer_dir
+    subprocess.run([sys.executable, "-c", _LIGHT, str(directory)], check=True, timeout=120)
+
+
+def test_equal_files_are_loaded_once(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """By their hashes: a file that changes is named, and what it was before does not stand for it."""
+    for path in tokenizer_dir.iterdir():
+        shutil.copy(path, tmp_path)
+    files = hash_tokenizer(tmp_path)
+    first = load_tokenizer(tmp_path, 50_000, files)
+    assert load_tokenizer(tmp_path, 50_000, files) is first
+    assert load_tokenizer(tmp_path, 50_000) is not first
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(ChangedFileError, match=config.name):
+        load_tokenizer(tmp_path, 50_000, files)
+    config.unlink()
+    with pytest.raises(ChangedFileError, match="missing"):
+        load_tokenizer(tmp_path, 50_000, files)
 
 
 _AHEAD = """

@@ -27,6 +27,7 @@ from model.net.loading import read_pretrained, write_with_tokenizer
 from model.net.prompt import encode
 from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
+from ops.tracking import flavour
 from ops.tracking.flavour import add_flavour, hash_version, plain_part
 from ops.tracking.models import log_model
 from ops.tracking.registry import fetch_version
@@ -87,6 +88,39 @@ def test_equal_directories_get_equal_files(directory: Path, tmp_path: Path) -> N
     add_flavour(tmp_path, NAME)  # as a retried task
     assert hash_version(tmp_path) == first
     assert str(directory) not in (directory / "MLmodel").read_text()
+
+
+def test_kept_files_are_those_that_would_be_made(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only weights and model card may differ; a damaged file is made again, and so is that of another tokenizer."""
+    first, kept = hash_version(directory), tmp_path / "kept"
+
+    def add(place: Path) -> dict[str, str]:
+        place.mkdir()
+        for name in plain_part(first):
+            (place / name).write_bytes((directory / name).read_bytes())
+        add_flavour(place, NAME, kept)
+        return hash_version(place)
+
+    assert add(tmp_path / "a") == first
+    made = []
+    write = flavour._write_flavour
+    monkeypatch.setattr(flavour, "_write_flavour", lambda *given: (made.append(given), write(*given)))
+    assert add(tmp_path / "b") == first
+    assert not made
+    (template,) = kept.iterdir()
+    (template / "components" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert add(tmp_path / "c") == first
+    assert len(made) == 1
+    (template / "sha256.json").write_text("{")
+    assert add(tmp_path / "d") == first
+    assert len(made) == 2
+    config = tmp_path / "d" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"eos_token"', '"extra": 1, "eos_token"'))
+    add_flavour(tmp_path / "d", NAME, kept)
+    assert len(made) == 3
+    assert len([*kept.iterdir()]) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Cannot enable progress bars")  # where HF_HUB_DISABLE_PROGRESS_BARS is set
