@@ -74,7 +74,7 @@ def _invoke(request: Request, shown: Display, verbose: bool) -> int:
     with contextlib.closing(shown):
         shown.line("importing torch and Prefect, and starting Prefect's temporary server ...")
         with insistent_signals():
-            _start()
+            _start(request)
             if request.flow == "sweep":
                 from flows.sweep import sweep as function
             else:
@@ -91,8 +91,8 @@ def _invoke(request: Request, shown: Display, verbose: bool) -> int:
     return 0
 
 
-def _start() -> None:
-    """Read the settings, and start what the flow needs in this process.
+def _start(request: Request) -> None:
+    """Read the settings, and start what a flow needs in this process.
 
     Raises:
         UsageError: a setting is wrong.
@@ -106,7 +106,7 @@ def _start() -> None:
         raise UsageError(str(error)) from error
     try:
         embed(settings)
-        start(Settings.load())  # again: embed has changed the environment
+        start(Settings.load(), request.parameters.get("weights_dir"))  # again: embed has changed the environment
     except OSError as error:
         root = os.environ.get("FINETUNE_DATA_ROOT") or ".data"
         raise CannotStartError(f"the run cannot start in {root}: {sentence(error)}") from error

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import threading
+from pathlib import Path
 
 from flows.databases import open_mlflow
 from model.net.tokenizer import import_ahead
@@ -48,10 +49,16 @@ def embed(settings: Settings) -> None:
     )
 
 
-def start(settings: Settings) -> None:
-    """Start Prefect's temporary server, and import what the flow needs while the server starts.
+def start(settings: Settings, weights_dir: str | None = None) -> None:
+    """Start Prefect's temporary server, and meanwhile do what the flow needs.
+
+    That is to import its modules, to open MLflow's database, and to read and hash the weights.
 
     To be called before Prefect is imported, because Prefect reads its settings then.
+
+    Args:
+        settings: of this process.
+        weights_dir: the parameter.
 
     A lock admits one process at a time: Prefect and MLflow both fail if two processes create one sqlite database.
 
@@ -69,6 +76,10 @@ def start(settings: Settings) -> None:
         atexit.register(server.stop)  # before Prefect's own handlers are registered, so that it runs after them
         os.environ |= {"PREFECT_API_URL": server.url, TEMPORARY_SERVER_VARIABLE: server.url}
         _import_flow()
+        if weights_dir:
+            from model.net.loading import hash_ahead  # here: it imports torch
+
+            hash_ahead(Path(weights_dir).expanduser())
         open_mlflow(settings.tracking_uri)
         idle = threading.Timer(_IDLE_SECONDS, import_ahead)
         idle.daemon = True

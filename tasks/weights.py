@@ -13,7 +13,7 @@ from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
 from model.files import sha256_file, write_json
 from model.net.config import GPTConfig
 from model.net.layout import CONFIG_FILE, model_files
-from model.net.loading import check_size, hash_pretrained
+from model.net.loading import check_size, hash_pretrained, wait_for_hashes
 from model.net.tokenizer import hash_tokenizer, import_ahead, load_tokenizer, tokenizer_hashes
 from model.records import read_record
 from ops.hub import PINNED_WEIGHTS, fetch_weights
@@ -126,6 +126,7 @@ class _Record:
         Raises:
             FileNotFoundError, ValueError: they do not load, or changed since their first use.
         """
+        wait_for_hashes()
         paths = model_files(directory)
         if all(str(path) in self._known and path.is_file() for path in paths):
             files = {path.name: sha256_file(path) for path in paths}

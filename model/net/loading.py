@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,27 @@ def hash_pretrained(directory: Path) -> tuple[GPTConfig, dict[str, str]]:
         # Once more, with the hash: what was hashed is what was checked.
         config = GPTConfig.from_json(directory / CONFIG_FILE, found)
         return config, {CONFIG_FILE: found, **{file.path.name: file.sha256 for file in weights.files}}
+
+
+_ahead: list[threading.Thread] = []  # that hash weights
+
+
+def hash_ahead(directory: Path) -> None:
+    """Call ``hash_pretrained`` in a thread, while this one waits for something; what it finds is remembered."""
+
+    def work() -> None:
+        with suppress(Exception):  # it is raised where the weights are needed
+            hash_pretrained(directory)
+
+    thread = threading.Thread(target=work, name="hash-ahead", daemon=True)
+    _ahead.append(thread)
+    thread.start()
+
+
+def wait_for_hashes() -> None:
+    """Wait until all that ``hash_ahead`` began is done."""
+    while _ahead:
+        _ahead.pop().join()
 
 
 def read_pretrained(

@@ -15,7 +15,7 @@ from model.file_memory import recall
 from model.files import ChangedFileError, sha256_file
 from model.net.config import GPTConfig
 from model.net.gpt import GPTModel
-from model.net.loading import hash_pretrained, read_pretrained, write_pretrained
+from model.net.loading import hash_ahead, hash_pretrained, read_pretrained, wait_for_hashes, write_pretrained
 
 OLD = time.time_ns() - 3_600_000_000_000
 CPU = torch.device("cpu")
@@ -135,3 +135,15 @@ def test_damaged_weights_are_refused_each_time(tmp_path: Path, weights: Path) ->
     for _ in range(2):
         with pytest.raises(ValueError, match="NaN"):
             read_pretrained(weights, CPU, torch.float32)
+
+
+@pytest.mark.usefixtures("old_clock")
+def test_weights_are_hashed_ahead(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with them is said where they are needed, and not in a thread."""
+    hash_ahead(weights)
+    hash_ahead(tmp_path / "nothing")
+    wait_for_hashes()
+    monkeypatch.setattr("model.net.loading._is_finite", lambda tensor: pytest.fail("they are checked again"))
+    hash_pretrained(weights)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        hash_pretrained(tmp_path / "nothing")
