@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from model.engine.compile_ahead import compiling_ahead
 from model.engine.config import TrainConfig
 from model.engine.patience import early_end
 from model.engine.trainer import JOURNAL_FILE, StepReport, TrainResult
 from model.engine.training import train as run_training
 from model.engine.trunk import TrunkCacheConfig
 from model.files import sha256_json, write_json
-from model.net.config import GPTConfig
-from model.net.device import resolve_device, resolve_precision, use_precision
+from model.net.device import resolve_device, resolve_precision
 from model.net.freezing import FreezePlan
 from model.net.gpt import GPTModel
 from model.net.tokenizer import import_ahead
@@ -122,9 +120,7 @@ def _train_here(
 ) -> CheckpointRef:
     """Load the base and train it in this process."""
     place = resolve_device(device)
-    dtype = use_precision(training.config.precision, place)
-    with compiling_ahead(GPTConfig(**training.model.config), dtype, place, training.config.dropout):
-        network = load_frozen(training.model, training.plan, place, dtype)
+    network = load_frozen(training.model, training.plan, place, resolve_precision(training.config.precision, place))
     with ExitStack() as rest:
         return train_network(network, run, training, trunk_cache(trunk_cache_gb), progress.show, log, rest)()
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -493,37 +491,3 @@ def test_outputs_kept_on_the_device_are_the_models(
     assert torch.equal(again[: len(one.ids)], kept(first)[third : third + len(one.ids)])
     kept.place, kept.values = "host", kept.values.cpu()  # type: ignore[union-attr]
     assert torch.equal(kept(mixed), again)
-
-
-_AHEAD = """
-import sys
-from pathlib import Path
-from triton.runtime.jit import JITFunction
-import tests.model.engine.test_cuda as tests
-from model.engine.compile_ahead import compiling_ahead
-from model.engine.config import TrainConfig
-from model.engine.training import train
-from model.net.device import use_precision
-
-tokens, directory, precision, dropout = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4])
-dtype = use_precision(precision, tests.torch.device("cuda"))
-model = tests.small_model(dtype=dtype)
-with compiling_ahead(model.config, dtype, model.wte.weight.device, dropout):
-    pass
-compiled = []
-compile = JITFunction._do_compile
-def recorded(self, *given, **named):
-    compiled.append(self.fn.__name__)
-    return compile(self, *given, **named)
-JITFunction._do_compile = recorded
-train(model, tokens, TrainConfig(epochs=2, batch_size=8, precision=precision, dropout=dropout), directory, "identity")
-assert not compiled, compiled
-"""
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "tf32"])
-def test_every_kernel_is_compiled_ahead(token_dir: Path, tmp_path: Path, precision: str, dropout: float) -> None:
-    """After it, a training launches no kernel for the first time."""
-    command = [sys.executable, "-c", _AHEAD, str(token_dir), str(tmp_path / "training"), precision, str(dropout)]
-    subprocess.run(command, check=True, timeout=300)
