@@ -10,21 +10,30 @@ job, whatever their session.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from types import FrameType
-from typing import Any
 
 from ops.settings import PROJECT_ROOT
+from ops.stack.busy import App, Receive, Scope, Send
 
 _APP = "ops.stack.temporary_server:create_app"
-# As Prefect sets them for the server that its client starts: no pages, and only the services that a single run needs.
-_ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+_ENVIRONMENT = {
+    # As Prefect sets them for the server that its client starts: no pages, and only the services that a run needs.
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+    # A fresh database is not filled with Prefect's types of blocks, which takes a second.
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "0",
+    "PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION": "0",
+}
 _STOP_SECONDS = 5.0  # from SIGINT to SIGKILL
 
 
@@ -102,9 +111,19 @@ def outlive_sigterm() -> None:
     signal.signal(signal.SIGTERM, end_if_orphaned)
 
 
-def create_app() -> Any:
+def create_app() -> App:
     """The application that uvicorn serves: Prefect's own, behind the check of the Host header."""
+    ended = threading.Event()
+    # The first handler to be registered runs last. Taking down all modules takes a second, for which a user waits.
+    atexit.register(lambda: os._exit(0) if ended.is_set() else None)
     outlive_sigterm()
     from ops.stack.host_check import create_app as create_checked
 
-    return create_checked()
+    checked = create_checked()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await checked(scope, receive, send)
+        if scope["type"] == "lifespan":  # raises if it could not start
+            ended.set()
+
+    return app

@@ -157,3 +157,23 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TemporaryServe
 def test_prefects_application_is_behind_the_check_of_the_host_header(prefect: TemporaryServer) -> None:
     assert ask(prefect, f"127.0.0.1:{prefect.port}") == (200, b"true")
     assert ask(prefect, "evil.example")[0] == 403
+
+
+@pytest.mark.slow
+def test_prefects_application_says_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not take down its modules at the end; of one that could not start the exit code stays."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    server = start_temporary_server()
+    try:
+        server.wait(300)
+    finally:
+        server.stop()
+    assert server.process.returncode == 0
+    (tmp_path / "prefect.db").write_bytes(b"no database" * 100)
+    server = start_temporary_server()
+    try:
+        with pytest.raises(RuntimeError, match="exit code 3"):
+            server.wait(300)
+    finally:
+        server.stop()
