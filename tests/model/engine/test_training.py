@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +35,7 @@ from model.engine.training import TrainConfig, train
 from model.net.device import cast_frozen, ran_out_of_memory
 from model.net.loading import hf_state_dict
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CONFIG = TrainConfig(epochs=1, batch_size=8, learning_rate=1e-2, eval_freq=100, precision="fp32")
 
 
@@ -587,3 +590,28 @@ def test_unknown_precision_is_refused_by_name(run: Callable[..., Any]) -> None:
     """The error names the precision and comes before any computation."""
     with pytest.raises(ValueError, match="precision 'fp8'"):
         run(precision="fp8")
+
+
+_IMPORTS = """
+import sys
+from pathlib import Path
+import torch
+from model import GPTModel
+from model.engine.config import TrainConfig
+from model.engine.training import train
+from model.net.config import GPTConfig
+from model.net.freezing import freeze_bottom_layers
+with torch.device(sys.argv[3]):
+    model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=64, n_layer=2, n_head=1))
+freeze_bottom_layers(model, 1)
+train(model, Path(sys.argv[1]), TrainConfig(max_steps=2, batch_size=4, dropout=0.1), Path(sys.argv[2]), "identity")
+slow = {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy", "scipy", "transformers"} & {*sys.modules}
+assert not slow, slow
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_a_training_imports_nothing_slow(token_dir: Path, tmp_path: Path, device: str) -> None:
+    """Of torch's compilers and their libraries, whose import takes seconds on a slow processor."""
+    command = [sys.executable, "-c", _IMPORTS, str(token_dir), str(tmp_path / "training"), device]
+    subprocess.run(command, check=True, timeout=300)
