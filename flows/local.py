@@ -6,6 +6,8 @@ import atexit
 import gc
 import os
 import threading
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from flows.databases import open_mlflow
@@ -56,11 +58,11 @@ def start(settings: Settings, weights_dir: str | None = None) -> None:
 
     To be called before Prefect is imported, because Prefect reads its settings then.
 
+    A lock admits one process at a time: Prefect and MLflow both fail if two processes create one sqlite database.
+
     Args:
         settings: of this process.
         weights_dir: the parameter.
-
-    A lock admits one process at a time: Prefect and MLflow both fail if two processes create one sqlite database.
 
     Raises:
         DatabaseError, UsageError: a database cannot be used.
@@ -81,11 +83,21 @@ def start(settings: Settings, weights_dir: str | None = None) -> None:
 
             hash_ahead(Path(weights_dir).expanduser())
         open_mlflow(settings.tracking_uri)
-        idle = threading.Timer(_IDLE_SECONDS, import_ahead)
+        idle = threading.Timer(_IDLE_SECONDS, _import_later_modules)
         idle.daemon = True
         idle.start()
         server.wait(_SERVER_SECONDS)
         idle.cancel()
+
+
+def _import_later_modules() -> None:
+    """Import what a run needs later, while it has nothing to do."""
+    import_ahead().join()
+    import torch
+
+    if torch.cuda.is_available():
+        with suppress(ImportError):  # not on every system; then the engine does without
+            import_module("triton")
 
 
 def _import_flow() -> None:
