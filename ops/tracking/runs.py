@@ -113,6 +113,14 @@ def client(tracking_uri: str) -> MlflowClient:
         return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
+def import_store(tracking_uri: str) -> None:
+    """Import what ``client`` and its first request would, which takes seconds. Nothing is opened."""
+    import mlflow
+
+    if not tracking_uri.startswith("http"):
+        import mlflow.store.tracking.sqlalchemy_workspace_store  # noqa: F401
+
+
 def find_experiment(mlflow: MlflowClient) -> Experiment | None:
     """The experiment of all runs; None if there is none yet.
 
