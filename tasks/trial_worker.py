@@ -140,7 +140,8 @@ class TrialWorker:
             return TrialResult(trial, ref, recorded)
         try:
             # A trial that is given up after its steps waits for its checkpoints too: the next attempt writes there.
-            with tracked_trial(parent, of_mlflow, self.order.tags) as ref, ExitStack() as rest:
+            is_new = _make_directory(trial)
+            with tracked_trial(parent, of_mlflow, self.order.tags, is_new) as ref, ExitStack() as rest:
                 if recorded is None:
                     finish = self._do_steps(ref, trial, stages, rest)
                     yield
@@ -255,6 +256,15 @@ class MedianRule:
                 f"after {self.curve[-1][0]:.0%} of its steps the best validation loss, {best:.4f}, was worse than "
                 f"the median of the others, {median_of_others(self.curve, others):.4f}"
             )
+
+
+def _make_directory(trial: TrialRef) -> bool:
+    """Make a trial's directory; attempts do so before they create an MLflow run. Returns whether it is new."""
+    try:
+        Path(trial.training.directory).mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 @contextmanager

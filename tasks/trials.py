@@ -30,7 +30,7 @@ from tasks.trial_worker import Order, TrialWorker, write_order
 # Tags of the sweep's MLflow run that its trials have too: hooks and watcher find them by the flow run.
 _INHERITED = ("prefect.", "mlflow.source.", "mlflow.note.content", "data_sha256", "subset")
 _ORDER = "order.json"  # in the sweep's directory
-_POLL_SECONDS = 0.5  # while helpers train the last trials
+_POLL_SECONDS = 0.1  # while helpers train the last trials
 
 
 def identify_sweep(

@@ -102,8 +102,10 @@ def client(tracking_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     # MLflow's migrations announce themselves at INFO, a hundred lines on a fresh sqlite file.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logger = logging.getLogger(name)
+        if logger.level != logging.WARNING:  # setLevel goes through all loggers that there are
+            logger.setLevel(logging.WARNING)
     if tracking_uri.startswith("sqlite:///"):
         Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
