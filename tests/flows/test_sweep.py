@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -399,13 +400,21 @@ def test_helpers_on_other_devices_equal_one_process(
     data_root: Path,
     tiny: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A process for each further device takes trials that nobody has; the results are those of one process.
 
     A second lock stands for a second device, as there is one CPU.
     """
     import flows.sweep as module
+    from tasks.progress import Progress
+
+    show = Progress.show
+
+    def and_wait(self: Progress, report: StepReport) -> None:
+        show(self, report)
+        if (self.part, report.step) == (0, 1):
+            wait_for("the helper trains", lambda: _steps(data_root / "trainings", 2) > 0, 120)
 
     parameters = {**tiny, **SHORT, "max_steps": 60, "eval_freq": 20}
     parameters["grid"] = {"learning_rate": [0.0005, 0.001, 0.002, 0.003]}
@@ -414,14 +423,16 @@ def test_helpers_on_other_devices_equal_one_process(
         patch.setenv("OMP_NUM_THREADS", "1")  # as in this process: on a CPU, sums depend on the number of threads
         patch.setattr(module, "count_devices", lambda device: 2)
         patch.setattr(module, "other_devices", lambda device, held: {"cpu 2": device})
+        patch.setattr(Progress, "show", and_wait)
+        # Prefect's own set-up, in the first flow of a process, takes pytest's handlers off the root logger.
+        patch.setattr(logging.getLogger("prefect.task_runs"), "handlers", [caplog.handler])
         result = module.sweep(**parameters)
     pids = [json.loads(run.data.tags["process"])["pid"] for run in _children(result.run)]
     assert len(pids) == 4
     assert {os.getpid()} < {*pids}, "the helper trained some trials, and this process others"
     [helper] = {*pids} - {os.getpid()}
-    told = capfd.readouterr().err
-    assert f"[helper {helper}] helps on cpu" in told
-    assert "ended with the status" not in told
+    assert f"[helper {helper}] helps on cpu" in caplog.text
+    assert "ended with the status" not in caplog.text
     for one, two in zip(alone.trials, result.trials, strict=True):
         uri = result.run.tracking_uri
         assert _curves(uri, one.run.run_id) == _curves(uri, two.run.run_id)
