@@ -70,6 +70,7 @@ def _flow_command(flow: str, text: str) -> Callable[..., int]:
     """A command that runs a flow, with a signature made of the flow's parameters."""
 
     def command(*words: str, **given: Any) -> int:
+        from flows.ahead import helpers_ahead
         from flows.invoke import dry_run, invoke
 
         config, dry, verbose = (given.pop(name, None) for name in ("config", "dry_run", "verbose"))
@@ -77,7 +78,10 @@ def _flow_command(flow: str, text: str) -> Callable[..., int]:
         options = {name: str(value).lower() if value in (True, False) else value for name, value in given.items()}
         options = {name: value for name, value in options.items() if value is not None}
         request = parse(words, options, config, flow)
-        return dry_run(request) if dry else invoke(request, bool(verbose))
+        if dry:
+            return dry_run(request)
+        with helpers_ahead(request):
+            return invoke(request, bool(verbose))
 
     signature = [*_own_parameters(flow), *_flow_parameters(flow)]
     command.__signature__ = inspect.Signature(signature, return_annotation=int)  # type: ignore[attr-defined]

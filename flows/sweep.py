@@ -19,7 +19,7 @@ from flows.plan import announce_sweep
 from flows.quiet_logs import keep_tracebacks_out
 from flows.run import open_run
 from flows.trials import SweepJob
-from flows.waiting import hold_devices, other_devices
+from flows.waiting import count_devices, hold_devices, other_devices
 from tasks.download import download
 from tasks.evaluate import evaluate
 from tasks.load_weights import load_weights
@@ -28,6 +28,7 @@ from tasks.promote import promote, score_champion
 from tasks.publish import publish
 from tasks.rank import rank
 from tasks.references import TrialResult
+from tasks.trial_helpers import waiting_helpers
 from tasks.trials import identify_sweep, train_trials
 
 keep_tracebacks_out()
@@ -60,7 +61,8 @@ def sweep(**parameters: Any) -> SweepResult:
     """Train one trial for each combination of a grid, and publish the one with the lowest validation loss."""
     job = SweepJob.from_parameters(parameters)
     device_choice, gigabytes = job.hardware.device, job.hardware.trunk_cache_gb
-    with open_run(job) as run:
+    helpers = min(count_devices(device_choice), len(job.trials())) - 1
+    with waiting_helpers(helpers), open_run(job) as run:
         sources = download(job.sources)
         tokens = prepare(run.mlflow, sources, run.prepare)
         model = load_weights(sources.weights, job.sources.model_size)

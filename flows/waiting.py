@@ -42,6 +42,11 @@ def hold_devices(device: str, gpus: int | str) -> Iterator[Devices]:
         yield devices
 
 
+def count_devices(device: str) -> int:
+    """How many devices satisfy ``device``, held or not."""
+    return len(device_choices(device))
+
+
 def other_devices(device: str, held: str) -> dict[str, str]:
     """The devices that satisfy ``device`` besides the one that is held, by the names of their locks."""
     return {device_key(place): str(place) for place in device_choices(device) if str(place) != held}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -31,7 +32,7 @@ def parse_record(content: str | bytes, kind: type[T], what: str) -> T:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is damaged: {error}") from error
     try:
-        return TypeAdapter(kind).validate_json(content, strict=True)
+        return _adapter(cast(Any, kind)).validate_json(content, strict=True)  # type: ignore[no-any-return]
     except ValidationError as error:
         raise ValueError(f"{what} is damaged: {_explain(error)}") from error
 
@@ -43,9 +44,15 @@ def check_record(value: Any, kind: type[T], what: str) -> T:
         ValueError: it is not of that type.
     """
     try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
+        return _adapter(cast(Any, kind)).validate_python(value, strict=True)  # type: ignore[no-any-return]
     except ValidationError as error:
         raise ValueError(f"{what} is damaged: {_explain(error)}") from error
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """What validates a type. Making it takes twenty times as long as reading a line of a journal."""
+    return TypeAdapter(kind)
 
 
 def read_record(path: Path, kind: type[T]) -> T:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from model.engine.training import PassesTooLongError
 from ops.machine.gang import Node
-from ops.machine.torchrun import ASKING
+from ops.machine.stopping import ASKING
 from ops.text import one_line
 from tasks.gang import held_devices, run_job
 from tasks.nodes import Announcement, find_store, is_over, read_newest, split_address

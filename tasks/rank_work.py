@@ -20,7 +20,7 @@ from ops.machine.member import Member
 from ops.settings import Settings
 from tasks.frozen import load_frozen, trunk_cache
 from tasks.gang_job import GangJob
-from tasks.progress import ProgressLines
+from tasks.progress_lines import ProgressLines
 from tasks.scoring import Scoring, score_models, write_outputs
 
 TIMEOUT_VARIABLE = "FINETUNE_GANG_TIMEOUT"  # seconds that a rank waits for the others, in a step or at the start

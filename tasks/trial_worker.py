@@ -1,18 +1,7 @@
-"""One process's part in a sweep: it takes the next trial that nobody has, trains it, and records how it ended.
-
-``python -m tasks.trial_worker ORDER`` helps on a further GPU. The task ``train_trials`` starts it, writes the order
-as JSON into that file, and logs what it prints. It ends when no trial is left, or when its stdin is closed: then the
-task is over, or its process has died.
-"""
+"""One process's part in a sweep: it takes the next trial that nobody has, trains it, and records how it ended."""
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,18 +18,14 @@ from model.engine.trunk_sharing import SharedTrunks
 from model.files import read_bytes, write_json
 from model.net.device import resolve_device, resolve_precision
 from ops.machine.flock import hold_file
-from ops.machine.lock import TURN, exclusive_if_free
-from ops.machine.lock_file import shared_directory
-from ops.machine.torchrun import ASKING
-from ops.settings import Settings
 from ops.text import one_line
 from ops.tracking.runs import RunRef, set_tags
 from ops.tracking.shipping import JournalShipper, must_be_logged
 from ops.tracking.trials import OUTCOME_TAG, TrialRun, adopt, log_once, tracked_trial
 from tasks.frozen import ReusableBase, trunk_cache
-from tasks.progress import ProgressLines
+from tasks.progress_lines import ProgressLines
 from tasks.references import SweepRef, TrialOutcome, TrialRef, TrialResult
-from tasks.train import train_network
+from tasks.training import train_network
 from tasks.trial_finishing import Finishing, Stages
 from tasks.trial_records import (
     curves_of_others,
@@ -54,8 +39,6 @@ from tasks.trial_records import (
 )
 
 _REASON = 300  # characters of an error's message
-_POLL_SECONDS = 2.0  # of a helper, for a free device
-_END_SECONDS = 20.0  # in which a helper ends by itself when its stdin is closed
 
 
 @dataclass(frozen=True)
@@ -157,7 +140,8 @@ class TrialWorker:
             return TrialResult(trial, ref, recorded)
         try:
             # A trial that is given up after its steps waits for its checkpoints too: the next attempt writes there.
-            with tracked_trial(parent, of_mlflow, self.order.tags) as ref, ExitStack() as rest:
+            is_new = _make_directory(trial)
+            with tracked_trial(parent, of_mlflow, self.order.tags, is_new) as ref, ExitStack() as rest:
                 if recorded is None:
                     finish = self._do_steps(ref, trial, stages, rest)
                     yield
@@ -274,6 +258,15 @@ class MedianRule:
             )
 
 
+def _make_directory(trial: TrialRef) -> bool:
+    """Make a trial's directory; attempts do so before they create an MLflow run. Returns whether it is new."""
+    try:
+        Path(trial.training.directory).mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
 @contextmanager
 def claimed(trial: TrialRef) -> Iterator[bool]:
     """Hold a trial against the other processes of its sweep. Yields whether this process has it."""
@@ -295,59 +288,3 @@ def read_order(path: Path) -> Order:
         ValueError: it is damaged.
     """
     return TypeAdapter(Order).validate_json(read_bytes(path))
-
-
-def _has_work(order: Order, log: Any) -> bool:
-    """Whether there is a trial that has not ended and that no process has."""
-    for trial in order.sweep.trials:
-        with claimed(trial) as is_free:
-            if is_free and read_outcome(trial, order.run.run_id, log) is None:
-                return True
-    return False
-
-
-def _watch_stdin() -> threading.Event:
-    """An event that is set when stdin is closed; soon after that the process ends, whatever it does."""
-    closed = threading.Event()
-
-    def watch() -> None:
-        # Not by sys.stdin: Python aborts where a thread holds its lock when the main thread ends.
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
-        closed.set()
-        time.sleep(_END_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch-stdin", daemon=True).start()
-    return closed
-
-
-def main() -> None:
-    """Help with a sweep on any of the order's devices that is free, until no trial is left."""
-    # They reach the whole process group; the task closes stdin, and the training ends with a checkpoint.
-    for number in ASKING:
-        signal.signal(number, signal.SIG_IGN)
-    order = read_order(Path(sys.argv[1]))
-    closed = _watch_stdin()
-    # force: Prefect has set up the root logger when it was imported, for warnings alone.
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    log = logging.getLogger("sweep")
-    settings = Settings.load()
-    settings.claim_caches()
-    directory = shared_directory(settings.device_locks)
-    while _has_work(order, log) and not closed.is_set():
-        with exclusive_if_free(directory, list(order.places), order.holder, order.flow_run_id, TURN) as held:
-            if held is not None:
-                device = order.places[held.what]
-                log.info("helps on %s", device)
-                try:
-                    TrialWorker(order, device, ProgressLines(log), log, closed.is_set).work()
-                except TrainingStoppedError as error:
-                    log.info("%s", error)
-                return
-        closed.wait(_POLL_SECONDS)
-
-
-if __name__ == "__main__":
-    main()

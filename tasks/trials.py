@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +17,20 @@ from model.files import sha256_json
 from model.net.config import GPTConfig
 from model.net.freezing import plan_freeze
 from ops.settings import Settings
-from ops.threads import in_daemon_thread
 from ops.tracking.runs import RunRef, client
 from ops.tracking.steps import pipeline_step
 from tasks.config import TrialConfig
 from tasks.progress import Progress
 from tasks.references import ModelRef, SweepRef, TokensRef, TrialRef, TrialResult
 from tasks.train import identify_training, is_worth_a_retry
-from tasks.trial_records import best_of, start_sweep
+from tasks.trial_helpers import working_helpers
+from tasks.trial_records import best_of, read_outcome, start_sweep
 from tasks.trial_worker import Order, TrialWorker, write_order
 
 # Tags of the sweep's MLflow run that its trials have too: hooks and watcher find them by the flow run.
 _INHERITED = ("prefect.", "mlflow.source.", "mlflow.note.content", "data_sha256", "subset")
 _ORDER = "order.json"  # in the sweep's directory
-_POLL_SECONDS = 0.5  # while helpers train the last trials
-_HELPER_SECONDS = 25.0  # in which a helper ends when it is told to
+_POLL_SECONDS = 0.1  # while helpers train the last trials
 
 
 def identify_sweep(
@@ -83,8 +78,8 @@ def train_trials(
     The base is loaded once, and the outputs of its frozen blocks are computed once. A trial is trained bit for bit as
     if it were alone. A trial that diverges, or that memory does not hold, is a result; the others go on.
 
-    Each further GPU gets a process of its own, which holds that GPU's lock while it trains. All processes take the
-    next trial that nobody has. What a helper leaves behind, this process trains.
+    Each further GPU gets a process of its own, which holds that GPU's lock while it trains (tasks/trial_helpers.py).
+    All processes take the next trial that nobody has. What a helper leaves behind, this process trains.
 
     The caller holds the device and the sweep.
 
@@ -113,7 +108,12 @@ def train_trials(
     )
     progress = Progress(log)
     worker = TrialWorker(order, device, progress, log)
-    with progress.courier, _helpers(order, min(len(others), len(sweep.trials) - 1), log):
+    left = sum(read_outcome(trial, run.run_id, log) is None for trial in sweep.trials)
+    helpers = max(0, min(len(others), left - 1))  # this process trains one of them
+    path = Path(sweep.directory) / _ORDER
+    if helpers:
+        write_order(path, order)
+    with progress.courier, working_helpers(helpers, str(path), log):
         results = _until_all_have_ended(worker, sweep)
         while (best := best_of(results)) and _is_damaged(best, log):
             worker.train_again(best.trial)
@@ -135,49 +135,3 @@ def _is_damaged(best: TrialResult, log: Any) -> bool:
         log.warning("%s: trial %s is trained again", error, best.trial.name)
         return True
     return False
-
-
-@contextmanager
-def _helpers(order: Order, count: int, log: Any) -> Iterator[None]:
-    """Processes that help with a sweep on other devices; in the end they stop, with a checkpoint, or are killed."""
-    path = Path(order.sweep.directory) / _ORDER
-    if count > 0:
-        write_order(path, order)
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for _ in range(count):
-            process = subprocess.Popen(
-                # -P: not a folder "tasks" of the working directory.
-                [sys.executable, "-P", "-m", "tasks.trial_worker", str(path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-            processes.append(process)
-            in_daemon_thread(partial(_relay, process, log), "helper-output")
-        yield
-    finally:
-        _end(processes, log)
-
-
-def _relay(process: subprocess.Popen[bytes], log: Any) -> None:
-    """Log what a helper prints."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        log.info("[helper %d] %s", process.pid, line.decode(errors="backslashreplace").rstrip())
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]], log: Any) -> None:
-    """End helpers: closing their stdin asks them to stop after the present step."""
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.close()
-    deadline = time.monotonic() + _HELPER_SECONDS
-    for process in processes:
-        try:
-            status = process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = process.wait()
-        if status:
-            log.warning("helper %d ended with the status %d", process.pid, status)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ops.machine.process import die_with_parent
-from ops.machine.torchrun import ASKING
+from ops.machine.stopping import ASKING
 
 HOST_VARIABLE = "FINETUNE_GANG_HOST"  # path of the host's socket, in the environment of all ranks
 ALIVE_SECONDS = 2.0  # between two signs of life

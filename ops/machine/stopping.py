@@ -12,6 +12,7 @@ from typing import TypeVar
 from ops.threads import in_daemon_thread
 
 T = TypeVar("T")
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a flow run, or a process of it, to end
 
 
 def run_stoppable(work: Callable[[Callable[[], bool]], T]) -> T:

@@ -11,8 +11,7 @@ import signal
 import sys
 
 from ops.machine.process import die_with_parent
-
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what asks a flow run, or a process of it, to end
+from ops.machine.stopping import ASKING
 
 
 def main(arguments: list[str]) -> None:

@@ -102,8 +102,10 @@ def client(tracking_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     # MLflow's migrations announce themselves at INFO, a hundred lines on a fresh sqlite file.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logger = logging.getLogger(name)
+        if logger.level != logging.WARNING:  # setLevel goes through all loggers that there are
+            logger.setLevel(logging.WARNING)
     if tracking_uri.startswith("sqlite:///"):
         Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
@@ -111,6 +113,14 @@ def client(tracking_uri: str) -> MlflowClient:
     mlflow.set_registry_uri(tracking_uri)
     with redacted_errors():
         return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def import_store(tracking_uri: str) -> None:
+    """Import what ``client`` and its first request would, which takes seconds. Nothing is opened."""
+    import mlflow
+
+    if not tracking_uri.startswith("http"):
+        import mlflow.store.tracking.sqlalchemy_workspace_store  # noqa: F401
 
 
 def find_experiment(mlflow: MlflowClient) -> Experiment | None:

@@ -55,17 +55,18 @@ class TrialRun:
 
 
 @contextmanager
-def tracked_trial(parent: RunRef, trial: TrialRun, tags: Mapping[str, str]) -> Iterator[RunRef]:
+def tracked_trial(parent: RunRef, trial: TrialRun, tags: Mapping[str, str], is_new: bool = False) -> Iterator[RunRef]:
     """Open the run of a trial beneath the sweep's, and close it as ``tracked_run`` does.
 
     The run of an interrupted attempt is opened again: a trial has one run, however often it is interrupted.
 
     Args:
         tags: of the run, set anew at each attempt.
+        is_new: whether no attempt before can have created the run, so that it need not be looked for.
     """
     mlflow = client(parent.tracking_uri)
     now = {**tags, PARENT_TAG: parent.run_id, PROCESS_TAG: identify_process().to_json()}
-    found = trial.find(parent.tracking_uri)
+    found = None if is_new else trial.find(parent.tracking_uri)
     if found is None:
         own = {SWEEP_TAG: trial.sweep, TRIAL_TAG: trial.training}
         found = create_run(mlflow, parent.experiment_id, trial.name, {**now, **own})

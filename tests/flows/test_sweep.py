@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from world import World
 from model.engine.trainer import StepReport
 from model.evaluation.comparison import compare
 from model.files import sha256_file
+from ops.machine.lock import exclusive
 from ops.machine.lock_file import read_locks
 from ops.tracking.finished import read_run
 from ops.tracking.runs import PARENT_TAG, RunRef, client
@@ -398,28 +400,39 @@ def test_helpers_on_other_devices_equal_one_process(
     data_root: Path,
     tiny: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A process for each further device takes trials that nobody has; the results are those of one process.
 
     A second lock stands for a second device, as there is one CPU.
     """
     import flows.sweep as module
+    from tasks.progress import Progress
+
+    show = Progress.show
+
+    def and_wait(self: Progress, report: StepReport) -> None:
+        show(self, report)
+        if (self.part, report.step) == (0, 1):
+            wait_for("the helper trains", lambda: _steps(data_root / "trainings", 2) > 0, 120)
 
     parameters = {**tiny, **SHORT, "max_steps": 60, "eval_freq": 20}
     parameters["grid"] = {"learning_rate": [0.0005, 0.001, 0.002, 0.003]}
     alone = module.sweep(**parameters)
     with monkeypatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # as in this process: on a CPU, sums depend on the number of threads
+        patch.setattr(module, "count_devices", lambda device: 2)
         patch.setattr(module, "other_devices", lambda device, held: {"cpu 2": device})
+        patch.setattr(Progress, "show", and_wait)
+        # Prefect's own set-up, in the first flow of a process, takes pytest's handlers off the root logger.
+        patch.setattr(logging.getLogger("prefect.task_runs"), "handlers", [caplog.handler])
         result = module.sweep(**parameters)
     pids = [json.loads(run.data.tags["process"])["pid"] for run in _children(result.run)]
     assert len(pids) == 4
     assert {os.getpid()} < {*pids}, "the helper trained some trials, and this process others"
     [helper] = {*pids} - {os.getpid()}
-    told = capfd.readouterr().err
-    assert f"[helper {helper}] helps on cpu" in told
-    assert "ended with the status" not in told
+    assert f"[helper {helper}] helps on cpu" in caplog.text
+    assert "ended with the status" not in caplog.text
     for one, two in zip(alone.trials, result.trials, strict=True):
         uri = result.run.tracking_uri
         assert _curves(uri, one.run.run_id) == _curves(uri, two.run.run_id)
@@ -434,6 +447,7 @@ import flows.sweep as module
 import tasks.trial_worker
 if len(sys.argv) > 2:  # trials are never finished, and the next ones train meanwhile
     tasks.trial_worker.write_outcome = lambda trial, outcome: time.sleep(1e6)
+module.count_devices = lambda device: 2
 module.other_devices = lambda device, held: {"cpu 2": "cpu"}  # a second lock stands for a second device
 state = module.sweep(**json.loads(sys.argv[1]), return_state=True)
 print(state.name, state.message)
@@ -447,6 +461,7 @@ print(state.name, state.message)
         "the flow, kill -9",
         "the flow's group, SIGTERM",
         "the helper, kill -9",
+        "the helper before its trial, kill -9",
         "the flow at the end of a trial, kill -9",
     ],
 )
@@ -468,16 +483,20 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, tiny: dict[str, Any], victim: st
         ends = victim == "the flow at the end of a trial, kill -9"
         process = begin("never finished") if ends else begin()
         trials = world.base / "data" / "trainings"
-        wait_for("two trials train", lambda: _steps(trials, 1) > 60 and _steps(trials, 2) > 60, 240)
-        (helper,) = _helpers_of(process.pid)
+        if victim == "the helper before its trial, kill -9":
+            (helper,) = wait_for("the helper waits", lambda: _helpers_of(process.pid), 120)
+            assert not [*trials.glob("*/trial-*")]
+        else:
+            wait_for("two trials train", lambda: _steps(trials, 1) > 60 and _steps(trials, 2) > 60, 240)
+            (helper,) = _helpers_of(process.pid)
         if ends:
             wait_for("the first trial ends", lambda: _steps(trials, 1) == 400 and _steps(trials, 3) > 60, 300)
             assert not [*trials.glob("*/trial-001/outcome.json")]
         if victim == "the flow's group, SIGTERM":
             os.killpg(process.pid, signal.SIGTERM)
         else:
-            os.kill(helper.pid if victim == "the helper, kill -9" else process.pid, signal.SIGKILL)
-        if victim == "the helper, kill -9":
+            os.kill(helper.pid if victim.startswith("the helper") else process.pid, signal.SIGKILL)
+        if victim.startswith("the helper"):
             assert world.finish(process).splitlines()[-1].startswith("Completed")
         else:
             wait_for("both have ended", lambda: not helper.is_running() and process.poll() is not None, 30)
@@ -496,7 +515,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path, tiny: dict[str, Any], victim: st
         )
         sweeps = [run for run in runs if PARENT_TAG not in run.data.tags]
         statuses = [run.info.status for run in sweeps]
-        assert statuses == ["FINISHED"] * 2 if victim == "the helper, kill -9" else ["KILLED", "FINISHED", "FINISHED"]
+        assert statuses == ["FINISHED"] * 2 if victim.startswith("the helper") else ["KILLED", "FINISHED", "FINISHED"]
         curves = []
         for run in sweeps[-2:]:
             trials_of = [each for each in runs if each.data.tags.get(PARENT_TAG) == run.info.run_id]
@@ -517,4 +536,35 @@ def _steps(trials: Path, number: int) -> int:
 
 def _helpers_of(pid: int) -> list[psutil.Process]:
     children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if "tasks.trial_worker" in child.cmdline()]
+    return [child for child in children if "tasks.trial_helper" in child.cmdline()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["kill -9", "SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_sweep_that_ends_while_it_waits_leaves_no_helper(tmp_path: Path, tiny: dict[str, Any], end: str) -> None:
+    """Its helper has no work yet, and holds nothing. Signals go to the whole group, as those of a terminal do."""
+    with World(tmp_path) as world, exclusive(world.base / "locks", "cpu", "another run", print):
+        world.start_prefect()
+        parameters = json.dumps({**tiny, **SHORT, "grid": {"learning_rate": [0.001, 0.002]}})
+        world.processes["run"] = process = subprocess.Popen(
+            [sys.executable, "-c", SWEEP, parameters], cwd=tmp_path, env=world.environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        (helper,) = wait_for("the helper waits", lambda: _helpers_of(process.pid), 120)
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "waiting for cpu" in line:
+                break
+        assert "waiting for cpu" in said[-1]
+        assert helper.is_running()
+        assert [lock.holder for lock in read_locks(world.base / "locks") if lock.held and lock.what != "cpu"] == []
+        if end == "kill -9":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.Signals[end])
+        wait_for("the helper has ended", lambda: not helper.is_running(), 10)
+        rest, _ = process.communicate(timeout=60)
+        assert f"helper {helper.pid}" not in "".join(said) + rest
