@@ -15,13 +15,14 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from flows.arguments import parse
 from flows.commands import read_deployments
 from flows.job import GROUP_TITLES, all_parameters
 from flows.trials import SweepJob, job_kind
 from ops.mistakes import DEBUG_VARIABLE, UsageError
+from ops.parsers import PARSERS
 from ops.text import suggestion
 
 _TRUTHS = ("true", "false")
@@ -193,6 +194,8 @@ def _refuse_password() -> None:
 
 def _run_module(name: str, arguments: Sequence[str]) -> int:
     """Run a command that has its options in its own module."""
+    if name in PARSERS:
+        PARSERS[name]().parse_args(arguments)  # help or a mistake ends the process before the command is imported
     if name == "doctor":  # of the servers on this machine, unless others are named
         prefect = os.environ.get("FINETUNE_PREFECT_PORT") or "4200"
         mlflow = os.environ.get("FINETUNE_MLFLOW_PORT") or "5000"
@@ -255,4 +258,6 @@ def _sentence(error: CycloptsError, arguments: Sequence[str]) -> str:
         _, _, near = text.partition(" Did you mean ")
         remedy = f"did you mean {near}" if near else f"`finetune {arguments[0]} --help` lists them"
         return f"there is no option {option}: {remedy}"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"{error.unused_tokens[0]} is one word too many: `finetune {arguments[0]} --help` shows what is taken"
     return text
