@@ -17,13 +17,14 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from flows.arguments import parse
-from flows.commands import read_deployments
+from flows.arguments import DEFAULT_DEPLOYMENTS, parse
+from flows.commands import read_deployments, read_parameters
 from flows.job import GROUP_TITLES, all_parameters
 from flows.trials import SweepJob, job_kind
 from ops.mistakes import DEBUG_VARIABLE, UsageError
 from ops.parsers import PARSERS
-from ops.text import suggestion
+from ops.settings import Settings
+from ops.text import as_setting, suggestion
 
 _TRUTHS = ("true", "false")
 _OPTIONS = Group("Options", sort_key=0)
@@ -105,9 +106,19 @@ def _own_parameters(flow: str) -> list[inspect.Parameter]:
     return made
 
 
-def _shows(default: Any) -> Callable[[Any], str]:
-    """Show the default of the flow's parameter; the option itself has none."""
-    return lambda value: "null" if default is None else str(default)
+def _shows(flow: str, name: str, default: Any) -> Callable[[Any], str]:
+    """Show the default of the flow's parameter, as the option itself has none, and what is used without a deployment.
+
+    prefect.yaml is read when help is shown.
+    """
+
+    def show(_: Any) -> str:
+        deployment = DEFAULT_DEPLOYMENTS[flow]
+        own = read_parameters(deployment).get(name, default)
+        text = "null" if default is None else str(default)
+        return text if own == default else f"{text}; deployment {deployment}: {as_setting(own)}"
+
+    return show
 
 
 def _flow_parameters(flow: str) -> list[inspect.Parameter]:
@@ -118,7 +129,10 @@ def _flow_parameters(flow: str) -> list[inspect.Parameter]:
         for each in group.declared():
             kind: Any = bool | None if each.annotation is bool else Value | None
             details = Parameter(
-                help=each.meaning, group=shown, show_default=_shows(each.default), allow_leading_hyphen=True
+                help=each.meaning,
+                group=shown,
+                show_default=_shows(flow, each.name, each.default),
+                allow_leading_hyphen=True,
             )
             option = inspect.Parameter(
                 each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, details]
@@ -166,6 +180,7 @@ def deploy() -> int:
 def worker() -> int:
     """Start a worker on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI."""
     _need_servers()
+    Settings.load().claim_root()  # flow runs would fail one by one
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # s; after three missed ones a run is Crashed
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
     os.execv(sys.executable, [sys.executable, "-m", "ops.stack.worker"])
@@ -180,7 +195,10 @@ def watch() -> int:
 
 def _need_servers() -> None:
     if not (os.environ.get("PREFECT_API_URL") and os.environ.get("MLFLOW_TRACKING_URI")):
-        raise UsageError("PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of up does")
+        raise UsageError(
+            "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers: `. client.env` sets them, a file that "
+            "`finetune up` writes below server in its data root"
+        )
     _refuse_password()
 
 

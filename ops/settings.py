@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -64,6 +65,19 @@ class Settings:
         _provide_home(root)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
+
+    def claim_root(self) -> None:
+        """Make the data root, and see whether files can be made in it.
+
+        Raises:
+            DataRootError: they cannot.
+        """
+        try:
+            self.data_root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.data_root):
+                pass
+        except OSError as error:
+            raise DataRootError.of(self.data_root, OSError(error.errno, error.strerror)) from error
 
     def claim_caches(self) -> None:
         """Move the caches of matplotlib and Triton from the user's home to the data root; before their first use."""
