@@ -135,6 +135,8 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
     print(time_table(seconds | result.seconds))
     if result.verdict:
         print(f"{'champion' if result.verdict.promoted else 'challenger'}: {result.model}, {result.verdict.reason}")
+    else:
+        print(f"model: {result.model}; `finetune sample` asks it, `finetune report {result.model}` shows its scores")
     print("\n".join(opening(result.run)))
     print(f"tracking: {result.run.tracking_uri}")
     print(f"run: {result.run.run_id}")

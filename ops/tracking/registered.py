@@ -41,7 +41,9 @@ def not_registered(wanted: str | None, tracking_uri: str, there: Registered) -> 
     server = without_credentials(tracking_uri)
     if there.versions:
         aliases = ", ".join(f"{alias} (version {version})" for alias, version in sorted(there.aliases.items()))
-        found = f"version {_listed(sorted(there.versions))} of it and {f'alias {aliases}' if aliases else 'no alias'}"
+        plural = "s" if len(there.versions) > 1 else ""
+        numbers = f"version{plural} {_listed(sorted(there.versions))}"
+        found = f"{numbers} of it and {f'alias {aliases}' if aliases else 'no alias'}"
     elif there.names:
         found = f"the models {_listed(sorted(there.names))}"
     else:
