@@ -20,7 +20,7 @@ from mistakes import MISTAKES, SHORT, environment_of, run_command
 EXPECTED = {
     "wrong path": (2, r"rows\.jsonl does not exist: give a file or folder"),
     "folder without rows": (2, r"dataset folder \S+/data holds no file of \.jsonl"),
-    "no network": (1, r"Could not fetch the model .* A local copy can be given as weights_dir"),
+    "no network": (1, r"Could not fetch the model .*; a local copy can be given as weights_dir"),
     "wrong weights": (2, r"model\.safetensors is not a whole safetensors file: .*: copy or download it again"),
     "too many layers": (2, r"num_unfrozen_layers 7 is not between 0 and 6, the blocks of tiny"),
     "no GPU": (2, r"device 'cuda' is not available, torch sees no GPU: use device=cpu or auto"),
