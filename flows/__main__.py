@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
 
 # The modules of the commands are imported in ``command``, where Ctrl-C is one line.
+_interrupted: list[bool] = []  # not empty once Ctrl-C has ended the command
 
 
 def open_streams() -> None:
@@ -29,10 +32,11 @@ def open_streams() -> None:
 
 
 def end_in_order() -> None:
-    """Let SIGTERM and SIGHUP (a closed terminal) run Python's exit handlers, which end the temporary server.
+    """Let SIGINT, SIGTERM and SIGHUP (a closed terminal) run Python's exit handlers, which end the temporary server.
 
     During a flow run Prefect's handler of SIGTERM comes first, and calls this one when the run is closed.
     """
+    atexit.register(_end_by_ctrl_c)  # before others are, so that it runs last
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
@@ -49,17 +53,36 @@ def main(arguments: list[str]) -> int:
         return tell(error)
 
 
+def _end_by_ctrl_c() -> None:
+    """End this process by SIGINT if Ctrl-C ended its command; to be the last of Python's exit handlers.
+
+    A shell that runs a script, and make, go on behind a command that exits with status 130. They end too if the
+    signal ended it. Its status is 130 for them then as well.
+    """
+    if not _interrupted:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone
+            stream.flush()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def command() -> None:
     """The entry point of the command line."""
     open_streams()
     end_in_order()
     try:
-        sys.exit(_run())
+        status = _run()
+        if status == 128 + signal.SIGINT:
+            _interrupted.append(True)
+        sys.exit(status)
     except BrokenPipeError:  # the reader of the output has gone; Python would complain once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        _interrupted.append(True)
         sys.exit(128 + signal.SIGINT)
 
 

@@ -5,7 +5,6 @@ Nothing here imports torch, Prefect or MLflow, so that a mistake is answered at 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from model.files import read_bytes, shown
 from model.net.config import normalize_size
 from model.yaml_text import parse_yaml
 from ops.mistakes import UsageError, exit_status, sentence
-from ops.text import storable, suggestion, unreadable_argument
+from ops.text import storable, suggestion, unprintable, unreadable_argument
 from tasks.config import SourceConfig
 from tasks.paths import check_paths
 
@@ -97,21 +96,20 @@ def _changes(words: Sequence[str], options: Mapping[str, str]) -> dict[str, Any]
     changes: dict[str, Any] = {}
     for argument in [*words, *(f"{name}={value}" for name, value in options.items())]:
         name, _, value = argument.partition("=")
+        if not name:
+            raise UsageError(f"{brief(argument)} names no parameter: write name=value")
         if name in changes:
             raise UsageError(f"{brief(name)} is given twice")
-        if control := [c for c in value if unicodedata.category(c) == "Cc" and c not in "\n\t"]:
-            raise UsageError(_control_character(name, control[0]))
+        # YAML has white space of its own, and refuses the others in words of its own.
+        if reason := unprintable(value.replace("\n", "").replace("\t", "")):
+            raise UsageError(f"{brief(name)}: {reason}")
         try:
             changes[name] = parse_yaml(value)
         except ValueError:
             raise UsageError(f"{brief(argument)}: the value is not YAML; quote it") from None
         if isinstance(changes[name], str) and "\n" in value:  # YAML has made a space of it, or nothing
-            raise UsageError(_control_character(name, "\n"))
+            raise UsageError(f"{brief(name)}: {unprintable(value)}")
     return changes
-
-
-def _control_character(name: str, character: str) -> str:
-    return f"{brief(name)} has the control character {character!r}: printable characters on one line are allowed"
 
 
 def _read_config(path: Path, flow: str) -> dict[str, Any]:
@@ -170,7 +168,7 @@ def complaint(parameters: Mapping[str, Any], flow: str = "finetune", alone: bool
 def _contradiction(parameters: Mapping[str, Any], kind: type[Job]) -> str | None:
     """What the parameters refuse together, as far as that is known without torch."""
     try:
-        kind.from_parameters(taken_values(parameters, kind), machine=False)
+        kind.from_parameters(parameters, machine=False)
     except ValueError as error:
         return sentence(error)
     return None

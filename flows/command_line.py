@@ -15,14 +15,16 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from flows.arguments import parse
-from flows.commands import read_deployments
+from flows.arguments import DEFAULT_DEPLOYMENTS, parse
+from flows.commands import read_deployments, read_parameters
 from flows.job import GROUP_TITLES, all_parameters
 from flows.trials import SweepJob, job_kind
 from ops.mistakes import DEBUG_VARIABLE, UsageError
-from ops.text import suggestion
+from ops.parsers import PARSERS
+from ops.settings import Settings
+from ops.text import as_setting, suggestion
 
 _TRUTHS = ("true", "false")
 _OPTIONS = Group("Options", sort_key=0)
@@ -108,9 +110,19 @@ def _own_parameters(flow: str) -> list[inspect.Parameter]:
     return made
 
 
-def _shows(default: Any) -> Callable[[Any], str]:
-    """Show the default of the flow's parameter; the option itself has none."""
-    return lambda value: "null" if default is None else str(default)
+def _shows(flow: str, name: str, default: Any) -> Callable[[Any], str]:
+    """Show the default of the flow's parameter, as the option itself has none, and what is used without a deployment.
+
+    prefect.yaml is read when help is shown.
+    """
+
+    def show(_: Any) -> str:
+        deployment = DEFAULT_DEPLOYMENTS[flow]
+        own = read_parameters(deployment).get(name, default)
+        text = "null" if default is None else str(default)
+        return text if own == default else f"{text}; deployment {deployment}: {as_setting(own)}"
+
+    return show
 
 
 def _flow_parameters(flow: str) -> list[inspect.Parameter]:
@@ -121,7 +133,10 @@ def _flow_parameters(flow: str) -> list[inspect.Parameter]:
         for each in group.declared():
             kind: Any = bool | None if each.annotation is bool else Value | None
             details = Parameter(
-                help=each.meaning, group=shown, show_default=_shows(each.default), allow_leading_hyphen=True
+                help=each.meaning,
+                group=shown,
+                show_default=_shows(flow, each.name, each.default),
+                allow_leading_hyphen=True,
             )
             option = inspect.Parameter(
                 each.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, details]
@@ -169,6 +184,7 @@ def deploy() -> int:
 def worker() -> int:
     """Start a worker on another machine, for the servers of PREFECT_API_URL and MLFLOW_TRACKING_URI."""
     _need_servers()
+    Settings.load().claim_root()  # flow runs would fail one by one
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")  # s; after three missed ones a run is Crashed
     os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
     os.execv(sys.executable, [sys.executable, "-m", "ops.stack.worker"])
@@ -183,7 +199,10 @@ def watch() -> int:
 
 def _need_servers() -> None:
     if not (os.environ.get("PREFECT_API_URL") and os.environ.get("MLFLOW_TRACKING_URI")):
-        raise UsageError("PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers, as client.env of up does")
+        raise UsageError(
+            "PREFECT_API_URL and MLFLOW_TRACKING_URI must name the servers: `. client.env` sets them, a file that "
+            "`finetune up` writes below server in its data root"
+        )
     _refuse_password()
 
 
@@ -197,6 +216,8 @@ def _refuse_password() -> None:
 
 def _run_module(name: str, arguments: Sequence[str]) -> int:
     """Run a command that has its options in its own module."""
+    if name in PARSERS:
+        PARSERS[name]().parse_args(arguments)  # help or a mistake ends the process before the command is imported
     if name == "doctor":  # of the servers on this machine, unless others are named
         prefect = os.environ.get("FINETUNE_PREFECT_PORT") or "4200"
         mlflow = os.environ.get("FINETUNE_MLFLOW_PORT") or "5000"
@@ -259,4 +280,6 @@ def _sentence(error: CycloptsError, arguments: Sequence[str]) -> str:
         _, _, near = text.partition(" Did you mean ")
         remedy = f"did you mean {near}" if near else f"`finetune {arguments[0]} --help` lists them"
         return f"there is no option {option}: {remedy}"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"{error.unused_tokens[0]} is one word too many: `finetune {arguments[0]} --help` shows what is taken"
     return text

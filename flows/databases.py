@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ops.databases import DatabaseError
+from ops.databases import MLFLOW, DatabaseError, unusable
 from ops.mistakes import UsageError
-from ops.text import one_line
 
 
 def open_mlflow(uri: str) -> None:
@@ -20,8 +19,9 @@ def open_mlflow(uri: str) -> None:
         mlflow = client(uri)
         mlflow.search_experiments(max_results=1)  # creates a fresh database
         find_experiment(mlflow)
+    except DatabaseError:
+        raise
     except RuntimeError as error:  # deleted
         raise UsageError(str(error)) from error
     except Exception as error:  # MLflow, SQLAlchemy and alembic raise different ones
-        reason = one_line(error)
-        raise DatabaseError(f"MLflow's database {uri} cannot be used: {reason[:300]}") from error
+        raise unusable(uri, MLFLOW, error) from error

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.arguments import Request
-from flows.job import Job, taken_values
+from flows.job import Job
 from flows.plan import disk_needed, name_devices
 from flows.trials import SweepJob, job_kind
 from model.data.layout import find_layout
@@ -52,7 +52,7 @@ def show_estimate(request: Request) -> None:
     Raises:
         ValueError: the data set cannot be used, or the parameters contradict this machine.
     """
-    job = job_kind(request.flow).from_parameters(taken_values(request.parameters, job_kind(request.flow)))
+    job = job_kind(request.flow).from_parameters(request.parameters)
     console = Console()
     with console.status("reading the data set ..."):
         rows = _count_rows(job)

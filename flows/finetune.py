@@ -59,6 +59,7 @@ class FinetuneResult:
     name="finetune",
     flow_run_name=flow_run_name(),
     log_prints=True,
+    validate_parameters=False,  # from_parameters does, in one sentence
     on_failure=[after_failure],
     on_crashed=[after_crash],
     on_cancellation=[after_cancellation],

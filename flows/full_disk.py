@@ -1,4 +1,4 @@
-"""A full disk, as locks, databases and libraries report it: without a path."""
+"""A full or read-only disk, as locks, databases and libraries report it: without a path."""
 
 from __future__ import annotations
 
@@ -9,33 +9,46 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.files import DiskFullError
+from ops.settings import DataRootError
 from ops.text import one_line
 
 _SIGNS = ("No space left on device", "database or disk is full", "Disk quota exceeded")
+_REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NEARLY_FULL = 1_000_000  # bytes
 
 
 @contextmanager
 def naming_the_disk(data_root: Path) -> Iterator[None]:
-    """Around a flow run: the error of a full disk names the data root and its free bytes.
+    """Around a flow run: the error of a full or read-only disk names the data root, its free bytes, and what to do.
 
     Raises:
-        OSError: the disk is full. An error that has a path already passes.
+        OSError: the disk is full; an error of that kind that has a path already passes.
+        DataRootError: a file of the data root may not be written.
     """
     try:
         yield
     except DiskFullError:
         raise
+    except OSError as error:
+        if error.errno in _REFUSED and error.filename and Path(str(error.filename)).is_relative_to(data_root):
+            raise DataRootError.of(data_root, error) from error
+        if not is_full_disk(error, data_root):
+            raise
+        raise _full(data_root, error) from error
     except Exception as error:
         if not is_full_disk(error, data_root):
             raise
-        reason = one_line(error)[:300]
-        free = shutil.disk_usage(data_root).free
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk of {data_root} is full, {free:,} bytes are free: free some, and the next run goes on from "
-            f"what is complete ({reason})",
-        ) from error
+        raise _full(data_root, error) from error
+
+
+def _full(data_root: Path, error: Exception) -> OSError:
+    """The error of a full disk, with the remedy."""
+    free = shutil.disk_usage(data_root).free
+    return OSError(
+        errno.ENOSPC,
+        f"the disk of {data_root} is full, {free:,} bytes are free: free some, and the next run goes on from what is "
+        f"complete ({one_line(error)[:300]})",
+    )
 
 
 def is_full_disk(error: BaseException | None, data_root: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import time
@@ -15,16 +14,12 @@ from flows.terminal import open_display, show_logs
 from ops.display import Display, show_on
 from ops.machine.stopping import insistent_signals
 from ops.mistakes import MACHINE, UsageError, exit_status, sentence
-from ops.settings import Settings
+from ops.settings import DataRootError, Settings
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import State
 
 _INTERRUPTED = "interrupted: the same command goes on from what is done"
-
-
-class CannotStartError(OSError):
-    """The data root cannot be written."""
 
 
 def check(request: Request) -> None:
@@ -53,7 +48,7 @@ def invoke(request: Request, verbose: bool = False) -> int:
         verbose: show Prefect's log too, as Prefect does.
 
     Raises:
-        UsageError, CannotStartError, RuntimeError: the run cannot start.
+        UsageError, DataRootError, RuntimeError: the run cannot start.
         SystemExit: a signal asked the process to end.
     """
     check(request)
@@ -96,20 +91,19 @@ def _start(request: Request) -> None:
 
     Raises:
         UsageError: a setting is wrong.
-        CannotStartError: a file of the data root cannot be written.
+        DataRootError: a file of the data root cannot be written.
         DatabaseError: a database cannot be used.
         RuntimeError: the temporary server does not start.
     """
     try:
         settings = Settings.load()
-    except RuntimeError as error:
-        raise UsageError(str(error)) from error
+    except ValueError as error:
+        raise UsageError(sentence(error)) from error
     try:
         embed(settings)
         start(Settings.load(), request.parameters.get("weights_dir"))  # again: embed has changed the environment
     except OSError as error:
-        root = os.environ.get("FINETUNE_DATA_ROOT") or ".data"
-        raise CannotStartError(f"the run cannot start in {root}: {sentence(error)}") from error
+        raise DataRootError.of(settings.data_root, error) from error
 
 
 def _print_failure(state: State[Any]) -> int:
@@ -141,6 +135,8 @@ def _print_result(state: State[Any], seconds: dict[str, float]) -> None:
     print(time_table(seconds | result.seconds))
     if result.verdict:
         print(f"{'champion' if result.verdict.promoted else 'challenger'}: {result.model}, {result.verdict.reason}")
+    else:
+        print(f"model: {result.model}; `finetune sample` asks it, `finetune report {result.model}` shows its scores")
     print("\n".join(opening(result.run)))
     print(f"tracking: {result.run.tracking_uri}")
     print(f"run: {result.run.run_id}")

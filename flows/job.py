@@ -10,20 +10,20 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, create_model
+from pydantic import BeforeValidator, Field, ValidationError, create_model
 
 from model.data.config import PrepareConfig
 from model.engine.config import TrainConfig
 from model.evaluation.config import SamplingConfig
 from model.net.config import FreezeConfig, GPTConfig
-from model.parameters import MOST, NonNegative, Parameter, Parameters, Share
+from model.parameters import MOST, NonNegative, Parameter, Parameters, Share, refusal_reason
+from ops.text import unprintable
 from tasks.config import SourceConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,14 +69,6 @@ def _number_or_all(value: Any) -> Any:
 GpuCount = Annotated[Annotated[int, Field(ge=1, le=MOST)] | Literal["all"], BeforeValidator(_number_or_all)]
 
 
-def _on_one_line(name: str) -> str:
-    """Refuse what would break the lines of a log or move the cursor of a terminal."""
-    for character in name:
-        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
-            raise ValueError(f"printable characters on one line are allowed, not {character!r}")
-    return name
-
-
 @dataclass(frozen=True)
 class HardwareConfig(Parameters):
     """What a run may use of its machine."""
@@ -94,7 +86,7 @@ class HardwareConfig(Parameters):
 class RecordConfig(Parameters):
     """How a run is recorded."""
 
-    run_name: Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_on_one_line)] | None = None
+    run_name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """Name of the run in MLflow and in Prefect; null makes one of the parameters."""
     system_metrics: bool | None = None
     """Log the use of processor, memory, disk, network and GPU to MLflow every 10 s; null does so on a GPU."""
@@ -122,10 +114,13 @@ class Job:
 
         Raises:
             TypeError: there is no parameter of that name.
-            ValueError: they contradict each other, or this machine.
+            ValueError: a value does not fit its type and bounds, or they contradict each other, or this machine.
         """
         if unknown := unknown_parameters(values, cls):
             raise TypeError(f"there is no parameter {', '.join(unknown)}")
+        if refused := refused_values(values, cls):
+            raise ValueError("; ".join(refused))
+        values = taken_values(values, cls)
         groups: dict[str, Any] = {name: group.take(values) for name, group in cls.groups().items()}
         job = cls(**groups)
         job.check()
@@ -205,14 +200,14 @@ def refused_values(values: Mapping[str, Any], kind: type[Job] = Job) -> list[str
     try:
         taken_values(values, kind)
     except ValidationError as error:
-        return [f"{'.'.join(map(str, each['loc']))}: {_reason(each)}" for each in error.errors()]
-    return []
-
-
-def _reason(detail: Mapping[str, Any]) -> str:
-    """Why a value is refused, of an entry of pydantic's errors; a validator's own sentence without the preface."""
-    own = detail.get("ctx", {}).get("error")
-    return str(own) if isinstance(own, ValueError) else detail["msg"]
+        meanings = {each.name: each.meaning for each in all_parameters(kind)}
+        found = {str(each["loc"][0]): each for each in reversed(error.errors())}  # of a union, each type has an entry
+        return [f"{name}: {refusal_reason(found[name], meanings[name])}" for name in values if name in found]
+    return [
+        f"{name}: {reason}"
+        for name, value in values.items()
+        if isinstance(value, str) and (reason := unprintable(value))
+    ]
 
 
 def taken_values(values: Mapping[str, Any], kind: type[Job] = Job) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class SweepResult(FinetuneResult):
     name="sweep",
     flow_run_name=flow_run_name(SweepJob),
     log_prints=True,
+    validate_parameters=False,  # from_parameters does, in one sentence
     on_failure=[after_failure],
     on_crashed=[after_crash],
     on_cancellation=[after_cancellation],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from model.engine.trainer import StepReport
 
 _ENDED_BY_SIGNAL = "Execution was aborted by"  # in Prefect's records, of three kinds
+_ACTIVITY = re.compile(r"[a-z]+ing\b")  # how a line begins that says what goes on, such as "scoring 324 rows"
 _TOLD_PHASES = 0.5  # seconds: a shorter phase is not worth a line; the table at the end has all
 
 
@@ -76,8 +78,8 @@ class TerminalDisplay(Display):
         style = "bold red" if level >= logging.ERROR else "yellow" if level >= logging.WARNING else "dim"
         for each in text.splitlines():
             self.console.print(Text(printable(each)), style=style, soft_wrap=True)
-        if level < logging.WARNING:
-            self._now(text.splitlines()[-1] if text else "")
+        if level < logging.WARNING and _ACTIVITY.match(text):
+            self._now(text.splitlines()[-1])
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         shown = Table(title=title, show_header=False, title_justify="left", title_style="bold")

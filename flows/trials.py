@@ -18,7 +18,7 @@ from flows.job import Job
 from model.engine.config import TrainConfig
 from model.files import shown
 from model.net.config import FreezeConfig
-from model.parameters import Parameter, Parameters
+from model.parameters import Parameter, Parameters, refusal_reason
 from tasks.config import TrialConfig
 
 MOST_TRIALS = 256
@@ -155,7 +155,7 @@ def _check_values(name: str, values: list[Any]) -> list[Any]:
         try:
             checked = adapter.validate_python(value)
         except ValidationError as error:
-            raise ValueError(f"grid has {name} {shown(value)}: {error.errors()[0]['msg']}") from None
+            raise ValueError(f"grid has {name} {shown(value)}: {refusal_reason(error.errors()[0])}") from None
         if checked in taken:
             raise ValueError(f"grid has {name} {shown(value)} twice: leave one out")
         taken.append(checked)

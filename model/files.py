@@ -69,8 +69,8 @@ class DiskFullError(OSError):
     def __init__(self, path: Path, needed: int | None, reason: str):
         size = "" if needed is None else f", {needed:,} bytes"
         super().__init__(
-            f"cannot write {path}{size} ({_free_bytes(path):,} are free there): {reason}. Free some space; the next "
-            "run goes on from what is complete"
+            f"cannot write {path}{size} ({_free_bytes(path):,} bytes are free there): {reason}: free some space, and "
+            "the next run goes on from what is complete"
         )
 
 
@@ -90,9 +90,10 @@ def naming_a_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
     except DiskFullError:
         raise
     except OSError as error:
-        if error.errno not in _FULL:
+        cut_short = error.errno is None and str(error).endswith(" written")  # numpy's, without a number
+        if error.errno not in _FULL and not cut_short:
             raise
-        raise DiskFullError(path, needed, str(error.strerror)) from error
+        raise DiskFullError(path, needed, error.strerror or os.strerror(errno.ENOSPC)) from error
 
 
 def _free_bytes(path: Path) -> int:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
+from model.files import shown
+
 
 def _no_truth(value: Any) -> Any:
     """Refuse true and false, which Python takes for 1 and 0."""
@@ -36,6 +38,45 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), _NUMBER]
 WholeShare = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _NUMBER]
 
 _INTERNAL = "internal"
+# By pydantic's type of an error, what is needed; its context has the bounds.
+_NEEDED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:.15g}",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "string_too_short": "a text",
+    "string_too_long": "a text of at most {max_length} characters",
+    "literal_error": "{expected}",
+    "list_type": "a list of values",
+    "dict_type": "a name with its values",
+}
+
+
+def refusal_reason(detail: Mapping[str, Any], meaning: str = "") -> str:
+    """Why a value is refused, of an entry of pydantic's errors: what is needed, and what was given.
+
+    Args:
+        meaning: of the parameter; it is shown where a pattern says what is allowed.
+    """
+    context = detail.get("ctx", {})
+    if isinstance(own := context.get("error"), ValueError):
+        return str(own)
+    given = "null" if detail["input"] is None else shown(detail["input"])
+    if detail["type"] == "string_pattern_mismatch" and meaning:
+        return f"{given} is none of these: {meaning.rstrip('.')}"
+    if detail["type"] not in _NEEDED:
+        return str(detail["msg"])
+    return f"{_NEEDED[detail['type']].format_map(context)} is needed, not {given}"
 
 
 @dataclass(frozen=True)

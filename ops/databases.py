@@ -30,6 +30,10 @@ _LONGEST_PATH = 500  # bytes; 512 with what sqlite appends
 _FREE_BYTES = 8_000_000  # two new databases
 _CONNECT_SECONDS = 10.0  # to a PostgreSQL server
 PREFECT, MLFLOW = "Prefect", "MLflow"
+_SETTINGS = {
+    PREFECT: "set PREFECT_SERVER_DATABASE_CONNECTION_URL to another",
+    MLFLOW: "set MLFLOW_TRACKING_URI to another, or leave it out",
+}
 # Folders of the migrations, in the package of each.
 _MIGRATIONS = {
     PREFECT: "server/database/_migrations/versions/sqlite",
@@ -69,6 +73,45 @@ def check_database(path: Path, owner: str) -> None:
         _check_revision(path, owner, revision)
 
 
+def look_at(address: str, owner: str) -> None:
+    """As ``check_address``, for a sqlite database that exists, but quick: nothing is locked, and few pages are read.
+
+    Raises:
+        DatabaseError: it is no database, locked, or of another version.
+    """
+    path = _sqlite_path(address)
+    if path is None or not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        revision = _read_revision(path)
+    except sqlite3.Error as error:
+        raise DatabaseError(_explain(path, owner, error)) from error
+    if revision:
+        _check_revision(path, owner, revision)
+
+
+def unusable(address: str, owner: str, error: BaseException) -> DatabaseError:
+    """The error that a database cannot be used, for a reason that a library gives."""
+    path = _sqlite_path(address)
+    remedy = _put_aside(path, "damaged") if path and path.exists() else _SETTINGS[owner]
+    reason = redact(one_line(error))[:300] or type(error).__name__
+    return DatabaseError(f"{owner}'s database {without_credentials(address)} cannot be used ({reason}): {remedy}")
+
+
+def _sqlite_path(address: str) -> Path | None:
+    """The file of an address; None if it is a server's or in memory."""
+    scheme, _, path = address.partition(":///")
+    if scheme.partition("+")[0] != "sqlite" or not path or path.startswith((":memory:", "file:")):
+        return None
+    return Path(path.partition("?")[0])
+
+
+def _put_aside(path: Path, word: str) -> str:
+    """What to do with a database that nothing can read any more."""
+    aside = shlex.join(["mv", str(path), f"{path}.{word}"])
+    return f"move it away, and a new one is made, without the earlier runs: `{aside}`"
+
+
 def check_address(address: str, owner: str) -> None:
     """As ``check_database``, for the address that a server gets: of a sqlite file, or of a PostgreSQL server.
 
@@ -77,9 +120,8 @@ def check_address(address: str, owner: str) -> None:
     """
     if address.partition("://")[0].partition("+")[0] == "postgresql":
         return check_postgresql(address, owner)
-    scheme, _, path = address.partition(":///")
-    if scheme.partition("+")[0] == "sqlite" and path and not path.startswith((":memory:", "file:")):
-        check_database(Path(path.partition("?")[0]), owner)
+    if path := _sqlite_path(address):
+        check_database(path, owner)
 
 
 def check_postgresql(address: str, owner: str) -> None:
@@ -187,10 +229,9 @@ def _check_revision(path: Path, owner: str, revision: str) -> None:
         for down, name in _REVISIONS.findall(migration.read_text()):
             (superseded if down else known).add(name)
     if revision not in known:
-        aside = shlex.join(["mv", str(path), f"{path}.newer"])
         raise DatabaseError(
-            f"a newer {owner} made the database {path}, with the schema {revision}: install that version, or move "
-            f"the file away and a new one is made, without the earlier runs: `{aside}`"
+            f"a newer {owner} made the database {path}, with the schema {revision}: install that version, or "
+            f"{_put_aside(path, 'newer')}"
         )
     if owner == MLFLOW and revision in superseded:
         upgrade = shlex.join(["mlflow", "db", "upgrade", f"sqlite:///{path}"])
@@ -206,8 +247,4 @@ def _explain(path: Path, owner: str, error: sqlite3.Error) -> str:
         if len(os.fsencode(path)) > _LONGEST_PATH:
             reason += f" (sqlite opens paths of about {_LONGEST_PATH} bytes; this one is longer)"
         return f"{owner}'s database {path} cannot be opened: {reason}. Set FINETUNE_DATA_ROOT to another folder"
-    aside = shlex.join(["mv", str(path), f"{path}.damaged"])
-    return (
-        f"{owner}'s database {path} is damaged ({reason}): restore a copy of it, or move it away and a new one is "
-        f"made, without the earlier runs: `{aside}`"
-    )
+    return f"{owner}'s database {path} is damaged ({reason}): restore a copy of it, or {_put_aside(path, 'damaged')}"

@@ -279,8 +279,8 @@ class _Repo:
         url = urlsplit(constants.ENDPOINT)
         return kind(
             f"Could not fetch the {self.repo_type} {self.repo_id} at revision {self.revision or 'main'} from "
-            f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}: {reason}. "
-            f"A local copy can be given as {self.local_option}."
+            f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}: {reason}; "
+            f"a local copy can be given as {self.local_option}"
         )
 
     def root(self) -> Path:

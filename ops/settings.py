@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
+from model.files import path_of
 from ops.redaction import separate_mlflow_credentials
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class DataRootError(OSError):
+    """Nothing can be written in the data root."""
+
+    @classmethod
+    def of(cls, root: Path, error: OSError) -> Self:
+        """What the operating system says about a file of the data root, with the remedy."""
+        where = f"{error.filename}: " if error.filename and Path(str(error.filename)) != root else ""
+        return cls(
+            f"nothing can be written in the data root {root} ({where}{error.strerror or error}): set "
+            "FINETUNE_DATA_ROOT to a folder of yours"
+        )
 
 
 @dataclass(frozen=True)
@@ -30,16 +46,18 @@ class Settings:
         A process without a home, as that of a container's user may be, gets one in the data root.
 
         Raises:
-            RuntimeError: FINETUNE_DATA_ROOT is not set, and the project is installed outside a checkout; or it has a
-                character that the URI of a database cannot hold.
+            ValueError: FINETUNE_DATA_ROOT is not set, and the project is installed outside a checkout; or it is no
+                folder, or has a character that the URI of a database cannot hold.
         """
         if not os.environ.get("FINETUNE_DATA_ROOT") and not (PROJECT_ROOT / "prefect.yaml").exists():
-            raise RuntimeError("set FINETUNE_DATA_ROOT: outside a checkout it has no default")
-        root = Path(os.environ.get("FINETUNE_DATA_ROOT") or PROJECT_ROOT / ".data").expanduser().resolve()
+            raise ValueError("set FINETUNE_DATA_ROOT: outside a checkout it has no default")
+        root = path_of("FINETUNE_DATA_ROOT", os.environ.get("FINETUNE_DATA_ROOT") or str(PROJECT_ROOT / ".data"))
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"the data root {root} is a file: set FINETUNE_DATA_ROOT to a folder")
         # SQLAlchemy takes what stands behind a "?" for options and cannot quote it: the database would be made
         # elsewhere. All other printable characters were tried.
         if "?" in str(root) or not str(root).isprintable():
-            raise RuntimeError(
+            raise ValueError(
                 f"the data root {str(root)!r} has a character that the address of a database cannot hold (a question "
                 "mark, a control character, or bytes that are not UTF-8): set FINETUNE_DATA_ROOT to another folder"
             )
@@ -47,6 +65,19 @@ class Settings:
         _provide_home(root)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
         return cls(root, uri)
+
+    def claim_root(self) -> None:
+        """Make the data root, and see whether files can be made in it.
+
+        Raises:
+            DataRootError: they cannot.
+        """
+        try:
+            self.data_root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.data_root):
+                pass
+        except OSError as error:
+            raise DataRootError.of(self.data_root, OSError(error.errno, error.strerror)) from error
 
     def claim_caches(self) -> None:
         """Move the caches of matplotlib and Triton from the user's home to the data root; before their first use."""

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def unprintable(text: str) -> str | None:
+    """Why a text is refused that breaks the lines of a log or moves the cursor of a terminal; None if it does not."""
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+            return f"printable characters on one line are allowed, not {character!r}"
+    return None
+
+
 def as_setting(value: Any) -> str:
     """A parameter's value as a user writes it, in ``name=value`` and in prefect.yaml: null, true, false."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
@@ -33,10 +42,18 @@ def one_line(error: BaseException) -> str:
 
 
 def suggestion(typed: str, known: Iterable[str]) -> str:
-    """``: did you mean NAME?`` for what is nearly a known name; else nothing."""
+    """``: did you mean NAME?`` for what is nearly a known name, its initials or its beginning; else nothing."""
     by_form = {_form(name): name for name in known}
-    near = difflib.get_close_matches(_form(typed), by_form)
-    return f": did you mean {by_form[near[0]]}?" if near else ""
+    form = _form(typed)
+    near = difflib.get_close_matches(form, by_form) or [name for name in by_form if form and _shortens(form, name)]
+    unsure = len(near) > 1 and not difflib.get_close_matches(form, near)
+    return f": did you mean {by_form[near[0]]}?" if near and not unsure else ""
+
+
+def _shortens(form: str, name: str) -> bool:
+    """Whether a form is the beginning of a name or its initials, as lr of learning_rate, or has its letters."""
+    initials = "".join(word[:1] for word in name.split("_"))
+    return name.startswith(form) or form == initials or sorted(form) == sorted(name)
 
 
 def _form(name: str) -> str:

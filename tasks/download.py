@@ -9,14 +9,14 @@ from prefect.cache_policies import NO_CACHE
 
 from model.data.layout import find_layout
 from model.demo import grammar
-from model.files import atomic_directory, path_of, sha256_file
+from model.files import atomic_directory, sha256_file
 from model.net.config import normalize_size
 from ops.hub import fetch_dataset
 from ops.settings import Settings
 from ops.tracking.registry import starting_uri
 from ops.tracking.steps import pipeline_step
 from tasks.config import DEMO, SourceConfig
-from tasks.paths import is_on_hub
+from tasks.paths import is_on_hub, local_dataset
 from tasks.references import DatasetRef, FileRef, Sources
 from tasks.weights import find_weights, registered_weights
 
@@ -62,11 +62,10 @@ def _demo(settings: Settings) -> Path:
 def _dataset(settings: Settings, config: SourceConfig) -> DatasetRef:
     """The files of the data set by split, with their hashes."""
     commit = None
-    path = path_of("dataset", config.dataset)
     if config.dataset == DEMO:
         folder = _demo(settings)
     elif not is_on_hub(config.dataset):
-        folder = path
+        folder = local_dataset(config.dataset)
     else:
         folder, commit = fetch_dataset(config.dataset, config.dataset_revision, settings.hub_cache)
     layout = find_layout(folder, config.dataset_config)

@@ -37,7 +37,31 @@ def directory_of(parameter: str, value: str) -> Path:
             f"{parameter} {shown_bare(value)} is not a directory but a file: name the directory that holds it"
         )
     if not path.is_dir():
-        raise FileNotFoundError(f"{parameter} {shown_bare(value)} is not a directory")
+        raise FileNotFoundError(
+            f"{parameter} {shown_bare(value)} does not exist{_from_here(value)}: give a directory as transformers' "
+            "save_pretrained writes it"
+        )
+    return path
+
+
+def _from_here(value: str) -> str:
+    """Where a relative path begins, for a message: a worker starts each run in an empty directory."""
+    return "" if Path(value).expanduser().is_absolute() else f" in {Path.cwd()}, where this process runs"
+
+
+def local_dataset(dataset: str) -> Path:
+    """The file or folder of a local data set.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: as path_of.
+    """
+    path = path_of("dataset", dataset)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"dataset {shown_bare(dataset)} does not exist{_from_here(dataset)}: give a file or folder, or a hub id "
+            "like owner/name"
+        )
     return path
 
 
@@ -48,7 +72,7 @@ def check_paths(config: SourceConfig) -> None:
         FileNotFoundError, ValueError: as directory_of, and as model.data.layout.find_layout.
     """
     if config.dataset != DEMO and not is_on_hub(config.dataset):
-        find_layout(path_of("dataset", config.dataset), config.dataset_config)
+        find_layout(local_dataset(config.dataset), config.dataset_config)
     for parameter in ("weights_dir", "tokenizer_dir"):
         if value := getattr(config, parameter):
             directory_of(parameter, value)

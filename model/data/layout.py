@@ -70,9 +70,8 @@ def find_layout(source: Path, config: str | None = None) -> Layout:
             raise ValueError(f"{source} is none of {', '.join(READERS)}, compressed by gzip (.gz) or not")
         return Layout({"train": [source]})
     if not source.is_dir():
-        raise FileNotFoundError(
-            f"dataset {source} does not exist: give a file or folder, or a hub id like owner/name"
-        )
+        wrong = "is neither a file nor a folder" if source.exists() else "does not exist"
+        raise FileNotFoundError(f"dataset {source} {wrong}: give a file or folder, or a hub id like owner/name")
     left_out: list[str] = []
     files = sorted(_data_files(source, left_out, set()))
     if not files:

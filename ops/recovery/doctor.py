@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_URL
 
 from ops.machine.lock_file import read_locks
 from ops.machine.process import Process, end_processes, find_process
-from ops.options import OptionParser
+from ops.parsers import doctor_parser
 from ops.recovery.limits import (
     LEASE_SECONDS,
     LIMIT,
@@ -207,12 +207,7 @@ def main(arguments: list[str]) -> int:
     Returns:
         The exit status: 0 if there is no finding left, 1 if there is, 2 for a wrong setting.
     """
-    parser = OptionParser(
-        prog="finetune doctor",
-        description="Compare limits, leases, locks, states and processes, and print each contradiction.",
-    )
-    parser.add_argument("--fix", action="store_true", help="mend the findings that can be mended")
-    fix = parser.parse_args(arguments).fix
+    fix = doctor_parser().parse_args(arguments).fix
     try:
         settings, gpus = Settings.load(), Servers.load().gpus
     except (ValueError, RuntimeError) as error:

@@ -28,6 +28,7 @@ from ops.machine.flock import hold_file
 from ops.machine.process import Process, end_processes, tagged
 from ops.mistakes import refuse
 from ops.servers import TAG_VARIABLE, USER, Servers
+from ops.settings import DataRootError
 from ops.stack.nightly import NightlyError, describe, is_on
 from ops.stack.ready import runs_page
 
@@ -41,9 +42,13 @@ def up(servers: Servers) -> int:
 
     Raises:
         DatabaseError: a server could not use its database.
+        DataRootError: the data root cannot be written.
     """
-    servers.logs.mkdir(parents=True, exist_ok=True)
-    (servers.home / "prefect").mkdir(exist_ok=True)
+    try:
+        servers.logs.mkdir(parents=True, exist_ok=True)
+        (servers.home / "prefect").mkdir(exist_ok=True)
+    except OSError as error:
+        raise DataRootError.of(servers.home.parent, error) from error
     with hold_file(_lock_file(servers), wait=False) as lock:
         if lock is None:
             _say(f"make up is running already (pid {_running(servers).pid or 'unknown'})")

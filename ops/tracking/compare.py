@@ -9,13 +9,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from model.evaluation.comparison import Difference, compare, join, judge
 from model.evaluation.scores import HUMANEVAL
 from ops.mistakes import refuse
-from ops.options import OptionParser
+from ops.parsers import compare_parser
 from ops.redaction import without_credentials
 from ops.report.contents import SCORE_NOTES, ScoreLine, extreme_rows, failures, gains, score_lines, summary
 from ops.report.render import render, write_page
@@ -228,11 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Print a comparison, and write it as a page. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = OptionParser(prog="finetune compare", description=__doc__)
-    parser.add_argument("first", metavar="A")
-    parser.add_argument("second", metavar="B")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as a page")
-    given = parser.parse_args(arguments)
+    given = compare_parser().parse_args(arguments)
     uri = Settings.load().tracking_uri
     try:
         compared = compare_runs(uri, given.first, given.second)

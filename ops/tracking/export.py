@@ -15,13 +15,13 @@ from model.files import atomic_directory, path_of
 from ops.hub import HubError
 from ops.hub_push import push_directory
 from ops.mistakes import refuse
-from ops.options import OptionParser
+from ops.parsers import export_parser
 from ops.redaction import without_credentials
 from ops.settings import Settings
 from ops.text import escape_output
 from ops.tracking.flavour import FLAVOUR_PATTERNS, hash_version, plain_part
 from ops.tracking.registry import fetch_version, find_version, version_uri
-from ops.tracking.runs import client, refusal
+from ops.tracking.runs import client, refusal, require_runs
 
 _REMEDY = "Restore its artifacts, or export another version"
 
@@ -52,6 +52,7 @@ def fetch_model(settings: Settings, uri: str, log: Callable[[str], None]) -> Exp
         LookupError: there is no such version.
         RuntimeError: its files cannot be had, or are not those that were registered.
     """
+    require_runs(settings.tracking_uri)
     version = find_version(client(settings.tracking_uri), uri, "the model", "")
     directory, files = fetch_version(settings, version, log, _REMEDY)
     return Exported(version_uri(version), directory, files)
@@ -100,30 +101,11 @@ def write_model_as_gguf(model: Exported, file: Path, dtype: str = "f32") -> None
     write_gguf(model.directory, file, dtype, name, model.files)  # type: ignore[arg-type]
 
 
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="finetune export", description=__doc__)
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="models:/NAME/VERSION or models:/NAME@ALIAS, as models:/gpt2-code-355m@champion",
-    )
-    parser.add_argument("--directory", help="write the Hugging Face directory; it must not exist, or be empty")
-    parser.add_argument(
-        "--push", metavar="USER/NAME", help="upload to the Hugging Face hub (HF_ENDPOINT names another)"
-    )
-    parser.add_argument("--private", action="store_true", help="a new repository is private, not public")
-    parser.add_argument("--gguf", metavar="FILE", help="write a GGUF file for llama.cpp; an older one is replaced")
-    parser.add_argument(
-        "--dtype", choices=("f32", "f16", "bf16", "q8_0"), default="f32", help="of the matrices in the GGUF file"
-    )
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Export a version as the options say. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = _parser()
+    parser = export_parser()
     given = parser.parse_args(arguments)
     if not (given.directory or given.push or given.gguf):
         parser.error("say where to: --directory DIR, --push USER/NAME or --gguf FILE")

@@ -20,7 +20,7 @@ from model.evaluation.scores import HUMANEVAL, SCOREBOARD, UNTUNED, Score
 from model.records import check_record, parse_record
 from ops.redaction import without_credentials
 from ops.tracking.registry import find_version, finishing_run, version_uri
-from ops.tracking.runs import CHANGED_FILE, RunRef, client
+from ops.tracking.runs import CHANGED_FILE, RunRef, client, require_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,12 +92,14 @@ def resolve(tracking_uri: str, name: str) -> str:
         ValueError: the name has another form.
         LookupError: there is no such version.
     """
-    if name.startswith("models:/"):
-        return finishing_run(find_version(client(tracking_uri), name, "run", "a run id (32 hexadecimal digits), "))
-    if not _RUN_ID.fullmatch(name):
+    is_version = name.startswith("models:/")
+    if not is_version and not _RUN_ID.fullmatch(name):
         raise ValueError(
             f"{name!r} is none of a run id (32 hexadecimal digits), models:/NAME/VERSION and models:/NAME@ALIAS"
         )
+    require_runs(tracking_uri)
+    if is_version:
+        return finishing_run(find_version(client(tracking_uri), name, "run", "a run id (32 hexadecimal digits), "))
     return name
 
 
@@ -114,8 +116,8 @@ def read_run(tracking_uri: str, name: str) -> FinishedRun:
     """
     from mlflow.exceptions import MlflowException
 
-    mlflow = client(tracking_uri)
     run_id = resolve(tracking_uri, name)
+    mlflow = client(tracking_uri)
     try:
         run = mlflow.get_run(run_id)
     except MlflowException as error:

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from ops.tracking.models import FILES_TAG, LOGGED, file_hashes
 from ops.tracking.registered import Registered, ask_registered, not_registered, quoted
 from ops.tracking.registry import KnownVersion, find_version, matched_uri
-from ops.tracking.runs import MODEL_PREFIX, client
+from ops.tracking.runs import MODEL_PREFIX, client, require_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,11 +36,12 @@ def look_up(tracking_uri: str, wanted: str | None) -> KnownVersion:
         LookupError: there is no such version.
         ValueError: the name has another form.
     """
+    require_runs(tracking_uri)
     if tracking_uri.startswith("sqlite:///"):
         try:
             with closing(_open(Path(tracking_uri.removeprefix("sqlite:///")))) as database:
                 return _Tables(database, tracking_uri).look_up(wanted)
-        except sqlite3.Error:  # MLflow names a damaged database, and creates a missing one
+        except sqlite3.Error:  # MLflow names a damaged database
             pass
     return _ask(client(tracking_uri), wanted)
 

@@ -37,17 +37,19 @@ def not_registered(wanted: str | None, tracking_uri: str, there: Registered) -> 
         wanted: what was named; None for any model of this project.
         there: the registry; its versions are those of the model that ``wanted`` names.
     """
-    what = f"{MODEL_PREFIX}*" if wanted is None else wanted or "''"
+    what = f"{wanted or repr(wanted)} is not" if wanted is not None else f"no tuned model ({MODEL_PREFIX}*) is"
     server = without_credentials(tracking_uri)
     if there.versions:
         aliases = ", ".join(f"{alias} (version {version})" for alias, version in sorted(there.aliases.items()))
-        found = f"version {_listed(sorted(there.versions))} of it and {f'alias {aliases}' if aliases else 'no alias'}"
+        plural = "s" if len(there.versions) > 1 else ""
+        numbers = f"version{plural} {_listed(sorted(there.versions))}"
+        found = f"{numbers} of it and {f'alias {aliases}' if aliases else 'no alias'}"
     elif there.names:
         found = f"the models {_listed(sorted(there.names))}"
     else:
         found = "no model"
     remedy = "name one of them" if there.names else "run `make run`"
-    here = f"{what} is not registered at {server}, which has {found}"
+    here = f"{what} registered at {server}, which has {found}"
     return LookupError(f"{here}: {remedy}, or set MLFLOW_TRACKING_URI to the server of your runs")
 
 

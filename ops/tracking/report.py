@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.evaluation.comparison import Difference, compare, judge
 from model.evaluation.scores import ALL_SCORES, HUMANEVAL, Record
 from model.evaluation.tables import formatted
 from ops.mistakes import refuse
-from ops.options import OptionParser
+from ops.parsers import report_parser
 from ops.report.contents import (
     SCORE_NOTES,
     ScoreLine,
@@ -261,10 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write a finished run's report. Returns the exit status."""
     from mlflow.exceptions import MlflowException
 
-    parser = OptionParser(prog="finetune report", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="a run id, models:/NAME/VERSION or models:/NAME@ALIAS")
-    parser.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    given = parser.parse_args(arguments)
+    given = report_parser().parse_args(arguments)
     uri = Settings.load().tracking_uri
     try:
         run = read_run(uri, given.run)

@@ -6,22 +6,25 @@ import sys
 
 from model.net.config import normalize_size
 from ops.mistakes import refuse
-from ops.options import OptionParser
+from ops.parsers import rollback_parser
 from ops.settings import Settings
 from ops.tracking.promotion import roll_back
 from ops.tracking.registry import model_name
-from ops.tracking.runs import refusal
+from ops.tracking.runs import refusal, require_runs
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Move the alias champion back, and print both versions. Returns the exit status."""
-    from mlflow.exceptions import MlflowException
-
-    parser = OptionParser(prog="finetune rollback", description=__doc__)
-    parser.add_argument("size", metavar="SIZE", help="tiny, 124m, 355m, 774m or 1558m")
+    size = rollback_parser().parse_args(arguments).size
     uri = Settings.load().tracking_uri
     try:
-        name = model_name(normalize_size(parser.parse_args(arguments).size))
+        name = model_name(normalize_size(size))
+        require_runs(uri)
+    except (LookupError, ValueError) as error:
+        return refuse(error)
+    from mlflow.exceptions import MlflowException  # takes seconds
+
+    try:
         before, now = roll_back(uri, name)
     except (LookupError, OSError, ValueError) as error:
         return refuse(error)

@@ -10,15 +10,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ops.databases import MLFLOW, look_at, unusable
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.servers import EXPERIMENT as EXPERIMENT
 from ops.servers import MODEL_TRAINING
 from ops.settings import Settings
-from ops.text import as_setting
+from ops.text import as_setting, one_line
 from ops.tracking.once import create_once
 from ops.tracking.provenance import git_sha, installed_packages
 from ops.tracking.views import provide_view, server_of, view_url
@@ -92,12 +94,36 @@ def opening(run: RunRef) -> list[str]:
 
 def refusal(tracking_uri: str, error: Exception) -> str:
     """An error message: MLflow refused a request, or did not answer."""
-    said = f"MLflow at {tracking_uri} refuses or does not answer (MLFLOW_TRACKING_URI names it): {error}"
-    return redact(said)
+    reason = f"refuses (MLFLOW_TRACKING_URI names it): {one_line(error)}"
+    cause: BaseException | None = error
+    while cause:  # beneath the errors of requests and urllib3, which name the request
+        if isinstance(cause, OSError) and cause.strerror:
+            reason = f"does not answer ({cause.strerror}): start it, or set MLFLOW_TRACKING_URI to its address"
+        cause = cause.__cause__ or cause.__context__
+    return redact(f"MLflow at {tracking_uri} {reason}")
+
+
+def require_runs(tracking_uri: str) -> None:
+    """Refuse a database of `make run` that does not exist yet: MLflow would take seconds to make an empty one.
+
+    Raises:
+        LookupError: no run has made it.
+    """
+    if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists():
+        raise LookupError(
+            f"there is no run yet, {tracking_uri} does not exist: run `make run` first, or set MLFLOW_TRACKING_URI "
+            "to the server of your runs"
+        )
 
 
 def client(tracking_uri: str) -> MlflowClient:
-    """A client of the tracking server and its model registry."""
+    """A client of the tracking server and its model registry.
+
+    Raises:
+        DatabaseError: the address is that of a database, which cannot be used.
+    """
+    if "://" in tracking_uri and not server_of(tracking_uri):
+        _look_once(tracking_uri)
     import mlflow
     from mlflow import MlflowClient
 
@@ -111,8 +137,17 @@ def client(tracking_uri: str) -> MlflowClient:
     # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
-    with redacted_errors():
-        return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    try:
+        with redacted_errors():
+            return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    except Exception as error:  # MLflow, SQLAlchemy and alembic raise different ones
+        raise unusable(tracking_uri, MLFLOW, error) from error
+
+
+@cache
+def _look_once(tracking_uri: str) -> None:
+    """Look at a database before MLflow opens it; once is enough for a process."""
+    look_at(tracking_uri, MLFLOW)
 
 
 def import_store(tracking_uri: str) -> None:

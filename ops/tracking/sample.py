@@ -20,14 +20,15 @@ from model.demo import EMBEDDED_BASE, EMBEDDED_SHA256
 from model.net.loading import read_pretrained
 from model.net.plain_tokenizer import load_plain_tokenizer
 from model.net.tokenizer import tokenizer_hashes
+from model.parameters import refusal_reason
 from ops.hub import PINNED_WEIGHTS, HubError, fetch_weights
 from ops.mistakes import UsageError, refuse
-from ops.options import OptionParser
+from ops.parsers import sample_parser
 from ops.settings import Settings
 from ops.text import escape_output, unreadable_argument
 from ops.tracking.lookup import look_up
 from ops.tracking.registry import KnownVersion, fetch_version, version_uri
-from ops.tracking.runs import MODEL_PREFIX, refusal
+from ops.tracking.runs import refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +76,7 @@ class _Answerer:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the completion of a prompt, or of each line that is typed. Returns the exit status."""
-    parser = _parser()
-    given = parser.parse_args(arguments)
+    given = sample_parser().parse_args(arguments)
     prompt = given.prompt or ""
     chats = not prompt.strip() and sys.stdin.isatty()
     try:
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         models = _load(Settings.load(), given.model, given.base)
     except ValidationError as error:
         (first, *_) = error.errors()
-        _tell(f"{first['loc'][0]} {first['input']}: {first['msg']}")
+        _tell(f"{first['loc'][0]}: {refusal_reason(dict(first))}")
         return 2
     except (UsageError, LookupError, ValueError, RuntimeError, OSError, HubError) as error:
         return refuse(error)
@@ -107,34 +107,6 @@ def main(arguments: list[str] | None = None) -> int:
         print()
         return 128 + signal.SIGINT
     return 0
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(prog="finetune sample", description=__doc__)
-    parser.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="the instruction, as in the data set's prompt column"
-    )
-    parser.add_argument(
-        "--model",
-        help=f"models:/NAME/VERSION, models:/NAME@ALIAS, the id of a run, or a registered model, such as "
-        f"{MODEL_PREFIX}355m, for its latest version; default: the latest of any size",
-    )
-    parser.add_argument("--base", action="store_true", help="also show what the untouched base answers")
-    parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=128, help="at most, for an answer; default: 128"
-    )
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy, the default")
-    parser.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens only")
-    parser.add_argument(
-        "--top-p", metavar="P", type=float, help="draw from the likeliest tokens that have this probability together"
-    )
-    parser.add_argument(
-        "--repetition-penalty", metavar="X", type=float, default=1.0, help="1 changes nothing, the default"
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of the draws, where temperature is not 0; default: 0"
-    )
-    return parser
 
 
 def _read_prompt() -> str:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
 
+from flows.full_disk import naming_the_disk
 from model import GPTModel, freeze_bottom_layers
 from model.engine.checkpoint import load_state, take_snapshot, write_checkpoint
 from model.engine.journal import MetricsJournal, read_journal
@@ -24,7 +26,8 @@ from model.engine.state import TrainingState
 from model.engine.stepper import build_optimizer
 from model.engine.trainer import StepReport
 from model.engine.training import TrainConfig, train
-from model.files import DiskFullError, atomic_directory, sha256_file, write_json
+from model.files import DiskFullError, atomic_directory, naming_a_full_disk, sha256_file, write_json
+from ops.settings import DataRootError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = TrainConfig(
@@ -49,16 +52,22 @@ def _write_directory(path: Path) -> None:
         (scratch / "rows").write_bytes(b"x" * 10**8)
 
 
+def _write_array(path: Path) -> None:
+    """As the gguf library writes tensors; numpy's error has no number."""
+    with naming_a_full_disk(path), atomic_directory(path) as scratch:
+        np.zeros(10**6).tofile(scratch / "array")
+
+
 @pytest.mark.parametrize(
     "write",
-    [lambda path: write_json(path, list(range(10_000))), _write_journal, _write_directory],
-    ids=["JSON", "journal", "directory"],
+    [lambda path: write_json(path, list(range(10_000))), _write_journal, _write_directory, _write_array],
+    ids=["JSON", "journal", "directory", "array"],
 )
 def test_path_and_bytes_are_named(disk: Path, write: Callable[[Path], Any]) -> None:
     """Whatever is written; nothing half is left but the journal's last line."""
     path = disk / "what is written"
     ballast = fill(disk, leave=8192)
-    with pytest.raises(DiskFullError, match=rf"cannot write {path}.* \([\d,]+ are free there\): No space left"):
+    with pytest.raises(DiskFullError, match=rf"cannot write {path}.* \([\d,]+ bytes are free there\): No space left"):
         write(path)
     ballast.unlink()
     assert {each.name for each in disk.iterdir()} <= {path.name}
@@ -90,7 +99,7 @@ def test_row_6_a_checkpoint_that_does_not_fit(disk: Path, gpt2_dir: Path, fits: 
     ballast = fill(disk, leave=int(fits * size))
     for step in (4, 8):  # in place of the old one, and beside it
         with pytest.raises(
-            DiskFullError, match=rf"cannot write {disk}/.*step-0000000{step}.* \([\d,]+ are free there\)"
+            DiskFullError, match=rf"cannot write {disk}/.*step-0000000{step}.* \([\d,]+ bytes are free there\)"
         ):
             save(step)
         assert {path.name for path in disk.iterdir()} == {"ballast", old.name}
@@ -116,7 +125,7 @@ def test_a_training_goes_on_when_there_is_room(disk: Path, gpt2_dir: Path, token
         if report.step == step:
             fill(disk)
 
-    with pytest.raises(DiskFullError, match=rf"cannot write {directory}/.* \([\d,]+ are free there\)"):
+    with pytest.raises(DiskFullError, match=rf"cannot write {directory}/.* \([\d,]+ bytes are free there\)"):
         train(fresh(), token_dir, CONFIG, directory, "me", on_step=on_step)
     newest = max(directory.glob("step-*"))
     load_state(newest)
@@ -161,3 +170,20 @@ def test_a_run_with_everything_on_a_full_disk(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         assert "this training was resumed at step" in done.stdout + done.stderr
         assert shutil.disk_usage(disk).free > 0
+
+
+def test_a_read_only_data_root_is_named(tmp_path: Path) -> None:
+    """In mid-run, whatever file is written; a file elsewhere is named by the system's own words."""
+    with small_disk(tmp_path / "disk") as disk:
+        root = disk / "root"
+        root.mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        said = rf"^nothing can be written in the data root {root} \({root}/x: Read-only file system\): set FINETUNE_"
+        with pytest.raises(DataRootError, match=said), naming_the_disk(root):
+            (root / "x").touch()
+        with pytest.raises(OSError, match="Read-only") as caught, naming_the_disk(tmp_path):
+            (disk / "x").touch()
+        assert isinstance(caught.value, DataRootError)
+        with pytest.raises(OSError, match="Read-only") as caught, naming_the_disk(tmp_path / "other"):
+            (disk / "x").touch()
+        assert not isinstance(caught.value, DataRootError)

@@ -6,6 +6,7 @@ import re
 import resource
 import sqlite3
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,12 +20,15 @@ from mistakes import MISTAKES, SHORT, environment_of, run_command
 EXPECTED = {
     "wrong path": (2, r"rows\.jsonl does not exist: give a file or folder"),
     "folder without rows": (2, r"dataset folder \S+/data holds no file of \.jsonl"),
-    "no network": (1, r"Could not fetch the model .* A local copy can be given as weights_dir"),
+    "no network": (1, r"Could not fetch the model .*; a local copy can be given as weights_dir"),
     "wrong weights": (2, r"model\.safetensors is not a whole safetensors file: .*: copy or download it again"),
     "too many layers": (2, r"num_unfrozen_layers 7 is not between 0 and 6, the blocks of tiny"),
     "no GPU": (2, r"device 'cuda' is not available, torch sees no GPU: use device=cpu or auto"),
     "full disk": (1, r"has \S+ GB free, the run may need \S+ GB: free some"),
-    "read-only data root": (1, r"the run cannot start in \S+/root: .*Read-only file system"),
+    "read-only data root": (
+        1,
+        r"nothing can be written in the data root \S+/root \(.*only file system\): set FINETUNE_D",
+    ),
     "port taken": (1, r"cannot listen on 127\.0\.0\.1:\d+ \(Address already in use\): set FINETUNE_PREFECT_PORT"),
     "older database": (1, r"was made by an older MLflow: copy the file, then run `mlflow db upgrade"),
     "damaged database": (1, r"Prefect's database \S+ is damaged .*: restore a copy of it"),
@@ -132,6 +136,9 @@ def test_a_deployment_says_the_same(name: str, tmp_path: Path, submit: Callable[
         message = run.state["message"]
         assert re.fullmatch(rf"[^\n]*{EXPECTED[name][1]}[^\n]*", message), message
         wait_for("the log line", lambda: message in run.logs, 30)
+        wait_for("the end of the log", lambda: "Finished in state" in run.logs or "not fit the flow" in run.logs, 30)
+        time.sleep(2)  # the process of the flow run logs its error again, if anything
+        assert run.logs.count(message) == 1
         assert "Traceback" not in run.logs
 
 

@@ -123,7 +123,7 @@ def test_a_header_of_the_hub(
     hub.faults = [Fault("headers", match="train.jsonl", headers={header: value})]
     said = fetch(hub)
     assert f"train.jsonl: UnsafeAnswerError (the hub answers with {header.replace('Etag', 'ETag')} " in said
-    assert said.endswith("which is a path). A local copy can be given as dataset.")
+    assert said.endswith("which is a path); a local copy can be given as dataset")
 
 
 def test_a_revision_that_is_a_path(hub: FakeHub, fetch: Callable[..., str]) -> None:

@@ -55,7 +55,8 @@ def test_a_size_that_is_not_known(typed: str) -> None:
     [
         (["epoch=1"], "no parameter is called epoch: did you mean epochs?"),
         (["learning-rate=1"], "no parameter is called learning-rate: did you mean learning_rate?"),
-        (["LR=1"], "no parameter is called LR: `finetune run --help` lists them"),
+        (["LR=1"], "no parameter is called LR: did you mean learning_rate?"),
+        (["wd=1"], "no parameter is called wd: `finetune run --help` lists them"),
         (["subset=next", "subset_count=5", "subset_start=1"], "subset_start 1 selects rows by position"),
         (["num_unfrozen_layers=7"], "num_unfrozen_layers 7 is not between 0 and 6"),
     ],
@@ -74,6 +75,12 @@ def test_a_wrong_deployment() -> None:
         parse(["other"])
 
 
+def test_a_value_without_a_name() -> None:
+    """As behind a blank too many."""
+    with pytest.raises(UsageError, match=r"^=1 names no parameter: write name=value$"):
+        parse(["=1"])
+
+
 def test_paths_are_looked_at(tmp_path: Path) -> None:
     """What is local; the hub is not asked."""
     assert wrong_paths(parse(["355m"]).parameters) is None
@@ -84,7 +91,12 @@ def test_paths_are_looked_at(tmp_path: Path) -> None:
         ([f"dataset={tmp_path}/rows.txt"], "is none of .jsonl"),
         ([f"dataset={tmp_path}/none"], "does not exist"),
         ([f"weights_dir={tmp_path}/rows.txt"], "is not a directory but a file"),
-        ([f"tokenizer_dir={tmp_path}/none"], "is not a directory"),
+        (
+            [f"tokenizer_dir={tmp_path}/none"],
+            "/none does not exist: give a directory as transformers' save_pretrained",
+        ),
+        (["dataset=rows.jsonl"], f"rows.jsonl does not exist in {Path.cwd()}, where this process runs: give a file"),
+        (["dataset=/dev/null"], "/dev/null is neither a file nor a folder: give a file or folder"),
     ):
         assert said in (wrong_paths(parse(words).parameters) or "")
 
@@ -102,7 +114,7 @@ def test_a_file_of_parameters(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("epochs: 1\n\nepoch: 2\n", "{}, line 3: no parameter is called epoch: did you mean epochs?"),
-        ("epochs: 1\nbatch_size: 0\n", "{}, line 2: batch_size: Input should be greater than or equal to 1"),
+        ("epochs: 1\nbatch_size: 0\n", "{}, line 2: batch_size: at least 1 is needed, not 0"),
         ("epochs: 1\nseed: [\n", "{}, line 3 is not YAML: "),
         ("epochs: 1\nepochs: 2\n", "{}, line 2 is not YAML: the key 'epochs' is there twice"),
         ("- epochs\n", "{}, line 1: parameters are needed, one a line, such as 'epochs: 3'"),

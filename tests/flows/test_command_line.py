@@ -13,8 +13,10 @@ from flows import invoke
 from flows.__main__ import main
 from flows.arguments import Request
 from flows.command_line import MODULES, app
+from flows.commands import read_parameters
 from flows.job import all_parameters
 from flows.trials import SweepJob
+from ops.text import as_setting
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {name for name in app if not name.startswith("-")}
@@ -30,13 +32,17 @@ def _help(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_help_has_every_parameter(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With default and meaning, as they are declared."""
+    """With default and meaning, as they are declared, and the value that the usual deployment has instead."""
     monkeypatch.setenv("COLUMNS", "400")
     text = _help(capsys, command)
     parameters = all_parameters(SweepJob) if command == "sweep" else all_parameters()
     assert len(parameters) > 40
+    usual = read_parameters("sweep-tiny" if command == "sweep" else "tiny")
+    assert len(usual) > 5
     for each in parameters:
         default = "null" if each.default is None else str(each.default)
+        if each.name in usual and usual[each.name] != each.default:  # what is used where no deployment is named
+            default += f"; deployment {'sweep-' if command == 'sweep' else ''}tiny: {as_setting(usual[each.name])}"
         assert f"--{each.name.replace('_', '-')} " in text
         assert f"{' '.join(each.meaning.split())} [default: {default}]" in text
     for group in ("Model and data set", "Training", "Evaluation", "Hardware", "What trains"):

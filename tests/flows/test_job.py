@@ -87,7 +87,7 @@ def test_an_unknown_parameter_is_refused() -> None:
     """A name that no group has is not dropped in silence; sizes may be written in capitals."""
     with pytest.raises(TypeError, match="there is no parameter epoch"):
         Job.from_parameters({"epoch": 9})
-    assert Job.from_parameters({"model_size": "355M"}).sources.model_size == "355M"
+    assert Job.from_parameters({"model_size": "355M"}).sources.model_size == "355m"
 
 
 def _is_number(annotation: Any) -> bool:

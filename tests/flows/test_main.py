@@ -111,7 +111,8 @@ def test_ctrl_c_is_one_line_while_a_command_is_imported(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-m", "flows", "--help"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    # By the signal itself, so that a shell's script or make ends too.
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted\n")
 
 
 @pytest.mark.slow
@@ -162,7 +163,8 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing(
             time.sleep(1)
         os.killpg(run.pid, number)
         output, _ = run.communicate(timeout=30)
-        assert run.returncode == 128 + (signal.SIGTERM if number == signal.SIGHUP else number), output[-3000:]
+        expected = -signal.SIGINT if number == signal.SIGINT else 128 + signal.SIGTERM
+        assert run.returncode == expected, output[-3000:]
         assert "Traceback" not in output, output[-3000:]
         assert "Execution was aborted" not in output, "Prefect's log has it"
         assert tagged(RUN, mark) == []
@@ -312,12 +314,13 @@ def test_a_value_that_cannot_be_read(argument: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("run_name=a\nb", "run_name has the control character '\\n': "),
-        ("dataset='a\nb'", "dataset has the control character '\\n': "),
-        ("run_name=a\x01b", "run_name has the control character '\\x01': "),
-        ("dataset=\x1b[2J", "dataset has the control character '\\x1b': "),
-        ('run_name="a\\tb"', "run_name: "),
-        ('run_name="a\\u2028b"', "run_name: "),
+        ("run_name=a\nb", "run_name: printable characters on one line are allowed, not '\\n'"),
+        ("dataset='a\nb'", "dataset: printable characters on one line are allowed, not '\\n'"),
+        ("run_name=a\x01b", "run_name: printable characters on one line are allowed, not '\\x01'"),
+        ("dataset=\x1b[2J", "dataset: printable characters on one line are allowed, not '\\x1b'"),
+        ('run_name="a\\tb"', "run_name: printable characters on one line are allowed, not '\\t'"),
+        ('run_name="a\\u2028b"', "run_name: printable characters on one line are allowed, not '\\u2028'"),
+        ('dataset="a\\eb"', "dataset: printable characters on one line are allowed, not '\\x1b'"),
     ],
 )
 def test_control_characters(
@@ -327,9 +330,7 @@ def test_control_characters(
     monkeypatch.setattr("flows.invoke._invoke", lambda *given: 0)  # where it is not refused, nothing is trained
     assert main(["run", argument]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(said)
-    assert "printable characters on one line are allowed" in error
-    assert error.count("\n") == 1
+    assert error == f"{said}\n"
 
 
 def test_a_list_may_have_several_lines() -> None:

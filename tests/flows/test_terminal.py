@@ -104,6 +104,17 @@ def test_records_that_are_shown(
     assert "is kept" not in written + text
 
 
+def test_what_goes_on_is_an_activity(terminal: tuple[TerminalDisplay, io.StringIO]) -> None:
+    """The spinner shows what a line says that begins with it; a result is a line only."""
+    shown, _ = terminal
+    shown.line("scoring 324 rows of the test split")
+    shown.line("commonest reasons of failure: 9 x an assertion failed")
+    assert [task.description for task in shown.progress.tasks] == ["scoring 324 rows of the test split"]
+    shown.phase("evaluate", 18.2)
+    assert [task.description for task in shown.progress.tasks] == ["..."]
+    shown.close()
+
+
 def test_a_line_moves_no_cursor(terminal: tuple[TerminalDisplay, io.StringIO]) -> None:
     """Whatever is in the name of a file."""
     shown, stream = terminal

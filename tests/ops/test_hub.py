@@ -97,7 +97,7 @@ def fetch(tmp_path: Path) -> Fetch:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         assert TOKEN not in done.stdout + done.stderr
         if "error" in answer:
-            assert "A local copy can be given as" in answer["error"]
+            assert "; a local copy can be given as" in answer["error"]
         return {**answer, "stderr": done.stderr}
 
     return run

@@ -35,7 +35,7 @@ def test_what_this_project_raises_is_a_mistake() -> None:
     assert exit_status(_raised(lambda: path_of("dataset", "~nobody-of-this-name/x"))) == USER
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FINETUNE_DATA_ROOT", "what?")
-        assert exit_status(_raised(Settings.load)) == MACHINE
+        assert exit_status(_raised(Settings.load)) == USER
     assert exit_status(UsageError("")) == USER
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from pathlib import Path
 
 import pytest
 
-from ops.settings import Settings
+from ops.mistakes import sentence
+from ops.settings import DataRootError, Settings
 from ops.tracking.runs import client
 
 
@@ -14,8 +18,30 @@ from ops.tracking.runs import client
 def test_a_data_root_that_no_database_can_have(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused: a part of the name would be lost, and the database made elsewhere."""
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path / name))
-    with pytest.raises(RuntimeError, match="set FINETUNE_DATA_ROOT to another folder"):
+    with pytest.raises(ValueError, match="set FINETUNE_DATA_ROOT to another folder"):
         Settings.load()
+
+
+def test_a_data_root_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file, and a user that does not exist; the setting is named."""
+    (tmp_path / "file").touch()
+    for value, said in (
+        (f"{tmp_path}/file", f"the data root {tmp_path}/file is a file: set FINETUNE_DATA_ROOT to a folder"),
+        ("~nobody-of-this-name/x", "FINETUNE_DATA_ROOT '~nobody-of-this-name/x' is not a path: "),
+        (f"{tmp_path}/file/x", f"FINETUNE_DATA_ROOT '{tmp_path}/file/x' is not a path: "),
+    ):
+        monkeypatch.setenv("FINETUNE_DATA_ROOT", value)
+        with pytest.raises(ValueError, match=re.escape(said)):
+            Settings.load()
+
+
+def test_what_cannot_be_written_is_one_sentence() -> None:
+    """With the file, if it is not the root itself, and the remedy."""
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/root/prefect")
+    said = "nothing can be written in the data root /root (/root/prefect: Read-only file system): set FINETUNE_DATA_"
+    assert sentence(DataRootError.of(Path("/root"), error)).startswith(said)
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/root")
+    assert "data root /root (Read-only file system): set" in sentence(DataRootError.of(Path("/root"), error))
 
 
 def test_any_other_character_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

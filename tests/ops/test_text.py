@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ops.text import printable, storable, storable_errors, unreadable_argument
+from ops.text import printable, storable, storable_errors, suggestion, unprintable, unreadable_argument
 
 
 def test_nothing_moves_the_cursor() -> None:
@@ -105,3 +105,39 @@ def test_a_locale_that_cannot_hold_an_argument(arguments: tuple[str | bytes, ...
     assert done.returncode == 2
     (line,) = done.stderr.decode().splitlines()
     assert line.endswith(" is UTF-8, but Python reads arguments as ascii here: set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [
+        ("epoch", "epochs"),
+        ("--Batch-Size", "batch_size"),
+        ("lr", "learning_rate"),
+        ("batch", "batch_size"),
+        ("tyni", "tiny"),
+        ("wd", None),  # two have these initials
+        ("top", None),
+        ("", None),
+        ("x", None),
+    ],
+)
+def test_a_near_name_is_suggested(typed: str, near: str | None) -> None:
+    """What is misspelled, shortened, or has its letters in another order; nothing where two names would do."""
+    known = [
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "weights_dir",
+        "top_a_long",
+        "top_b_long",
+        "tiny",
+    ]
+    assert suggestion(typed, known) == (f": did you mean {near}?" if near else "")
+
+
+def test_what_a_line_cannot_hold() -> None:
+    """Spaces and letters of any script are a line's."""
+    assert unprintable("größe 字 a b") is None
+    for character in "\n", "\t", "\x1b", "\x85", "\u2028":
+        assert unprintable(f"a{character}b") == f"printable characters on one line are allowed, not {character!r}"

@@ -75,8 +75,8 @@ def test_changed_weights_are_refused(tmp_path: Path, gpt2_dir: Path) -> None:
     [
         ({"dataset": "./missing.jsonl"}, FileNotFoundError, "missing.jsonl does not exist"),
         ({"dataset": "rows.xlsx"}, FileNotFoundError, "rows.xlsx does not exist"),
-        ({"weights_dir": "/no/such/place"}, FileNotFoundError, "weights_dir /no/such/place is not a directory"),
-        ({"tokenizer_dir": "/no/such/place"}, FileNotFoundError, "tokenizer_dir /no/such/place is not a directory"),
+        ({"weights_dir": "/no/such/place"}, FileNotFoundError, "weights_dir /no/such/place does not exist: give"),
+        ({"tokenizer_dir": "/no/such/place"}, FileNotFoundError, "tokenizer_dir /no/such/place does not exist: give"),
         ({"model_size": "125m"}, ValueError, "choose one of tiny, 124m"),
     ],
 )

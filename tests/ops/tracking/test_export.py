@@ -20,8 +20,9 @@ from model.files import sha256_file
 from model.net.gguf_file import GGUF_TYPES
 from model.net.loading import write_with_tokenizer
 from model.net.tokenizer import load_tokenizer
+from ops.parsers import export_parser
 from ops.settings import Settings
-from ops.tracking.export import _parser, main
+from ops.tracking.export import main
 from ops.tracking.flavour import add_flavour
 from ops.tracking.models import log_model
 from ops.tracking.runs import client, tracked_run
@@ -162,7 +163,7 @@ def test_a_place_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_types_of_gguf_are_those_of_the_command_line() -> None:
     """--dtype offers what write_gguf takes."""
-    (action,) = [action for action in _parser()._actions if action.dest == "dtype"]
+    (action,) = [action for action in export_parser()._actions if action.dest == "dtype"]
     assert tuple(action.choices or ()) == GGUF_TYPES
 
 

@@ -44,7 +44,7 @@ def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.Monk
     [
         (
             [],
-            r"gpt2-code-\* is not registered at sqlite:\S+, which has no model: run `make run`, or set MLFLOW_",
+            r"no tuned model \(gpt2-code-\*\) is registered at sqlite:\S+, which has no model: run `make run`, or",
         ),
         (["--model", ""], "'' is not registered"),
         (["--model", "gpt2-code-355m"], "gpt2-code-355m is not registered"),
@@ -59,8 +59,8 @@ def tracking_uri(tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.Monk
         (["--temperature", "inf"], "temperature inf is more than"),
         (["--temperature", "1e300"], "temperature 1e\\+300 is more than"),
         (["--temperature", "nan"], "temperature nan is not a number of 0 or more"),
-        (["--max-new-tokens", "0"], "max_new_tokens 0: Input should be greater than or equal to 1"),
-        (["--seed", "-1"], "seed -1: Input should be greater than or equal to 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens: at least 1 is needed, not 0"),
+        (["--seed", "-1"], "seed: at least 0 is needed, not -1"),
     ],
 )
 def test_no_answer_is_one_sentence(
@@ -292,4 +292,6 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert main(["Write a function."]) == 1
-    assert capsys.readouterr().err.startswith("MLflow at http://127.0.0.1:9 refuses or does not answer")
+    assert capsys.readouterr().err.startswith(
+        "MLflow at http://127.0.0.1:9 does not answer (Connection refused): start it, or set"
+    )
