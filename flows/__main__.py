@@ -9,7 +9,7 @@ import signal
 import sys
 
 # The modules of the commands are imported in ``command``, where Ctrl-C is one line.
-_interrupted: list[bool] = []  # not empty once Ctrl-C has ended the command
+_statuses: list[int] = []  # the exit status, once the command has ended
 
 
 def open_streams() -> None:
@@ -36,7 +36,7 @@ def end_in_order() -> None:
 
     During a flow run Prefect's handler of SIGTERM comes first, and calls this one when the run is closed.
     """
-    atexit.register(_end_by_ctrl_c)  # before others are, so that it runs last
+    atexit.register(_end_at_once)  # before others are, so that it runs last
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
@@ -53,19 +53,22 @@ def main(arguments: list[str]) -> int:
         return tell(error)
 
 
-def _end_by_ctrl_c() -> None:
-    """End this process by SIGINT if Ctrl-C ended its command; to be the last of Python's exit handlers.
+def _end_at_once() -> None:
+    """End this process once its command has ended; to be the last of Python's exit handlers.
 
-    A shell that runs a script, and make, go on behind a command that exits with status 130. They end too if the
-    signal ended it. Its status is 130 for them then as well.
+    Python would take down all modules, for which a user waits a second. After Ctrl-C the process ends by SIGINT: a
+    shell that runs a script, and make, go on behind a command that exits with status 130, and end too if the signal
+    ended it.
     """
-    if not _interrupted:
+    if not _statuses:
         return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # its reader has gone
             stream.flush()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+    if _statuses[0] == 128 + signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(_statuses[0])
 
 
 def command() -> None:
@@ -73,17 +76,15 @@ def command() -> None:
     open_streams()
     end_in_order()
     try:
-        status = _run()
-        if status == 128 + signal.SIGINT:
-            _interrupted.append(True)
-        sys.exit(status)
+        _statuses.append(_run())
+        sys.exit(_statuses[0])
     except BrokenPipeError:  # the reader of the output has gone; Python would complain once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        _interrupted.append(True)
-        sys.exit(128 + signal.SIGINT)
+        _statuses.append(128 + signal.SIGINT)
+        sys.exit(_statuses[0])
 
 
 def _run() -> int:
