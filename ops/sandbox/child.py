@@ -38,6 +38,7 @@ MAX_DEPTH = 100  # nested nodes
 MAX_ANSWER = 4096  # bytes of a child's answer
 PATIENCE = 4  # a row's wall clock, in multiples of its limit: other processes may have the processor
 MAX_REASON = 300  # characters
+NO_RESULT = "ended without a result"  # begins the reason of a row whose process died
 
 
 def _words(text: str) -> frozenset[str]:
@@ -353,7 +354,7 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
         return "timeout", f"not finished after {seconds:g} s"
     ending = os.waitstatus_to_exitcode(status)
     how = f"signal {-ending}" if ending < 0 else f"exit status {ending}"
-    return "error", f"ended without a result ({how})"
+    return "error", f"{NO_RESULT} ({how})"
 
 
 def _processor_time(pid: int, elapsed: float) -> float:

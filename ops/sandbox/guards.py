@@ -73,7 +73,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from model.available import available_memory, available_processors
-from ops.sandbox.child import PATIENCE
+from ops.sandbox.child import NO_RESULT, PATIENCE
 
 Outcome = Literal["passed", "failed", "error", "timeout", "not_executed"]
 Snippet = tuple[str, Sequence[str]]
@@ -82,6 +82,7 @@ INSTALL = (
     "install bubblewrap (apt install bubblewrap, or dnf install bubblewrap) and allow user namespaces: "
     "sysctl kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0, where they exist"
 )
+SECONDS = 2.0  # processor time of a row
 MEMORY_BYTES = 512 * 2**20
 _CHILD = Path(__file__).with_name("child.py")
 _PYTHON_OPTIONS = ["-P", "-s", "-S", "-B", "-W", "ignore"]
@@ -90,6 +91,7 @@ _SECONDS_TO_START = 30  # time limit for the interpreter's start
 _SECONDS_PER_ROW = 0.5  # for forking, in addition to the row's own time limit
 _ROWS_OF_A_SANDBOX = 16  # at least, so that starting it pays
 _MOST_SANDBOXES = 8
+_EARLY_END = "the sandbox ended early"
 
 # Code and tests that run in bubblewrap before its first use, and prove that guard 2 works on this machine.
 _PROBE = """
@@ -128,9 +130,14 @@ class RowResult:
     outcome: Outcome
     reason: str = ""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the row alone decides it, and not how busy the machine is or what else ended its process."""
+        return self.outcome in ("passed", "failed", "error") and not self.reason.startswith((NO_RESULT, _EARLY_END))
+
 
 def run_tests(
-    snippets: Sequence[Snippet], timeout_seconds: float = 2.0, memory_bytes: int = MEMORY_BYTES
+    snippets: Sequence[Snippet], timeout_seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES
 ) -> list[RowResult]:
     """Run each row, a snippet of code and its tests (statements, at least one of them an assert), by itself.
 
@@ -258,7 +265,7 @@ def _answers(
     whole = [line for line in output.read().splitlines(keepends=True) if line.endswith(b"\n")]
     found = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole[:rows])]
     said = errors.read().decode(errors="replace").strip()[-200:]
-    return found, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
+    return found, f"{_EARLY_END} (exit status {process.returncode}) {said}".strip()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
