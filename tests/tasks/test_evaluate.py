@@ -35,7 +35,8 @@ def test_runs_that_differ_in_the_training_share_the_base(
     """
     from flows.finetune import finetune
 
-    caplog.set_level(logging.INFO)
+    tasks_log = logging.getLogger("prefect.task_runs")  # passes nothing on to the root logger
+    monkeypatch.setattr(tasks_log, "handlers", [*tasks_log.handlers, caplog.handler])
     root = tmp_path / "root"
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow/mlflow.db")
