@@ -284,8 +284,11 @@ def confine(memory_bytes: int, seconds: float, report: int, listed: bool) -> Non
     ):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        with contextlib.suppress(*([] if sys.platform == "linux" else [ValueError, OSError])):
+        try:
             resource.setrlimit(limit, (value, value))
+        except (ValueError, OSError):
+            if sys.platform == "linux":
+                raise
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     program = _system_call_filter(report, listed)
     if _prctl(_PR_SET_NO_NEW_PRIVS, 1) and program:
