@@ -1,7 +1,8 @@
 """Outputs of the base on the test rows, kept from run to run: runs that differ in the training alone share them.
 
 A file is found by a hash of all that its content depends on, so that a changed base, row, setting or version finds
-none. That includes the code: every file of ``model``, and those of the tasks that call it.
+none. That includes the code: every file of ``model``, and those of the tasks that call it. docs/evaluation.md says
+what else, and why results of tests may be kept.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -163,7 +165,7 @@ def sandbox_sha256() -> str:
     own = _files_sha256(sorted(Path(str(ops.sandbox.__file__)).parent.glob("*.py")))
     places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     packages = sorted(name for place in places if os.path.isdir(place) for name in os.listdir(place))
-    return sha256_json([own, MEMORY_BYTES, sys.version, packages])
+    return sha256_json([own, MEMORY_BYTES, platform.platform(), sys.version, packages])
 
 
 def _files_sha256(paths: Iterable[Path]) -> str:
