@@ -155,9 +155,13 @@ def _version(library: str) -> str | None:
 
 @functools.cache
 def _code_sha256() -> str:
-    """Of the code that makes the outputs."""
+    return _files_sha256(_code_files())
+
+
+def _code_files() -> list[Path]:
+    """The code that makes the outputs."""
     own = [Path(str(each.__file__)) for each in (tasks.humaneval, tasks.scoring)]
-    return _files_sha256([*own, *sorted(Path(str(model.__file__)).parent.rglob("*.py"))])
+    return [*own, *sorted(Path(str(model.__file__)).parent.rglob("*.py"))]
 
 
 def sandbox_sha256() -> str:

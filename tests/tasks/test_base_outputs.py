@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import ROOT
 
 import tasks.scoring
 from model.data.config import PrepareConfig
@@ -183,11 +184,29 @@ def test_other_code_versions_and_devices_find_nothing(
     assert BaseOutputs(tmp_path, scoring, CPU).find(LOG) is None
 
 
-def test_the_code_that_counts_is_all_that_the_outputs_come_from() -> None:
-    """A changed line of the model, of the completions or of the tasks is another hash."""
-    before = base_outputs._files_sha256([Path(base_outputs.__file__)])
-    assert before != base_outputs._files_sha256([Path(__file__)])
-    assert base_outputs._code_sha256() == base_outputs._code_sha256() != before
+def test_another_setting_of_a_math_library_finds_nothing(
+    tmp_path: Path, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kept(tmp_path, scoring)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert BaseOutputs(tmp_path, scoring, CPU).find(LOG) is None
+
+
+def test_a_changed_line_of_code_is_another_hash(tmp_path: Path) -> None:
+    """Of the model, its kernels, the completions, and the tasks that call them."""
+    files = base_outputs._code_files()
+    names = {path.relative_to(ROOT).as_posix() for path in files}
+    assert {
+        "model/engine/scoring.py", "model/generation/decode_kernels.py", "model/generation/padded.py",
+        "model/net/prompt.py", "model/evaluation/completions.py", "tasks/scoring.py", "tasks/humaneval.py",
+    } <= names  # fmt: skip
+    copies = [tmp_path / str(number) / path.name for number, path in enumerate(files)]
+    for path, copy in zip(files, copies, strict=True):
+        copy.parent.mkdir()
+        copy.write_bytes(path.read_bytes())
+    assert base_outputs._files_sha256(copies) == base_outputs._code_sha256()
+    copies[-1].write_bytes(copies[-1].read_bytes() + b"\n")
+    assert base_outputs._files_sha256(copies) != base_outputs._code_sha256()
 
 
 @pytest.mark.parametrize(
