@@ -131,7 +131,7 @@ def test_a_call_that_is_interrupted_while_a_sandbox_starts_leaves_no_process(mon
 
 @pytest.mark.parametrize("without", ["", "pidfd_open"])
 def test_a_sandbox_that_hangs_is_killed(without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call ends even if the program that runs the rows does not answer; also where no process has a descriptor."""
+    """The call ends even if the program that runs the rows does not answer, with and without a descriptor of it."""
     if without:
         monkeypatch.delattr(os, without)
     child = tmp_path / "child.py"
