@@ -22,10 +22,10 @@ import torch
 from bench.processes import ChildError, in_one_sentence, positive, quiet_environment, share
 from bench.report import Progress, align
 from bench.scale_worker import ScaleJob
-from bench.train import describe_processor, prepare_job, versions
+from bench.train import prepare_job, versions
 from model.files import write_json
 from model.net.config import PRESETS
-from model.net.device import count_processes
+from model.net.device import count_processes, processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 _MEASURES = ("first_epoch", "cached_epochs", "step_ms", "slowest_step_ms", "exchange_ms", "waiting_ms")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timings = [json.loads(line) for line in lines.read_text().splitlines()]
     results = summarise(timings)
     report = {
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else describe_processor(),
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else processor_name(),
         "versions": versions(),
         "model_size": options.size,
         "num_unfrozen_layers": options.num_unfrozen_layers,

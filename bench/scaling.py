@@ -28,7 +28,7 @@ from bench.engine import step_loads
 from bench.measure import windows_of_reports
 from bench.processes import in_one_sentence, positive, quiet_environment, run_apart
 from bench.report import Progress, align, print_report
-from bench.train import describe_processor, versions
+from bench.train import versions
 from model.data.config import PrepareConfig
 from model.data.formats import read_records
 from model.data.layout import find_splits
@@ -44,7 +44,7 @@ from model.engine.trainer import StepReport
 from model.engine.training import default_micro_batch_tokens, train
 from model.engine.trunk import TrunkCacheConfig, TrunkOutputs
 from model.net.config import GPTConfig
-from model.net.device import cast_frozen, peak_memory, resolve_precision
+from model.net.device import cast_frozen, peak_memory, processor_name, resolve_precision
 from model.net.freezing import freeze_bottom_layers
 from model.net.gpt import GPTModel
 from model.net.tokenizer import load_tokenizer
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     measure(train_steps, rows, place, model, options.steps, True)
     results = summarise(costs)
     report = {
-        "machine": describe_processor(),
+        "machine": processor_name(),
         "dtype": str(resolve_precision("auto", CPU)),
         "versions": versions(),
         "data": options.data.name if options.data else "embedded",

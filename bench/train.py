@@ -31,7 +31,7 @@ from bench.processes import ChildError, import_all, in_one_sentence, quiet_envir
 from bench.report import Progress, print_report
 from bench.tutorial import BATCH_SIZE, LENGTH, run_tutorial
 from model.engine.flops import matmul_ceiling
-from model.net.device import PRODUCT_CACHES, peak_memory, resolve_device, use_precision
+from model.net.device import PRODUCT_CACHES, peak_memory, processor_name, resolve_device, use_precision
 
 _LIBRARIES_SHOWN = ("torch", "transformers", "accelerate", "trl", "liger-kernel", "flash-attn", "flash-attn-4")
 _SMALL_PASS = 1024  # tokens: as few as in a peer's smallest passes
@@ -124,20 +124,10 @@ def describe_machine(device_name: str, precision: str, processor_time: bool = Fa
     if processor_time:
         torch.set_num_threads(1)
     device = resolve_device(device_name)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else describe_processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     resolved = resolved_name(precision, device)
     ceiling = matmul_ceiling(device, use_precision(resolved, device))
     return {"name": name, "precision": resolved, "matmul_ceiling_flops": ceiling}
-
-
-def describe_processor() -> str:
-    """Name of the processor, as Linux or else Python reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

@@ -127,6 +127,11 @@ class Settings:
         return self.data_root / "flavours"
 
     @property
+    def base_outputs(self) -> Path:
+        """Losses and completions of bases on test rows, named by the hash of everything that determines them."""
+        return self.data_root / "base-outputs"
+
+    @property
     def locks(self) -> Path:
         """Lock files of trainings."""
         return (self.data_root / "locks").resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,20 @@ from model.evaluation.records import Answers, build_records, references_of
 from model.evaluation.scores import HUMANEVAL, UNTUNED, Record, describe_failures, headline, score_both
 from model.evaluation.tables import common_failures, pass_table, sample_table, score_table
 from model.files import write_json
+from model.net.device import resolve_device
 from ops.display import SHOWN
-from ops.sandbox.guards import run_tests
+from ops.sandbox.guards import RowResult, Snippet
+from ops.settings import Settings
 from ops.tracking.runs import RunRef, log_metrics
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
+from tasks.base_outputs import BaseOutputs
 from tasks.frozen import load_its_tokenizer
 from tasks.gang import Devices, score
 from tasks.humaneval import score_tasks
 from tasks.references import CheckpointRef, EvaluationRef, TrainingRef
-from tasks.scoring import ModelOutputs, Scoring
+from tasks.row_tests import RowTests
+from tasks.scoring import BothOutputs, ModelOutputs, Scoring
 
 
 @task(name="evaluate", tags=["gpu"], retries=1, retry_delay_seconds=10, cache_policy=NO_CACHE)
@@ -54,14 +59,19 @@ def evaluate(
     scoring = Scoring(training, checkpoint.best, checkpoint.micro_batch_tokens, sampling)
     test = scoring.rows
     log.info("scoring %d rows of the test split; score_rows and sample_rows limit them", len(test))
-    outputs = score(scoring, devices, trunk_cache_gb, log)
+    store = BaseOutputs(Settings.load().base_outputs, scoring, resolve_device(devices.first))
+    kept = store.find(log)
+    outputs = score(replace(scoring, base=kept.outputs if kept else None), devices, trunk_cache_gb, log)
     for name, each in (("base", outputs.base), ("tuned model", outputs.tuned)):
         if each.refusal:
             log.warning("the %s has no completions: %s", name, each.refusal)
-    (base, base_refused), (tuned, refused) = (_answers(test, each, log) for each in (outputs.base, outputs.tuned))
+    row_tests = RowTests(kept.results if kept else {})
+    (base, base_refused), (tuned, refused) = _answers(test, outputs, row_tests, log)
     tokenizer, tokens = load_its_tokenizer(training.model), np.array(outputs.tokens)
     records = build_records(references_of(test, tokenizer, tokens, sampling.max_new_tokens), base, tuned)
-    task_records = score_tasks(outputs.base.tasks, outputs.tuned.tasks, sampling, log)
+    task_records = score_tasks(outputs.base.tasks, outputs.tuned.tasks, sampling, row_tests, log)
+    if kept is None or kept.results != row_tests.of_base:
+        store.keep(kept.made_by if kept else run.run_id, outputs.base, row_tests.of_base, log)
     tasks = compare(task_records, sampling.seed, scoreboard=HUMANEVAL)
     differences = judge([*compare(records, sampling.seed), *tasks])
     metrics = score_both(records) | score_both(task_records, HUMANEVAL) | _facts(records, checkpoint)
@@ -105,13 +115,26 @@ def _say(
         )
 
 
-def _answers(test: CodeAlpacaDataset, outputs: ModelOutputs, log: Any) -> tuple[Answers, int]:
-    """What a model gave on each row, and how many completions could not be executed.
+def _answers(
+    test: CodeAlpacaDataset, outputs: BothOutputs, row_tests: RowTests, log: Any
+) -> list[tuple[Answers, int]]:
+    """What each model gave on each row, and how many of its completions could not be executed.
 
     The greedy completions of rows with tests are run in the sandbox.
     """
-    snippets = [(extract_code(found.text), test.rows[index]["tests"]) for index, found in outputs.greedy.items()]
-    results = dict(zip(outputs.greedy, run_tests(snippets), strict=True))
+
+    def snippets(of: ModelOutputs) -> list[Snippet]:
+        return [(extract_code(found.text), test.rows[index]["tests"]) for index, found in of.greedy.items()]
+
+    both = outputs.base, outputs.tuned
+    results = row_tests.run(snippets(outputs.base), snippets(outputs.tuned))
+    return [_answers_of(test, each, its, log) for each, its in zip(both, results, strict=True)]
+
+
+def _answers_of(
+    test: CodeAlpacaDataset, outputs: ModelOutputs, found: Sequence[RowResult], log: Any
+) -> tuple[Answers, int]:
+    results = dict(zip(outputs.greedy, found, strict=True))
     refused = [result for result in results.values() if result.outcome == "not_executed"]
     if refused:
         log.warning("%d of %d completions were not executed: %s", len(refused), len(results), refused[0].reason)

@@ -12,7 +12,8 @@ from model.evaluation.completions import Completion
 from model.evaluation.config import SamplingConfig
 from model.evaluation.humaneval import sample_tasks, task_records, tasks
 from model.net.gpt import GPTModel
-from ops.sandbox.guards import run_tests
+from ops.sandbox.guards import RowResult, Snippet
+from tasks.row_tests import RowTests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,26 +42,33 @@ def complete_tasks(
 
 
 def score_tasks(
-    base: list[list[Completion]], tuned: list[list[Completion]], sampling: SamplingConfig, log: Any
+    base: list[list[Completion]],
+    tuned: list[list[Completion]],
+    sampling: SamplingConfig,
+    row_tests: RowTests,
+    log: Any,
 ) -> list[dict[str, Any]]:
     """Run all completions against the tasks' tests: one record per task; empty if a model has no completions."""
     if not base or not tuned:
         return []
-    both = (base, _passes(base, log)), (tuned, _passes(tuned, log))
+    of_base, of_tuned = row_tests.run(_programs(base), _programs(tuned), _SECONDS)
+    both = (base, _passes(of_base, log)), (tuned, _passes(of_tuned, log))
     return task_records(tasks(), *both, sampling.humaneval_k)
 
 
-def _passes(found: Sequence[Sequence[Completion]], log: Any) -> list[list[bool]]:
-    chosen = tasks()
-    snippets = [
+def _programs(found: Sequence[Sequence[Completion]]) -> list[Snippet]:
+    """The completions' programs with their tests, those of a task one after the other."""
+    return [
         (task.program(completion.text), task.tests)
-        for task, completions in zip(chosen, found, strict=True)
+        for task, completions in zip(tasks(), found, strict=True)
         for completion in completions
     ]
-    results = run_tests(snippets, _SECONDS)
+
+
+def _passes(results: Sequence[RowResult], log: Any) -> list[list[bool]]:
     refused = [result for result in results if result.outcome == "not_executed"]
     if refused:
         log.warning("HumanEval: %d completions were not executed: %s", len(refused), refused[0].reason)
     passed = [result.outcome == "passed" for result in results]
-    samples = len(snippets) // len(chosen)
+    samples = len(results) // len(tasks())
     return [passed[start : start + samples] for start in range(0, len(passed), samples)]

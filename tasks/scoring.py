@@ -73,12 +73,14 @@ class Scoring:
         best: directory of the checkpoint to score.
         micro_batch_tokens: tokens per pass, about.
         sampling: which rows, and how they are completed.
+        base: outputs of the base, if they are known.
     """
 
     training: TrainingRef
     best: str
     micro_batch_tokens: int
     sampling: SamplingConfig
+    base: ModelOutputs | None = None
 
     @property
     def rows(self) -> CodeAlpacaDataset:
@@ -86,15 +88,16 @@ class Scoring:
         return CodeAlpacaDataset(Path(self.training.tokens.directory), "test", limit=self.sampling.score_rows)
 
     def completions(self) -> int:
-        """How many completions both models make."""
+        """How many completions are to be made."""
         test = self.rows
         sampled, tested = _chosen(test, self.sampling)
         drawn = len({*sampled, *tested}) if self.sampling.temperature == 0 else len(sampled) + len(tested)
-        return 2 * (drawn + 164 * self.sampling.humaneval_samples)
+        models = 1 if self.base else 2
+        return models * (drawn + 164 * self.sampling.humaneval_samples)
 
 
 def score_models(scoring: Scoring, place: torch.device, cache: TrunkCacheConfig, ranks: Ranks = ALONE) -> BothOutputs:
-    """Score and complete the test rows by the base and by the tuned model.
+    """Score and complete the test rows by the base, unless its outputs are known, and by the tuned model.
 
     Several ranks share the packs and the prompts, and each returns everything. The losses have the bits of one
     process. A completion depends on the other prompts of its process by rounding only (``model.generation``).
@@ -109,12 +112,14 @@ def score_models(scoring: Scoring, place: torch.device, cache: TrunkCacheConfig,
     tokenizer = load_its_tokenizer(training.model)
     engine = Engine(network, dtype)
     max_tokens = scoring.micro_batch_tokens
-    trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=2, config=cache, ranks=ranks)
+    uses = 1 if scoring.base else 2
+    trunk = TrunkOutputs(engine, test, np.arange(len(test)), max_tokens, uses=uses, config=cache, ranks=ranks)
     fill_together(trunk, np.arange(len(test)))
-    base_losses, tokens = row_losses(engine, test, max_tokens, trunk, ranks)
-    base = outputs_of(base_losses, network, tokenizer, test, sampling, dtype, ranks)
+    if (base := scoring.base) is None:
+        base_losses, _ = row_losses(engine, test, max_tokens, trunk, ranks)
+        base = outputs_of(base_losses, network, tokenizer, test, sampling, dtype, ranks)
     load_trained(Path(scoring.best), network)
-    tuned_losses, _ = row_losses(engine, test, max_tokens, trunk, ranks)
+    tuned_losses, tokens = row_losses(engine, test, max_tokens, trunk, ranks)
     del trunk  # the completions need its memory
     tuned = outputs_of(tuned_losses, network, tokenizer, test, sampling, dtype, ranks)
     return BothOutputs(tokens.tolist(), base, tuned)

@@ -283,6 +283,6 @@ def test_the_embedded_run_ends_with_its_two_lines(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert "gpt2-code-tiny version 1" in answer.stderr
     assert sorted(path.name for path in (tmp_path / "root").iterdir() if not path.name.startswith(".")) == [
-        "demo", "flavours", "locks", "matplotlib", "mlflow", "models", "prefect", "tokens", "trainings",
-        "trunk-outputs",
+        "base-outputs", "demo", "flavours", "locks", "matplotlib", "mlflow", "models", "prefect", "tokens",
+        "trainings", "trunk-outputs",
     ]  # fmt: skip

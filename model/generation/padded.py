@@ -18,9 +18,10 @@ from model.available import available_memory
 from model.generation.slots import Row, Slots
 from model.net.attention import Layer, Rows
 from model.net.config import GPTConfig
-from model.net.gpt import MLP, GPTModel
+from model.net.gpt import MLP, Attention, Block, GPTModel
 
 _SLOTS = {"cpu": 64}  # with more rows, a step of a CPU no longer fits its cache memory
+_NARROW, _SLOTS_OF_NARROW = 256, {"cpu": 256}  # width of a model whose steps take longer to begin than to compute
 _CACHE_BYTES = {"cpu": 2 << 30}
 _OTHER_SLOTS, _OTHER_CACHE_BYTES = 256, 8 << 30  # of any other device
 _SHARE = 0.5  # of the free memory that the cache may take
@@ -100,9 +101,26 @@ class PaddedDecoder:
         ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
         for row, text in enumerate(texts):
             ids[row, : len(text)] = torch.tensor(text)
-        x = model.trunk(ids.to(device), torch.arange(ids.size(1), device=device), layout)
-        hidden = model.top(x, layout)[torch.arange(len(texts), device=device), lengths - 1]
-        return model.lm_head(hidden)
+        positions = torch.arange(ids.size(1), device=device)
+        return model.lm_head(_last_hidden(model, ids.to(device), positions, layout, lengths - 1))
+
+
+def _last_hidden(model: GPTModel, ids: Tensor, positions: Tensor, layout: NewRows | Rows, places: Tensor) -> Tensor:
+    """Final hidden states (B, D) of one token of each text (B, T), at ``places`` (B,).
+
+    The last block computes keys and values of all tokens, and all else of these tokens alone.
+    """
+    rows = torch.arange(len(ids), device=ids.device)
+    last = model.h[-1] if model.num_frozen < len(model.h) else None
+    if type(last) is not Block or type(last.attn) is not Attention:
+        return model.top(model.trunk(ids, positions, layout), layout)[rows, places]
+    x = model.trunk(ids, positions, layout)
+    for index in range(model.num_frozen, len(model.h) - 1):
+        x = model.h[index](x, layout.layer(index))
+    q, k, v = last.attn.c_attn(last.ln_1(x)).unflatten(-1, (3, last.attn.n_head, -1)).unbind(-3)
+    found = layout.layer(len(model.h) - 1).attend(q, k, v, 0.0)[rows, places]  # (B, H, K)
+    x = x[rows, places] + last.attn.c_proj(found.flatten(-2))
+    return model.ln_f(x + last.mlp(last.ln_2(x)))
 
 
 def _fitting(
@@ -110,7 +128,8 @@ def _fitting(
 ) -> int:
     """Slots: as many as there are rows, as pay on the device, and as so many bytes hold; at least one."""
     row_bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize * max(capacity, 1)
-    return min(rows, _SLOTS.get(device.type, _OTHER_SLOTS), max(1, memory // row_bytes))
+    slots = _SLOTS_OF_NARROW if config.n_embd <= _NARROW else _SLOTS
+    return min(rows, slots.get(device.type, _OTHER_SLOTS), max(1, memory // row_bytes))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,26 @@ def count_processes(device: str, gpus: int | str) -> int:
 def device_key(device: torch.device) -> str:
     """A name of the physical device that does not depend on CUDA_VISIBLE_DEVICES."""
     return f"gpu {torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else str(device)
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What the bits of a result depend on: kind and name of a device, instructions and threads of a CPU."""
+    if device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(device), list(torch.cuda.get_device_capability(device))
+        return {"kind": "cuda", "name": name, "capability": capability}
+    threads = torch.get_num_threads()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"kind": device.type, "name": processor_name(), "instructions": instructions, "threads": threads}
+
+
+def processor_name() -> str:
+    """Name of the processor, as Linux or else Python reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -38,6 +39,7 @@ MAX_DEPTH = 100  # nested nodes
 MAX_ANSWER = 4096  # bytes of a child's answer
 PATIENCE = 4  # a row's wall clock, in multiples of its limit: other processes may have the processor
 MAX_REASON = 300  # characters
+NO_RESULT = "ended without a result"  # begins the reason of a row whose process died
 
 
 def _words(text: str) -> frozenset[str]:
@@ -169,15 +171,10 @@ def judge(code: str, tests: Sequence[str], listed: bool) -> tuple[str, str]:
         return "error", "no test asserts anything"
     if listed and (reason := refusal([tree, *checks])):
         return "refused", reason
-    known = dict(vars(builtins))
-    if listed:
-        known = {name: known[name] for name in BUILTINS} | {"print": lambda *values, **options: None}
-        given: Any = dict(known)
-    else:
+    known, given = _builtins(listed)
+    if not listed:
         checks = [_Guarded(check).result for check in checks]
         # Own modules, so that "import builtins" or "import __main__" gives no access to this program's.
-        given = types.ModuleType("builtins")
-        vars(given).update(known)
         sys.modules.update(builtins=given, __main__=types.ModuleType("__main__"))
     namespace = {"__builtins__": given, "__name__": "snippet"}
     # The tests have their own builtins. A builtin that they use must not be rebound by the code.
@@ -199,6 +196,18 @@ def judge(code: str, tests: Sequence[str], listed: bool) -> tuple[str, str]:
         except BaseException as error:
             return "error", f"{test}: {_describe(error)}"
     return "passed", ""
+
+
+@functools.cache
+def _builtins(listed: bool) -> tuple[dict[str, Any], Any]:
+    """The builtins of the tests, and those of the code, which may change its own."""
+    known = dict(vars(builtins))
+    if listed:
+        known = {name: known[name] for name in BUILTINS} | {"print": lambda *values, **options: None}
+        return known, dict(known)
+    given = types.ModuleType("builtins")
+    vars(given).update(known)
+    return known, given
 
 
 def _describe(error: BaseException) -> str:
@@ -275,26 +284,42 @@ def confine(memory_bytes: int, seconds: float, report: int, listed: bool) -> Non
     ):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        with contextlib.suppress(*([] if sys.platform == "linux" else [ValueError, OSError])):
+        try:
             resource.setrlimit(limit, (value, value))
+        except (ValueError, OSError):
+            if sys.platform == "linux":
+                raise
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if _prctl(_PR_SET_NO_NEW_PRIVS, 1):
-        _filter_system_calls(report, listed)
+    program = _system_call_filter(report, listed)
+    if _prctl(_PR_SET_NO_NEW_PRIVS, 1) and program:
+        _prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(program[0]))
+
+
+@functools.cache
+def _find_prctl() -> Any:
+    """prctl(2); None without ctypes, or elsewhere than on Linux."""
+    call = getattr(ctypes.CDLL(None), "prctl", None) if ctypes else None
+    if call is not None:  # a child that made objects of c_ulong would copy the memory of a hundred others
+        call.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    return call
 
 
 def _prctl(option: int, *arguments: int) -> bool:
     """Call prctl(2). Returns whether it succeeded."""
-    try:
-        call = ctypes.CDLL(None).prctl
-    except AttributeError:  # no ctypes, or not Linux
+    if (call := _find_prctl()) is None:
         return False
-    return call(option, *[ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]) == 0
+    return bool(call(option, *(*arguments, 0, 0, 0, 0)[:4]) == 0)
 
 
-def _filter_system_calls(report: int, listed: bool) -> None:
-    """Load a seccomp filter that answers refused system calls with EPERM (see seccomp(2) and linux/filter.h)."""
-    if sys.platform != "linux" or os.uname().machine not in _MACHINES or struct.calcsize("P") != 8:
-        return
+@functools.cache
+def _system_call_filter(report: int, listed: bool) -> tuple[Any, Any] | None:
+    """A seccomp filter that answers refused system calls with EPERM (see seccomp(2) and linux/filter.h).
+
+    Returns:
+        Its header, and the code that the header has the address of; None where there is no filter.
+    """
+    if not ctypes or sys.platform != "linux" or os.uname().machine not in _MACHINES or struct.calcsize("P") != 8:
+        return None
     column = _MACHINES.index(os.uname().machine)
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06  # (code, jump if true, jump if false, value)
     allow, refuse = (answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050001)
@@ -308,8 +333,7 @@ def _filter_system_calls(report: int, listed: bool) -> None:
     else:
         program += [(equal, 0, 3, _SOCKETPAIR[column]), first_argument, (equal, 1, 0, _AF_UNIX), refuse, allow]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code)))
-    _prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(header))
+    return ctypes.create_string_buffer(struct.pack("@HP", len(program), ctypes.addressof(code))), code
 
 
 def drop_root() -> None:
@@ -326,6 +350,9 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
     token = os.urandom(16).hex()
     reading, writing = os.pipe()
     parent = os.getpid()
+    # Made here, once for all rows: each child would make them again, and copy the memory of what they refer to.
+    _system_call_filter(writing, listed)
+    _builtins(listed)
     child = os.fork()
     if child == 0:
         try:
@@ -353,7 +380,7 @@ def run_row(code: str, tests: Sequence[str], seconds: float, memory_bytes: int, 
         return "timeout", f"not finished after {seconds:g} s"
     ending = os.waitstatus_to_exitcode(status)
     how = f"signal {-ending}" if ending < 0 else f"exit status {ending}"
-    return "error", f"ended without a result ({how})"
+    return "error", f"{NO_RESULT} ({how})"
 
 
 def _processor_time(pid: int, elapsed: float) -> float:

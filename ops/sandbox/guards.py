@@ -58,6 +58,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -66,14 +67,14 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
 from model.available import available_memory, available_processors
-from ops.sandbox.child import PATIENCE
+from ops.sandbox.child import NO_RESULT, PATIENCE
 
 Outcome = Literal["passed", "failed", "error", "timeout", "not_executed"]
 Snippet = tuple[str, Sequence[str]]
@@ -82,6 +83,7 @@ INSTALL = (
     "install bubblewrap (apt install bubblewrap, or dnf install bubblewrap) and allow user namespaces: "
     "sysctl kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0, where they exist"
 )
+SECONDS = 2.0  # processor time of a row
 MEMORY_BYTES = 512 * 2**20
 _CHILD = Path(__file__).with_name("child.py")
 _PYTHON_OPTIONS = ["-P", "-s", "-S", "-B", "-W", "ignore"]
@@ -90,6 +92,7 @@ _SECONDS_TO_START = 30  # time limit for the interpreter's start
 _SECONDS_PER_ROW = 0.5  # for forking, in addition to the row's own time limit
 _ROWS_OF_A_SANDBOX = 16  # at least, so that starting it pays
 _MOST_SANDBOXES = 8
+_EARLY_END = "the sandbox ended early"
 
 # Code and tests that run in bubblewrap before its first use, and prove that guard 2 works on this machine.
 _PROBE = """
@@ -128,9 +131,14 @@ class RowResult:
     outcome: Outcome
     reason: str = ""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the row alone decides it, and not how busy the machine is or what else ended its process."""
+        return self.outcome in ("passed", "failed", "error") and not self.reason.startswith((NO_RESULT, _EARLY_END))
+
 
 def run_tests(
-    snippets: Sequence[Snippet], timeout_seconds: float = 2.0, memory_bytes: int = MEMORY_BYTES
+    snippets: Sequence[Snippet], timeout_seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES
 ) -> list[RowResult]:
     """Run each row, a snippet of code and its tests (statements, at least one of them an assert), by itself.
 
@@ -249,16 +257,31 @@ def _answers(
     process: subprocess.Popen[bytes], deadline: float, rows: int, output: IO[bytes], errors: IO[bytes]
 ) -> tuple[list[tuple[str, str]], str]:
     """Wait for a sandbox until its deadline. Returns what ``_sandbox`` says."""
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        _kill(process)
+    _wait(process, deadline)
+    _kill(process)
     for file in (output, errors):
         file.seek(0)
     whole = [line for line in output.read().splitlines(keepends=True) if line.endswith(b"\n")]
     found = [(str(outcome), str(reason)) for outcome, reason in map(json.loads, whole[:rows])]
     said = errors.read().decode(errors="replace").strip()[-200:]
-    return found, f"the sandbox ended early (exit status {process.returncode}) {said}".strip()
+    return found, f"{_EARLY_END} (exit status {process.returncode}) {said}".strip()
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Wait until a process has ended, or until the deadline.
+
+    Without a descriptor of the process, Python looks every 50 ms whether it has ended.
+    """
+    with suppress(OSError, AttributeError):  # not Linux, or a container that does not allow it
+        descriptor = os.pidfd_open(process.pid)
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            poll.poll(1000 * max(0.0, deadline - time.monotonic()))
+        finally:
+            os.close(descriptor)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from made_up import ROOT, wait_for
 import model.net.device
 from ops.machine.gang import GangError
 from ops.machine.lock_file import read_locks
+from ops.settings import Settings
 from ops.tracking.runs import client
 from tasks import gang
 from tasks.gang import Devices, held_devices
@@ -72,6 +75,7 @@ def test_two_processes_train_as_one(flow: Callable[..., Any], alone: Any, monkey
     Losses and records of one trained model are equal: the same training is scored by two processes and by one.
     """
     monkeypatch.setattr(gang, "_FEWEST_COMPLETIONS", 1)
+    shutil.rmtree(Settings.load().base_outputs)  # the ranks would take the base's outputs from there
     both = flow(gpus=2)
     for name in ("train/loss", "eval/loss", "train/grad_norm"):
         assert _curve(both, name) == pytest.approx(_curve(alone, name), rel=1e-4)
@@ -90,21 +94,31 @@ def test_two_processes_train_as_one(flow: Callable[..., Any], alone: Any, monkey
 def test_ranks_score_as_one_process(
     flow: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The same checkpoint scored by one process, by two and by three: equal losses, and the same texts."""
+    """The same checkpoint scored by one process, by two and by three: equal losses, and the same texts.
+
+    So it is where the base's outputs are known, which no rank makes again.
+    """
     import tasks.evaluate
 
     score = gang.score
     seen: list[Any] = []
+    with_base: list[Any] = []
 
     def keep(scoring: Scoring, devices: Devices, gigabytes: float, log: Any) -> Any:
         for count, fewest in ((1, 1), (2, 1), (3, 1), (2, 10**6)):
             monkeypatch.setattr(gang, "_FEWEST_COMPLETIONS", fewest)
             seen.append(score(scoring, Devices(devices.names[:1] * count, devices.descriptors[:1] * count), 1.0, log))
+        monkeypatch.setattr(gang, "_FEWEST_COMPLETIONS", 1)
+        two = Devices(devices.names[:1] * 2, devices.descriptors[:1] * 2)
+        marked = replace(seen[0].base, refusal="made elsewhere")
+        with_base.append(score(replace(scoring, base=marked), two, gigabytes, log))
+        assert with_base == [replace(seen[0], base=marked)]
         return seen[0]
 
     monkeypatch.setattr(tasks.evaluate, "score", keep)
     flow(gpus=1, seed=3, sample_rows=None, pass_rows=20, max_steps=4)
     assert len(seen) == 4
+    assert len(with_base) == 1
     assert seen[0].tokens
     assert seen[0].tuned.losses != seen[0].base.losses
     assert seen[1:] == [seen[0]] * 3

@@ -17,6 +17,7 @@ from model.net.gpt import GPTModel
 from model.net.tokenizer import load_tokenizer
 from tasks import humaneval
 from tasks.humaneval import complete_tasks, score_tasks
+from tasks.row_tests import RowTests
 
 LOG = logging.getLogger(__name__)
 TASKS = [
@@ -41,7 +42,7 @@ def test_both_models_are_scored() -> None:
     """Samples stay with their task: 0, 1 and 2 of 2 pass; the values and the difference have their names."""
     base = [[WRONG, WRONG]] * 3
     tuned = [[WRONG, WRONG], [WRONG, RIGHT], [RIGHT, RIGHT]]
-    records = score_tasks(base, tuned, SamplingConfig(humaneval_samples=2, humaneval_k=2), LOG)
+    records = score_tasks(base, tuned, SamplingConfig(humaneval_samples=2, humaneval_k=2), RowTests({}), LOG)
     assert [(r["base_passes"], r["passes"], r["pass_at_k"]) for r in records] == [
         (0, 0, 0.0),
         (0, 1, 1.0),
@@ -63,7 +64,7 @@ def test_it_is_off_by_default() -> None:
     model = GPTModel.from_pretrained(EMBEDDED_BASE)
     tokenizer = load_tokenizer(EMBEDDED_BASE, model.config.vocab_size)
     assert complete_tasks(model, tokenizer, SamplingConfig(), torch.float32) == []
-    assert score_tasks([], [], SamplingConfig(), LOG) == []
+    assert score_tasks([], [], SamplingConfig(), RowTests({}), LOG) == []
     assert compare([], 0, scoreboard=HUMANEVAL) == []
     drawn = complete_tasks(model, tokenizer, SamplingConfig(humaneval_samples=2), torch.float32)
     assert [len(samples) for samples in drawn] == [2, 2, 2]

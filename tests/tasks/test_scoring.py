@@ -17,6 +17,7 @@ from model.evaluation.config import SamplingConfig
 from model.net.gpt import GPTModel
 from model.net.tokenizer import load_tokenizer
 from tasks.humaneval import score_tasks
+from tasks.row_tests import RowTests
 from tasks.scoring import outputs_of
 
 
@@ -43,4 +44,4 @@ def test_a_model_whose_logits_are_not_finite_has_no_completions(value: float, te
 
 
 def test_tasks_that_one_model_did_not_complete_are_not_scored() -> None:
-    assert score_tasks([[]], [], SamplingConfig(humaneval_samples=1), logging.getLogger(__name__)) == []
+    assert score_tasks([[]], [], SamplingConfig(humaneval_samples=1), RowTests({}), logging.getLogger(__name__)) == []

@@ -83,7 +83,7 @@ def test_greedy_equals_transformers_where_rows_join_and_leave(
     model: GPTModel, reference: GPT2LMHeadModel, slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Token for token in fp32: rows of any length that stop at different times, more of them than slots."""
-    monkeypatch.setitem(by_torch._SLOTS, "cpu", slots)
+    monkeypatch.setitem(by_torch._SLOTS_OF_NARROW, "cpu", slots)
     prompts = prompts_of(5, 17, 1, 30, 44, 2, 60, 8, 21, 13)
 
     def want(eos: int | None) -> list[list[int]]:
@@ -133,7 +133,7 @@ def test_a_rows_text_does_not_depend_on_its_company(
     sampling: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5, "eos_token_id": 7}
     order = data.draw(st.permutations(range(len(prompts))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(by_torch._SLOTS, "cpu", slots)
+        patch.setitem(by_torch._SLOTS_OF_NARROW, "cpu", slots)
         together = generate(lively, [prompts[row] for row in order], 12, **sampling)
     of_prompt: dict[tuple[int, ...], list[list[int]]] = {}
     for row, text in zip(order, together, strict=True):

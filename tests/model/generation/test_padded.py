@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from model import GPTConfig, GPTModel, generate
 from model.generation import padded as by_torch
 from model.generation.drawing import Sampler
-from model.generation.padded import PaddedDecoder, _fitting, _parts, packed
+from model.generation.padded import PaddedDecoder, _fitting, _last_hidden, _parts, packed
 from model.generation.slots import Row, Slots
+from model.net.attention import Layer, Rows
+from model.net.gpt import Attention
 
 CPU = torch.device("cpu")
 
@@ -51,6 +53,33 @@ def test_an_adapter_is_not_passed_over() -> None:
     torch.testing.assert_close(packed(model, torch.float32)(ids), model(ids), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@torch.no_grad()
+def test_only_the_last_token_is_computed_in_the_last_block(frozen: int) -> None:
+    """Its hidden state is that of a pass over all tokens, wherever the text ends, with a part of any type.
+
+    An attention of a type of its own, such as an adapter's, is called as a whole.
+    """
+
+    class Doubled(Attention):
+        def forward(self, x: Tensor, layer: Layer, dropout: float = 0.0) -> Tensor:
+            return 2 * super().forward(x, layer, dropout)
+
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(50, 16, 32, 2, 2)).eval()
+    model.num_frozen = frozen
+    ids, places = torch.randint(50, (5, 12)), torch.tensor([11, 0, 3, 7, 10])
+    tokens: list[int] = []
+    model.h[1].mlp.register_forward_hook(lambda module, given, found: tokens.append(found.numel() // 32))
+    for kind in (Attention, Doubled):
+        attention = kind(model.config)
+        attention.load_state_dict(model.h[1].attn.state_dict())
+        model.h[1].attn = attention
+        found = _last_hidden(model, ids, torch.arange(12), Rows(), places)
+        torch.testing.assert_close(found, model.hidden(ids)[torch.arange(5), places], atol=1e-5, rtol=0)
+    assert tokens == [5 if frozen < 2 else 60, 60, 60, 60]
+
+
 def test_weights_are_read_anew_in_each_call(model: GPTModel) -> None:
     """A copy of an earlier call would give the texts of a model that has trained since."""
     prompts = [list(range(1, 41))] * 10
@@ -79,8 +108,9 @@ def test_rows_are_cut_into_passes() -> None:
 
 
 def test_slots_follow_from_rows_and_memory() -> None:
-    """At most 64 on a CPU; fewer where long rows would take more than 2 GiB; one is always tried."""
+    """At most 64 on a CPU, 256 of a narrow model; fewer where long rows would take more than 2 GiB; one at least."""
     config = GPTConfig.preset("124m")
+    assert _fitting(GPTConfig.preset("tiny"), 100, 500, CPU, torch.float32, 2**31) == 256
     assert _fitting(config, 100, 5, CPU, torch.float32, 2**31) == 5
     assert _fitting(config, 100, 500, CPU, torch.float32, 2**31) == 64
     assert _fitting(config, 1024, 500, CPU, torch.float32, 2**31) == 2**31 // (1024 * 2 * 12 * 768 * 4) == 28

@@ -17,7 +17,9 @@ from model.net.device import (
     autocast,
     cast_frozen,
     count_processes,
+    describe_device,
     let_memory_grow,
+    processor_name,
     resolve_device,
     resolve_precision,
     use_precision,
@@ -35,6 +37,15 @@ def test_device_names() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"'cuda' is not available.*device=cpu"):
             resolve_device("cuda")
+
+
+def test_a_cpu_is_described_by_what_its_results_depend_on() -> None:
+    """Name, instructions and threads; they are the same when they are asked for again."""
+    found = describe_device(CPU)
+    assert found == describe_device(CPU)
+    assert (found["kind"], found["name"], found["threads"]) == ("cpu", processor_name(), torch.get_num_threads())
+    assert found["name"]
+    assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:

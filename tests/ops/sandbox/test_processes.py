@@ -129,8 +129,11 @@ def test_a_call_that_is_interrupted_while_a_sandbox_starts_leaves_no_process(mon
     assert _remaining(before) == set()
 
 
-def test_a_sandbox_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call ends even if the program that runs the rows does not answer."""
+@pytest.mark.parametrize("without", ["", "pidfd_open"])
+def test_a_sandbox_that_hangs_is_killed(without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call ends even if the program that runs the rows does not answer, with and without a descriptor of it."""
+    if without:
+        monkeypatch.delattr(os, without)
     child = tmp_path / "child.py"
     child.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(sandbox, "_CHILD", child)
