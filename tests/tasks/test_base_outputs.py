@@ -142,6 +142,18 @@ def _with_another_text(tmp_path: Path, source: Path) -> Path:
     return target
 
 
+def test_greedy_completions_do_not_depend_on_the_draw(tmp_path: Path, scoring: Scoring) -> None:
+    """Of trainings with several seeds, the first one scores the base."""
+    greedy = replace(scoring, sampling=replace(scoring.sampling, temperature=0.0))
+    _kept(tmp_path, greedy)
+    for change in ({"seed": 9}, {"top_k": 3}, {"top_p": None}):
+        other = replace(greedy, sampling=replace(greedy.sampling, **change))
+        assert BaseOutputs(tmp_path, other, CPU).find(LOG), change
+    for change in ({"max_new_tokens": 5}, {"repetition_penalty": 1.1}):
+        other = replace(greedy, sampling=replace(greedy.sampling, **change))
+        assert BaseOutputs(tmp_path, other, CPU).find(LOG) is None, change
+
+
 @pytest.mark.parametrize(
     "name",
     [
