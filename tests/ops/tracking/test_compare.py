@@ -262,7 +262,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     sentence = _refused(capsys, "0" * 32, "1" * 32, 1)
-    assert sentence.startswith("MLflow at http://127.0.0.1:9 refuses or does not answer")
+    assert sentence.startswith("MLflow at http://127.0.0.1:9 does not answer (Connection refused): ")
 
 
 def test_a_wrong_command_line_has_status_2(capsys: pytest.CaptureFixture[str]) -> None:
