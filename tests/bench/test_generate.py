@@ -33,7 +33,7 @@ def test_each_result_is_compared_with_this_project() -> None:
     assert lines[-1] == "transformers, static: out of memory"
 
 
-@pytest.mark.parametrize("temperature", ["0", "0.8"])
+@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "0.8"])
 def test_the_command_measures_all_contestants(tmp_path: Path, temperature: str) -> None:
     """On the embedded rows: all produce the same number of tokens; table and JSON have both."""
     out = tmp_path / "report.json"

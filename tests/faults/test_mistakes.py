@@ -91,6 +91,7 @@ def test_a_typo_is_answered_within_a_second(tmp_path: Path) -> None:
     assert 0 < used <= 1
 
 
+@pytest.mark.slow
 def test_debug_brings_the_traceback(tmp_path: Path) -> None:
     """On request, on the terminal and in Prefect's log."""
     with MISTAKES["no GPU"](tmp_path) as case:

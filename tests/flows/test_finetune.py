@@ -434,6 +434,7 @@ def test_every_gpu_task_holds_the_tag() -> None:
     assert not set().union(*(task.tags for task in without))
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny: dict[str, Any]) -> None:
     """Nothing trains while another process holds the device, and the run goes on when that one is gone."""
     from prefect.client.orchestration import get_client

@@ -242,6 +242,7 @@ def test_the_ledger_is_in_mlflow_alone(world: World, tmp_path: Path, monkeypatch
     assert seen == [_key(line) for line in world.pool if _trains(line)]  # as they came, not as they were written
 
 
+@pytest.mark.slow
 def test_a_night_killed_in_its_promotion_counts(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,6 +329,7 @@ def test_a_sweep_that_failed_behind_its_trials_trains_nothing_again(
     assert len(_children(result.run)) == 2
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_a_result(prefect_server: None, data_root: Path, tiny: dict[str, Any]) -> None:
     """The other trials go on, and the best is one of them."""
     from flows.sweep import sweep

@@ -226,6 +226,7 @@ def test_notices_are_redacted(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert CANARY not in f"{posted} {caplog.text}"
 
 
+@pytest.mark.slow
 def test_the_doctor_names_servers_without_passwords() -> None:
     """Of both servers, neither of which answers."""
     servers = {

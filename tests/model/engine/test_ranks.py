@@ -79,7 +79,7 @@ def assert_close(got: Path, want: Path, outcome: Outcome, wanted: Outcome) -> No
         pytest.param({"batch_size": ALL_BUT_ONE, "max_steps": 20}, {}, id="ranks without rows at times"),
         pytest.param({"dropout": 0.2, "batch_size": 7}, {}, id="dropout"),
         pytest.param({"prompt_loss_weight": 0.3}, {"train_head": True}, id="prompts and head"),
-        pytest.param({"dropout": 0.1}, {"unfrozen": None}, id="everything"),
+        pytest.param({"dropout": 0.1}, {"unfrozen": None}, id="everything", marks=pytest.mark.slow),
         pytest.param({"dropout": 0.1}, {"cache": {"max_bytes": 0}}, id="nothing kept", marks=pytest.mark.slow),
     ],
 )

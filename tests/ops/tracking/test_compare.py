@@ -113,7 +113,7 @@ def test_a_run_like_another_is_no_difference(settings: Settings) -> None:
     assert "The data are equal." in text
 
 
-@pytest.mark.parametrize("loss", [math.inf, math.nan])
+@pytest.mark.parametrize("loss", [math.inf, pytest.param(math.nan, marks=pytest.mark.slow)])
 def test_a_broken_model_is_named(settings: Settings, two: tuple[str, str], loss: float) -> None:
     """JSON has no infinity: the row of a broken model is kept, and the result says that the model is broken."""
     records = make_records(60)
