@@ -182,9 +182,9 @@ def hash_ahead(directory: Path) -> None:
 
 
 def wait_for_hashes() -> None:
-    """Wait until all that ``hash_ahead`` began is done."""
-    while _ahead:
-        _ahead.pop().join()
+    """Wait until all that ``hash_ahead`` began is done; any number of threads may wait."""
+    for thread in tuple(_ahead):
+        thread.join()
 
 
 def read_pretrained(

@@ -56,6 +56,7 @@ _PARAMETERS: tuple[tuple[str, str, Any], ...] = (
 )
 # Without these names MLflow would ask for torchvision, which no text needs.
 _REQUIREMENTS = ("mlflow", "torch", "transformers")
+_OWN_SHA256 = sha256_file(Path(__file__))  # when it is imported: the file may be edited while a run lasts
 
 
 def is_of_flavour(name: str) -> bool:
@@ -108,7 +109,7 @@ def add_flavour(directory: Path, name: str, kept: Path | None = None) -> None:
 
 def _key(files: Sequence[Path]) -> str:
     """A sha256 over all that determines the flavour's files: the directory's config and tokenizer, versions, code."""
-    code = [sha256_file(path) for path in (Path(__file__), _served_model())]
+    code = [_OWN_SHA256, sha256_file(_served_model())]
     of_files = {path.name: sha256_file(path) for path in files}
     return sha256_json([of_files, _requirements(), sys.version, format_prompt({"prompt": "{prompt}"}), code])
 

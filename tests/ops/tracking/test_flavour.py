@@ -312,3 +312,13 @@ def test_mlflow_models_serve_answers_a_prompt(server: str, answers: list[str]) -
         assert "stack_trace" not in refused.text
     for body in ({"inputs": ["x" * 10_000], "params": few}, {"inputs": ["x"], "params": few | {"unknown": 1}}):
         assert requests.post(f"{server}/invocations", json=body, timeout=120).status_code == 200, body
+
+
+def test_a_kept_flavour_is_named_by_the_code_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what was imported: its file may have been edited since."""
+    before = flavour._key([])
+    edited = tmp_path / "flavour.py"
+    edited.write_text(Path(flavour.__file__).read_text() + "# another line\n")
+    (tmp_path / "served_model.py").write_text(flavour._served_model().read_text())
+    monkeypatch.setattr(flavour, "__file__", str(edited))
+    assert flavour._key([]) == before
