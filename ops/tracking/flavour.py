@@ -22,6 +22,7 @@ import yaml
 from model.files import atomic_directory, sha256_file, sha256_json, write_json
 from model.net.prompt import format_prompt
 from model.records import read_record
+from ops.machine.flock import hold_file
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -99,11 +100,14 @@ def add_flavour(directory: Path, name: str, kept: Path | None = None) -> None:
         _write_flavour(directory, directory)
     else:
         template = kept / _key([path for path in plain.values() if path.suffix in (".json", ".txt", ".jinja")])
-        if not _is_whole(template):
-            with atomic_directory(template) as scratch:
-                _write_flavour(directory, scratch)
-                write_json(scratch / _RECORD, hash_version(scratch))
-        shutil.copytree(template, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RECORD))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Another run may publish at the same time: it waits for the files, instead of replacing them meanwhile.
+        with hold_file(kept.with_name(f".{kept.name}.lock"), wait=True):
+            if not _is_whole(template):
+                with atomic_directory(template) as scratch:
+                    _write_flavour(directory, scratch)
+                    write_json(scratch / _RECORD, hash_version(scratch))
+            shutil.copytree(template, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RECORD))
     _point_at_directory(directory / MLMODEL, name, sum(path.stat().st_size for path in plain.values()))
 
 
