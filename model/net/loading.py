@@ -24,7 +24,7 @@ from model.net.layout import CONFIG_FILE, WEIGHTS_FILE, weight_files
 from model.net.prompt import CHAT_TEMPLATE
 from model.net.tensor_file import Entry, TensorFile, open_tensors
 from model.net.tokenizer import load_tokenizer
-from model.threads import take_quick_turns
+from model.threads import shorten_switch_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,7 +175,7 @@ def hash_ahead(directory: Path) -> None:
         with suppress(Exception):  # it is raised where the weights are needed
             hash_pretrained(directory)
 
-    take_quick_turns()
+    shorten_switch_interval()
     thread = threading.Thread(target=work, name="hash-ahead", daemon=True)
     _ahead.append(thread)
     thread.start()
