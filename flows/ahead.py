@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +17,7 @@ from flows.trials import SweepJob, refused_grid
 from ops.machine.process import identify_process
 from ops.servers import count_gpus
 from ops.threads import in_daemon_thread
-from tasks.trial_helpers import dismiss_helpers, start_helpers
+from tasks.trial_helpers import dismiss_helpers, dismissals, start_helpers
 
 
 @contextmanager
@@ -30,13 +29,12 @@ def helpers_ahead(request: Request) -> Iterator[None]:
         return
     # As flows.local does later: a helper of a flow run that is killed is found, and ended, by the next.
     os.environ[RUN] = identify_process().to_json()
-    over = threading.Event()
+    since = dismissals()
     # In a thread, as listing the GPUs may take seconds.
-    in_daemon_thread(lambda: start_helpers(min(most, count_gpus() - 1), over), "start-helpers")
+    in_daemon_thread(lambda: start_helpers(min(most, count_gpus() - 1), since), "start-helpers")
     try:
         yield
     finally:
-        over.set()
         dismiss_helpers()
 
 
