@@ -189,7 +189,9 @@ def test_other_code_versions_and_devices_find_nothing(
     assert BaseOutputs(tmp_path, scoring, CPU).find(LOG) is None
 
 
-@pytest.mark.parametrize("name", ["MKL_CBWR", "TORCH_BLAS_PREFER_CUBLASLT", "CUBLASLT_WORKSPACE_SIZE", "TRITON_DEFAULT_FP_FUSION"])
+@pytest.mark.parametrize(
+    "name", ["MKL_CBWR", "TORCH_BLAS_PREFER_CUBLASLT", "CUBLASLT_WORKSPACE_SIZE", "TRITON_DEFAULT_FP_FUSION"]
+)
 def test_another_setting_of_a_math_library_finds_nothing(
     name: str, tmp_path: Path, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
