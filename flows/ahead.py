@@ -6,16 +6,18 @@ Nothing here imports torch, Prefect or MLflow: the helpers import while this pro
 from __future__ import annotations
 
 import math
-import threading
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flows.arguments import Request
 from flows.job import refused_values, unknown_parameters
+from flows.local import RUN
 from flows.trials import SweepJob, refused_grid
+from ops.machine.process import identify_process
 from ops.servers import count_gpus
 from ops.threads import in_daemon_thread
-from tasks.trial_helpers import dismiss_helpers, start_helpers
+from tasks.trial_helpers import dismiss_helpers, dismissals, start_helpers
 
 
 @contextmanager
@@ -25,13 +27,14 @@ def helpers_ahead(request: Request) -> Iterator[None]:
     if most == 0:
         yield
         return
-    over = threading.Event()
+    # As flows.local does later: a helper of a flow run that is killed is found, and ended, by the next.
+    os.environ[RUN] = identify_process().to_json()
+    since = dismissals()
     # In a thread, as listing the GPUs may take seconds.
-    in_daemon_thread(lambda: start_helpers(min(most, count_gpus() - 1), over), "start-helpers")
+    in_daemon_thread(lambda: start_helpers(min(most, count_gpus() - 1), since), "start-helpers")
     try:
         yield
     finally:
-        over.set()
         dismiss_helpers()
 
 

@@ -86,8 +86,10 @@ def start(settings: Settings, weights_dir: str | None = None) -> None:
         idle = threading.Timer(_IDLE_SECONDS, _import_later_modules)
         idle.daemon = True
         idle.start()
-        server.wait(_SERVER_SECONDS)
-        idle.cancel()
+        try:
+            server.wait(_SERVER_SECONDS)
+        finally:
+            idle.cancel()
 
 
 def _import_later_modules() -> None:

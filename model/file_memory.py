@@ -2,9 +2,13 @@
 
 A run needs the base's weights three times, and all but the first reading would spend most of its time on the hash.
 Another process hashes for itself. A file counts as unchanged while device, inode, size and both times are the same;
-no program can set the time of the last change (ctime). Writing within one tick of the file system's clock leaves the
-times as they are, so a file that was changed just before it was hashed is not remembered (git does the same with its
-index, https://git-scm.com/docs/racy-git).
+on a local file system no program can set the time of the last change (ctime). Writing within one tick of the file
+system's clock leaves the times as they are, so a file that was changed just before it was hashed is not remembered
+(git does the same with its index, https://git-scm.com/docs/racy-git).
+
+Two changes of the same size are not noticed: bytes that are stored through a shared memory map, which sets the times
+at some of the stores only, and on tmpfs at none; and a file whose time was put back where the file system has no
+ctime of its own, as sshfs. Copying, downloading and saving do neither.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""How the threads of a process share Python's interpreter."""
+"""How the threads of a process share Python's global interpreter lock (GIL)."""
 
 from __future__ import annotations
 
 import sys
 
-_TURN_SECONDS = 0.0005
+_SWITCH_SECONDS = 0.0005
 
 
-def take_quick_turns() -> None:
-    """Let a thread that waits for the interpreter have it after 0.5 ms, in place of Python's 5.
+def shorten_switch_interval() -> None:
+    """Have a thread give the GIL up after 0.5 ms, in place of Python's 5, if another thread waits for it.
 
-    Reading weights and launching kernels gives the interpreter up hundreds of times a second. While another thread
-    runs Python code, such as an import or MLflow's client, each time costs a turn of that thread.
+    Reading weights and launching kernels releases the GIL hundreds of times a second. While another thread runs
+    Python code, such as an import or MLflow's client, getting it back takes one switch interval each time.
     """
-    sys.setswitchinterval(_TURN_SECONDS)
+    sys.setswitchinterval(_SWITCH_SECONDS)

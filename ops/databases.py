@@ -79,7 +79,7 @@ def look_at(address: str, owner: str) -> None:
     Raises:
         DatabaseError: it is no database, locked, or of another version.
     """
-    path = _sqlite_path(address)
+    path = sqlite_path(address)
     if path is None or not path.is_file() or not path.stat().st_size:
         return
     try:
@@ -92,13 +92,19 @@ def look_at(address: str, owner: str) -> None:
 
 def unusable(address: str, owner: str, error: BaseException) -> DatabaseError:
     """The error that a database cannot be used, for a reason that a library gives."""
-    path = _sqlite_path(address)
+    path = sqlite_path(address)
     remedy = _put_aside(path, "damaged") if path and path.exists() else _SETTINGS[owner]
     reason = redact(one_line(error))[:300] or type(error).__name__
     return DatabaseError(f"{owner}'s database {without_credentials(address)} cannot be used ({reason}): {remedy}")
 
 
-def _sqlite_path(address: str) -> Path | None:
+def is_absent(address: str) -> bool:
+    """Whether it is the address of a sqlite file that does not exist; a client would make an empty one."""
+    path = sqlite_path(address)
+    return path is not None and not path.exists()
+
+
+def sqlite_path(address: str) -> Path | None:
     """The file of an address; None if it is a server's or in memory."""
     scheme, _, path = address.partition(":///")
     if scheme.partition("+")[0] != "sqlite" or not path or path.startswith((":memory:", "file:")):
@@ -120,7 +126,7 @@ def check_address(address: str, owner: str) -> None:
     """
     if address.partition("://")[0].partition("+")[0] == "postgresql":
         return check_postgresql(address, owner)
-    if path := _sqlite_path(address):
+    if path := sqlite_path(address):
         check_database(path, owner)
 
 

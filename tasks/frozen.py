@@ -14,7 +14,7 @@ from model.net.freezing import FreezePlan
 from model.net.gpt import GPTModel
 from model.net.loading import check_hashes, load_frozen_model
 from model.net.tokenizer import load_tokenizer
-from model.threads import take_quick_turns
+from model.threads import shorten_switch_interval
 from ops.settings import Settings
 from tasks.references import ModelRef
 
@@ -42,7 +42,7 @@ def load_frozen(model: ModelRef, plan: FreezePlan, device: torch.device, dtype: 
         ChangedFileError: a file of the base or the tokenizer is not what it was when the run began.
         RuntimeError: other parameters would train than planned: the code changed between the tasks.
     """
-    take_quick_turns()
+    shorten_switch_interval()
     network = load_frozen_model(
         model.model_size,
         Path(model.directory),

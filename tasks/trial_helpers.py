@@ -21,22 +21,30 @@ _END_SECONDS = 25.0  # in which a helper ends when it is told to
 
 _lock = threading.RLock()
 _waiting: list[Standby] = []  # the helpers of this process that have no work yet
+_dismissals = 0
 
 
-def start_helpers(count: int, unless: threading.Event | None = None) -> None:
+def dismissals() -> int:
+    """How often helpers were dismissed: when a sweep has begun its trials, and when it is over."""
+    return _dismissals
+
+
+def start_helpers(count: int, since: int | None = None) -> None:
     """Have as many helpers wait, if fewer do.
 
     Args:
-        unless: if it is set, none is started.
+        since: ``dismissals()`` at the moment when they were wanted; after a later dismissal none is started.
     """
     with _lock:
-        while len(_waiting) < count and not (unless and unless.is_set()):
+        while len(_waiting) < count and since in (None, _dismissals):
             _waiting.append(Standby(_MODULE))
 
 
 def dismiss_helpers() -> None:
     """End the helpers that wait."""
+    global _dismissals
     with _lock:
+        _dismissals += 1
         dismiss(_waiting)
         _waiting.clear()
 

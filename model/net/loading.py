@@ -24,7 +24,7 @@ from model.net.layout import CONFIG_FILE, WEIGHTS_FILE, weight_files
 from model.net.prompt import CHAT_TEMPLATE
 from model.net.tensor_file import Entry, TensorFile, open_tensors
 from model.net.tokenizer import load_tokenizer
-from model.threads import take_quick_turns
+from model.threads import shorten_switch_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,16 +175,16 @@ def hash_ahead(directory: Path) -> None:
         with suppress(Exception):  # it is raised where the weights are needed
             hash_pretrained(directory)
 
-    take_quick_turns()
+    shorten_switch_interval()
     thread = threading.Thread(target=work, name="hash-ahead", daemon=True)
     _ahead.append(thread)
     thread.start()
 
 
 def wait_for_hashes() -> None:
-    """Wait until all that ``hash_ahead`` began is done."""
-    while _ahead:
-        _ahead.pop().join()
+    """Wait until all that ``hash_ahead`` began is done; any number of threads may wait."""
+    for thread in tuple(_ahead):
+        thread.join()
 
 
 def read_pretrained(

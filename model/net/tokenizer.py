@@ -201,8 +201,8 @@ def _tokenizer_class(contents: Mapping[str, bytes]) -> Any:
 
     AutoTokenizer imports the models of transformers; in 5.17 torch's compiler and scipy with them, for 3 to 5 s.
     """
-    while _ahead:
-        _ahead.pop().join()
+    for thread in tuple(_ahead):  # it stays in the list, as another thread may have to wait for it too
+        thread.join()
     import transformers
 
     stated, of_model = (_object(contents.get(name)) for name in ("tokenizer_config.json", "config.json"))

@@ -12,10 +12,10 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from ops.databases import is_absent
 from ops.machine.process import ProcessIdentity
 from ops.notify import notify
 from ops.tracking.runs import EXPERIMENT, PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, client, search_runs
@@ -121,7 +121,7 @@ def close_run(run: RunRef, status: str, reason: str) -> bool:
 
 def runs_of(tracking_uri: str, flow_run_id: str) -> list[Run]:
     """The MLflow runs of a Prefect run: those of its attempts, newest first, then those of a sweep's trials."""
-    if _is_absent(tracking_uri):
+    if is_absent(tracking_uri):
         return []
     mlflow = client(tracking_uri)
     experiment = mlflow.get_experiment_by_name(EXPERIMENT)
@@ -237,11 +237,6 @@ def complete_flow_run(prefect: SyncPrefectClient, flow_run_id: UUID) -> None:
     prefect.set_flow_run_state(flow_run_id, state, force=True)
 
 
-def _is_absent(tracking_uri: str) -> bool:
-    """Whether the store is a sqlite file that does not exist yet; a query would create it."""
-    return tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists()
-
-
 def _running(tracking_uri: str) -> Iterator[Run]:
-    if not _is_absent(tracking_uri):
+    if not is_absent(tracking_uri):
         yield from search_runs(tracking_uri, "attributes.status = 'RUNNING'")

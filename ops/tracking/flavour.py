@@ -22,6 +22,7 @@ import yaml
 from model.files import atomic_directory, sha256_file, sha256_json, write_json
 from model.net.prompt import format_prompt
 from model.records import read_record
+from ops.machine.flock import hold_file
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -56,6 +57,7 @@ _PARAMETERS: tuple[tuple[str, str, Any], ...] = (
 )
 # Without these names MLflow would ask for torchvision, which no text needs.
 _REQUIREMENTS = ("mlflow", "torch", "transformers")
+_OWN_SHA256 = sha256_file(Path(__file__))  # when it is imported: the file may be edited while a run lasts
 
 
 def is_of_flavour(name: str) -> bool:
@@ -98,17 +100,20 @@ def add_flavour(directory: Path, name: str, kept: Path | None = None) -> None:
         _write_flavour(directory, directory)
     else:
         template = kept / _key([path for path in plain.values() if path.suffix in (".json", ".txt", ".jinja")])
-        if not _is_whole(template):
-            with atomic_directory(template) as scratch:
-                _write_flavour(directory, scratch)
-                write_json(scratch / _RECORD, hash_version(scratch))
-        shutil.copytree(template, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RECORD))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Another run may publish at the same time: it waits for the files, instead of replacing them meanwhile.
+        with hold_file(kept.with_name(f".{kept.name}.lock"), wait=True):
+            if not _is_whole(template):
+                with atomic_directory(template) as scratch:
+                    _write_flavour(directory, scratch)
+                    write_json(scratch / _RECORD, hash_version(scratch))
+            shutil.copytree(template, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RECORD))
     _point_at_directory(directory / MLMODEL, name, sum(path.stat().st_size for path in plain.values()))
 
 
 def _key(files: Sequence[Path]) -> str:
     """A sha256 over all that determines the flavour's files: the directory's config and tokenizer, versions, code."""
-    code = [sha256_file(path) for path in (Path(__file__), _served_model())]
+    code = [_OWN_SHA256, sha256_file(_served_model())]
     of_files = {path.name: sha256_file(path) for path in files}
     return sha256_json([of_files, _requirements(), sys.version, format_prompt({"prompt": "{prompt}"}), code])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from ops.databases import sqlite_path
 from ops.tracking.models import FILES_TAG, LOGGED, file_hashes
 from ops.tracking.registered import Registered, ask_registered, not_registered, quoted
 from ops.tracking.registry import KnownVersion, find_version, matched_uri
@@ -37,9 +38,9 @@ def look_up(tracking_uri: str, wanted: str | None) -> KnownVersion:
         ValueError: the name has another form.
     """
     require_runs(tracking_uri)
-    if tracking_uri.startswith("sqlite:///"):
+    if path := sqlite_path(tracking_uri):
         try:
-            with closing(_open(Path(tracking_uri.removeprefix("sqlite:///")))) as database:
+            with closing(_open(path)) as database:
                 return _Tables(database, tracking_uri).look_up(wanted)
         except sqlite3.Error:  # MLflow names a damaged database
             pass

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import logging
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ops.databases import MLFLOW, look_at, unusable
+from ops.databases import MLFLOW, is_absent, look_at, sqlite_path, unusable
 from ops.machine.process import identify_process
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.servers import EXPERIMENT as EXPERIMENT
@@ -43,6 +45,8 @@ _PAGES_PORT = 5000  # of the command that opens the pages of a run without a ser
 _PAGE = 1000  # runs per request
 _PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter's value
 _TAG_CHARACTERS = 1000  # of a tag that is text for people
+_NO_ANSWER = (ConnectionError, TimeoutError, socket.gaierror)
+_NO_ROUTE = (errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ def refusal(tracking_uri: str, error: Exception) -> str:
     reason = f"refuses (MLFLOW_TRACKING_URI names it): {one_line(error)}"
     cause: BaseException | None = error
     while cause:  # beneath the errors of requests and urllib3, which name the request
-        if isinstance(cause, OSError) and cause.strerror:
-            reason = f"does not answer ({cause.strerror}): start it, or set MLFLOW_TRACKING_URI to its address"
+        if isinstance(cause, _NO_ANSWER) or (isinstance(cause, OSError) and cause.errno in _NO_ROUTE):
+            said = cause.strerror or one_line(cause)
+            reason = f"does not answer ({said}): start it, or set MLFLOW_TRACKING_URI to its address"
         cause = cause.__cause__ or cause.__context__
     return redact(f"MLflow at {tracking_uri} {reason}")
 
@@ -109,7 +114,7 @@ def require_runs(tracking_uri: str) -> None:
     Raises:
         LookupError: no run has made it.
     """
-    if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists():
+    if is_absent(tracking_uri):
         raise LookupError(
             f"there is no run yet, {tracking_uri} does not exist: run `make run` first, or set MLFLOW_TRACKING_URI "
             "to the server of your runs"
@@ -132,8 +137,8 @@ def client(tracking_uri: str) -> MlflowClient:
         logger = logging.getLogger(name)
         if logger.level != logging.WARNING:  # setLevel goes through all loggers that there are
             logger.setLevel(logging.WARNING)
-    if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    if path := sqlite_path(tracking_uri):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # The registry resolves models:/ URIs with the process-wide URI, whatever the client was given.
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)

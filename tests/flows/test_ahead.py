@@ -11,6 +11,8 @@ from made_up import wait_for
 
 from flows.ahead import helpers_ahead
 from flows.arguments import parse
+from flows.local import RUN
+from ops.machine.process import identify_process
 from tasks import trial_helpers
 
 
@@ -23,6 +25,7 @@ def helpers() -> list[psutil.Process]:
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many as this variable names; their helpers never come so far as to use one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv(RUN, "")  # it is as it was afterwards
     yield
     trial_helpers.dismiss_helpers()
 
@@ -35,6 +38,7 @@ def test_one_for_each_further_gpu_that_gets_a_trial(grid: str, count: int) -> No
         wait_for("they are started", lambda: len(helpers()) == count, 30)
         time.sleep(0.5)
         assert len(helpers()) == count
+        assert {helper.environ()[RUN] for helper in helpers()} == {identify_process().to_json()}
         begun = time.monotonic()
     assert helpers() == []
     assert time.monotonic() - begun < 5

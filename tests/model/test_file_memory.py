@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -147,3 +148,21 @@ def test_weights_are_hashed_ahead(weights: Path, tmp_path: Path, monkeypatch: py
     hash_pretrained(weights)
     with pytest.raises(FileNotFoundError, match="nothing"):
         hash_pretrained(tmp_path / "nothing")
+
+
+def test_all_threads_wait_for_what_is_hashed_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the second one, that comes while the first still waits."""
+    done = threading.Event()
+    ahead = threading.Thread(target=done.wait, args=(30,))
+    monkeypatch.setattr("model.net.loading._ahead", [ahead])
+    ahead.start()
+    waiting = [threading.Thread(target=wait_for_hashes) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+        thread.join(0.2)
+    still = [thread.is_alive() for thread in waiting]
+    done.set()
+    for thread in (*waiting, ahead):
+        thread.join(30)
+    assert still == [True, True]
+    assert not any(thread.is_alive() for thread in waiting)

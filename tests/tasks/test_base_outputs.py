@@ -185,22 +185,30 @@ def test_rows_in_another_order_find_nothing(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("_code_sha256", "other code"), ("_version", "9.9"), ("describe_device", {"kind": "cpu", "name": "other"})],
+    [
+        ("_CODE", "other code"),
+        ("_version", lambda library: "9.9"),
+        ("_packages", lambda: ["nvidia_cublas-99.dist-info"]),
+        ("describe_device", lambda place: {"kind": "cpu", "name": "other"}),
+    ],
 )
 def test_other_code_versions_and_devices_find_nothing(
     name: str, value: Any, tmp_path: Path, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They cannot all exist here, so that their names are replaced."""
     _kept(tmp_path, scoring)
-    monkeypatch.setattr(base_outputs, name, lambda *arguments: value)
+    monkeypatch.setattr(base_outputs, name, value)
     assert BaseOutputs(tmp_path, scoring, CPU).find(LOG) is None
 
 
+@pytest.mark.parametrize(
+    "name", ["MKL_CBWR", "TORCH_BLAS_PREFER_CUBLASLT", "CUBLASLT_WORKSPACE_SIZE", "TRITON_DEFAULT_FP_FUSION"]
+)
 def test_another_setting_of_a_math_library_finds_nothing(
-    tmp_path: Path, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _kept(tmp_path, scoring)
-    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv(name, "1")
     assert BaseOutputs(tmp_path, scoring, CPU).find(LOG) is None
 
 
@@ -211,14 +219,31 @@ def test_a_changed_line_of_code_is_another_hash(tmp_path: Path) -> None:
     assert {
         "model/engine/scoring.py", "model/generation/decode_kernels.py", "model/generation/padded.py",
         "model/net/prompt.py", "model/evaluation/completions.py", "tasks/scoring.py", "tasks/humaneval.py",
+        "tasks/frozen.py",
     } <= names  # fmt: skip
     copies = [tmp_path / str(number) / path.name for number, path in enumerate(files)]
     for path, copy in zip(files, copies, strict=True):
         copy.parent.mkdir()
         copy.write_bytes(path.read_bytes())
-    assert base_outputs._files_sha256(copies) == base_outputs._code_sha256()
+    assert base_outputs._files_sha256(copies) == base_outputs._CODE
     copies[-1].write_bytes(copies[-1].read_bytes() + b"\n")
-    assert base_outputs._files_sha256(copies) != base_outputs._code_sha256()
+    assert base_outputs._files_sha256(copies) != base_outputs._CODE
+
+
+@pytest.mark.parametrize("kind", ["_code_files", "_sandbox_files"])
+def test_outputs_of_code_that_is_edited_during_a_run_are_not_kept(
+    kind: str, tmp_path: Path, scoring: Scoring, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """This process has the old code, a rank that starts later the new: neither name would be right."""
+    edited = [tmp_path / f"{number}-{path.name}" for number, path in enumerate(getattr(base_outputs, kind)())]
+    for path in edited:
+        path.write_text("# another line\n")
+    before = BaseOutputs(tmp_path / "kept", scoring, CPU)
+    monkeypatch.setattr(base_outputs, kind, lambda: edited)
+    store = _kept(tmp_path / "kept", scoring)
+    assert (store.path, store.sandbox) == (before.path, before.sandbox)  # of the code that runs
+    assert not store.path.exists()
+    assert caplog.messages == ["the base's outputs are not kept for later runs: the code was changed during this run"]
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ def test_runs_that_differ_in_the_training_share_the_base(
     """
     from flows.finetune import finetune
 
-    tasks_log = logging.getLogger("prefect.task_runs")  # passes nothing on to the root logger
+    tasks_log = logging.getLogger("prefect.task_runs")
     monkeypatch.setattr(tasks_log, "handlers", [*tasks_log.handlers, caplog.handler])
+    monkeypatch.setattr(tasks_log, "propagate", False)  # it does pass on to the root logger until Prefect is set up
     root = tmp_path / "root"
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(root))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow/mlflow.db")

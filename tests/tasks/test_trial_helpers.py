@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from made_up import ROOT, wait_for
 
 from tasks import trial_helpers
-from tasks.trial_helpers import dismiss_helpers, start_helpers, waiting_helpers, working_helpers
+from tasks.trial_helpers import dismiss_helpers, dismissals, start_helpers, waiting_helpers, working_helpers
 
 LOG = logging.getLogger(__name__)
 MODULE = "made_up_helper"
@@ -60,11 +59,13 @@ def test_as_many_wait_as_are_wanted() -> None:
     assert helpers() == set()
 
 
-def test_none_is_started_when_the_sweep_is_over() -> None:
-    """Counting GPUs in another thread may take longer than a sweep that fails at once."""
-    over = threading.Event()
-    over.set()
-    start_helpers(2, over)
+def test_none_is_started_too_late() -> None:
+    """Counting GPUs in another thread may take until the trials have begun, or until a sweep has failed at once."""
+    since = dismissals()
+    with waiting_helpers(1), working_helpers(1, "the order", LOG):
+        start_helpers(3, since)
+        assert len(helpers()) == 1
+    start_helpers(2, since)
     assert helpers() == set()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,37 @@ def test_mlflow_models_serve_answers_a_prompt(server: str, answers: list[str]) -
         assert "stack_trace" not in refused.text
     for body in ({"inputs": ["x" * 10_000], "params": few}, {"inputs": ["x"], "params": few | {"unknown": 1}}):
         assert requests.post(f"{server}/invocations", json=body, timeout=120).status_code == 200, body
+
+
+def test_runs_that_publish_at_the_same_time_make_the_files_once(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second waits for those of the first: what it copies is not replaced meanwhile."""
+    made = []
+
+    def write(source: Path, target: Path) -> None:
+        made.append(source)
+        time.sleep(0.5)
+        for name in (*flavour.FLAVOUR_FILES, "components/x"):
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes((directory / "MLmodel").read_bytes())
+
+    monkeypatch.setattr(flavour, "_write_flavour", write)
+    places = [tmp_path / name for name in "abc"]
+    for place in places:
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda place: add_flavour(place, NAME, tmp_path / "root" / "kept"), places))
+    assert len(made) == 1
+    assert hash_version(places[0]) == hash_version(places[1]) == hash_version(places[2])
+
+
+def test_a_kept_flavour_is_named_by_the_code_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is what was imported: its file may have been edited since."""
+    before = flavour._key([])
+    edited = tmp_path / "flavour.py"
+    edited.write_text(Path(flavour.__file__).read_text() + "# another line\n")
+    (tmp_path / "served_model.py").write_text(flavour._served_model().read_text())
+    monkeypatch.setattr(flavour, "__file__", str(edited))
+    assert flavour._key([]) == before

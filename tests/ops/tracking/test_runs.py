@@ -20,6 +20,7 @@ from ops.tracking.runs import (
     client,
     opening,
     refusal,
+    require_runs,
     tracked_run,
 )
 
@@ -176,3 +177,29 @@ def test_a_server_that_does_not_answer_is_one_sentence() -> None:
     assert refusal("http://host", RuntimeError("one\ntwo")).endswith(
         "refuses (MLFLOW_TRACKING_URI names it): one two"
     )
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (TimeoutError("timed out"), "does not answer (timed out)"),
+        (OSError(113, "No route to host"), "does not answer (No route to host)"),
+        (FileNotFoundError(2, "No such file or directory", "/artifacts/a"), "refuses"),
+        (PermissionError(13, "Permission denied", "/artifacts/a"), "refuses"),
+    ],
+)
+def test_a_server_without_an_answer_is_told_from_one_that_refuses(cause: OSError, said: str) -> None:
+    """A file that cannot be read says nothing of the server."""
+    error = RuntimeError("the request failed")
+    error.__cause__ = cause
+    assert f"http://host {said}" in refusal("http://host", error)
+
+
+@pytest.mark.parametrize("address", ["sqlite:///{}", "sqlite+pysqlite:///{}", "sqlite:///{}?timeout=10"])
+def test_a_database_is_known_by_its_file(address: str, tmp_path: Path) -> None:
+    """Whatever driver or options the address has."""
+    uri = address.format(tmp_path / "mlflow.db")
+    with pytest.raises(LookupError, match="there is no run yet"):
+        require_runs(uri)
+    (tmp_path / "mlflow.db").touch()
+    require_runs(uri)
