@@ -267,6 +267,20 @@ def test_fused_loss_agrees_with_autograd(vocabulary: int) -> None:
     torch.testing.assert_close(gradient.float(), exact.grad, rtol=3e-2, atol=1e-2)
 
 
+def test_every_loss_is_of_the_logits_that_were_given() -> None:
+    """The kernel overwrites the logits: no loss may be read from a gradient, which a faster warp has written."""
+    torch.manual_seed(0)
+    logits = torch.zeros(8192, 50304, device="cuda", dtype=torch.bfloat16)
+    logits[:, :50257] = 4 * torch.randn(8192, 50257, device="cuda")
+    targets = torch.randint(50257, (8192,), device="cuda")
+    want = F.cross_entropy(logits[:, :50257].float(), targets, reduction="none")
+    first, _ = cross_entropy(logits.clone(), targets, 50257)
+    torch.testing.assert_close(first, want, rtol=1e-4, atol=1e-4)
+    for _ in range(50):
+        again, _ = cross_entropy(logits.clone(), targets, 50257)
+        assert torch.equal(again, first)
+
+
 def test_sure_target_keeps_its_gradient() -> None:
     """The gradient p - 1 of a target with p near 1 is not rounded to 0 in bf16."""
     logits = torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16)
