@@ -142,8 +142,8 @@ def _cross_entropy(logits, targets, losses, width, vocabulary, BLOCK: tl.constex
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     lanes = tl.arange(0, BLOCK)
-    # Each lane keeps its own maximum and sum: one reduction at the end instead of one a block.
     target = tl.load(targets + row)
+    # Each lane keeps its own maximum and sum: one reduction at the end instead of one a block.
     highest = tl.full([BLOCK], -1e30, tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
     # The target's logit is taken here: read from memory later, another warp might have written its gradient there.
