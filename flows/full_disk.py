@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 
 from model.files import DiskFullError
 from ops.settings import DataRootError
@@ -29,26 +30,24 @@ def naming_the_disk(data_root: Path) -> Iterator[None]:
         yield
     except DiskFullError:
         raise
-    except OSError as error:
-        if error.errno in _REFUSED and error.filename and Path(str(error.filename)).is_relative_to(data_root):
+    except Exception as error:
+        if _is_refused(error, data_root):
             raise DataRootError.of(data_root, error) from error
         if not is_full_disk(error, data_root):
             raise
-        raise _full(data_root, error) from error
-    except Exception as error:
-        if not is_full_disk(error, data_root):
-            raise
-        raise _full(data_root, error) from error
+        free = shutil.disk_usage(data_root).free
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {data_root} is full, {free:,} bytes are free: free some, and the next run goes on from "
+            f"what is complete ({one_line(error)[:300]})",
+        ) from error
 
 
-def _full(data_root: Path, error: Exception) -> OSError:
-    """The error of a full disk, with the remedy."""
-    free = shutil.disk_usage(data_root).free
-    return OSError(
-        errno.ENOSPC,
-        f"the disk of {data_root} is full, {free:,} bytes are free: free some, and the next run goes on from what is "
-        f"complete ({one_line(error)[:300]})",
-    )
+def _is_refused(error: Exception, data_root: Path) -> TypeGuard[OSError]:
+    """Whether the system refuses a file of the data root."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSED or not error.filename:
+        return False
+    return Path(str(error.filename)).is_relative_to(data_root)
 
 
 def is_full_disk(error: BaseException | None, data_root: Path) -> bool:

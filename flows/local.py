@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import threading
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 from flows.databases import open_mlflow
 from model.net.tokenizer import import_ahead
 from ops.databases import check_database
+from ops.imports import import_quickly
 from ops.machine.lock import exclusive
 from ops.machine.process import end_processes, identify_process, left_behind
 from ops.servers import TEMPORARY_SERVER_VARIABLE
@@ -104,9 +104,4 @@ def _import_later_modules() -> None:
 
 def _import_flow() -> None:
     """Import what a flow run needs until its first step, while the server starts on another core."""
-    # Imports create objects that live to the end: collecting them takes a quarter of the import time.
-    gc.disable()
-    import flows.finetune  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
+    import_quickly("flows.finetune")

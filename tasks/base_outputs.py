@@ -30,7 +30,7 @@ import tasks.frozen
 import tasks.humaneval
 import tasks.scoring
 from model.data.tokens import CodeAlpacaDataset
-from model.files import parse_json, read_bytes, reason_of, sha256_json, write_json
+from model.files import parse_json, read_bytes, reason_of, sha256_file, sha256_json, write_json
 from model.net.device import describe_device, resolve_precision
 from ops.sandbox.guards import MEMORY_BYTES, RowResult
 from tasks.scoring import ModelOutputs, Scoring
@@ -192,7 +192,7 @@ def _packages() -> list[str]:
 
 
 def _files_sha256(paths: Iterable[Path]) -> str:
-    return sha256_json([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths])
+    return sha256_json([(path.name, sha256_file(path)) for path in paths])
 
 
 # When it is imported: that is the code of this process, whatever becomes of the files.

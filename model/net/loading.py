@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from model.net.layout import CONFIG_FILE, WEIGHTS_FILE, weight_files
 from model.net.prompt import CHAT_TEMPLATE
 from model.net.tensor_file import Entry, TensorFile, open_tensors
 from model.net.tokenizer import load_tokenizer
-from model.threads import shorten_switch_interval
+from model.threads import begin_ahead, shorten_switch_interval, wait_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,21 +171,13 @@ _ahead: list[threading.Thread] = []  # that hash weights
 
 def hash_ahead(directory: Path) -> None:
     """Call ``hash_pretrained`` in a thread, while this one waits for something; what it finds is remembered."""
-
-    def work() -> None:
-        with suppress(Exception):  # it is raised where the weights are needed
-            hash_pretrained(directory)
-
     shorten_switch_interval()
-    thread = threading.Thread(target=work, name="hash-ahead", daemon=True)
-    _ahead.append(thread)
-    thread.start()
+    begin_ahead(partial(hash_pretrained, directory), _ahead, "hash-ahead")
 
 
 def wait_for_hashes() -> None:
     """Wait until all that ``hash_ahead`` began is done; any number of threads may wait."""
-    for thread in tuple(_ahead):
-        thread.join()
+    wait_for(_ahead)
 
 
 def read_pretrained(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from model.file_contents import describe_content
-from model.files import ChangedFileError, parse_json, read_bytes, reason_of
+from model.files import ChangedFileError, parse_json, read_bytes, reason_of, sha256_file
 from model.net.prompt import encode
+from model.threads import begin_ahead, wait_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +133,7 @@ def hash_tokenizer(directory: Path) -> dict[str, str]:
 
 
 def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none, it is missing"
+    return sha256_file(path) if path.is_file() else "none, it is missing"
 
 
 def tokenizer_hashes(files: Mapping[str, str]) -> dict[str, str]:
@@ -159,15 +158,8 @@ def import_ahead() -> threading.Thread:
     only over modules that import each other in a circle: of the modules imported here none is torch's or Triton's,
     which a training may import meanwhile.
     """
-
-    def work() -> None:
-        with suppress(Exception):  # it is raised where the tokenizer is loaded
-            import_module("transformers.models.gpt2.tokenization_gpt2")
-
-    thread = threading.Thread(target=work, name="import-transformers", daemon=True)
-    _ahead.append(thread)
-    thread.start()
-    return thread
+    tokenizers = "transformers.models.gpt2.tokenization_gpt2"
+    return begin_ahead(lambda: import_module(tokenizers), _ahead, "import-transformers")
 
 
 def _load(directory: Path, files: Mapping[str, str] | None) -> PreTrainedTokenizerBase:
@@ -201,8 +193,7 @@ def _tokenizer_class(contents: Mapping[str, bytes]) -> Any:
 
     AutoTokenizer imports the models of transformers; in 5.17 torch's compiler and scipy with them, for 3 to 5 s.
     """
-    for thread in tuple(_ahead):  # it stays in the list, as another thread may have to wait for it too
-        thread.join()
+    wait_for(_ahead)
     import transformers
 
     stated, of_model = (_object(contents.get(name)) for name in ("tokenizer_config.json", "config.json"))

@@ -9,8 +9,6 @@ This file must not import anything slow: until its thread reads stdin, a process
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
 import os
 import signal
@@ -21,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
+from ops.imports import import_quickly
 from ops.machine.stopping import ASKING
 
 _END_SECONDS = 20.0  # in which a process that works ends by itself when its stdin is closed
@@ -141,11 +140,7 @@ def main(module: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     inbox = _Inbox()
-    # Imports create objects that live to the end: collecting them takes a quarter of the import time.
-    gc.disable()
-    imported = importlib.import_module(module)
-    gc.freeze()
-    gc.enable()
+    imported = import_quickly(module)
     changes, work = inbox.wait()
     for name, value in changes.items():
         if value is None:
