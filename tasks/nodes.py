@@ -105,6 +105,7 @@ def announced(job: GangJob, processes: int) -> Iterator[Node]:
         yield Node(nodes.count, 0, nodes.address, nodes.port + 1)
     finally:
         store.set(_key(number, "over"), "")
+        store.check([_key(number, "over")])  # a set is not answered: now the store has it
 
 
 @functools.cache
