@@ -80,8 +80,8 @@ class Timing:
         trunk: where the outputs of the trunk were kept.
         step_ms: median time of a step in the cached epochs.
         slowest_step_ms: of these steps.
-        exchange_ms: with ``profile``, median over these steps of the shortest time that a rank spent summing
-            gradients: none of it is waiting for other ranks.
+        exchange_ms: with ``profile``, median over these steps of the shortest time that a rank spent in exchanges
+            of gradients and parameters: none of it is waiting for other ranks.
         waiting_ms: with ``profile``, median of what the ranks spent longer than that, on average.
         graphs: with ``profile``, CUDA graphs that rank 0 captured in the whole training.
         capture_ms: with ``profile``, time of the host for each of them, on average.
@@ -103,25 +103,39 @@ class Timing:
 
 @dataclass(frozen=True, eq=False)
 class TimedRanks(Ranks):
-    """Ranks that measure how long each sum takes on the device.
+    """Ranks that measure how long the exchanges of each step take on the device.
 
     Attributes:
-        spans: clock readings before and after each sum.
+        steps: of each step, clock readings before and after each exchange.
     """
 
-    spans: list[tuple[Any, Any]] = field(default_factory=list)
+    steps: list[list[tuple[Any, Any]]] = field(default_factory=list)
+
+    def sum_own_part(self, flat: Tensor) -> Tensor:
+        self.steps.append([])  # a step's first exchange
+        with self._timing():
+            return super().sum_own_part(flat)
 
     def sum_in_order(self, tensors: Sequence[Tensor]) -> None:
-        begin = self._read()
-        super().sum_in_order(tensors)
-        self.spans.append((begin, self._read()))
+        with self._timing():
+            super().sum_in_order(tensors)
+
+    def gather_parts(self, flat: Tensor) -> None:
+        with self._timing():
+            super().gather_parts(flat)
 
     def milliseconds(self) -> list[float]:
-        """Of each sum; waits for the device."""
+        """Of each step; waits for the device."""
         if self.device.type != "cuda":
-            return [1e3 * (end - begin) for begin, end in self.spans]
+            return [sum(1e3 * (end - begin) for begin, end in step) for step in self.steps]
         torch.cuda.synchronize(self.device)
-        return [begin.elapsed_time(end) for begin, end in self.spans]
+        return [sum(begin.elapsed_time(end) for begin, end in step) for step in self.steps]
+
+    @contextmanager
+    def _timing(self) -> Iterator[None]:
+        begin = self._read()
+        yield
+        self.steps[-1].append((begin, self._read()))
 
     def _read(self) -> Any:
         if self.device.type != "cuda":

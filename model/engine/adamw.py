@@ -6,12 +6,13 @@ processor, and groups all tensors by device and dtype in every step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of a parameter's gradients and of their squares
 _BETAS = 0.9, 0.999
 _EPSILON = 1e-8
 
@@ -45,6 +46,11 @@ class AdamW:
         self.groups = groups
         self.learning_rate = learning_rate
         self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self._ranges: Mapping[Tensor, slice] | None = None
+
+    def update_only(self, ranges: Mapping[Tensor, slice]) -> None:
+        """Update these elements of each flattened parameter from now on, and their moments; others stay."""
+        self._ranges = ranges
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter, zeros if it has none yet."""
@@ -65,30 +71,44 @@ class AdamW:
                 ``torch.amp.GradScaler`` uses.
         """
         for group in self.groups:
-            parameters: list[Tensor] = [each for each in group.parameters if each.grad is not None]
+            parameters = [each for each in group.parameters if each.grad is not None]
             if not parameters:
                 continue
-            states = [self.state_of(parameter) for parameter in parameters]
-            steps = [state["step"] for state in states]
+            steps = [self.state_of(parameter)["step"] for parameter in parameters]
             torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
-                parameters,
-                [each.grad for each in parameters if each.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                steps,
-                lr=self.learning_rate,
-                beta1=_BETAS[0],
-                beta2=_BETAS[1],
-                weight_decay=group.weight_decay,
-                eps=_EPSILON,
-                amsgrad=False,
-                maximize=False,
-                found_inf=skip,
-            )
+            self._update([each for each in parameters if self._updates(each)], group.weight_decay, skip)
             if skip is not None:
                 torch._foreach_sub_(steps, [skip] * len(steps))
+
+    def _update(self, parameters: Sequence[nn.Parameter], weight_decay: float, skip: Tensor | None) -> None:
+        if not parameters:  # none of the group is in the ranges
+            return
+        states = [self.state[parameter] for parameter in parameters]
+        torch._fused_adamw_(
+            self._cut(parameters, parameters),
+            self._cut(parameters, [each.grad for each in parameters if each.grad is not None]),
+            self._cut(parameters, [state["exp_avg"] for state in states]),
+            self._cut(parameters, [state["exp_avg_sq"] for state in states]),
+            [],
+            [state["step"] for state in states],
+            lr=self.learning_rate,
+            beta1=_BETAS[0],
+            beta2=_BETAS[1],
+            weight_decay=weight_decay,
+            eps=_EPSILON,
+            amsgrad=False,
+            maximize=False,
+            found_inf=skip,
+        )
+
+    def _updates(self, parameter: Tensor) -> bool:
+        return self._ranges is None or self._ranges[parameter].start < self._ranges[parameter].stop
+
+    def _cut(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What is updated of the parameters, or of their gradients or moments."""
+        if self._ranges is None:
+            return list(tensors)
+        return [tensor.view(-1)[self._ranges[of]] for of, tensor in zip(parameters, tensors, strict=True)]
 
     def zero_grad(self) -> None:
         """Drop all gradients."""

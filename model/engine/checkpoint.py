@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.engine.adamw import AdamW
+from model.engine.adamw import MOMENTS, AdamW
 from model.engine.state import CheckpointFiles, CheckpointRecord
 from model.files import (
     atomic_directory,
@@ -33,7 +33,6 @@ MODEL_FILE = "model.safetensors"
 TRAINER_FILE = "trainer.safetensors"
 STATE_FILE = "state.json"
 _FURTHER = "further"  # first part of the names of tensors that belong to no parameter
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 _NAME = re.compile(r"step-(\d{8})$")
 CPU = torch.device("cpu")
 

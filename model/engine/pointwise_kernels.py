@@ -143,20 +143,20 @@ def _cross_entropy(logits, targets, losses, width, vocabulary, BLOCK: tl.constex
     logits += row * width
     lanes = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
+    # Before the barrier: later another warp might have written the gradient over it.
+    chosen = tl.load(logits + target).to(tl.float32)
+    tl.debug_barrier()
     # Each lane keeps its own maximum and sum: one reduction at the end instead of one a block.
     highest = tl.full([BLOCK], -1e30, tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
-    # The target's logit is taken here: read from memory later, another warp might have written its gradient there.
-    chosen = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         x = tl.load(logits + start + lanes, mask=start + lanes < vocabulary, other=-1e30).to(tl.float32)
         higher = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
         sums = sums * tl.exp(highest - higher) + tl.exp(x - higher)
         highest = higher
-        chosen += tl.where(start + lanes == target, x, 0.0)
     top = tl.max(highest, 0)
     log_sum = top + tl.log(tl.sum(sums * tl.exp(highest - top), 0))
-    tl.store(losses + row, log_sum - tl.sum(chosen, 0))
+    tl.store(losses + row, log_sum - chosen)
     for start in range(0, vocabulary, BLOCK):
         inside = start + lanes < vocabulary
         x = tl.load(logits + start + lanes, mask=inside).to(tl.float32)

@@ -26,6 +26,8 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # set by 
 # The same function under its name since torch 2.13, and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_FEW = 4_096  # numbers: for these one exchange is faster than two
+
 T = TypeVar("T")
 
 
@@ -62,8 +64,6 @@ class Ranks:
     def sum_in_order(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, added in the order of the ranks.
 
-        Each rank adds up one part of the numbers: all to all, sum, all gather. The traffic is that of a ring.
-
         Args:
             tensors: contiguous, on the device, with equal shapes on all ranks.
         """
@@ -71,14 +71,33 @@ class Ranks:
             return
         for tensor in tensors:
             flat = tensor.view(-1)
-            if flat.numel() % self.world:  # short: every rank gets all numbers and adds them up
+            if flat.numel() <= _FEW or flat.numel() % self.world:  # every rank gets all numbers and adds them up
                 received = flat.new_empty(self.world, flat.numel())
                 _all_gather(received.view(-1), flat)
-                flat.copy_(_sum_of_rows(received))
+                _sum_rows(received, flat)
             else:
-                received = torch.empty_like(flat).view(self.world, -1)
-                dist.all_to_all_single(received.view(-1), flat)
-                _all_gather(flat, _sum_of_rows(received))
+                self.sum_own_part(flat)
+                self.gather_parts(flat)
+
+    def sum_own_part(self, flat: Tensor) -> Tensor:
+        """Replace this rank's part of a tensor by its sum over the ranks, added in their order, and return it.
+
+        Together with ``gather_parts`` the traffic is that of a ring.
+
+        Args:
+            flat: (n,), contiguous, on the device; ``world`` divides n. Part r of n / world elements is rank r's.
+        """
+        own = self._own_part(flat)
+        if self.world > 1:
+            received = torch.empty_like(flat).view(self.world, -1)
+            dist.all_to_all_single(received.view(-1), flat)
+            _sum_rows(received, own)
+        return own
+
+    def gather_parts(self, flat: Tensor) -> None:
+        """Overwrite each part of a tensor, cut as by ``sum_own_part``, by that of the rank it belongs to."""
+        if self.world > 1:
+            _all_gather(flat, self._own_part(flat))
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors on the device by those of rank 0."""
@@ -178,6 +197,9 @@ class Ranks:
         """Wait until all ranks, or those of this host, are here; queued work of the devices is not waited for."""
         self.agree(False, local)
 
+    def _own_part(self, flat: Tensor) -> Tensor:
+        return flat.view(self.world, -1)[self.rank]
+
     def _alone(self, local: bool) -> bool:
         return (self.local_world if local else self.world) == 1
 
@@ -188,12 +210,11 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _sum_of_rows(received: Tensor) -> Tensor:
-    """Sum of the rows of (world, n), in their order; overwrites the first."""
-    total = received[0]
-    for row in received[1:]:
+def _sum_rows(received: Tensor, total: Tensor) -> None:
+    """total (n,) = the sum of the rows of (world, n), two at least, in their order."""
+    torch.add(received[0], received[1], out=total)
+    for row in received[2:]:
         total += row
-    return total
 
 
 @contextmanager

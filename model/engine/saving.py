@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.engine.adamw import AdamW
-from model.engine.checkpoint import MOMENTS, Snapshot, prune_checkpoints, take_snapshot, write_checkpoint
+from model.engine.adamw import MOMENTS, AdamW
+from model.engine.checkpoint import Snapshot, prune_checkpoints, take_snapshot, write_checkpoint
 from model.net.gpt import GPTModel
 
 _SECONDS_BETWEEN = 15.0  # between two checkpoints that are written in the background: as much is lost by a kill

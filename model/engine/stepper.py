@@ -17,10 +17,10 @@ from model.engine.adamw import AdamW, ParameterGroup
 from model.engine.config import TrainConfig
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
-from model.engine.gradients import GradientBuffer
 from model.engine.loss import head_loss, padded_head
 from model.engine.loss_scale import LEAST, LossScale
 from model.engine.ranks import ALONE, Ranks
+from model.engine.shards import Shards
 from model.engine.trunk import TrunkOutputs
 from model.net.gpt import GPTModel
 
@@ -107,8 +107,8 @@ class Stepper:
         trunk: the trunk's outputs for these rows.
         config: hyper-parameters.
         micro_batch_tokens: tokens per pass, about.
-        ranks: processes that train together: each computes the gradients of some rows of a step, and all update their
-            parameters by the sum.
+        ranks: processes that train together: each computes the gradients of some rows of a step, and updates a part
+            of the parameters.
     """
 
     def __init__(
@@ -136,12 +136,17 @@ class Stepper:
         # loss some steps later.
         self.stopped = torch.zeros((), dtype=torch.bool, device=engine.device)
         self.skip = torch.zeros((), device=engine.device)  # 1 where AdamW is to change nothing
-        self.gradients = GradientBuffer(self.trained, ranks.world) if ranks.world > 1 else None
+        self.shards = Shards(optimizer, ranks) if ranks.world > 1 else None
         self.costs = self._costs() if ranks.world > 1 else None
 
     def tensors(self) -> dict[str, Tensor]:
         """State of the training besides model and optimizer, for checkpoints."""
         return self.loss_scale.tensors() if self.loss_scale else {}
+
+    def complete_state(self) -> None:
+        """Give this rank the whole state of the optimizer, for a checkpoint; all ranks call it."""
+        if self.shards is not None:
+            self.shards.gather_moments()
 
     def step(self, step: int, rows: np.ndarray[Any, Any], learning_rate: float) -> PendingStep:
         """Queue one optimizer step over ``rows``.
@@ -156,10 +161,7 @@ class Stepper:
         computed = self.trunk.computed
         self.engine.start_step(step)
         if weight > 0:
-            loss = self._accumulate_gradients(self._share(rows), weight)
-            if self.gradients is not None:
-                self.ranks.sum_in_order([self.gradients.flat, loss])
-            norm = self._clip()
+            loss, norm = self._clip(self._accumulate_gradients(self._share(rows), weight))
             self._update(loss, norm)
         else:  # no token bears loss: nothing to learn, and the mean would divide by zero (trl#6668)
             loss = norm = torch.zeros((), device=self.engine.device, dtype=torch.float64)
@@ -215,8 +217,8 @@ class Stepper:
             The rows' part of the loss, a float64 scalar on the device.
         """
         engine = self.engine
-        if self.gradients is not None and not self._overwrites_gradients(rows):
-            self.gradients.zero()
+        if self.shards is not None and not self._overwrites_gradients(rows):
+            self.shards.zero()
         head = self.frozen_head if self.frozen_head is not None else padded_head(self.head, engine.dtype)
         head_gradient = torch.zeros_like(self.head) if self.head.requires_grad else None
         loss = torch.zeros((), device=engine.device, dtype=torch.float64)
@@ -245,22 +247,33 @@ class Stepper:
         has_pass = bool(self.dataset.target_counts(rows).any())
         return has_pass and self.engine.keeps_gradients and self.frozen_head is not None
 
-    def _clip(self) -> Tensor:
+    def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Scale the gradients down to the largest norm allowed, and in fp16 back by the loss scale.
 
+        Of several ranks, each scales the part that it updates, after it has summed it.
+
+        Args:
+            loss: of this rank's rows.
+
         Returns:
-            Their norm before clipping.
+            The loss of all ranks' rows, and the norm of all gradients before clipping.
         """
-        gradients = [p.grad for p in self.trained if p.grad is not None]
-        # As torch.nn.utils.clip_grad_norm_, which groups all tensors by device and dtype first.
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self.shards is None:
+            gradients = [p.grad for p in self.trained if p.grad is not None]
+            # As torch.nn.utils.clip_grad_norm_, which groups all tensors by device and dtype first.
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        else:
+            gradients = [self.shards.sum_gradients()]
+            numbers = torch.stack([loss, torch.linalg.vector_norm(gradients[0]).to(loss.dtype).square()])
+            self.ranks.sum_in_order([numbers])
+            loss, norm = numbers[0], numbers[1].sqrt().to(gradients[0].dtype)
         if self.loss_scale is not None:
             norm = norm / self.loss_scale.scale
         factor = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if self.loss_scale is not None:
             factor = factor / self.loss_scale.scale
         torch._foreach_mul_(gradients, factor)
-        return norm
+        return loss, norm
 
     def _update(self, loss: Tensor, norm: Tensor) -> None:
         """Update the parameters unless this step, or one before it, was not finite; then drop the gradients.
@@ -276,7 +289,8 @@ class Stepper:
             self.stopped.logical_or_(self.loss_scale.scale < LEAST)
         self.skip.copy_(self.stopped | overflow)
         self.optimizer.step(self.skip)
-        if self.gradients is not None:
+        if self.shards is not None:
+            self.shards.gather_parameters()
             return
         if self.engine.keeps_gradients:
             self.head.grad = None  # not among the gradients that the engine keeps

@@ -326,6 +326,7 @@ class Trainer:
         """Save a checkpoint of the current step; only it and the best one are kept."""
         self.state.journal_lines = self.files.journal_lines
         keep = {self.state.best_step, self.state.step}
+        self.stepper.complete_state()
         self.files.save(self.state.step, self.state.to_json(), keep)
 
     def stop(self) -> None:

@@ -24,6 +24,9 @@ from model.net.gpt import GPTModel
 
 # A rank has a part of each step, and a capture takes as long as some of its steps: fewer graphs, a bit more padding.
 _GRAPH_STEPS_OF_RANKS = 32
+# Tokens per pass, about, on a GPU. Longer passes are no faster, but for ranks: a share is one pass rather than two.
+_MOST_TOKENS = 32_768
+_MOST_TOKENS_OF_RANKS = 40_960
 _FEWEST_TOKENS = 1_024  # per pass, about: the shortest that passes become when memory runs out
 
 
@@ -39,18 +42,20 @@ class PassesTooLongError(RuntimeError):
         self.micro_batch_tokens = micro_batch_tokens
 
 
-def default_micro_batch_tokens(model: GPTModel) -> int:
+def default_micro_batch_tokens(model: GPTModel, ranks: Ranks = ALONE) -> int:
     """Tokens per pass if the configuration names none.
 
     On a GPU the activations of a pass take a quarter of its memory, at some 40 bytes x D per token and trained block,
-    and a pass has 32,768 tokens at most. On a CPU it has 2,048, as longer passes are no faster.
+    and a pass has ``_MOST_TOKENS`` or ``_MOST_TOKENS_OF_RANKS`` at most. On a CPU it has 2,048, as longer passes are
+    no faster.
     """
     device = model.wte.weight.device
     if device.type != "cuda":
         return 2_048
     kept = 40 * model.config.n_embd * max(1, model.config.n_layer - model.num_frozen)
     memory = torch.cuda.get_device_properties(device).total_memory
-    return max(_FEWEST_TOKENS, min(32_768, int(memory / 4 / kept) // 1_024 * 1_024))
+    most = _MOST_TOKENS if ranks.world == 1 else _MOST_TOKENS_OF_RANKS
+    return max(_FEWEST_TOKENS, min(most, int(memory / 4 / kept) // 1_024 * 1_024))
 
 
 def train(
@@ -150,7 +155,8 @@ def _train_in_passes_that_fit(
         PassesTooLongError: memory ran out, and this is one of several ranks.
         RuntimeError: memory ran out, and no whole checkpoint is left to go on from.
     """
-    tokens_per_pass = call.ranks.lowest(call.config.micro_batch_tokens or default_micro_batch_tokens(model))
+    wanted = call.config.micro_batch_tokens or default_micro_batch_tokens(model, call.ranks)
+    tokens_per_pass = call.ranks.lowest(wanted)
     while True:
         if found:  # a resumed training keeps the passes that memory held
             tokens_per_pass = min(tokens_per_pass, found.state.get("micro_batch_tokens") or tokens_per_pass)

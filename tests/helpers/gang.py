@@ -139,7 +139,7 @@ class Training:
         stop: (rank, step): this rank wants to stop before this step.
         stop_early: (rank, number): this rank wants to stop when it is asked for this time before the first step.
         kill: (rank, step): this rank is killed when it has queued this step.
-        spoil: (rank, step, value): before this step this rank adds the value to a weight.
+        spoil: (rank, step, value): before the checkpoint of this step this rank adds the value to a weight.
         poison: (rank, step): in this step this rank's gradient is not finite.
         starve: (rank, step): in this step this rank's memory is full.
         odd: this rank starts with another frozen weight.
@@ -204,13 +204,18 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
     if training.odd == ranks.rank:
         model.wte.weight.data[5, 7] += 1e-3
     asked, asked_early, is_early, warnings = 0, 0, False, list[str]()
-    plain = Trainer.check_stop
+    plain, plain_save = Trainer.check_stop, Trainer.save
 
     def check_stop(trainer: Trainer) -> None:
         nonlocal is_early
         is_early = True
         plain(trainer)
         is_early = False
+
+    def save(trainer: Trainer) -> None:
+        if training.spoil is not None and training.spoil[:2] == (ranks.rank, trainer.state.step):
+            model.ln_f.bias.data[3] += training.spoil[2]
+        plain_save(trainer)
 
     def should_stop() -> bool:
         nonlocal asked, asked_early
@@ -220,8 +225,6 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
         step, asked = asked, asked + 1
         if training.kill == (ranks.rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
-        if training.spoil is not None and training.spoil[:2] == (ranks.rank, step):
-            model.ln_f.bias.data[3] += training.spoil[2]
         if training.poison == (ranks.rank, step):
             _replace_next_pass(lambda loss: loss * float("nan"))
         if training.starve == (ranks.rank, step):
@@ -229,7 +232,7 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
         return training.stop == (ranks.rank, step)
 
     result, error = None, ""
-    Trainer.check_stop = check_stop  # type: ignore[method-assign]
+    Trainer.check_stop, Trainer.save = check_stop, save  # type: ignore[method-assign]
     try:
         result = train(
             model,
@@ -249,7 +252,7 @@ def run_training(ranks: Ranks, training: Training, directory: Path) -> Outcome:
             raise
         error = f"{type(raised).__name__}: {raised}"
     finally:
-        Trainer.check_stop = plain  # type: ignore[method-assign]
+        Trainer.check_stop, Trainer.save = plain, plain_save  # type: ignore[method-assign]
     weights = {name: p.detach().float().cpu().numpy() for name, p in model.named_parameters() if not training.double}
     weights |= {name: p.detach().cpu().numpy() for name, p in model.named_parameters() if training.double}
     return Outcome(weights, result, error, asked, asked_early, warnings)

@@ -600,10 +600,12 @@ from model import GPTModel
 from model.engine.config import TrainConfig
 from model.engine.training import train
 from model.net.config import GPTConfig
+from model.net.device import cast_frozen, resolve_precision
 from model.net.freezing import freeze_bottom_layers
 with torch.device(sys.argv[3]):
     model = GPTModel(GPTConfig(vocab_size=320, n_positions=512, n_embd=64, n_layer=2, n_head=1))
 freeze_bottom_layers(model, 1)
+cast_frozen(model, resolve_precision("auto", torch.device(sys.argv[3])))
 train(model, Path(sys.argv[1]), TrainConfig(max_steps=2, batch_size=4, dropout=0.1), Path(sys.argv[2]), "identity")
 slow = {"torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy", "scipy", "transformers"} & {*sys.modules}
 assert not slow, slow
