@@ -50,7 +50,7 @@ class AdamW:
 
     def update_only(self, ranges: Mapping[Tensor, slice]) -> None:
         """Update these elements of each flattened parameter from now on, and their moments; others stay."""
-        self._ranges = ranges
+        self._ranges = {parameter: its for parameter, its in ranges.items() if its.start < its.stop}
 
     def state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter, zeros if it has none yet."""
@@ -76,7 +76,8 @@ class AdamW:
                 continue
             steps = [self.state_of(parameter)["step"] for parameter in parameters]
             torch._foreach_add_(steps, 1)
-            self._update([each for each in parameters if self._updates(each)], group.weight_decay, skip)
+            updated = parameters if self._ranges is None else [each for each in parameters if each in self._ranges]
+            self._update(updated, group.weight_decay, skip)
             if skip is not None:
                 torch._foreach_sub_(steps, [skip] * len(steps))
 
@@ -100,9 +101,6 @@ class AdamW:
             maximize=False,
             found_inf=skip,
         )
-
-    def _updates(self, parameter: Tensor) -> bool:
-        return self._ranges is None or self._ranges[parameter].start < self._ranges[parameter].stop
 
     def _cut(self, parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """What is updated of the parameters, or of their gradients or moments."""

@@ -161,7 +161,7 @@ class Stepper:
         computed = self.trunk.computed
         self.engine.start_step(step)
         if weight > 0:
-            loss, norm = self._clip(self._accumulate_gradients(self._share(rows), weight))
+            loss, norm = self._sum_and_clip(self._accumulate_gradients(self._share(rows), weight))
             self._update(loss, norm)
         else:  # no token bears loss: nothing to learn, and the mean would divide by zero (trl#6668)
             loss = norm = torch.zeros((), device=self.engine.device, dtype=torch.float64)
@@ -247,10 +247,10 @@ class Stepper:
         has_pass = bool(self.dataset.target_counts(rows).any())
         return has_pass and self.engine.keeps_gradients and self.frozen_head is not None
 
-    def _clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale the gradients down to the largest norm allowed, and in fp16 back by the loss scale.
+    def _sum_and_clip(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over the ranks, scale the gradients down to the largest norm allowed, and in fp16 undo the loss scale.
 
-        Of several ranks, each scales the part that it updates, after it has summed it.
+        Of several ranks, each sums and scales the part of the gradients that it updates.
 
         Args:
             loss: of this rank's rows.
