@@ -36,19 +36,20 @@ def digests(tensors: Iterable[Tensor]) -> list[int]:
     return [int(digest) for digest in torch.stack(found).tolist()] if found else []
 
 
-def check_equal(ranks: Ranks, tensors: Mapping[str, Tensor], when: str) -> None:
+def check_equal(ranks: Ranks, tensors: Mapping[str, Tensor], when: str, dtype: torch.dtype | None = None) -> None:
     """Check that tensors have the same bits on all ranks.
 
     Args:
         tensors: by name, the same names on all ranks.
         when: what comes before, for the message: "at step 7".
+        dtype: compare what tensors are when rounded to it; None compares them as they are.
 
     Raises:
         RanksDifferError: on all ranks; the message names those that differ from rank 0, and a tensor.
     """
     if ranks.world == 1:
         return
-    first, *others = ranks.gather(digests(tensors.values()))
+    first, *others = ranks.gather(digests(tensor.to(dtype or tensor.dtype) for tensor in tensors.values()))
     differing = {rank: its for rank, its in enumerate(others, 1) if its != first}
     if differing:
         names = [name for i, name in enumerate(tensors) if any(its[i] != first[i] for its in differing.values())]

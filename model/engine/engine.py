@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -28,11 +28,11 @@ Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int, steps: int) -> int:
-    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 to 512, about ``tokens / steps``.
+    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 or 256, about ``tokens / steps``.
 
     So there are few graphs, and little of each is unused.
     """
-    quantum = max(128, min(512, (1 << tokens.bit_length()) // steps))
+    quantum = max(128, min(256, (1 << tokens.bit_length()) // steps))
     return (tokens // quantum + 1) * quantum
 
 
@@ -80,6 +80,10 @@ class Engine:
         self._gradients: dict[str, Tensor] = {}  # to whose memory the graphs write
         self._buffers: _Buffers | None = None
         self.latest_tokens = 0  # tokens of the pass that was started last
+
+    def casts(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether passes use these parameters as copies in ``dtype`` only."""
+        return {id(parameter) for parameter in parameters} <= {id(master) for master in self._masters.values()}
 
     def restart(self, seed: int) -> None:
         """Serve another training of the same model with the same dropout, in any thread; graphs stay.

@@ -97,7 +97,8 @@ class Ranks:
     def gather_parts(self, flat: Tensor) -> None:
         """Overwrite each part of a tensor, cut as by ``sum_own_part``, by that of the rank it belongs to."""
         if self.world > 1:
-            _all_gather(flat, self._own_part(flat))
+            whole = flat.view(torch.uint8)  # gloo does not know every dtype
+            _all_gather(whole, self._own_part(whole))
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite tensors on the device by those of rank 0."""

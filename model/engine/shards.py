@@ -1,8 +1,8 @@
 """The update of several ranks: each sums the gradients of one part of the parameters and updates that part.
 
-This is stage 1 of ZeRO (Rajbhandari et al. 2020), but only time is saved: clipping and AdamW take 1/N of it, and the
-exchange is as large as that of all gradients. Every rank has memory for all moments, which it needs when a checkpoint
-is written or read.
+This is stage 1 of ZeRO (Rajbhandari et al. 2020), but only time is saved: clipping and AdamW take 1/N of it, and
+parameters are sent in the dtype in which passes use them. Every rank has memory for all parameters and moments, which
+it needs when a checkpoint is written or read.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ class Shards:
     Args:
         optimizer: of parameters of one dtype, on one device; from now on it updates this rank's part only.
         ranks: two at least.
+        dtype: in which passes use the parameters. If it is another dtype than theirs, the parameters that other ranks
+            update are rounded to it here, until ``gather_state``.
 
     Attributes:
         parameters: (elements,), all parameters, with zeros between them.
         gradients: (elements,), all gradients, with zeros between them.
     """
 
-    def __init__(self, optimizer: AdamW, ranks: Ranks):
+    def __init__(self, optimizer: AdamW, ranks: Ranks, dtype: torch.dtype):
         self.optimizer, self.ranks = optimizer, ranks
         self._members = [p for group in optimizer.groups for p in group.parameters]
         self._begins: list[int] = []
@@ -44,6 +46,8 @@ class Shards:
         self._part = -(-size // (ranks.world * _LANES)) * _LANES  # elements of a rank's part
         self.parameters = self._flatten(self._members)
         self.gradients = torch.zeros_like(self.parameters)
+        self._rounds = dtype != self.parameters.dtype
+        self._rounded = torch.empty_like(self.parameters, dtype=dtype) if self._rounds else self.parameters
         for parameter, value, gradient in zip(
             self._members, self._views(self.parameters), self._views(self.gradients), strict=True
         ):
@@ -60,13 +64,23 @@ class Shards:
         return self.ranks.sum_own_part(self.gradients)
 
     def gather_parameters(self) -> None:
-        """Give all ranks the parameters that each has updated."""
-        self.ranks.gather_parts(self.parameters)
-
-    def gather_moments(self) -> None:
-        """Give all ranks the moments that each has updated, for a checkpoint."""
-        if not self.optimizer.state:
+        """Give all ranks the parameters that each has updated, as passes use them."""
+        if not self._rounds:
+            self.ranks.gather_parts(self.parameters)
             return
+        rank = self.ranks.rank
+        parts, rounded = (flat.view(self.ranks.world, -1) for flat in (self.parameters, self._rounded))
+        rounded[rank].copy_(parts[rank])
+        self.ranks.gather_parts(self._rounded)
+        for others in (slice(rank), slice(rank + 1, None)):
+            parts[others].copy_(rounded[others])
+
+    def gather_state(self) -> None:
+        """Give all ranks the parameters, not rounded, and the moments that each has updated, for a checkpoint."""
+        if not self.optimizer.state:  # nothing is updated yet
+            return
+        if self._rounds:
+            self.ranks.gather_parts(self.parameters)
         for kind in MOMENTS:
             moments = [self.optimizer.state[parameter][kind] for parameter in self._members]
             flat = self._flatten(moments)

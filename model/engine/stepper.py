@@ -15,6 +15,7 @@ from model.data.packing import Pack, deal, pack, split_evenly
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.adamw import AdamW, ParameterGroup
 from model.engine.config import TrainConfig
+from model.engine.digests import check_equal
 from model.engine.engine import Engine
 from model.engine.flops import necessary_flops
 from model.engine.loss import head_loss, padded_head
@@ -136,17 +137,29 @@ class Stepper:
         # loss some steps later.
         self.stopped = torch.zeros((), dtype=torch.bool, device=engine.device)
         self.skip = torch.zeros((), device=engine.device)  # 1 where AdamW is to change nothing
-        self.shards = Shards(optimizer, ranks) if ranks.world > 1 else None
+        self.shards = Shards(optimizer, ranks, self._used_dtype()) if ranks.world > 1 else None
         self.costs = self._costs() if ranks.world > 1 else None
 
     def tensors(self) -> dict[str, Tensor]:
         """State of the training besides model and optimizer, for checkpoints."""
         return self.loss_scale.tensors() if self.loss_scale else {}
 
+    def check_ranks(self, step: int) -> None:
+        """Check that the passes of all ranks use the same parameters; all ranks call it.
+
+        Args:
+            step: steps done, for the message.
+
+        Raises:
+            RanksDifferError: they do not.
+        """
+        trained = {name: p for name, p in self.engine.model.named_parameters() if p.requires_grad}
+        check_equal(self.ranks, trained, f"at step {step}", self._used_dtype())
+
     def complete_state(self) -> None:
-        """Give this rank the whole state of the optimizer, for a checkpoint; all ranks call it."""
+        """Give this rank the parameters and moments of the ranks that update them; all ranks call it."""
         if self.shards is not None:
-            self.shards.gather_moments()
+            self.shards.gather_state()
 
     def step(self, step: int, rows: np.ndarray[Any, Any], learning_rate: float) -> PendingStep:
         """Queue one optimizer step over ``rows``.
@@ -178,6 +191,10 @@ class Stepper:
             results += [self.loss_scale.scale, self.loss_scale.skipped]
         on_device = torch.stack([result.double() for result in results])
         return PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, on_device)
+
+    def _used_dtype(self) -> torch.dtype:
+        """The dtype in which passes use the trained parameters."""
+        return self.engine.dtype if self.engine.casts(self.trained) else self.trained[0].dtype
 
     def _costs(self) -> np.ndarray[Any, Any]:
         """Operations that each row of the data set needs in a step, (rows,), int64."""

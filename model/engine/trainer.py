@@ -274,6 +274,7 @@ class Trainer:
         result = done.read()
         if result.stopped:
             self.optimizer.zero_grad()
+            self.stepper.complete_state()
             other = "" if self.config.precision == "fp32" else " or use precision=fp32"
             raise NonFiniteError(
                 f"loss {result.loss} with gradient norm {result.grad_norm} at step {done.step}: stopped before the "
@@ -323,9 +324,14 @@ class Trainer:
         return loss
 
     def save(self) -> None:
-        """Save a checkpoint of the current step; only it and the best one are kept."""
+        """Save a checkpoint of the current step; only it and the best one are kept.
+
+        Raises:
+            RanksDifferError: as ``Stepper.check_ranks``.
+        """
         self.state.journal_lines = self.files.journal_lines
         keep = {self.state.best_step, self.state.step}
+        self.stepper.check_ranks(self.state.step)
         self.stepper.complete_state()
         self.files.save(self.state.step, self.state.to_json(), keep)
 

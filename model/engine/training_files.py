@@ -91,14 +91,11 @@ class TrainingFiles:
         return 0 if self.journal is None else self.journal.lines
 
     def save(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
-        """Write a checkpoint as ``CheckpointWriter.save``, if the trained parameters are equal on all ranks.
+        """Write a checkpoint as ``CheckpointWriter.save``.
 
         Raises:
-            RanksDifferError: they are not; on all ranks.
             OSError: this checkpoint, or the one before it, could not be written; on rank 0.
         """
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        check_equal(self.ranks, trained, f"at step {step}")
         if self.writer is not None:
             self.writer.save(step, state, keep)
 

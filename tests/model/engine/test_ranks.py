@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gang import (
     scores,
     sums,
 )
+from safetensors.torch import load_file
 
 from model.data.tokens import CodeAlpacaDataset
 from model.engine.checkpoint import checkpoint_path
@@ -42,6 +43,19 @@ CONFIG = {
     "eval_freq": 40,
     "precision": "fp32",
 }
+
+
+Kind = Callable[[Training], Training]
+
+
+def in_double(training: Training) -> Training:
+    """The training in float64."""
+    return replace(training, double=True)
+
+
+def in_bf16(training: Training) -> Training:
+    """The training with parameters in float32 and passes in bfloat16."""
+    return replace(training, double=False, config={**training.config, "precision": "bf16"})
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +120,19 @@ def test_ranks_agree_with_one_process(
 
 
 @pytest.mark.parametrize(
-    ("world", "killed"), [pytest.param(2, 1, id="second of two"), pytest.param(3, 0, id="first of three")]
+    ("world", "killed", "kind"),
+    [
+        pytest.param(2, 1, in_double, id="second of two"),
+        pytest.param(3, 0, in_double, id="first of three"),
+        pytest.param(3, 1, in_bf16, id="bf16"),
+    ],
 )
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
-    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, world: int, killed: int
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, world: int, killed: int, kind: Kind
 ) -> None:
     """SIGKILL of one rank between two checkpoints: the others end with an error; new ranks repeat the original."""
-    training = Training(gpt2_dir, token_dir, {**CONFIG, "max_steps": 23, "eval_freq": 5, "dropout": 0.1})
+    config = {**CONFIG, "max_steps": 23, "eval_freq": 5, "dropout": 0.1}
+    training = kind(Training(gpt2_dir, token_dir, config))
     whole = gangs[world].call(run_training, training, tmp_path / "whole")
     cut = Gang(world)
     cut.start(run_training, replace(training, kill=(killed, 13)), tmp_path / "cut")
@@ -192,11 +212,37 @@ def test_checkpoint_is_read_at_any_number_of_ranks(
         assert_close(tmp_path / name, tmp_path / "whole", outcomes[0], whole)
 
 
-def test_changed_parameter_is_not_saved(
-    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_keep_what_they_round_for_passes(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, world: int
 ) -> None:
-    """A parameter that is another one on one rank by its last bits ends all ranks, which name it."""
-    training = Training(gpt2_dir, token_dir, {**CONFIG, "eval_freq": 10}, spoil=(1, 20, 1e-12))
+    """In bf16 ranks send each other rounded parameters; a checkpoint, and all ranks then, have those not rounded."""
+    training = in_bf16(Training(gpt2_dir, token_dir, {**CONFIG, "max_steps": 12, "eval_freq": 4}))
+    outcomes = gangs[world].call(run_training, training, tmp_path / "gang")
+    run_alone(training, tmp_path / "alone")
+    saved = load_file(checkpoint_path(tmp_path / "gang", 12) / "model.safetensors")
+    trained = [name for name in saved if name.startswith(("h.2.", "ln_f."))]
+    assert len(trained) == 14
+    for name in trained:
+        values = saved[name]
+        assert (values != values.bfloat16()).double().mean() > 0.9, name
+        for outcome in outcomes:
+            assert np.array_equal(outcome.weights[name], values.numpy()), name
+    for (step, some), (its, others) in zip(
+        metrics_of(tmp_path / "gang"), metrics_of(tmp_path / "alone"), strict=True
+    ):
+        assert step == its
+        assert some == pytest.approx(others, rel=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [pytest.param(in_double, 1e-12, id="double"), pytest.param(in_bf16, 1e-2, id="bf16")]
+)
+def test_changed_parameter_is_not_saved(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, kind: Kind, change: float
+) -> None:
+    """A parameter that passes use with other bits on one rank ends all ranks, which name it."""
+    training = kind(Training(gpt2_dir, token_dir, {**CONFIG, "eval_freq": 10}, spoil=(1, 20, change)))
     outcomes = gangs[3].call(run_training, training, tmp_path / "spoilt")
     (error,) = {outcome.error for outcome in outcomes}
     assert error.startswith("RanksDifferError: the parameters of rank 1 differ from those of rank 0 at step 20 (")
@@ -212,11 +258,12 @@ def test_ranks_must_start_alike(gangs: dict[int, Gang], gpt2_dir: Path, token_di
     assert {outcome.asked for outcome in outcomes} == {0}
 
 
+@pytest.mark.parametrize("kind", [pytest.param(in_double, id="double"), pytest.param(in_bf16, id="bf16")])
 def test_all_ranks_end_where_a_loss_is_not_finite(
-    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path, kind: Kind
 ) -> None:
     """A loss that is not a number on one rank ends all of them at that step, with the weights of the step before."""
-    training = Training(gpt2_dir, token_dir, CONFIG)
+    training = kind(Training(gpt2_dir, token_dir, CONFIG))
     outcomes = gangs[2].call(run_training, replace(training, poison=(1, 5)), tmp_path / "poisoned")
     (error,) = {outcome.error for outcome in outcomes}
     assert error.startswith("NonFiniteError: loss nan with gradient norm")

@@ -31,7 +31,7 @@ def test_parameters_and_gradients_are_views(world: int) -> None:
     values = [torch.randn(shape) for shape in SHAPES]
     optimizer = build(values)
     before = members(optimizer)
-    shards = Shards(optimizer, Ranks(rank=1, world=world))
+    shards = Shards(optimizer, Ranks(rank=1, world=world), torch.float32)
     assert shards.parameters.shape == shards.gradients.shape
     assert shards.gradients.numel() % (64 * world) == 0
     for parameter, same, value in zip(members(optimizer), before, values, strict=True):
@@ -62,7 +62,7 @@ def test_parts_are_the_whole_update_bit_for_bit(world: int, skips: bool) -> None
     updated = [value.clone() for value in values]
     for rank in range(world):
         optimizer = build(values)
-        Shards(optimizer, Ranks(rank=rank, world=world))
+        Shards(optimizer, Ranks(rank=rank, world=world), torch.float32)
         for parameter, gradient in zip(members(optimizer), gradients, strict=True):
             assert parameter.grad is not None
             parameter.grad.copy_(gradient)
