@@ -13,7 +13,7 @@ def open_mlflow(uri: str) -> None:
         DatabaseError: it cannot be used.
         UsageError: the experiment was deleted.
     """
-    from ops.tracking.runs import client, find_experiment  # here: they import torch, and a wrong name needs neither
+    from ops.tracking.connection import client, find_experiment  # slow imports, and a wrong name needs none
 
     try:
         mlflow = client(uri)

@@ -15,9 +15,10 @@ from model.files import write_json
 from model.net.device import resolve_device, use_precision
 from model.net.prompt import encode_examples
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.promotion import Verdict, announce, judge, settle
 from ops.tracking.registry import champion, find_version, version_uri
-from ops.tracking.runs import RunRef, client
+from ops.tracking.runs import RunRef
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.frozen import load_frozen, load_its_tokenizer

@@ -18,11 +18,12 @@ from model.evaluation.scores import headline
 from model.net.loading import write_with_tokenizer
 from ops.settings import Settings
 from ops.text import storable
+from ops.tracking.connection import client
 from ops.tracking.data import log_table
 from ops.tracking.flavour import add_flavour
 from ops.tracking.models import log_model
 from ops.tracking.registry import interrupted_version, model_name, take_over, version_uri
-from ops.tracking.runs import RunRef, client
+from ops.tracking.runs import RunRef
 from ops.tracking.shipping import must_be_logged
 from ops.tracking.steps import pipeline_step
 from tasks.cards import model_card, sample_report

@@ -17,7 +17,7 @@ from model.engine.trainer import TrainingStoppedError
 from ops.machine.lock import TURN, exclusive_if_free
 from ops.machine.lock_file import shared_directory
 from ops.settings import Settings
-from ops.tracking.runs import import_store
+from ops.tracking.connection import import_store
 from tasks.progress_lines import ProgressLines
 from tasks.trial_records import read_outcome
 from tasks.trial_worker import Order, TrialWorker, claimed, read_order

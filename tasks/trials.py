@@ -17,7 +17,8 @@ from model.files import sha256_json
 from model.net.config import GPTConfig
 from model.net.freezing import plan_freeze
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, client
+from ops.tracking.connection import client
+from ops.tracking.runs import RunRef
 from ops.tracking.steps import pipeline_step
 from tasks.config import TrialConfig
 from tasks.progress import Progress

@@ -19,8 +19,8 @@ from model.records import read_record
 from ops.hub import PINNED_WEIGHTS, fetch_weights
 from ops.machine.flock import hold_file
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.registry import fetch_version, find_version
-from ops.tracking.runs import client
 from tasks.paths import directory_of
 from tasks.references import WeightsRef
 

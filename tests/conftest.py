@@ -166,7 +166,7 @@ def token_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path, tokenize
 @pytest.fixture(scope="session")
 def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database for tests to copy, because its migrations take seconds."""
-    from ops.tracking.runs import client
+    from ops.tracking.connection import client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     client(f"sqlite:///{path}").search_experiments()

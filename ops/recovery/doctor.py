@@ -39,7 +39,7 @@ from ops.recovery.zombies import ensure_zombie_automation, zombie_automation_is_
 from ops.redaction import without_credentials
 from ops.servers import Servers
 from ops.settings import Settings
-from ops.tracking.runs import client as mlflow_client
+from ops.tracking.connection import client as mlflow_client
 
 _KILL_SECONDS = 10.0  # from SIGTERM to SIGKILL
 

@@ -18,7 +18,9 @@ from uuid import UUID
 from ops.databases import is_absent
 from ops.machine.process import ProcessIdentity
 from ops.notify import notify
-from ops.tracking.runs import EXPERIMENT, PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, client, search_runs
+from ops.servers import EXPERIMENT
+from ops.tracking.connection import client
+from ops.tracking.runs import PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

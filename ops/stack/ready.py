@@ -89,7 +89,7 @@ def runs_page(servers: Servers) -> str:
 
 def _prepare_pages(servers: Servers) -> None:
     """Create the experiment in MLflow, so that its page can be opened before the first run."""
-    from ops.tracking.runs import client, open_experiment
+    from ops.tracking.connection import client, open_experiment
 
     try:
         open_experiment(client(servers.mlflow_url), Settings.load())

@@ -20,9 +20,9 @@ from ops.report.contents import SCORE_NOTES, ScoreLine, extreme_rows, failures, 
 from ops.report.render import render, write_page
 from ops.settings import Settings
 from ops.text import escape_output, printable
+from ops.tracking.connection import refusal
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.report import data_rows, definitions, dropped_rows, loss_curves
-from ops.tracking.runs import refusal
 
 _SCORE_TITLES = ("score", "A", "B", "difference", "95 % interval", "result", "p, corrected", "rows")
 _LEGEND = [("first", "A, validation"), ("second", "B, validation"), ("faint", "training, thin")]

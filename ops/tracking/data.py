@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ops.tracking.runs import RunRef, client
+from ops.tracking.connection import client
+from ops.tracking.runs import RunRef
 
 
 def log_table(run: RunRef, records: Sequence[Mapping[str, Any]], name: str) -> None:

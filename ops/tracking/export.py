@@ -19,9 +19,9 @@ from ops.parsers import export_parser
 from ops.redaction import without_credentials
 from ops.settings import Settings
 from ops.text import escape_output
+from ops.tracking.connection import client, refusal, require_runs
 from ops.tracking.flavour import FLAVOUR_PATTERNS, hash_version, plain_part
 from ops.tracking.registry import fetch_version, find_version, version_uri
-from ops.tracking.runs import client, refusal, require_runs
 
 _REMEDY = "Restore its artifacts, or export another version"
 

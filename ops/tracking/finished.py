@@ -19,8 +19,9 @@ from model.engine.journal import JournalLine, read_journal
 from model.evaluation.scores import HUMANEVAL, SCOREBOARD, UNTUNED, Score
 from model.records import check_record, parse_record
 from ops.redaction import without_credentials
+from ops.tracking.connection import client, require_runs
 from ops.tracking.registry import find_version, finishing_run, version_uri
-from ops.tracking.runs import CHANGED_FILE, RunRef, client, require_runs
+from ops.tracking.runs import CHANGED_FILE, RunRef
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

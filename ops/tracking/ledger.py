@@ -21,8 +21,9 @@ import numpy as np
 
 from model.files import plain_name
 from ops.redaction import redact, without_credentials
+from ops.tracking.connection import client
 from ops.tracking.registry import CHAMPION
-from ops.tracking.runs import PROMOTION_TAG, RunRef, client, search_runs, set_tags
+from ops.tracking.runs import PROMOTION_TAG, RunRef, search_runs, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from ops.databases import sqlite_path
+from ops.tracking.connection import client, require_runs
 from ops.tracking.models import FILES_TAG, LOGGED, file_hashes
 from ops.tracking.registered import Registered, ask_registered, not_registered, quoted
 from ops.tracking.registry import KnownVersion, find_version, matched_uri
-from ops.tracking.runs import MODEL_PREFIX, client, require_runs
+from ops.tracking.runs import MODEL_PREFIX
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ops.tracking.connection import client
 from ops.tracking.flavour import hash_version
 from ops.tracking.once import create_once, environment
-from ops.tracking.runs import MODEL_PREFIX, RunRef, client, log_metrics
+from ops.tracking.runs import MODEL_PREFIX, RunRef, log_metrics
 from ops.tracking.views import server_of
 
 if TYPE_CHECKING:

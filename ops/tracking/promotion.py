@@ -17,9 +17,10 @@ from ops.machine.lock_file import shared_directory
 from ops.notify import notify
 from ops.redaction import without_credentials
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.models import put_first
 from ops.tracking.registry import CHALLENGER, CHAMPION, finishing_run, shared_name, version_of_alias, version_uri
-from ops.tracking.runs import PROMOTION_TAG, RunRef, client, log_metrics, search_runs, set_tags
+from ops.tracking.runs import PROMOTION_TAG, RunRef, log_metrics, search_runs, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

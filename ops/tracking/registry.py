@@ -19,18 +19,11 @@ from model.records import parse_record, read_record
 from ops.machine.lock import exclusive
 from ops.redaction import redact, without_credentials
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.flavour import REGISTERED_META, hash_version, plain_part
 from ops.tracking.models import FILES_TAG, TRAINING_TAG, file_hashes
 from ops.tracking.registered import ask_registered, not_registered
-from ops.tracking.runs import (
-    MODEL_PREFIX,
-    PROMOTION_TAG,
-    TAKEN_OVER_TAG,
-    RunRef,
-    client,
-    log_metrics,
-    search_runs,
-)
+from ops.tracking.runs import MODEL_PREFIX, PROMOTION_TAG, TAKEN_OVER_TAG, RunRef, log_metrics, search_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

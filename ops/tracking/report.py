@@ -27,9 +27,10 @@ from ops.report.pictures import Curve, curves
 from ops.report.render import render, write_page
 from ops.settings import Settings
 from ops.text import as_setting, escape_output, storable
+from ops.tracking.connection import client, refusal
 from ops.tracking.finished import FinishedRun, read_run
 from ops.tracking.models import describe_version
-from ops.tracking.runs import EARLY_END_TAG, REPORT_FILE, RESULT_TAG, brief, client, refusal, set_tags
+from ops.tracking.runs import EARLY_END_TAG, REPORT_FILE, RESULT_TAG, brief, set_tags
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -8,9 +8,9 @@ from model.net.config import normalize_size
 from ops.mistakes import refuse
 from ops.parsers import rollback_parser
 from ops.settings import Settings
+from ops.tracking.connection import refusal, require_runs
 from ops.tracking.promotion import roll_back
 from ops.tracking.registry import model_name
-from ops.tracking.runs import refusal, require_runs
 
 
 def main(arguments: list[str] | None = None) -> int:

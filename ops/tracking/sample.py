@@ -26,9 +26,9 @@ from ops.mistakes import UsageError, refuse
 from ops.parsers import sample_parser
 from ops.settings import Settings
 from ops.text import escape_output, unreadable_argument
+from ops.tracking.connection import refusal
 from ops.tracking.lookup import look_up
 from ops.tracking.registry import KnownVersion, fetch_version, version_uri
-from ops.tracking.runs import refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,8 @@ from model.records import read_record
 from ops.courier import Courier
 from ops.redaction import without_credentials
 from ops.text import one_line
-from ops.tracking.runs import RunRef, client
+from ops.tracking.connection import client
+from ops.tracking.runs import RunRef
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

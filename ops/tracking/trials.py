@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from model.engine.trainer import TrainingStoppedError
 from ops.machine.process import identify_process
 from ops.redaction import redact
+from ops.tracking.connection import client
 from ops.tracking.runs import (
     PARENT_TAG,
     PROCESS_TAG,
     REASON_TAG,
     RunRef,
-    client,
     closed_at_end,
     create_run,
     log_metrics,

@@ -22,7 +22,7 @@ from flows.databases import open_mlflow
 from ops import databases
 from ops.databases import MLFLOW, PREFECT, DatabaseError, check_address, check_database
 from ops.mistakes import UsageError
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [sys.executable, "-m", "flows", "run", "max_steps=1", "sample_rows=0", "pass_rows=0", "eval_rows=20"]

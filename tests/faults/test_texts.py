@@ -24,7 +24,7 @@ def test_no_flow_stays_running(
     """An error with a lone surrogate, injected into a task or between two tasks, ends both sides with its message."""
     import flows.finetune as module
     import tasks.download
-    from ops.tracking.runs import client
+    from ops.tracking.connection import client
 
     uri = f"sqlite:///{tmp_path}/mlflow/mlflow.db"
     monkeypatch.setenv("FINETUNE_DATA_ROOT", str(tmp_path))

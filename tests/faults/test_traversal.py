@@ -30,10 +30,11 @@ from flows.__main__ import main as run_main
 from model.data.formats import read_records
 from model.data.layout import find_splits
 from model.files import leads_outside, plain_name
+from ops.servers import EXPERIMENT
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.ledger import read_ledger
 from ops.tracking.registry import fetch_version, find_version
-from ops.tracking.runs import EXPERIMENT, client
 from ops.tracking.sample import main as sample_main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -71,6 +71,6 @@ def finished(prefect_server: None, session_root: Path) -> Any:
 @pytest.fixture
 def mlflow_of() -> Callable[[Any], Any]:
     """mlflow_of(run_ref): a client for the run's tracking URI."""
-    from ops.tracking.runs import client
+    from ops.tracking.connection import client
 
     return lambda run: client(run.tracking_uri)

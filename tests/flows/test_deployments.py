@@ -14,7 +14,7 @@ import pytest
 import yaml
 from made_up import ROOT, MadeUp, made_up, wait_for
 
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 
 pytestmark = pytest.mark.slow
 FEW_STEPS = ["max_steps=40", "eval_freq=20", "sample_rows=1", "max_new_tokens=4"]

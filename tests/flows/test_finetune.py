@@ -305,7 +305,7 @@ def test_a_mistake_before_the_training_leaves_no_run(
 
     from flows.finetune import finetune
     from ops.settings import Settings
-    from ops.tracking.runs import client
+    from ops.tracking.connection import client
 
     missing = data_root / "no-such-rows.jsonl"
     with pytest.raises(FileNotFoundError, match=r"no-such-rows\.jsonl"):
@@ -360,7 +360,7 @@ def test_a_run_cut_behind_its_registration_registers_once(
 ) -> None:
     """The rerun takes the version over; a run after a finished one trains anew and registers its own."""
     import flows.finetune as module
-    from ops.tracking.runs import client
+    from ops.tracking.connection import client
 
     publish = module.publish
 
@@ -395,7 +395,7 @@ def test_weights_that_change_in_mid_run_end_it(
     """
     import flows.finetune as module
     from ops.settings import Settings
-    from ops.tracking.runs import client
+    from ops.tracking.connection import client
 
     base = Path(shutil.copytree(EMBEDDED_BASE, tmp_path / "base"))
     train = module.train
@@ -441,7 +441,7 @@ def test_a_run_waits_for_the_device(prefect_server: None, data_root: Path, tiny:
 
     from flows.finetune import finetune
     from flows.waiting import WAITING_FOR_GPU
-    from ops.tracking.runs import client
+    from ops.tracking.connection import client
 
     hold = "import sys; from pathlib import Path; from ops.machine.lock import exclusive\n"
     hold += "with exclusive(Path(sys.argv[1]), 'cpu', 'somebody', print): print('held', flush=True); sys.stdin.read()"

@@ -13,16 +13,8 @@ from flows.finetune import finetune
 from flows.hooks import after_crash
 from ops.recovery.reaper import ATTEMPT_TAG, FLOW_RUN_TAG, close_run
 from ops.settings import Settings
-from ops.tracking.runs import (
-    PARENT_TAG,
-    REASON_TAG,
-    RunRef,
-    client,
-    create_run,
-    open_experiment,
-    set_tags,
-    tracked_run,
-)
+from ops.tracking.connection import client, open_experiment
+from ops.tracking.runs import PARENT_TAG, REASON_TAG, RunRef, create_run, set_tags, tracked_run
 
 
 @pytest.mark.parametrize(

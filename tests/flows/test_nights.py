@@ -25,9 +25,9 @@ from model.data.rows import fraction, prompt_key, row_key
 from model.data.schemas import normalize_row
 from model.demo import grammar
 from ops.tracking import rollback
+from ops.tracking.connection import client
 from ops.tracking.ledger import read_ledger
 from ops.tracking.registry import shared_name
-from ops.tracking.runs import client
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "gpt2-code-tiny"

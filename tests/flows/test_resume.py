@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from model.files import sha256_file
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "flows", "max_steps=60", "eval_freq=10", "sample_rows=1", "max_new_tokens=4"]

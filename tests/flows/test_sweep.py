@@ -26,8 +26,9 @@ from model.evaluation.comparison import compare
 from model.files import sha256_file
 from ops.machine.lock import exclusive
 from ops.machine.lock_file import read_locks
+from ops.tracking.connection import client
 from ops.tracking.finished import read_run
-from ops.tracking.runs import PARENT_TAG, RunRef, client
+from ops.tracking.runs import PARENT_TAG, RunRef
 
 PLAN_PARAMETERS = {"total_steps", "trainable_parameters", "total_parameters", "device_name", "dtype"}
 CURVES = ("train/loss", "train/lr", "train/grad_norm", "eval/loss", "eval/perplexity")

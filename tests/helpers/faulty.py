@@ -14,7 +14,7 @@ from installation import Installation
 from made_up import wait_for
 
 from ops.machine.process import ProcessIdentity
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 
 SHORT = {"max_steps": 30, "eval_freq": 20, "sample_rows": 1, "pass_rows": 0, "max_new_tokens": 4, "batch_size": 8}
 LONG = {**SHORT, "epochs": 1000, "max_steps": 1_000_000, "eval_freq": 1_000_000}

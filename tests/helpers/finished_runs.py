@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.data import log_table
-from ops.tracking.runs import RunRef, client, log_metrics, log_params, tracked_run
+from ops.tracking.runs import RunRef, log_metrics, log_params, tracked_run
 
 HOSTILE = (
     '<script>document.title = "hacked"</script>',

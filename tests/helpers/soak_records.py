@@ -14,9 +14,9 @@ import numpy as np
 from made_up import MadeUp
 
 from ops.machine.lock_file import read_locks
+from ops.tracking.connection import client
 from ops.tracking.flavour import hash_version
 from ops.tracking.models import file_hashes
-from ops.tracking.runs import client
 
 MODEL = "gpt2-code-tiny"
 # Metrics that depend on speed, on memory, or on what an interrupted attempt had already done.

@@ -18,7 +18,8 @@ from made_up import MAKE
 from ops.notify import notify
 from ops.redaction import redact, redact_error, redacted_errors, without_credentials
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, client, refusal
+from ops.tracking.connection import client, refusal
+from ops.tracking.runs import RunRef
 
 CANARY = "canary-5d41402abc"
 

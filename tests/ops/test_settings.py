@@ -11,7 +11,7 @@ import pytest
 
 from ops.mistakes import sentence
 from ops.settings import DataRootError, Settings
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 
 
 @pytest.mark.parametrize("name", ["what?", "a?b=c", "new\nline", "tab\t", "\udcff"])

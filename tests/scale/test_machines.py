@@ -21,7 +21,7 @@ from object_store import BUCKET, PASSWORD, client, object_store
 from postgresql import PASSWORD as DATABASE_PASSWORD
 from postgresql import postgresql
 
-from ops.tracking import runs
+from ops.tracking import connection
 
 pytestmark = pytest.mark.slow
 MODEL = "gpt2-code-tiny"
@@ -101,7 +101,7 @@ def _worker(run: Run) -> str:
 
 def _champion(servers: Installation) -> str:
     """The version that is champion."""
-    return str(runs.client(servers.tracking).get_registered_model(MODEL).aliases["champion"])
+    return str(connection.client(servers.tracking).get_registered_model(MODEL).aliases["champion"])
 
 
 def _finish(servers: Installation, started: subprocess.Popen[str]) -> Run:

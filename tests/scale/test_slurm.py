@@ -19,7 +19,7 @@ from slurm import slurm
 
 from model.engine.checkpoint import newest_step
 from ops.machine.process import end_processes, tagged
-from ops.tracking.runs import client as client_of
+from ops.tracking.connection import client as client_of
 
 pytestmark = pytest.mark.slow
 SCRIPTS = ROOT / "docs" / "slurm"

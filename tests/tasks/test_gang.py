@@ -21,7 +21,7 @@ import model.net.device
 from ops.machine.gang import GangError
 from ops.machine.lock_file import read_locks
 from ops.settings import Settings
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 from tasks import gang
 from tasks.gang import Devices, held_devices
 from tasks.resume import RESUMED_TAG

@@ -21,8 +21,9 @@ from model.net.config import FreezeConfig, GPTConfig
 from model.net.freezing import plan_freeze
 from model.net.gpt import GPTModel
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.models import log_model
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 from tasks.config import SourceConfig
 from tasks.download import download
 from tasks.frozen import load_frozen

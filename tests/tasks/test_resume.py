@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from model.engine.checkpoint import newest_step
-from ops.tracking.runs import RunRef, client
+from ops.tracking.connection import client
+from ops.tracking.runs import RunRef
 from tasks.resume import RESUMED_TAG, begin_attempt, correct_attempt, describe_kept
 
 

@@ -25,7 +25,8 @@ from ops.recovery.doctor import Finding, examine, examine_slots, main
 from ops.recovery.limits import LIMIT, ensure_limit, read_slots, set_active
 from ops.settings import Settings
 from ops.stack import deploy
-from ops.tracking.runs import PROCESS_TAG, client, set_tags, tracked_run
+from ops.tracking.connection import client
+from ops.tracking.runs import PROCESS_TAG, set_tags, tracked_run
 
 LEFT = """
 import os, subprocess, sys

@@ -24,7 +24,8 @@ from ops.machine.process import ProcessIdentity, identify_process
 from ops.recovery import reaper
 from ops.recovery.reaper import ATTEMPT_TAG, close_run, end_cancelled, reap, runs_of, stale_runs
 from ops.settings import Settings
-from ops.tracking.runs import PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, client, set_tags, tracked_run
+from ops.tracking.connection import client
+from ops.tracking.runs import PARENT_TAG, PROCESS_TAG, REASON_TAG, RunRef, set_tags, tracked_run
 
 
 @pytest.fixture

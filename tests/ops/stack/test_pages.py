@@ -22,7 +22,7 @@ from made_up import MadeUp, made_up
 
 from ops.report.contents import extreme_rows
 from ops.report.render import render
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 from ops.tracking.views import view_url
 
 pytestmark = pytest.mark.slow

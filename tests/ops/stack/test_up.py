@@ -23,7 +23,7 @@ from made_up import ROOT, MadeUp, wait_for
 from ops.machine.flock import hold_file
 from ops.servers import Servers
 from ops.stack.up import down
-from ops.tracking.runs import client
+from ops.tracking.connection import client
 
 pytestmark = pytest.mark.slow
 FEW_STEPS = ("max_steps=4", "eval_freq=2", "sample_rows=1", "pass_rows=1", "max_new_tokens=4")

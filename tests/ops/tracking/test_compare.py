@@ -17,10 +17,11 @@ from model.evaluation.comparison import compare
 from model.evaluation.scores import HUMANEVAL
 from ops.settings import Settings
 from ops.tracking.compare import compare_runs, comparison_page, comparison_text, main
+from ops.tracking.connection import client
 from ops.tracking.data import log_table
 from ops.tracking.finished import read_run
 from ops.tracking.report import run_lines
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 
 
 @pytest.fixture

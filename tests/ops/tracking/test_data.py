@@ -10,8 +10,9 @@ from threading import Barrier
 import pytest
 
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.data import log_data
-from ops.tracking.runs import RunRef, client, tracked_run
+from ops.tracking.runs import RunRef, tracked_run
 
 
 @pytest.fixture

@@ -22,10 +22,11 @@ from model.net.loading import write_with_tokenizer
 from model.net.tokenizer import load_tokenizer
 from ops.parsers import export_parser
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.export import main
 from ops.tracking.flavour import add_flavour
 from ops.tracking.models import log_model
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 
 NAME = "gpt2-code-tiny"
 MODEL = f"models:/{NAME}@champion"

@@ -10,8 +10,9 @@ import pytest
 from finished_runs import log_finished, make_records, own_settings
 
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.finished import read_run, resolve
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 
 
 @pytest.fixture

@@ -29,10 +29,11 @@ from model.net.prompt import encode
 from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
 from ops.tracking import flavour
+from ops.tracking.connection import client
 from ops.tracking.flavour import add_flavour, hash_version, plain_part
 from ops.tracking.models import log_model
 from ops.tracking.registry import fetch_version
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 
 NAME = "gpt2-code-tiny"
 PLAIN = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}

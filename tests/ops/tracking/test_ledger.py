@@ -13,6 +13,7 @@ import pytest
 
 from ops.settings import Settings
 from ops.tracking import ledger as ledger_module
+from ops.tracking.connection import client
 from ops.tracking.ledger import (
     Choice,
     Ledger,
@@ -23,7 +24,7 @@ from ops.tracking.ledger import (
     record_night,
     write_choice,
 )
-from ops.tracking.runs import client, set_tags, tracked_run
+from ops.tracking.runs import set_tags, tracked_run
 
 DATA = "rows.jsonl"
 Nights = Callable[..., Any]

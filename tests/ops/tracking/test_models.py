@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.flavour import hash_version
 from ops.tracking.models import describe_version, file_hashes, log_model, put_first
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 
 NAME = "gpt2-code-tiny"
 

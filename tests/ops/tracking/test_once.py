@@ -11,9 +11,10 @@ from lost_answers import losing_answers
 from world import World
 
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.models import log_model
 from ops.tracking.once import create_once, environment
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 
 CREATES = ("runs/create", "logged-models", "model-versions/create", "registered-models/create", "experiments/create")
 

@@ -14,9 +14,10 @@ import pytest
 
 from ops.settings import Settings
 from ops.tracking import promotion as promotion_module
+from ops.tracking.connection import client
 from ops.tracking.models import log_model
 from ops.tracking.promotion import MIN_ROWS, Verdict, announce, complete_promotion, judge, roll_back, settle
-from ops.tracking.runs import RunRef, client, tracked_run
+from ops.tracking.runs import RunRef, tracked_run
 
 _numbers = count()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ops.tracking.connection import client
 from ops.tracking.registered import Registered, ask_registered
-from ops.tracking.runs import client
 
 
 def test_a_registry_of_many_models_is_read_whole(tmp_path: Path, mlflow_database: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.models import FILES_TAG, log_model
 from ops.tracking.registry import (
     champion,
@@ -25,7 +26,7 @@ from ops.tracking.registry import (
     version_of_alias,
     version_uri,
 )
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 
 NAME = "gpt2-code-tiny"
 

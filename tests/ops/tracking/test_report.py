@@ -11,9 +11,10 @@ from finished_runs import log_finished, make_records, own_settings
 
 from model.evaluation.comparison import compare
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.finished import read_run
 from ops.tracking.report import describe, log_report, main, report_page, run_lines
-from ops.tracking.runs import RunRef, client, tracked_run
+from ops.tracking.runs import RunRef, tracked_run
 
 
 @pytest.fixture

@@ -23,9 +23,10 @@ from model.evaluation.config import SamplingConfig
 from model.net.loading import read_pretrained
 from model.net.tokenizer import load_tokenizer
 from ops.settings import Settings
+from ops.tracking.connection import client
 from ops.tracking.lookup import _ask, look_up
 from ops.tracking.models import log_model
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.runs import tracked_run
 from ops.tracking.sample import main
 
 GONE = r"is not registered at sqlite:\S+, which has"

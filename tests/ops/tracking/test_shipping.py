@@ -11,7 +11,8 @@ from made_up import wait_for
 
 from model.engine.journal import MetricsJournal
 from ops.settings import Settings
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.connection import client
+from ops.tracking.runs import tracked_run
 from ops.tracking.shipping import JournalShipper
 
 

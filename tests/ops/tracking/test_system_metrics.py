@@ -12,7 +12,8 @@ import pytest
 from made_up import free_ports
 
 from ops.settings import Settings
-from ops.tracking.runs import RunRef, client, tracked_run
+from ops.tracking.connection import client
+from ops.tracking.runs import RunRef, tracked_run
 from ops.tracking.system_metrics import system_metrics
 
 LOG = logging.getLogger("system metrics")

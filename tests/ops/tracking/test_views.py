@@ -12,7 +12,8 @@ from finished_runs import own_settings
 
 from model.evaluation.scores import SCOREBOARD, VALIDATION_LOSS
 from ops.settings import Settings
-from ops.tracking.runs import client, tracked_run
+from ops.tracking.connection import client
+from ops.tracking.runs import tracked_run
 from ops.tracking.views import provide_view
 
 TAG = "mlflow.sharedViewState.finetune-scores"
