@@ -23,16 +23,19 @@ from model.net.noise import Noise
 
 _WARM_UP_TOKENS = 512  # enough for a warm-up: a Triton kernel compiled for one number of tokens serves all
 
+_LONG_PASS = 32_768  # tokens: of 355M it takes longer on a GPU than the host takes to capture the next one's graph
+
 # From hidden states (M, D) to a loss and the gradient with respect to them (M, D).
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int, steps: int) -> int:
-    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 or 256, about ``tokens / steps``.
+    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 to 512, about ``tokens / steps``.
 
     So there are few graphs, and little of each is unused.
     """
-    quantum = max(128, min(256, (1 << tokens.bit_length()) // steps))
+    most = 512 if tokens < _LONG_PASS else 256
+    quantum = max(128, min(most, (1 << tokens.bit_length()) // steps))
     return (tokens // quantum + 1) * quantum
 
 
