@@ -134,7 +134,7 @@ def test_parameters_are_sent_in_the_dtype_of_passes(dtype: torch.dtype) -> None:
 def test_only_what_passes_cast_is_rounded(
     gpt2_dir: Path, unfrozen: int | None, train_head: bool, rounded: bool
 ) -> None:
-    """Blocks and the final norm; embedding and head are used in float32 too."""
+    """Blocks and the final norm; nothing is where an embedding or the head trains."""
     model = GPTModel.from_pretrained(gpt2_dir)
     if unfrozen is not None:
         freeze_bottom_layers(model, unfrozen, train_head)
