@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -23,16 +23,17 @@ from model.net.noise import Noise
 
 _WARM_UP_TOKENS = 512  # enough for a warm-up: a Triton kernel compiled for one number of tokens serves all
 
-_LONG_PASS = 32_768  # tokens: of 355M it takes longer on a GPU than the host takes to capture the next one's graph
+_LONG_PASS = 32_768  # tokens: from here on a pass of 355M takes longer than a capture, so more graphs cost nothing
 
 # From hidden states (M, D) to a loss and the gradient with respect to them (M, D).
 Loss = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _graph_size(tokens: int, steps: int) -> int:
-    """Capacity of the graph for a pack: above ``tokens``, a multiple of 128 to 512, about ``tokens / steps``.
+    """Capacity of the graph for a pack: the next multiple of a step above ``tokens``.
 
-    So there are few graphs, and little of each is unused.
+    The step is about ``tokens / steps``, but 128 at least, and 512 or for long passes 256 at most. So there are few
+    graphs, and little of each is unused.
     """
     most = 512 if tokens < _LONG_PASS else 256
     quantum = max(128, min(most, (1 << tokens.bit_length()) // steps))
@@ -84,9 +85,10 @@ class Engine:
         self._buffers: _Buffers | None = None
         self.latest_tokens = 0  # tokens of the pass that was started last
 
-    def casts(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether passes use these parameters as copies in ``dtype`` only."""
-        return {id(parameter) for parameter in parameters} <= {id(master) for master in self._masters.values()}
+    def dtype_in_passes(self, parameters: Sequence[nn.Parameter]) -> torch.dtype:
+        """``dtype`` if passes use these parameters, as those of the top, only as copies in it; else their own."""
+        masters = {id(master) for master in self._masters.values()}
+        return self.dtype if all(id(each) in masters for each in parameters) else parameters[0].dtype
 
     def restart(self, seed: int) -> None:
         """Serve another training of the same model with the same dropout, in any thread; graphs stay.

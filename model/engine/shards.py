@@ -46,8 +46,9 @@ class Shards:
         self._part = -(-size // (ranks.world * _LANES)) * _LANES  # elements of a rank's part
         self.parameters = self._flatten(self._members)
         self.gradients = torch.zeros_like(self.parameters)
-        self._rounds = dtype != self.parameters.dtype
-        self._rounded = torch.empty_like(self.parameters, dtype=dtype) if self._rounds else self.parameters
+        self._rounded: Tensor | None = None
+        if dtype != self.parameters.dtype:
+            self._rounded = torch.empty_like(self.parameters, dtype=dtype)
         for parameter, value, gradient in zip(
             self._members, self._views(self.parameters), self._views(self.gradients), strict=True
         ):
@@ -65,7 +66,7 @@ class Shards:
 
     def gather_parameters(self) -> None:
         """Give all ranks the parameters that each has updated, as passes use them."""
-        if not self._rounds:
+        if self._rounded is None:
             self.ranks.gather_parts(self.parameters)
             return
         rank = self.ranks.rank
@@ -79,7 +80,7 @@ class Shards:
         """Give all ranks the parameters, not rounded, and the moments that each has updated, for a checkpoint."""
         if not self.optimizer.state:  # nothing is updated yet
             return
-        if self._rounds:
+        if self._rounded is not None:
             self.ranks.gather_parts(self.parameters)
         for kind in MOMENTS:
             moments = [self.optimizer.state[parameter][kind] for parameter in self._members]

@@ -137,7 +137,8 @@ class Stepper:
         # loss some steps later.
         self.stopped = torch.zeros((), dtype=torch.bool, device=engine.device)
         self.skip = torch.zeros((), device=engine.device)  # 1 where AdamW is to change nothing
-        self.shards = Shards(optimizer, ranks, self._used_dtype()) if ranks.world > 1 else None
+        self.dtype_in_passes = engine.dtype_in_passes(self.trained)
+        self.shards = Shards(optimizer, ranks, self.dtype_in_passes) if ranks.world > 1 else None
         self.costs = self._costs() if ranks.world > 1 else None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -154,7 +155,7 @@ class Stepper:
             RanksDifferError: they do not.
         """
         trained = {name: p for name, p in self.engine.model.named_parameters() if p.requires_grad}
-        check_equal(self.ranks, trained, f"at step {step}", self._used_dtype())
+        check_equal(self.ranks, trained, f"at step {step}", self.dtype_in_passes)
 
     def complete_state(self) -> None:
         """Give this rank the parameters and moments of the ranks that update them; all ranks call it."""
@@ -191,10 +192,6 @@ class Stepper:
             results += [self.loss_scale.scale, self.loss_scale.skipped]
         on_device = torch.stack([result.double() for result in results])
         return PendingStep(step + 1, learning_rate, int(lengths.sum()), flops, on_device)
-
-    def _used_dtype(self) -> torch.dtype:
-        """The dtype in which passes use the trained parameters."""
-        return self.engine.dtype if self.engine.casts(self.trained) else self.trained[0].dtype
 
     def _costs(self) -> np.ndarray[Any, Any]:
         """Operations that each row of the data set needs in a step, (rows,), int64."""

@@ -313,6 +313,7 @@ class Trainer:
         scores = row_losses(self.engine, rows, self.micro_batch_tokens, trunk, self.ranks, check)
         loss = mean_loss(*scores)
         if not math.isfinite(loss):
+            self.stepper.complete_state()
             raise NonFiniteError(f"validation loss is {loss} at step {state.step}: lower the learning rate")
         if state.step == 0:
             state.base_eval_loss = loss
@@ -331,7 +332,7 @@ class Trainer:
         """
         self.state.journal_lines = self.files.journal_lines
         keep = {self.state.best_step, self.state.step}
-        self.stepper.check_ranks(self.state.step)
+        self.stepper.check_ranks(self.state.step)  # before complete_state, which overwrites what is compared
         self.stepper.complete_state()
         self.files.save(self.state.step, self.state.to_json(), keep)
 

@@ -55,7 +55,7 @@ def test_it_holds_the_project_and_nothing_else(store: Store, container: list[str
     assert not any(name in text for text in config["Env"] for name in ("PIP_", "AWS_", "PASSWORD"))
     assert _output(container, "id", "-u").split() == ["1000"]
     assert set(_output(container, "ls", "-A", "/finetune").split()) == {
-        ".dockerignore", ".gitignore", "CHANGELOG.md", "LICENSE", "NOTICE", "README.md", "constraints.txt",
+        "CHANGELOG.md", "LICENSE", "NOTICE", "README.md", "constraints.txt",
         "finetune_gpt2_code.egg-info", "flows", "mlflow", "model", "ops", "prefect.yaml", "pyproject.toml", "tasks",
     }  # fmt: skip
     installed_packages = _output(container, "/venv/bin/pip", "list").split()

@@ -273,6 +273,19 @@ def test_all_ranks_end_where_a_loss_is_not_finite(
         assert all(np.array_equal(outcome.weights[name], weight) for name, weight in before[0].weights.items())
 
 
+def test_all_ranks_end_where_a_validation_is_not_finite(
+    gangs: dict[int, Gang], gpt2_dir: Path, token_dir: Path, tmp_path: Path
+) -> None:
+    """An update that is far too large: all ranks end with the same weights, and nothing of it is saved."""
+    training = in_bf16(Training(gpt2_dir, token_dir, {**CONFIG, "learning_rate": 1e30, "eval_freq": 1}))
+    outcomes = gangs[2].call(run_training, training, tmp_path)
+    (error,) = {outcome.error for outcome in outcomes}
+    assert error == "NonFiniteError: validation loss is nan at step 1: lower the learning rate"
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000000"]
+    for name, weight in outcomes[0].weights.items():
+        assert np.array_equal(outcomes[1].weights[name], weight, equal_nan=True), name
+
+
 @pytest.mark.slow
 def test_full_memory_of_one_rank_ends_within_the_timeout(gpt2_dir: Path, token_dir: Path, tmp_path: Path) -> None:
     """That rank says how long passes should be; the other one gives up when an exchange takes too long."""

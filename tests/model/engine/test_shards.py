@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from model import GPTModel, freeze_bottom_layers
 from model.engine.adamw import MOMENTS, AdamW, ParameterGroup
+from model.engine.engine import Engine
 from model.engine.ranks import Ranks
 from model.engine.shards import Shards
 
@@ -80,3 +85,60 @@ def test_parts_are_the_whole_update_bit_for_bit(world: int, skips: bool) -> None
             assert bool(merged[kind][number].all()) is not skips
         assert torch.equal(updated[number], parameter)
         assert torch.equal(parameter, values[number]) is skips
+
+
+@dataclass(frozen=True, eq=False)
+class Recorder(Ranks):
+    """Rank 1 of 3 whose exchange is a stand-in: it records dtypes, and the other ranks' parts are all 3.
+
+    ``test_ranks.py`` has the real exchange.
+    """
+
+    rank: int = 1
+    world: int = 3
+    sent: list[torch.dtype] = field(default_factory=list)
+
+    def gather_parts(self, flat: torch.Tensor) -> None:
+        self.sent.append(flat.dtype)
+        parts = flat.view(self.world, -1)
+        parts[0], parts[2] = 3.0, 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_parameters_are_sent_in_the_dtype_of_passes(dtype: torch.dtype) -> None:
+    """Own ones stay as they are, those of other ranks come rounded; a checkpoint gets all in float32."""
+    torch.manual_seed(0)
+    ranks = Recorder()
+    optimizer = build([torch.randn(shape) for shape in SHAPES])
+    shards = Shards(optimizer, ranks, dtype)
+    shards.gather_state()
+    assert ranks.sent == [], "nothing is updated yet"
+    optimizer.step()
+    parts = shards.parameters.view(3, -1)
+    own = parts[1].clone()
+    shards.gather_parameters()
+    assert ranks.sent == [dtype]
+    assert torch.equal(parts[1], own)
+    assert (parts[1] != parts[1].to(torch.bfloat16)).double().mean() > 0.9
+    assert (parts[0] == 3).all()
+    assert (parts[2] == 3).all()
+    shards.gather_state()
+    exact = [] if dtype == torch.float32 else [torch.float32]
+    assert ranks.sent[1:] == [*exact, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("unfrozen", "train_head", "rounded"),
+    [(0, False, True), (1, False, True), (3, False, True), (None, False, False), (1, True, False)],
+)
+def test_only_what_passes_cast_is_rounded(
+    gpt2_dir: Path, unfrozen: int | None, train_head: bool, rounded: bool
+) -> None:
+    """Blocks and the final norm; nothing is where an embedding or the head trains."""
+    model = GPTModel.from_pretrained(gpt2_dir)
+    if unfrozen is not None:
+        freeze_bottom_layers(model, unfrozen, train_head)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        expected = dtype if rounded else torch.float32
+        assert Engine(model, dtype).dtype_in_passes(trained) == expected
